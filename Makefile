@@ -1,0 +1,150 @@
+# make demo and make test need nothing but python3 (3.11 or newer) with its venv module: each makes
+# its own .venv. `make` alone lists the targets.
+#
+#   TORCH_INDEX=url    take torch's wheel from another index (CPU only, another CUDA)
+#   PYTHON=program     the Python that .venv is made with
+#   TEST_WORKERS=n     test processes of one thread each; 0: one process with every thread
+#   PYTEST_ARGS=...    passed on to pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The caller's Python settings must not reach into .venv.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT
+
+TEST_WORKERS ?= 2
+
+py := .venv/bin/python
+pip := -m pip --disable-pip-version-check --no-input
+say := @printf '\n==> %s\n'
+packaging := setup.py pyproject.toml constraints.txt engine/vitrail/_version.py $(wildcard csrc/*)
+
+# One process with every core, or several with a core each: torch's threads would fight otherwise.
+pytest := $(py) -m pytest
+ifneq ($(TEST_WORKERS),0)
+pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS)
+endif
+
+.PHONY: help demo test test-slow test-all test-pillow12 lint install bench pixels-golden wheel clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/run.stamp ## embed and classify the sample photos
+	$(say) 'vitrail demo'
+	.venv/bin/vitrail demo
+
+test: .venv/dev.stamp ## the tests that need neither a GPU nor patience
+	$(say) 'Tests (not slow, not gpu)'
+	$(pytest) -m 'not slow and not gpu' $(PYTEST_ARGS)
+
+test-slow: .venv/dev.stamp ## what test-all runs and test does not
+	$(say) 'Tests (slow, not gpu)'
+	$(pytest) -m 'slow and not gpu' $(PYTEST_ARGS)
+
+test-all: .venv/dev.stamp ## every test that needs no GPU
+	$(say) 'Tests (not gpu)'
+	$(pytest) -m 'not gpu' $(PYTEST_ARGS)
+
+test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
+	$(say) 'Image tests under Pillow 12'
+	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/test_images.py
+
+lint: .venv/dev.stamp ## ruff and mypy --strict
+	$(say) 'ruff check, ruff format --check, mypy --strict'
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+
+install: .venv/dev.stamp ## .venv with Vitrail (editable) and the development tools
+
+bench: .venv/dev.stamp ## the CPU benchmarks against transformers
+	$(say) 'CPU benchmarks'
+	$(py) benchmarks/cpu.py
+
+pixels-golden: .venv-pillow12/stamp ## make the pixel hashes anew, under Pillow 12
+	$(say) 'Pixel hashes from transformers under Pillow 12'
+	PYTHONPATH=engine:kernels .venv-pillow12/bin/python tests/pixels/make_goldens.py
+
+wheel: .venv/dev.stamp ## dist/vitrail-*.whl
+	$(say) 'The wheel, into dist/'
+	rm -rf build dist
+	$(py) $(pip) --quiet wheel --no-deps --wheel-dir dist .
+	ls -l dist
+
+clean: ## remove .venv and everything built
+	rm -rf .venv .venv-pillow12 build dist *.egg-info engine/vitrail/_C.*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find engine kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- set-up
+
+# The first Python that is new enough and can make virtual environments; without one, what to type.
+.venv/bin/python:
+	@sudo=; [ "$$(id -u)" = 0 ] || sudo='sudo '
+	apt="$${sudo}apt-get update && $${sudo}apt-get install -y"
+	old=; bare=
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do
+	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1) || continue
+	    if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+	        old=$$version
+	    elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
+	        bare=$${bare:-$$version}
+	    else
+	        printf '\n==> Making .venv with Python %s\n' "$$version"
+	        "$$python" -m venv --clear .venv
+	        exit
+	    fi
+	done
+	if [ -n "$$bare" ]; then
+	    printf 'Python %s is here without its venv module. This installs it:\n' "$$bare"
+	    echo "  $$apt python$$bare-venv"
+	elif [ -n "$$old" ]; then
+	    printf 'Python 3.11 or newer is needed; found %s. This installs it:\n' "$$old"
+	    echo "  $$apt python3.11 python3.11-venv"
+	else
+	    printf 'Python 3.11 or newer is needed; found none. This installs it:\n'
+	    echo "  $$apt python3 python3-venv"
+	fi >&2
+	exit 1
+
+# torch first, by its pin and alone, so that nothing after it chooses another build.
+.venv/torch.stamp: constraints.txt | .venv/bin/python
+	@torch=$$(grep '^torch==' constraints.txt)
+	printf '\n==> Installing %s (TORCH_INDEX=url takes other wheels)\n' "$$torch"
+	$(py) $(pip) install --progress-bar off -c constraints.txt "$$torch" \
+	    $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)')
+	touch $@
+
+define native_note
+$(py) -c 'import vitrail._C' 2>/dev/null || {
+    echo 'Note: vitrail._C was not built; Vitrail runs without it. It takes a C++ compiler and the'
+    echo 'Python headers (apt-get install g++ python3-dev), then make -W setup.py install.'
+}
+endef
+
+.venv/run.stamp: .venv/torch.stamp $(packaging)
+	$(say) 'Installing Vitrail and what it needs to run'
+	$(py) $(pip) --quiet install -c constraints.txt -e .
+	$(native_note)
+	touch $@
+
+.venv/dev.stamp: .venv/torch.stamp $(packaging)
+	$(say) 'Installing Vitrail and what its development needs'
+	$(py) $(pip) --quiet install -c constraints.txt -e '.[dev]'
+	$(native_note)
+	touch .venv/run.stamp $@
+
+# Pillow 12 laid over .venv, where everything else is found: one line of path instead of gigabytes.
+.venv-pillow12/stamp: .venv/dev.stamp
+	$(say) 'Making .venv-pillow12'
+	$(py) -m venv --clear .venv-pillow12
+	.venv-pillow12/bin/python $(pip) --quiet install 'pillow==12.*'
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+	$(py) -c "$$purelib" > "$$(.venv-pillow12/bin/python -c "$$purelib")/below.pth"
+	.venv-pillow12/bin/python -c 'import PIL, transformers; print("Pillow", PIL.__version__)'
+	touch $@

@@ -1,0 +1,64 @@
+"""Packages of the two roots, and the optional C++ extension. What is plain data is in pyproject."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+VERSION = runpy.run_path("engine/vitrail/_version.py")["__version__"]
+
+
+class OptionalExtension(build_ext):
+    """Builds ``vitrail._C`` where it can; where it cannot, says so and installs pure Python."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (BaseError, CCompilerError, OSError) as error:
+            self.skipped(error)
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (BaseError, CCompilerError, OSError) as error:
+            self.skipped(error)
+
+    def skipped(self, error: Exception) -> None:
+        print(
+            f"vitrail._C was not built: {error}\n"
+            "Vitrail is installed in pure Python. For the extension, install a C++ compiler and the\n"
+            "Python headers (Debian, Ubuntu: g++ python3-dev), then install Vitrail again.",
+            file=sys.stderr,
+        )
+
+
+setup(
+    version=VERSION,
+    packages=find_packages("engine") + find_packages("kernels"),
+    package_dir={
+        "vitrail": "engine/vitrail",
+        "vitrail_kernels": "kernels/vitrail_kernels",
+    },
+    package_data={
+        "vitrail": ["py.typed", "*.pyi", "assets/*.md", "assets/photos/*", "tuned/*.json"],
+        "vitrail_kernels": ["py.typed", "*.pyi", "tuned/*.json"],
+    },
+    ext_modules=[
+        Pybind11Extension(
+            "vitrail._C",
+            ["csrc/module.cpp"],
+            depends=["csrc/driver.hpp"],
+            cxx_std=17,
+            define_macros=[("VITRAIL_VERSION", f'"{VERSION}"')],
+            libraries=["dl"] if sys.platform == "linux" else [],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": OptionalExtension},
+    zip_safe=False,
+)
