@@ -1,0 +1,17 @@
+"""The errors users meet. Each message says what was got, what was wanted and where."""
+
+
+class VitrailError(Exception):
+    """Base of every error Vitrail raises on purpose."""
+
+
+class CheckpointError(VitrailError):
+    """A checkpoint, its configuration or its weights cannot be used."""
+
+
+class ImageError(VitrailError):
+    """An image cannot be read, or its pixels cannot be used."""
+
+
+class InputError(VitrailError, ValueError):
+    """An argument has the wrong type, shape, range or value."""
