@@ -1,0 +1,1 @@
+"""Runners walk a plan: `reference` with PyTorch on any device."""

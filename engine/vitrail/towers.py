@@ -1,0 +1,146 @@
+"""One tower and its plans: tensors in, tensors out. What users pass is made ready in `model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitrail import plan as plans
+from vitrail.plan import Plan
+from vitrail.runners.reference import ReferenceRunner
+from vitrail.spec import HeadSpec, TextSpec, VisionSpec
+
+
+def largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
+    """The largest power of two of ``tokens``-long sequences whose activations fit ``budget`` bytes."""
+    batch = 1
+    while plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= budget and batch < 4096:
+        batch *= 2
+    return batch
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(B + 1,) int32: where each packed sequence starts, and where the last one ends."""
+    counts = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu")
+    return counts.cumsum(0).to(torch.int32).to(device)
+
+
+class VisionTower:
+    """An image tower. Pixels: (B, H, W, channels) uint8, or (B, channels, H, W) normalised floats."""
+
+    def __init__(self, spec: VisionSpec, head: HeadSpec | None, runner: ReferenceRunner) -> None:
+        self.spec, self.head, self.runner = spec, head, runner
+
+    def size(self, pixels: Tensor) -> tuple[int, int]:
+        """(height, width) of a batch of pixels."""
+        first = 1 if pixels.dtype == torch.uint8 else 2
+        return pixels.shape[first], pixels.shape[first + 1]
+
+    def _run(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
+        device, size = self.runner.device, self.size(pixels)
+        batch, tokens = pixels.shape[0], self.spec.tokens_at(size)
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+        kind = "uint8" if pixels.dtype == torch.uint8 else "float"
+        inputs = {
+            "pixels": pixels.to(device),
+            "table": self.runner.table(self.spec, self.spec.grid_at(size), kind),
+            "cu_seqlens": offsets,
+            "rows": offsets[:-1],
+        }
+        return self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
+
+    def embed(self, pixels: Tensor, head: bool = False) -> dict[str, Tensor]:
+        """``vision.embedding`` (B, D) and ``vision.status`` (B,); with ``head``, ``vision.logits``."""
+        wanted = self.head if head and self.head and self.head.features == "class" else None
+        uint8 = pixels.dtype == torch.uint8
+        return self._run(plans.vision_pooled(self.spec, wanted, uint8=uint8), pixels)
+
+    def dense(self, pixels: Tensor, taps: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """All that ``forward`` returns; tokens shaped (B, T, C)."""
+        uint8 = pixels.dtype == torch.uint8
+        out = self._run(plans.vision_dense(self.spec, self.head, uint8=uint8, taps=taps), pixels)
+        return self._unpacked(out, pixels)
+
+    def layers(self, pixels: Tensor, taps: tuple[int, ...], norm: bool) -> list[Tensor]:
+        """The stream after each block of ``taps``: (B, T, C), normalised with ``norm``."""
+        uint8 = pixels.dtype == torch.uint8
+        plan = plans.vision_layers(self.spec, tuple(sorted(set(taps))), norm, uint8)
+        out = self._unpacked(self._run(plan, pixels), pixels)
+        return [out[f"vision.layer.{tap}"] for tap in taps]
+
+    def _unpacked(self, out: dict[str, Tensor], pixels: Tensor) -> dict[str, Tensor]:
+        batch, tokens = pixels.shape[0], self.spec.tokens_at(self.size(pixels))
+        packed = ("vision.hidden.", "vision.layer.", "vision.last")
+        return {
+            name: t.view(batch, tokens, -1) if name.startswith(packed) else t
+            for name, t in out.items()
+        }
+
+    def batch(self, size: tuple[int, int], budget: int) -> int:
+        """How many images of ``size`` go through at once within ``budget`` bytes of activations."""
+        plan = plans.vision_pooled(self.spec, uint8=True)
+        return largest_batch(plan, self.spec.tokens_at(size), self.runner.dtype.itemsize, budget)
+
+
+class TextTower:
+    """A text tower. Texts are lists of token ids, cut at the token that is pooled."""
+
+    def __init__(self, spec: TextSpec, runner: ReferenceRunner) -> None:
+        self.spec, self.runner = spec, runner
+
+    def pooled_position(self, ids: Tensor) -> Tensor:
+        """(B,) which token of each row of ``ids`` (B, T) is pooled, as transformers does it.
+
+        The first end-of-text token, 0 in a row that has none; for the legacy rule the first of the
+        highest id.
+        """
+        key = ids if self.spec.eos is None else (ids == self.spec.eos).int()
+        return key.argmax(dim=1)
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``text.embedding`` (B, D) and ``text.status`` (B,) of id lists that end at the pooled token."""
+        device = self.runner.device
+        lengths = [len(ids) for ids in texts]
+        offsets = _offsets(lengths, device)
+        flat = [token for ids in texts for token in ids]
+        positions = [place for length in lengths for place in range(length)]
+        inputs = {
+            "ids": torch.tensor(flat, dtype=torch.int32, device=device),
+            "positions": torch.tensor(positions, dtype=torch.int32, device=device),
+            "cu_seqlens": offsets,
+            "rows": offsets[1:] - 1,
+        }
+        plan, longest = plans.text_pooled(self.spec), max(lengths, default=0)
+        return self.runner.run(plan, inputs, batch=len(texts), tokens=len(flat), longest=longest)
+
+    def dense(
+        self, ids: Tensor, kv_lens: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> dict[str, Tensor]:
+        """All that ``forward`` returns for ``ids`` (B, T) int64; tokens shaped (B, T, C).
+
+        ``kv_lens`` (B,): how many leading tokens of each row may be attended to.
+        """
+        device, (batch, tokens) = self.runner.device, ids.shape
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+        rows = offsets[:-1] + self.pooled_position(ids).to(device)
+        inputs = {
+            "ids": ids.flatten().to(device, torch.int32),
+            "positions": torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch),
+            "cu_seqlens": offsets,
+            "rows": rows.to(torch.int32),
+        }
+        if kv_lens is not None:
+            inputs["kv_lens"] = kv_lens.to(device, torch.int32)
+        plan = plans.text_dense(self.spec, taps=taps, masked=kv_lens is not None)
+        out = self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
+        return {
+            name: t.view(batch, tokens, -1) if name.startswith(("text.hidden.", "text.last")) else t
+            for name, t in out.items()
+        }
+
+    def batch(self, budget: int) -> int:
+        """How many texts of full length go through at once within ``budget`` bytes of activations."""
+        plan = plans.text_pooled(self.spec)
+        return largest_batch(plan, self.spec.context, self.runner.dtype.itemsize, budget)
