@@ -112,7 +112,7 @@ class Plan:
         return sum(self.slot_bytes(batch, tokens, compute_bytes))
 
     def dump(self, lengths: Sequence[int], compute: str = "float32") -> str:
-        """A line per launch for sequences of ``lengths`` tokens: shapes, FLOPs, bytes; then totals."""
+        """For sequences of ``lengths`` tokens a line per launch: cost and shapes; then totals."""
         rows = self.count(lengths, compute)
         flops, traffic = sum(row.flops for row in rows), sum(row.bytes for row in rows)
         lines = [f"{self.name}: {len(lengths)} sequences, {sum(lengths)} tokens, {compute}"]
@@ -333,7 +333,7 @@ def _pool(
     x: str,
     rows: str | None,
 ) -> list[str]:
-    """The embedding (B, D) and its status; ``rows``: which rows of ``x``, None when already picked."""
+    """Embedding (B, D) and status from ``rows`` of ``x``, None where they are already picked."""
     out = build.buffer(f"{tower}.embedding", PER_SEQUENCE, spec.embedding, "float32")
     status = build.buffer(f"{tower}.status", PER_SEQUENCE, None, "int32")
     if spec.projection is None:
@@ -403,7 +403,7 @@ def vision_pooled(spec: VisionSpec, head: HeadSpec | None = None, *, uint8: bool
 
 @functools.lru_cache(maxsize=256)
 def text_pooled(spec: TextSpec) -> Plan:
-    """Token ids cut at the pooled token, packed -> ``text.embedding`` (B, D), ``text.status`` (B,)."""
+    """Packed ids, cut at the pooled token -> ``text.embedding`` (B, D), ``text.status`` (B,)."""
     build = _Builder()
     x = build.buffer("text.stream", PER_TOKEN, spec.blocks.width)
     _embed_ids(build, x)
@@ -459,7 +459,7 @@ def _class_head(build: _Builder, head: HeadSpec, spec: VisionSpec, x: str, rows:
 
 
 def _class_mean_head(build: _Builder, head: HeadSpec, spec: VisionSpec, last: str) -> str:
-    """Class scores from the normalised class token beside the mean of the normalised patch tokens."""
+    """Class scores from the normalised class token and the mean of the patch tokens."""
     logits = build.buffer("vision.logits", PER_SEQUENCE, len(head.labels), "float32")
     features = build.buffer("vision.features", PER_SEQUENCE, 2 * spec.blocks.width)
     build.launch(
@@ -489,8 +489,8 @@ def vision_dense(
     """Pixels -> everything ``forward`` returns of an image tower.
 
     ``vision.hidden.<i>`` (M, C) for i in ``taps``: the residual stream before block i, or after the
-    last one. ``vision.last`` (M, C): normalised where the family does so. ``vision.pooler`` (B, C) or
-    (B, P), ``vision.embedding`` (B, D) with ``vision.status`` where there is a projection,
+    last one. ``vision.last`` (M, C): normalised where the family does so. ``vision.pooler`` (B, C)
+    or (B, P), ``vision.embedding`` (B, D) with ``vision.status`` where there is a projection,
     ``vision.logits`` (B, labels) fp32 where there is a head.
     """
     build, blocks = _Builder(), spec.blocks
@@ -559,8 +559,8 @@ def text_dense(spec: TextSpec, *, taps: tuple[int, ...] = (), masked: bool = Fal
     """Token ids of equally long rows -> everything ``forward`` returns of a text tower.
 
     ``text.hidden.<i>`` for i in ``taps``, ``text.last`` (M, C) normalised, ``text.pooler`` (B, C),
-    ``text.embedding`` and ``text.status`` where there is a projection. ``masked``: the plan also takes
-    ``kv_lens`` (B,), the number of tokens of each row that the attention mask lets through.
+    ``text.embedding`` and ``text.status`` where there is a projection. ``masked``: the plan also
+    takes ``kv_lens`` (B,), the number of tokens of each row that the attention mask lets through.
     """
     build, blocks = _Builder(), spec.blocks
     if masked:

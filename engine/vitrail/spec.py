@@ -80,7 +80,7 @@ class BlockSpec:
         return self.width // self.heads
 
     def tensor_shapes(self, tower: str) -> dict[str, Shape]:
-        """Canonical name -> shape of every tensor of the stack, prefixed ``<tower>.blocks.<i>.``."""
+        """Canonical name, prefixed ``<tower>.blocks.<i>.``, -> shape of every tensor of it."""
         c, f = self.width, self.mlp
         block: dict[str, Shape] = {"norm1.weight": (c,), "norm1.bias": (c,)}
         for name in ("q", "k", "v"):
@@ -126,7 +126,7 @@ class VisionSpec:
 
     ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: how the position
     table is resized to another grid (bicubic, align_corners=False, fp32). ``norm``: the final
-    LayerNorm is applied to every token ("tokens": ViT, DINOv2) or to the pooled one ("pooled": CLIP).
+    LayerNorm is applied to every token ("tokens": ViT, DINOv2) or the pooled one ("pooled": CLIP).
     """
 
     blocks: BlockSpec
@@ -219,7 +219,7 @@ class VisionSpec:
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """A text tower: token + position embedding, causal blocks, final LayerNorm, pooled at one token.
+    """A text tower: embedding, causal blocks, final LayerNorm, pooled at one token.
 
     ``eos`` is the id whose first occurrence is pooled. None means the original CLIP rule (and
     transformers' for configs with ``eos_token_id == 2``): the first occurrence of the highest id.
@@ -342,7 +342,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything a checkpoint says of itself. ``architecture`` is the class whose outputs are matched."""
+    """All a checkpoint says of itself; ``architecture``: the class whose outputs are matched."""
 
     family: Literal["vit", "clip", "dinov2", "dinov2_with_registers"]
     architecture: str

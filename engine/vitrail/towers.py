@@ -14,7 +14,7 @@ from vitrail.spec import HeadSpec, TextSpec, VisionSpec
 
 
 def largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
-    """The largest power of two of ``tokens``-long sequences whose activations fit ``budget`` bytes."""
+    """The largest power of two of sequences whose activations fit ``budget`` bytes."""
     batch = 1
     while plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= budget and batch < 4096:
         batch *= 2
@@ -28,7 +28,7 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 class VisionTower:
-    """An image tower. Pixels: (B, H, W, channels) uint8, or (B, channels, H, W) normalised floats."""
+    """An image tower. Pixels: (B, H, W, channels) uint8, or (B, channels, H, W) floats."""
 
     def __init__(self, spec: VisionSpec, head: HeadSpec | None, runner: ReferenceRunner) -> None:
         self.spec, self.head, self.runner = spec, head, runner
@@ -52,7 +52,7 @@ class VisionTower:
         return self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
 
     def embed(self, pixels: Tensor, head: bool = False) -> dict[str, Tensor]:
-        """``vision.embedding`` (B, D) and ``vision.status`` (B,); with ``head``, ``vision.logits``."""
+        """``vision.embedding`` (B, D), ``vision.status`` (B,); with ``head`` ``vision.logits``."""
         wanted = self.head if head and self.head and self.head.features == "class" else None
         uint8 = pixels.dtype == torch.uint8
         return self._run(plans.vision_pooled(self.spec, wanted, uint8=uint8), pixels)
@@ -100,7 +100,7 @@ class TextTower:
         return key.argmax(dim=1)
 
     def embed(self, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """``text.embedding`` (B, D) and ``text.status`` (B,) of id lists that end at the pooled token."""
+        """``text.embedding`` (B, D), ``text.status`` (B,) of ids that end at the pooled token."""
         device = self.runner.device
         lengths = [len(ids) for ids in texts]
         offsets = _offsets(lengths, device)
@@ -141,6 +141,6 @@ class TextTower:
         }
 
     def batch(self, budget: int) -> int:
-        """How many texts of full length go through at once within ``budget`` bytes of activations."""
+        """How many texts of full length go through at once in ``budget`` bytes of activations."""
         plan = plans.text_pooled(self.spec)
         return largest_batch(plan, self.spec.context, self.runner.dtype.itemsize, budget)

@@ -12,8 +12,9 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def packed_layout(spec: ModelSpec) -> dict[str, Packed]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Packed tensors by name, all views of ``arena`` (bytes); ``logit_scale`` as stored, before exp."""
+    """Packed tensors by name, views of ``arena`` (bytes); ``logit_scale`` before its exp."""
 
     tensors: Mapping[str, Tensor]
     arena: Tensor
@@ -172,6 +173,12 @@ def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
     return arena, tensors
 
 
+def _memory(raw: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor, to read into."""
+    array: np.ndarray[Any, np.dtype[np.uint8]] = raw.numpy()
+    return array.data
+
+
 class _Loader:
     """Reads canonical tensors in chunks, refuses what is not finite, writes packed ones."""
 
@@ -192,14 +199,16 @@ class _Loader:
         if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():
             entry = self.sources[name].entry
             raise CheckpointError(
-                f"{entry.file.name}: tensor {entry.name!r} holds NaN or infinity, wanted finite weights"
+                f"{entry.file.name}: tensor {entry.name!r} holds NaN or infinity, "
+                "wanted finite weights"
             )
 
     def chunks(self, name: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, fp32 rows) of a canonical tensor seen as (rows, columns).
 
-        Where ``out`` is a contiguous fp32 tensor of that shape and the file holds fp32, the bytes are
-        read straight into it; else chunks are fp32 temporaries of at most 32 MiB on the file's side.
+        Where ``out`` is a contiguous fp32 tensor of that shape and the file holds fp32, the bytes
+        are read straight into it; else chunks are fp32 temporaries of at most 32 MiB on the file's
+        side.
         """
         source, shape = self.sources[name], self.shapes[name]
         dtype = _DTYPES[source.entry.dtype]
@@ -226,7 +235,7 @@ class _Loader:
                     self.staging = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 raw = self.staging[:nbytes]
                 chunk = raw.view(dtype).view(stop - start, columns)
-            self.reader.read_into(source.entry, first + start * row_bytes, memoryview(raw.numpy()))
+            self.reader.read_into(source.entry, first + start * row_bytes, _memory(raw))
             chunk = chunk.float()
             self._check_finite(name, chunk)
             yield start, chunk
@@ -234,7 +243,7 @@ class _Loader:
     def _transposed(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         entry = self.sources[name].entry
         raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
-        self.reader.read_into(entry, 0, memoryview(raw.numpy()))
+        self.reader.read_into(entry, 0, _memory(raw))
         values = raw.view(dtype).view(columns, rows).float()
         self._check_finite(name, values)
         return values.t()
@@ -267,11 +276,10 @@ class _Loader:
             part = flat[start : start + chunk.shape[0]]
             if shift is not None and beta is not None:
                 torch.mv(chunk, beta, out=shift[start : start + chunk.shape[0]])
-            if gamma is not None:
-                # straight into fp32, else one product in fp32 and one rounding
-                torch.mul(chunk, gamma, out=part) if part.dtype == chunk.dtype else part.copy_(
-                    chunk * gamma
-                )
+            if gamma is not None and part.dtype == chunk.dtype:
+                torch.mul(chunk, gamma, out=part)
+            elif gamma is not None:
+                part.copy_(chunk * gamma)
             elif part.data_ptr() != chunk.data_ptr():
                 part.copy_(chunk)
         return shift
@@ -310,7 +318,7 @@ def _pack_block(load: _Loader, spec: BlockSpec, tower: str, layer: int) -> None:
 
 
 def _pack_patch(load: _Loader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tensor] | None) -> None:
-    """The projection for normalised floats, and the one for uint8 with x = a * uint8 + b folded in."""
+    """The projection for floats, and the one for uint8 with x = a * uint8 + b folded in."""
     c, k, out = spec.blocks.width, spec.patch_values, load.out
     weight = load.read("vision.patch.weight").double()
     bias = torch.zeros(c, dtype=torch.float64)
@@ -366,9 +374,9 @@ def load_weights(
     """Read every canonical tensor once and pack it on the CPU.
 
     ``sources``: canonical name -> where it is stored, complete (see `vitrail.zoo.map_tensors`).
-    ``pixel_scale``: (a, b), each (channels,), with normalised pixel = a * uint8 + b. Resident memory
-    grows by the arena and one chunk. Raises CheckpointError where a file changed, ends early or holds
-    a weight that is not finite.
+    ``pixel_scale``: (a, b), each (channels,), with normalised pixel = a * uint8 + b. Resident
+    memory grows by the arena and one chunk. Raises CheckpointError where a file changed, ends early
+    or holds a weight that is not finite.
     """
     with torch.inference_mode(False), torch.no_grad(), TensorReader() as reader:
         load = _Loader(spec, sources, reader, dtype)

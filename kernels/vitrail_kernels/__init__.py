@@ -1,7 +1,7 @@
 """The operators of a vision transformer: for each its reference, its cost and its kernels.
 
-Knows torch and triton only, and imports without triton. A reference writes its outputs in place; its
-tensors come first, in the order its kernels take them, and its scalars by keyword.
+Knows torch and triton only, and imports without triton. A reference writes its outputs in place;
+its tensors come first, in the order its kernels take them, and its scalars by keyword.
 """
 
 from __future__ import annotations

@@ -54,11 +54,11 @@ def attention_ref(
     causal: bool,
     max_seqlen: int,
 ) -> None:
-    """Write ``out`` (M, C) from ``qkv`` (M, 3 C), query, key and value side by side, heads inside each.
+    """Write ``out`` (M, C) from ``qkv`` (M, 3 C): query, key and value, heads inside each.
 
-    Sequence i holds rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` (B + 1, int32), none longer than
-    ``max_seqlen``. ``kv_lens`` (B,): only the first that many keys of each sequence are seen (needs
-    equally long sequences).
+    Sequence i holds rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` (B + 1, int32), none longer
+    than ``max_seqlen``. ``kv_lens`` (B,): only the first that many keys of each sequence are seen
+    (needs equally long sequences).
     """
     batch = cu_seqlens.shape[0] - 1
     if qkv.shape[0] == 0:
@@ -105,7 +105,7 @@ def attention_cost(
 def attention_one_ref(
     out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, heads: int, max_seqlen: int
 ) -> None:
-    """Write ``out`` (B, C): one query a sequence, ``q`` (B, C), over all keys of ``kv`` (M, 2 C)."""
+    """Write ``out`` (B, C): one query a sequence, ``q`` (B, C), over keys of ``kv`` (M, 2 C)."""
     batch, width = q.shape
     if batch == 0:
         return

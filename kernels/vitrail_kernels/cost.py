@@ -8,7 +8,7 @@ import torch
 
 
 class Cost(NamedTuple):
-    """``flops``: multiply-adds of the matrix products, two each. ``bytes``: read once, written once."""
+    """``flops`` of the matrix products, two a multiply-add; ``bytes`` read and written once."""
 
     flops: int
     bytes: int

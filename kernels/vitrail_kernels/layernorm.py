@@ -2,8 +2,8 @@
 
     FLOPs  none counted       bytes  2 M C       bound  by memory
 
-Only where a normalised tensor is itself an output or the residual stream; elsewhere LayerNorm is part
-of `linear`.
+Only where a normalised tensor is itself an output or the residual stream; elsewhere LayerNorm is
+part of `linear`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitrail_kernels.cost import Cost, traffic
 def layernorm_ref(
     out: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, rows: Tensor | None = None, *, eps: float
 ) -> None:
-    """Write ``out`` (M', C), may be ``x`` itself; ``gamma`` and ``beta`` (C,) fp32; ``rows`` (M',)."""
+    """Write ``out`` (M', C), may be ``x``; ``gamma`` and ``beta`` (C,) fp32; ``rows`` (M',)."""
     if rows is not None:
         x = x.index_select(0, rows)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -53,8 +53,8 @@ def linear_ref(
 
     ``x`` (M, K); ``weight`` (N, K), with gate and up rows interleaved pairwise where ``gated``;
     ``bias`` and ``scale`` (N,) fp32; ``residual`` (M, N), may be ``out`` itself; ``rows`` (M',)
-    picks rows of ``x``, ``residual_rows`` (M',) of ``residual``. ``norm_eps``: normalise each row of
-    ``x`` first (biased variance, fp32).
+    picks rows of ``x``, ``residual_rows`` (M',) of ``residual``. ``norm_eps``: normalise each row
+    of ``x`` first (biased variance, fp32).
     """
     if rows is not None:
         x = x.index_select(0, rows)
@@ -97,7 +97,7 @@ def linear_cost(
     residual_rows: Tensor | None = None,
     **_: object,
 ) -> Cost:
-    """FLOPs of the product over the rows computed; a gathered operand is read at those rows only."""
+    """FLOPs of the rows computed; a gathered operand is read at those rows only."""
     m, (n, k) = out.shape[0], weight.shape
     gathered = m * k * x.element_size()
     skipped = 0 if residual is None else m * n * residual.element_size()

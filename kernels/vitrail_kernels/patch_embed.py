@@ -5,8 +5,8 @@
     FLOPs  2 B P C K      bytes  pixels + C K + B T C      bound  by memory for uint8 at small K
 
 uint8 pixels come as (B, H, W, channels) with a weight that has the normalisation folded in and runs
-(row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a weight
-that runs (channel, row, column).
+(row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
+weight that runs (channel, row, column).
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ def pool_ref(
     *,
     eps: float,
 ) -> None:
-    """Write ``out`` (B, D) fp32 and ``status`` (B,) int32 from the rows ``rows`` (B,) of ``x`` (M, C).
+    """Write ``out`` (B, D) fp32, ``status`` (B,) int32 from ``rows`` (B,) of ``x`` (M, C).
 
-    With ``weight`` (D, C) and ``bias`` (D,): the LayerNorm's affine part is folded into them. Without:
-    ``gamma`` and ``beta`` (C,) fp32 are the LayerNorm's own, and D = C.
+    With ``weight`` (D, C) and ``bias`` (D,): the LayerNorm's affine part is folded into them.
+    Without: ``gamma`` and ``beta`` (C,) fp32 are the LayerNorm's own, and D = C.
     """
     if rows is not None:
         x = x.index_select(0, rows)
@@ -63,7 +63,8 @@ def pool_cost(
 
 
 def class_mean_ref(out: Tensor, x: Tensor, *, tokens: int, prefix: int) -> None:
-    """Write ``out`` (B, 2 C): row 0 and the mean of rows ``prefix``.. of each ``tokens`` rows of ``x``."""
+    """Write ``out`` (B, 2 C): of each ``tokens`` rows of ``x`` the first, and the mean past
+    ``prefix``."""
     sequences = x.view(-1, tokens, x.shape[1])
     width = x.shape[1]
     out[:, :width] = sequences[:, 0]

@@ -1,7 +1,8 @@
 """position: the position table at another grid, with all that is added to a token beside its pixels
 
     out[:prefix] = prefix          out[prefix:] = resize(table[1:]) + projection bias
-    FLOPs  none counted      bytes  2 T C      bound  by memory, and cached: once for each image size
+    FLOPs  none counted      bytes  2 T C      bound  by memory, and cached: once for each image
+    size
 
 The resize is bicubic with align_corners=False in fp32, antialiased where the family says so: what
 transformers' `interpolate_pos_encoding` does.

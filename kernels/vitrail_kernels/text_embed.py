@@ -14,7 +14,7 @@ from vitrail_kernels.cost import Cost, traffic
 def text_embed_ref(
     out: Tensor, ids: Tensor, positions: Tensor, token: Tensor, position: Tensor
 ) -> None:
-    """Write ``out`` (M, C) from ``ids`` and ``positions`` (M,), ``token`` (V, C), ``position`` (T, C) fp32."""
+    """Write ``out`` (M, C); ``ids``, ``positions`` (M,), ``token`` (V, C), ``position`` (T, C)."""
     place = position.index_select(0, positions)
     word = token.index_select(0, ids)
     if out.dtype == word.dtype == place.dtype:

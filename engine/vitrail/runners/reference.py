@@ -80,7 +80,7 @@ class ArenaPool:
 
 
 class ReferenceRunner:
-    """Runs plans of one model on one device. Calls from several threads do not disturb each other."""
+    """Runs plans of one model on one device, from any number of threads at once."""
 
     name = "reference"
 

@@ -1,0 +1,168 @@
+"""What users pass, checked and brought to one form before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrail.errors import InputError
+from vitrail.images import PixelInput, linear_scale
+from vitrail.spec import ImageSpec, VisionSpec
+
+Images = PixelInput | Sequence[PixelInput]
+Texts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]
+OnError = Literal["raise", "skip"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_pixels(values: Tensor, tower: VisionSpec, image: ImageSpec | None) -> None:
+    """Refuse float pixels of another layout, that are not finite, or that look like 0..255."""
+    got = f"pixels: got shape {tuple(values.shape)}"
+    if values.dim() != 4 or values.shape[1] != tower.channels:
+        raise InputError(f"{got}, wanted (N, {tower.channels}, height, width) floats")
+    if values.shape[2] < tower.patch[0] or values.shape[3] < tower.patch[1]:
+        raise InputError(f"{got}, wanted at least one patch of {tower.patch} (height, width)")
+    if not values.numel():
+        return
+    low, high = (float(x) for x in values.aminmax())
+    if not np.isfinite(low) or not np.isfinite(high):
+        bad = torch.isfinite(values).flatten(1).all(dim=1).logical_not().nonzero()[0].item()
+        raise InputError(f"pixels: item {bad} holds NaN or infinity, wanted finite numbers")
+    if image is not None:
+        a, b = linear_scale(image, tower.channels)
+        reach = float(np.maximum(np.abs(b), np.abs(255 * a + b)).max())
+        if max(-low, high) > 8 * reach:
+            raise InputError(
+                f"pixels: got values from {low:.4g} to {high:.4g}, wanted preprocessed ones within "
+                f"about +-{reach:.3g}; raw images go in as uint8 (N, H, W, C)"
+            )
+
+
+def listed(images: Images) -> list[PixelInput]:
+    """One image or many -> a list of single images."""
+    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        if images.ndim == 4:
+            return list(images)
+        return [images]
+    if isinstance(images, Iterable):
+        return list(images)
+    raise InputError(
+        f"images: got {type(images).__name__}, wanted paths, bytes, PIL images, arrays or tensors"
+    )
+
+
+def floats(images: object) -> Tensor | None:
+    """Float pixels (N, C, H, W) as a tensor; None where ``images`` is something else."""
+    if isinstance(images, list | tuple) and images and all(_is_float(i) for i in images):
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise InputError(f"pixels: got shapes {sorted(shapes)}, wanted one shape a batch")
+        images = torch.stack([torch.as_tensor(image) for image in images])
+    if not _is_float(images):
+        return None
+    if isinstance(images, np.ndarray):
+        # a copy where torch cannot wrap the array: negative strides, read-only memory
+        plain = images.flags.writeable and all(stride >= 0 for stride in images.strides)
+        images = torch.from_numpy(images if plain else images.copy())
+    assert isinstance(images, Tensor), "floats are arrays or tensors"
+    if images.dtype not in FLOATS:
+        raise InputError(f"pixels: got {images.dtype}, wanted float32, float16 or bfloat16")
+    if images.device.type == "meta" or images.requires_grad:
+        what = (
+            "a tensor without data" if images.device.type == "meta" else "one that needs gradients"
+        )
+        raise InputError(f"pixels: got {what}, wanted plain numbers (x.detach())")
+    return images[None] if images.dim() == 3 else images
+
+
+def _is_float(image: object) -> bool:
+    if isinstance(image, Tensor):
+        return image.dtype.is_floating_point
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f"
+
+
+def check_options(batch_size: int | None, size: tuple[int, int] | None, on_error: OnError) -> None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size: got {batch_size!r}, wanted None or a number over 0")
+    if size is not None and (
+        not isinstance(size, tuple | list)
+        or len(size) != 2
+        or any(not isinstance(side, int) or side < 1 for side in size)
+    ):
+        raise InputError(f"size: got {size!r}, wanted (height, width) in pixels")
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error: got {on_error!r}, wanted 'raise' or 'skip'")
+
+
+def all_strings(texts: Sequence[Any]) -> bool:
+    return all(isinstance(text, str) for text in texts)
+
+
+def id_lists(ids: object, vocab: int, context: int) -> list[list[int]]:
+    """Token ids as lists: from a tensor or array (N, T), or nested lists of any lengths."""
+    if isinstance(ids, np.ndarray):
+        ids = torch.from_numpy(np.ascontiguousarray(ids))
+    if isinstance(ids, Tensor):
+        tensor: list[list[int]] = check_id_tensor(ids, vocab, context).tolist()
+        return tensor
+    if not isinstance(ids, Sequence):
+        raise InputError(f"texts: got {type(ids).__name__}, wanted strings or token ids")
+    if ids and all(isinstance(token, int) for token in ids):
+        ids = [ids]
+    rows = []
+    for position, row in enumerate(ids):
+        plain = isinstance(row, Sequence) and all(type(token) is int for token in row)
+        if isinstance(row, str) or not plain or not row:
+            raise InputError(f"text {position}: got {row!r:.80}, wanted a string or a list of ids")
+        if len(row) > context or min(row) < 0 or max(row) >= vocab:
+            raise InputError(
+                f"text {position}: got {len(row)} ids from {min(row)} to {max(row)}, "
+                f"wanted at most {context} from 0 to {vocab - 1}"
+            )
+        rows.append(list(row))
+    return rows
+
+
+def check_id_tensor(ids: Tensor, vocab: int, context: int) -> Tensor:
+    """Token ids (B, T) int64 within the vocabulary and the context."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"input_ids: got {kind}, wanted an int32 or int64 tensor (B, T)")
+    if ids.dim() == 1:
+        ids = ids[None]
+    if ids.dim() != 2 or not 1 <= ids.shape[1] <= context:
+        raise InputError(
+            f"input_ids: got shape {tuple(ids.shape)}, wanted (B, T) with T from 1 to {context}"
+        )
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        raise InputError(
+            f"input_ids: got ids from {int(ids.min())} to {int(ids.max())}, wanted 0 to {vocab - 1}"
+        )
+    return ids.long()
+
+
+def mask_lengths(mask: Tensor, ids: Tensor) -> Tensor | None:
+    """(B,) tokens to attend to from a right-padded mask; None where nothing is masked."""
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != tuple(ids.shape):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"attention_mask: got {shape}, wanted a tensor of shape {tuple(ids.shape)}"
+        )
+    kept = mask != 0
+    lengths = kept.sum(dim=1)
+    expected = torch.arange(ids.shape[1], device=mask.device) < lengths[:, None]
+    if not torch.equal(kept, expected) or not torch.equal(kept.to(mask.dtype), mask):
+        raise InputError("attention_mask: wanted ones, then zeros (right padding) in every row")
+    if bool((lengths == 0).any()):
+        row = int((lengths == 0).nonzero()[0])
+        raise InputError(f"attention_mask: row {row} lets no token through, wanted one or more")
+    return None if bool(kept.all()) else lengths

@@ -1,0 +1,610 @@
+"""`Model`: what users hold. Images and texts in, embeddings, scores and features out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, cast, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail import images as pixels_of
+from vitrail._version import __version__
+from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
+from vitrail.files import Checkpoint, open_checkpoint
+from vitrail.forward import forward_pair, forward_text, forward_vision, unit
+from vitrail.images import PixelInput
+from vitrail.inputs import (
+    Images,
+    OnError,
+    Texts,
+    all_strings,
+    check_id_tensor,
+    check_options,
+    check_pixels,
+    floats,
+    id_lists,
+    listed,
+    mask_lengths,
+)
+from vitrail.outputs import Classification, EncodeResult, Output
+from vitrail.runners.reference import ReferenceRunner
+from vitrail.spec import ImageSpec, ModelSpec
+from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
+from vitrail.towers import TextTower, VisionTower
+from vitrail.weights import hash_weights, load_weights
+from vitrail.zoo import Source, map_tensors, read_spec
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+ACTIVATION_BYTES = 256 << 20
+"""Activations a call may hold at once where the caller names no batch size."""
+LABEL_SETS = 16
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """Open a checkpoint folder, or a hub id such as ``openai/clip-vit-base-patch32``.
+
+    ``device``: "auto" is CUDA where there is one, else the CPU. ``dtype``: "float32", "float16",
+    "bfloat16" or the torch dtype; "auto" is float32 on the CPU and float16 on CUDA. ``revision``
+    and ``local_files_only`` are the hub's. A folder is read without any network.
+
+    Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
+    InputError: an unknown device or dtype.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
+    spec = read_spec(checkpoint)
+    sources = map_tensors(checkpoint, spec)
+    scale = None
+    if spec.vision is not None and spec.image is not None:
+        a, b = pixels_of.linear_scale(spec.image, spec.vision.channels)
+        scale = torch.from_numpy(a), torch.from_numpy(b)
+    weights = load_weights(spec, sources, kind, scale)
+    return Model(checkpoint, spec, sources, ReferenceRunner(weights, kind, place))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: got {device!r}, but PyTorch finds no CUDA device here")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None or kind not in DTYPES.values():
+        raise InputError(f"dtype: got {dtype!r}, wanted 'auto' or one of {tuple(DTYPES)}")
+    return kind
+
+
+class Model:
+    """A loaded checkpoint. May be called from many threads at once.
+
+    ``spec`` says what the checkpoint is, ``source`` what it was loaded from, ``device`` and
+    ``dtype`` where and in what it computes, ``runner`` which runner serves it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        sources: Mapping[str, Source],
+        runner: ReferenceRunner,
+    ) -> None:
+        self.spec, self.source = spec, checkpoint.source
+        self.revision = checkpoint.revision
+        self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
+        self._checkpoint, self._sources = checkpoint, sources
+        self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
+        self._text = TextTower(spec.text, runner) if spec.text else None
+        scale = runner.weights.logit_scale
+        self._logit_scale = None if scale is None else float(torch.tensor(scale).exp())
+        self._lock = threading.Lock()
+        self._prefetch = ThreadPoolExecutor(4, "vitrail-prefetch")
+        self._labels: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"<vitrail.Model {self.spec.architecture} from {str(self.source)!r}: "
+            f"{self.spec.parameters / 1e6:.1f} M parameters, {dtype} on {self.device}, "
+            f"{self.runner} runner>"
+        )
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits; equal where weights, spec, preprocessing, dtype and version are equal.
+
+        Reads all weights on first use.
+        """
+        parts = {
+            "weights": hash_weights(self.spec, self._sources),
+            "spec": self.spec.to_dict(),
+            "dtype": str(self.dtype),
+            "runner": self.runner,
+            "version": __version__,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _vision_tower(self, call: str) -> VisionTower:
+        if self._vision is None:
+            raise InputError(f"{call}: {self.spec.architecture} has no image tower")
+        return self._vision
+
+    def _text_tower(self, call: str) -> TextTower:
+        if self._text is None:
+            raise InputError(f"{call}: {self.spec.architecture} has no text tower")
+        return self._text
+
+    def _image_spec(self, call: str) -> ImageSpec:
+        if self.spec.image is None:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: {call} needs preprocessor_config.json (or "
+                "processor_config.json), which the folder lacks; preprocessed float pixels work"
+            )
+        return self.spec.image
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._checkpoint, self._text_tower("tokenize").spec)
+
+    # -- preparing inputs --------------------------------------------------------------------------
+
+    def preprocess(self, images: Images, *, size: tuple[int, int] | None = None) -> Tensor:
+        """Images -> ``pixel_values`` (N, channels, H, W) float32, bit for bit the processor's.
+
+        ``images`` and ``size`` as in `encode_image`. Raises ImageError naming the image that fails,
+        InputError where the images come out in different sizes.
+        """
+        check_options(None, size, "raise")
+        spec, tower = self._image_spec("preprocess"), self._vision_tower("preprocess").spec
+        arrays = []
+        for position, pixels in enumerate(
+            pixels_of.preprocess_float(
+                listed(images), spec=spec, channels=tower.channels, size=size
+            )
+        ):
+            if isinstance(pixels, VitrailError):
+                raise _at(position, pixels)
+            arrays.append(pixels)
+        if len({array.shape for array in arrays}) > 1:
+            shapes = sorted({array.shape[1:] for array in arrays})
+            raise InputError(f"preprocess: got images of sizes {shapes}, wanted one size a batch")
+        if not arrays:
+            return torch.empty(0, tower.channels, *(size or tower.image), dtype=torch.float32)
+        return torch.from_numpy(np.stack(arrays))
+
+    def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
+        """Texts -> ids (N, context) int64 with the family's begin, end and padding tokens.
+
+        ``overflow``: a text too long raises ("error"), is cut with a warning ("warn") or is cut
+        ("truncate"); the end token stays last.
+        """
+        tower = self._text_tower("tokenize")
+        ids = self._tokenizer.encode(texts, overflow)
+        return torch.from_numpy(pad(ids, tower.spec, self._tokenizer.pad_id)[0])
+
+    def _crops(
+        self, items: Sequence[PixelInput], size: tuple[int, int] | None
+    ) -> list[np.ndarray[Any, Any] | VitrailError]:
+        """uint8 (h, w, channels) for each item, or why there is none."""
+        tower = self._vision_tower("images")
+        return pixels_of.preprocess_uint8(
+            items, spec=self._image_spec("images"), channels=tower.spec.channels, size=size
+        )
+
+    # -- embeddings --------------------------------------------------------------------------------
+
+    @overload
+    def encode_image(
+        self,
+        images: Images,
+        *,
+        normalize: bool = ...,
+        batch_size: int | None = ...,
+        size: tuple[int, int] | None = ...,
+        on_error: Literal["raise"] = ...,
+        output_device: str | torch.device = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def encode_image(
+        self,
+        images: Images,
+        *,
+        normalize: bool = ...,
+        batch_size: int | None = ...,
+        size: tuple[int, int] | None = ...,
+        on_error: Literal["skip"],
+        output_device: str | torch.device = ...,
+    ) -> EncodeResult: ...
+
+    def encode_image(
+        self,
+        images: Images,
+        *,
+        normalize: bool = False,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
+        on_error: OnError = "raise",
+        output_device: str | torch.device = "cpu",
+    ) -> Tensor | EncodeResult:
+        """Images -> embeddings (N, D) float32: one image gives (1, D), none (0, D).
+
+        ``images``: one or a list of path, encoded bytes, PIL image, uint8 array or tensor (H, W,
+        C); or uint8 (N, H, W, C); or float (N, C, H, W), taken as already preprocessed. CLIP: the
+        projected embedding, not of unit length unless ``normalize``. ViT and DINOv2: the class
+        token after the final LayerNorm, never the tanh pooler. ``size`` (H, W): another size than
+        the processor's; positions are interpolated. ``on_error="skip"`` gives an `EncodeResult`, in
+        which one bad image never costs another.
+
+        Raises ImageError for an image that cannot be read, InputError for a wrong argument.
+        """
+        tower = self._vision_tower("encode_image")
+        check_options(batch_size, size, on_error)
+        values = floats(images)
+        if values is not None:
+            check_pixels(values, tower.spec, self.spec.image)
+            rows, errors = self._encodefloats(values, batch_size)
+        else:
+            rows, errors = self._encode_items(listed(images), batch_size, size)
+        width = tower.spec.embedding
+        return _collect(rows, errors, width, normalize, on_error, torch.device(output_device))
+
+    def _encodefloats(self, values: Tensor, batch_size: int | None) -> _Rows:
+        tower = self._vision_tower("encode_image")
+        step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
+        rows: dict[int, Tensor] = {}
+        errors: dict[int, VitrailError] = {}
+        for start in range(0, values.shape[0], step):
+            positions = range(start, min(start + step, values.shape[0]))
+            good, bad = self._embed(values[start : start + step], positions)
+            rows |= good
+            errors |= bad
+        return rows, errors
+
+    def _encode_items(
+        self, items: Sequence[PixelInput], batch_size: int | None, size: tuple[int, int] | None
+    ) -> _Rows:
+        tower, spec = self._vision_tower("encode_image"), self._image_spec("encode_image")
+        expected = size or spec.crop or tower.spec.image
+        step = batch_size or tower.batch(expected, ACTIVATION_BYTES)
+        rows: dict[int, Tensor] = {}
+        errors: dict[int, VitrailError] = {}
+        for start, crops in self._batches(items, step, size):
+            shapes: dict[tuple[int, ...], list[int]] = {}
+            for offset, crop in enumerate(crops):
+                if isinstance(crop, VitrailError):
+                    errors[start + offset] = _at(start + offset, crop)
+                else:
+                    shapes.setdefault(crop.shape, []).append(offset)
+            for shape, offsets in shapes.items():
+                down, across = tower.spec.patch
+                if shape[0] < down or shape[1] < across:
+                    got = f"got {shape[1]}x{shape[0]} pixels after preprocessing"
+                    reason = f"{got}, wanted at least one patch of {across}x{down}"
+                    errors |= {start + o: _at(start + o, ImageError(reason)) for o in offsets}
+                    continue
+                chosen = [
+                    crop
+                    for offset in offsets
+                    if not isinstance(crop := crops[offset], VitrailError)
+                ]
+                batch = torch.from_numpy(np.stack(chosen))
+                good, bad = self._embed(batch, [start + offset for offset in offsets])
+                rows |= good
+                errors |= bad
+        return rows, errors
+
+    def _batches(
+        self, items: Sequence[PixelInput], step: int, size: tuple[int, int] | None
+    ) -> Iterator[tuple[int, list[np.ndarray[Any, Any] | VitrailError]]]:
+        """Preprocessed batches, the next one in the making while the caller works on this one."""
+        starts = range(0, len(items), step)
+        if len(starts) == 1:
+            yield 0, self._crops(items, size)
+            return
+        ahead = self._prefetch.submit(self._crops, items[:step], size)
+        for start in starts:
+            crops = ahead.result()
+            if start + step < len(items):
+                following = items[start + step : start + 2 * step]
+                ahead = self._prefetch.submit(self._crops, following, size)
+            yield start, crops
+
+    def _embed(self, batch: Tensor, positions: Sequence[int]) -> _Rows:
+        """Embeddings of one batch by input position, and the items that came out not finite."""
+        tower = self._vision_tower("encode_image")
+        out = tower.embed(batch)
+        embeddings, status = out["vision.embedding"], out["vision.status"].tolist()
+        rows = {
+            p: row for p, row, bad in zip(positions, embeddings, status, strict=True) if not bad
+        }
+        errors: dict[int, VitrailError] = {}
+        for offset, (position, bad) in enumerate(zip(positions, status, strict=True)):
+            if bad:
+                where = self._first_bad_block(batch[offset : offset + 1])
+                errors[position] = VitrailError(f"image {position}: {where}")
+        return rows, errors
+
+    def _first_bad_block(self, pixels: Tensor) -> str:
+        """Where the numbers of one image stop being finite, in words."""
+        tower = self._vision_tower("encode_image")
+        layers = tower.spec.blocks.layers
+        out = tower.dense(pixels, tuple(range(layers + 1)))
+        kind = str(self.dtype).removeprefix("torch.")
+        advice = "" if self.dtype == torch.float32 else "; load with dtype='float32' or 'bfloat16'"
+        for layer in range(layers + 1):
+            if not torch.isfinite(out[f"vision.hidden.{layer}"]).all():
+                place = f"block {layer - 1}" if layer else "the patch embedding"
+                return f"{place} gives numbers that are not finite in {kind}{advice}"
+        return f"the final projection gives numbers that are not finite in {kind}{advice}"
+
+    def encode_text(
+        self,
+        texts: Texts,
+        *,
+        normalize: bool = False,
+        batch_size: int | None = None,
+        overflow: Overflow = "error",
+        output_device: str | torch.device = "cpu",
+    ) -> Tensor:
+        """Texts, or token ids (N, T), -> embeddings (N, D) float32; none give (0, D).
+
+        Only the tokens up to the pooled one are computed: later ones cannot reach it. ``overflow``
+        as in `tokenize`. Raises InputError: a text too long, ids out of range or without an end
+        token.
+        """
+        tower = self._text_tower("encode_text")
+        check_options(batch_size, None, "raise")
+        ids = self._cut_ids(texts, overflow)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        step = batch_size or tower.batch(ACTIVATION_BYTES)
+        rows: dict[int, Tensor] = {}
+        errors: dict[int, VitrailError] = {}
+        for start in range(0, len(order), step):
+            chosen = order[start : start + step]
+            out = tower.embed([ids[i] for i in chosen])
+            status = out["text.status"].tolist()
+            for i, row, bad in zip(chosen, out["text.embedding"], status, strict=True):
+                rows[i] = row
+                if bad:
+                    kind = str(self.dtype).removeprefix("torch.")
+                    errors[i] = VitrailError(f"text {i}: the numbers are not finite in {kind}")
+        place = torch.device(output_device)
+        result = _collect(rows, errors, tower.spec.embedding, normalize, "raise", place)
+        assert isinstance(result, Tensor), "on_error='raise' gives a tensor"
+        return result
+
+    def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
+        """Id lists that end at the pooled token."""
+        tower = self._text_tower("encode_text")
+        if isinstance(texts, str) or (isinstance(texts, Sequence) and all_strings(texts)):
+            ids = self._tokenizer.encode(cast("str | Sequence[str]", texts), overflow)
+        else:
+            ids = id_lists(texts, tower.spec.vocab, tower.spec.context)
+        cut = []
+        for position, row in enumerate(ids):
+            eos = max(row, default=0) if tower.spec.eos is None else tower.spec.eos
+            if eos not in row:
+                raise InputError(
+                    f"text {position}: got no end token ({eos}) among its {len(row)} ids"
+                )
+            cut.append(row[: row.index(eos) + 1])
+        return cut
+
+    # -- classes -----------------------------------------------------------------------------------
+
+    def classify(
+        self,
+        images: Images,
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] = ("a photo of a {}",),
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Classification:
+        """Probabilities (N, L) over ``labels`` (zero-shot), or over the checkpoint's own.
+
+        Zero-shot: each label fills every template, the normalised embeddings are averaged and
+        normalised, and compared with the image's under the learnt temperature. Label embeddings are
+        cached. Without ``labels``: the checkpoint's classification head.
+        """
+        if labels is None:
+            logits = self._head_logits(images, batch_size, size)
+            assert self.spec.head is not None, "a head was needed to get here"
+            names = self.spec.head.labels
+        else:
+            if self._logit_scale is None:
+                raise InputError(
+                    f"classify: {self.spec.architecture} has no image and text tower to compare "
+                    "labels with; leave labels out to use the checkpoint's own head"
+                )
+            names = tuple(labels)
+            matrix = self._label_embeddings(names, tuple(templates))
+            found = self.encode_image(images, normalize=True, batch_size=batch_size, size=size)
+            logits = self._logit_scale * found @ matrix.t()
+        return Classification(names, logits.softmax(dim=1), logits)
+
+    def _label_embeddings(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise InputError("labels: wanted one string or more")
+        if not templates or any("{}" not in template for template in templates):
+            raise InputError(
+                f"templates: got {templates!r}, wanted strings with {{}} for the label"
+            )
+        key = (labels, templates)
+        with self._lock:
+            if key in self._labels:
+                return self._labels[key]
+        texts = [t.replace("{}", label) for label in labels for t in templates]
+        each = self.encode_text(texts, normalize=True).view(len(labels), len(templates), -1)
+        matrix = (
+            torch.nn.functional.normalize(each.mean(dim=1), dim=1)
+            if len(templates) > 1
+            else each[:, 0]
+        )
+        with self._lock:
+            while len(self._labels) >= LABEL_SETS:
+                self._labels.pop(next(iter(self._labels)))
+            self._labels[key] = matrix
+        return matrix
+
+    def _head_logits(
+        self, images: Images, batch_size: int | None, size: tuple[int, int] | None
+    ) -> Tensor:
+        tower = self._vision_tower("classify")
+        if tower.head is None:
+            raise InputError(
+                f"classify: {self.spec.architecture} has no classification head; "
+                "give labels to a CLIP checkpoint, or load one that was fine-tuned"
+            )
+        values = floats(images)
+        if values is None:
+            values = self.preprocess(images, size=size)
+        check_pixels(values, tower.spec, self.spec.image)
+        step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
+        parts = [torch.empty(0, len(tower.head.labels), dtype=torch.float32)]
+        for start in range(0, values.shape[0], step):
+            batch = values[start : start + step]
+            pooled = tower.head.features == "class"
+            out = tower.embed(batch, head=True) if pooled else tower.dense(batch)
+            parts.append(out["vision.logits"].cpu())
+        return torch.cat(parts)
+
+    # -- everything, as transformers gives it ------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """The fields of the checkpoint's transformers class, on the model's device.
+
+        ``pixel_values`` (B, C, H, W) floats, any size of at least a patch: positions are
+        interpolated, remainder pixels dropped. ``input_ids`` (B, T) integers; ``attention_mask``
+        (B, T) with 1 for the tokens that may be attended to, right padding only. Of a CLIPModel
+        either tower alone is allowed. A row of ids without an end token is pooled at its first
+        token, as transformers does.
+        """
+        if pixel_values is None and input_ids is None:
+            raise InputError("forward: got neither pixel_values nor input_ids")
+        if attention_mask is not None and input_ids is None:
+            raise InputError("forward: got attention_mask without input_ids")
+        vision = text = None
+        if pixel_values is not None:
+            tower = self._vision_tower("pixel_values")
+            values = floats(pixel_values)
+            if values is None:
+                raise InputError("pixel_values: wanted a float tensor (B, C, height, width)")
+            check_pixels(values, tower.spec, self.spec.image)
+            vision = forward_vision(tower, self.spec, values, output_hidden_states)
+        if input_ids is not None:
+            text_tower = self._text_tower("input_ids")
+            ids = check_id_tensor(input_ids, text_tower.spec.vocab, text_tower.spec.context)
+            kv_lens = None if attention_mask is None else mask_lengths(attention_mask, ids)
+            text = forward_text(text_tower, self.spec, ids, kv_lens, output_hidden_states)
+        if self._logit_scale is not None:
+            return forward_pair(vision, text, self._logit_scale)
+        result = vision or text
+        assert result is not None, "one tower ran"
+        return result
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """DINOv2's method, its signature and values: patch tokens after some of the blocks.
+
+        ``x`` (B, C, H, W) preprocessed floats; ``n``: the last n blocks, or these block numbers.
+        Patch tokens (B, h w, C), or (B, C, h, w) with ``reshape``; with ``return_class_token``
+        pairs of (patch tokens, class token (B, C)); with ``norm`` after the final LayerNorm.
+        Source: `get_intermediate_layers` of facebookresearch/dinov2, vision_transformer.py.
+        """
+        tower = self._vision_tower("get_intermediate_layers")
+        values = floats(x)
+        if values is None:
+            raise InputError("x: wanted a float tensor (B, C, height, width)")
+        check_pixels(values, tower.spec, self.spec.image)
+        layers = tower.spec.blocks.layers
+        taps = tuple(range(layers - n, layers)) if isinstance(n, int) else tuple(n)
+        if not taps or any(not isinstance(t, int) or not 0 <= t < layers for t in taps):
+            raise InputError(f"n: got {n!r}, wanted 1 to {layers}, or block numbers below {layers}")
+        if list(taps) != sorted(set(taps)):
+            raise InputError(f"n: got block numbers {n!r}, wanted them ascending and once each")
+        outs = tower.layers(values, taps, norm)
+        patches = [out[:, tower.spec.prefix :] for out in outs]
+        if reshape:
+            h, w = tower.spec.grid_at(tower.size(values))
+            patches = [
+                p.reshape(p.shape[0], h, w, -1).permute(0, 3, 1, 2).contiguous() for p in patches
+            ]
+        if return_class_token:
+            return tuple((p, out[:, 0]) for p, out in zip(patches, outs, strict=True))
+        return tuple(patches)
+
+
+_Rows = tuple[dict[int, Tensor], dict[int, VitrailError]]
+
+
+def _at(position: int, error: VitrailError) -> VitrailError:
+    """The same error, saying which image of the call it is about."""
+    return type(error)(f"image {position}: {error}")
+
+
+def _collect(
+    rows: Mapping[int, Tensor],
+    errors: Mapping[int, VitrailError],
+    width: int,
+    normalize: bool,
+    on_error: OnError,
+    device: torch.device,
+) -> Tensor | EncodeResult:
+    """Rows by position -> one tensor, in input order; the first error raised where it must be."""
+    if errors and on_error == "raise":
+        raise errors[min(errors)]
+    index = sorted(rows)
+    with torch.inference_mode(False), torch.no_grad():
+        kept = [rows[i] for i in index]
+        out = torch.stack(kept) if kept else torch.empty(0, width, dtype=torch.float32)
+        out = (unit(out) if normalize else out).to(device)
+    if on_error == "raise":
+        return out
+    return EncodeResult(out, tuple(index), {i: str(errors[i]) for i in sorted(errors)})
