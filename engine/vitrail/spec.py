@@ -263,11 +263,13 @@ class HeadSpec:
     """A linear classifier over the normalised tokens.
 
     ``features``: "class" (the class token) or "class_mean" (the class token, then the mean of the
-    patch tokens, registers left out: DINOv2).
+    patch tokens, registers left out: DINOv2). ``multi_label``: labels do not exclude one another,
+    so each has a probability of its own.
     """
 
     labels: tuple[str, ...]
     features: Literal["class", "class_mean"]
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         _count("labels", len(self.labels), 1, MAX_TABLE)

@@ -1,0 +1,59 @@
+"""Checkpoint formats: which one a folder is, its spec, and where its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vitrail.errors import CheckpointError
+from vitrail.files import Checkpoint
+from vitrail.spec import ModelSpec
+from vitrail.zoo import hf, hf_names
+from vitrail.zoo.rules import Source
+
+__all__ = ["FORMATS", "Format", "Source", "map_tensors", "read_spec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A way of writing checkpoints."""
+
+    name: str
+    matches: Callable[[Checkpoint], bool]
+    read_spec: Callable[[Checkpoint], ModelSpec]
+    map_tensors: Callable[[Checkpoint, ModelSpec], dict[str, Source]]
+
+
+FORMATS = (Format("Hugging Face", hf.matches, hf.read_spec, hf_names.map_tensors),)
+
+
+def _format_of(checkpoint: Checkpoint) -> Format:
+    """The one format a checkpoint is in; CheckpointError when it is in none or in several."""
+    found = [candidate for candidate in FORMATS if candidate.matches(checkpoint)]
+    if len(found) != 1:
+        got = " and ".join(candidate.name for candidate in found) or "no known format"
+        known = ", ".join(candidate.name for candidate in FORMATS)
+        raise CheckpointError(
+            f"config.json: got {got}, wanted one of: {known} (a config.json with model_type)"
+        )
+    return found[0]
+
+
+def read_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """The whole model as plain values; reads no tensor. Raises CheckpointError."""
+    try:
+        return _format_of(checkpoint).read_spec(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from None
+
+
+def map_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Source]:
+    """Canonical name -> source of every tensor of the spec: complete, or a CheckpointError.
+
+    A source's (sliced) tensor has as many elements as ``spec.tensor_shapes()`` says; leading
+    dimensions of 1 may differ.
+    """
+    try:
+        return _format_of(checkpoint).map_tensors(checkpoint, spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from None
