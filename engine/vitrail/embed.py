@@ -1,0 +1,359 @@
+"""Lists of images to one file of embeddings, with a row for each input: good, or bad and why.
+
+``.npy`` holds the good rows alone, float (K, D); beside it a ``.csv`` has a line per input (path,
+status, error, row of the array) and a ``.json`` says which model, settings and version made them.
+``.parquet`` holds it all in one file, with null embeddings for failures.
+A file appears under its own name only once it is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import secrets
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vitrail._version import __version__
+from vitrail.errors import InputError
+
+if TYPE_CHECKING:
+    from vitrail.model import Model
+
+Precision = Literal["float32", "float16"]
+Floats = npt.NDArray[np.float32]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+CALL = 64  # images a call where the caller names no batch size
+BATCHES = 4  # batches a call else: the model decodes the next while it computes one
+ROW_GROUP = 8192  # parquet rows written together
+REASONS = 5  # failures a summary quotes
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """The images that files, folders and glob patterns stand for, in the order given.
+
+    A file is taken whatever its name. A folder is searched through its sub-folders (not through
+    links to folders, nor hidden names) for jpg, jpeg, png, webp, bmp and gif in any case. A pattern
+    (``**`` crosses folders) is what it matches. Folders and matches are sorted, and give no path
+    that is already listed; a file named twice is listed twice.
+
+    Raises InputError where an input does not exist, cannot be listed or gives no image.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    for name in inputs:
+        if os.path.lexists(name) and not os.path.isdir(name):
+            found.append(name)
+            seen.add(name)
+            continue
+        paths = _expand(name)
+        if not paths:
+            raise InputError(f"{name}: no image there, wanted {', '.join(sorted(EXTENSIONS))}")
+        found += [path for path in paths if path not in seen]
+        seen.update(paths)
+    return [Path(path) for path in found]
+
+
+def _expand(name: str) -> list[str]:
+    if os.path.isdir(name):
+        return _walk(name)
+    if not glob.has_magic(name):
+        raise InputError(f"{name!r}: no such file or folder")
+    matches = glob.glob(name, recursive=True)
+    if not matches:
+        raise InputError(f"{name!r}: matches no file")
+    paths = {path for path in matches if not os.path.isdir(path)}
+    if "**" not in name:
+        paths.update(*map(_walk, set(matches) - paths))
+    return sorted(paths)
+
+
+def _walk(root: str) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot list the folder: {error.strerror}") from error
+
+    found: list[str] = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(folder, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return sorted(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive inputs; where ``errors[i]`` is None, input i has the next row of embeddings."""
+
+    paths: Sequence[Path]
+    errors: Sequence[str | None]
+    embeddings: Floats  # (inputs without error, D)
+
+
+def embed_images(
+    model: Model,
+    paths: Sequence[Path],
+    *,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    normalize: bool = False,
+) -> Iterator[Rows]:
+    """Embeds a batch at a time, so that one batch of pixels is in memory, never all of them."""
+    step = BATCHES * batch_size if batch_size else CALL
+    for start in range(0, len(paths), step):
+        batch = paths[start : start + step]
+        result = model.encode_image(
+            batch, batch_size=batch_size, size=size, normalize=normalize, on_error="skip"
+        )
+        errors: list[str | None] = [None] * len(batch)
+        for position, reason in result.errors.items():
+            errors[position] = reason.removeprefix(f"image {position}: ")
+        yield Rows(batch, errors, result.embeddings.numpy())
+
+
+Write = Callable[[Rows, npt.NDArray[Any]], None]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What became of the inputs; ``reasons`` quotes the first failures as (path, reason)."""
+
+    inputs: int = 0
+    failed: int = 0
+    reasons: list[tuple[Path, str]] = field(default_factory=list)
+
+    def add(self, rows: Rows) -> None:
+        bad = [(p, e) for p, e in zip(rows.paths, rows.errors, strict=True) if e is not None]
+        self.inputs += len(rows.paths)
+        self.failed += len(bad)
+        self.reasons += bad[: REASONS - len(self.reasons)]
+
+
+def embed(
+    model: Model,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    normalize: bool = False,
+    precision: Precision = "float32",
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Summary:
+    """Embeds ``paths`` into ``out`` (.npy or .parquet); ``progress`` gets the inputs done so far.
+
+    Where every input fails nothing is written. Raises InputError where ``out`` cannot be written,
+    or exists without ``overwrite``, or a value leaves float16's range.
+    """
+    check_output(out, overwrite)
+    about = _about(model, size, normalize, precision)
+    summary = Summary()
+    with _drafts(_targets(out)) as drafts:
+        with (_parquet if out.suffix == ".parquet" else _npy)(drafts.names, about) as write:
+            for rows in embed_images(
+                model, paths, batch_size=batch_size, size=size, normalize=normalize
+            ):
+                summary.add(rows)
+                write(rows, _narrow(rows, precision))
+                progress(summary.inputs)
+        if summary.failed < summary.inputs:
+            drafts.commit()
+    return summary
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raises InputError where ``embed`` could not write ``out``; costs nothing, so ask early."""
+    if out.suffix not in (".npy", ".parquet"):
+        raise InputError(f"{out}: got the extension {out.suffix!r}, wanted .npy or .parquet")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: the folder {out.parent} is not writable")
+    for target in _targets(out):
+        if target.is_dir():
+            raise InputError(f"{target}: is a folder, wanted the name of a file")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target}: exists already (--overwrite, or overwrite=True, replaces)")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def _targets(out: Path) -> list[Path]:
+    """The files an output consists of; the one that says the rest is there comes last."""
+    if out.suffix == ".parquet":
+        return [out]
+    return [out.with_suffix(".csv"), out.with_suffix(".json"), out]
+
+
+def _about(
+    model: Model, size: tuple[int, int] | None, normalize: bool, precision: Precision
+) -> dict[str, Any]:
+    vision = model.spec.vision
+    if vision is None:
+        raise InputError(
+            f"{model.spec.architecture} has no image tower, wanted one to embed images"
+        )
+    return {
+        "vitrail": __version__,
+        "model": model.source,
+        "revision": model.revision,
+        "fingerprint": model.fingerprint,
+        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "size": list(size) if size else None,
+        "normalized": normalize,
+        "width": vision.embedding,
+        "dtype": precision,
+    }
+
+
+def _narrow(rows: Rows, precision: Precision) -> npt.NDArray[Any]:
+    if precision == "float32":
+        return rows.embeddings
+    with np.errstate(over="ignore"):
+        narrow = rows.embeddings.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        largest = float(np.abs(rows.embeddings).max())
+        raise InputError(f"float16 output: got an embedding value of {largest:.4g}, wanted < 65504")
+    return narrow
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """Files under temporary names in the folder of their targets, renamed together at the end."""
+
+    names: Sequence[Path]
+    targets: Sequence[Path]
+
+    def commit(self) -> None:
+        for name in self.names:
+            _sync(name)
+        for name, target in zip(self.names, self.targets, strict=True):
+            os.replace(name, target)
+        _sync(self.targets[-1].parent)
+
+
+@contextmanager
+def _drafts(targets: Sequence[Path]) -> Iterator[_Drafts]:
+    """Drafts that are gone afterwards, committed or not; an OSError becomes an InputError."""
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    names = [path.with_name(f".{path.name}.{mark}.tmp") for path in targets]
+    try:
+        yield _Drafts(names, targets)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{targets[-1]}: cannot write it: {reason}") from error
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _npy(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
+    table, sidecar, array = names
+    inputs = good = 0
+    with open(table, "xb") as lines, open(array, "xb") as data:
+
+        def write(rows: Rows, values: npt.NDArray[Any]) -> None:
+            nonlocal inputs, good
+            lines.write(_csv_lines(rows, good))
+            data.write(np.ascontiguousarray(values).data)
+            inputs, good = inputs + len(rows.paths), good + len(values)
+
+        lines.write(b"path,status,error,row\r\n")
+        data.write(_npy_header(0, about))
+        yield write
+        data.seek(0)
+        data.write(_npy_header(good, about))
+    counts = {"inputs": inputs, "embedded": good}
+    sidecar.write_text(json.dumps(about | counts, indent=2) + "\n")
+
+
+def _npy_header(rows: int, about: dict[str, Any]) -> bytes:
+    """Version 1.0 of NumPy's format, always 128 bytes, so that the row count can come last."""
+    kind = np.dtype(about["dtype"]).newbyteorder("<").str
+    text = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': ({rows}, {about['width']}), }}"
+    return struct.pack("<6sBBH117sc", b"\x93NUMPY", 1, 0, 118, text.ljust(117).encode(), b"\n")
+
+
+def _csv_lines(rows: Rows, row: int) -> bytes:
+    text = io.StringIO(newline="")
+    lines = csv.writer(text)
+    for path, error in zip(rows.paths, rows.errors, strict=True):
+        lines.writerow(
+            [path_text(path), "ok" if error is None else "error", error, None if error else row]
+        )
+        row += error is None
+    return text.getvalue().encode()
+
+
+@contextmanager
+def _parquet(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
+    pa, parquet = _pyarrow()
+    width = about["width"]
+    vector = pa.list_(pa.float16() if about["dtype"] == "float16" else pa.float32(), width)
+    text = pa.string()
+    schema = pa.schema(
+        [("path", text), ("status", text), ("error", text), ("embedding", vector)],
+        metadata={"vitrail": json.dumps(about)},
+    )
+    waiting: list[Any] = []
+
+    def flush() -> None:
+        file.write_table(pa.Table.from_batches(waiting, schema))
+        waiting.clear()
+
+    def write(rows: Rows, values: npt.NDArray[Any]) -> None:
+        bad = np.array([error is not None for error in rows.errors], dtype=bool)
+        every = np.zeros((len(bad), width), values.dtype)
+        every[~bad] = values
+        columns = [
+            pa.array(map(path_text, rows.paths), text),
+            pa.array(np.where(bad, "error", "ok"), text),
+            pa.array(rows.errors, text),
+            pa.FixedSizeListArray.from_arrays(every.ravel(), type=vector, mask=pa.array(bad)),
+        ]
+        waiting.append(pa.record_batch(columns, schema))
+        if sum(batch.num_rows for batch in waiting) >= ROW_GROUP:
+            flush()
+
+    with parquet.ParquetWriter(names[0], schema, use_dictionary=["status"]) as file:
+        yield write
+        flush()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            "parquet output needs pyarrow: pip install 'vitrail[parquet]', or ask for .npy"
+        ) from error
+    return pyarrow, parquet
+
+
+def path_text(path: Path) -> str:
+    """The path as text; bytes that are no UTF-8, which a file name may hold, as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
