@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from vitrail.inputs import (
     mask_lengths,
 )
 from vitrail.outputs import Classification, EncodeResult, Output
+from vitrail.resize import Pixels
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
@@ -109,7 +110,8 @@ class Model:
     """A loaded checkpoint. May be called from many threads at once.
 
     ``spec`` says what the checkpoint is, ``source`` what it was loaded from, ``device`` and
-    ``dtype`` where and in what it computes, ``runner`` which runner serves it.
+    ``dtype`` where and in what it computes, ``runner`` which runner serves it, ``weight_bytes``
+    what its weights take up there.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Model:
         self.spec, self.source = spec, checkpoint.source
         self.revision = checkpoint.revision
         self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
+        self.weight_bytes = runner.weights.arena.numel()
         self._checkpoint, self._sources = checkpoint, sources
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
         self._text = TextTower(spec.text, runner) if spec.text else None
@@ -216,7 +219,7 @@ class Model:
 
     def _crops(
         self, items: Sequence[PixelInput], size: tuple[int, int] | None
-    ) -> list[np.ndarray[Any, Any] | VitrailError]:
+    ) -> list[Pixels | VitrailError]:
         """uint8 (h, w, channels) for each item, or why there is none."""
         tower = self._vision_tower("images")
         return pixels_of.preprocess_uint8(
@@ -270,65 +273,69 @@ class Model:
 
         Raises ImageError for an image that cannot be read, InputError for a wrong argument.
         """
-        tower = self._vision_tower("encode_image")
         check_options(batch_size, size, on_error)
-        values = floats(images)
-        if values is not None:
-            check_pixels(values, tower.spec, self.spec.image)
-            rows, errors = self._encodefloats(values, batch_size)
-        else:
-            rows, errors = self._encode_items(listed(images), batch_size, size)
-        width = tower.spec.embedding
-        return _collect(rows, errors, width, normalize, on_error, torch.device(output_device))
+        width = self._vision_tower("encode_image").spec.embedding
+        rows, errors = self._each_image(images, batch_size, size, logits=False)
+        out = _in_order(rows, {} if on_error == "skip" else errors, width)
+        out = (unit(out) if normalize else out).to(output_device)
+        if on_error == "raise":
+            return out
+        reasons = {position: str(errors[position]) for position in sorted(errors)}
+        return EncodeResult(out, tuple(sorted(rows)), reasons)
 
-    def _encodefloats(self, values: Tensor, batch_size: int | None) -> _Rows:
-        tower = self._vision_tower("encode_image")
+    def _each_image(
+        self, images: Images, batch_size: int | None, size: tuple[int, int] | None, logits: bool
+    ) -> _Rows:
+        """The embedding or the class scores of every image by position, and what failed."""
+        tower = self._vision_tower("images")
+        values = floats(images)
+        if values is None:
+            return self._each_item(listed(images), batch_size, size, logits)
+        check_pixels(values, tower.spec, self.spec.image)
         step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
         for start in range(0, values.shape[0], step):
-            positions = range(start, min(start + step, values.shape[0]))
-            good, bad = self._embed(values[start : start + step], positions)
+            batch = values[start : start + step]
+            good, bad = self._compute(batch, range(start, start + len(batch)), logits)
             rows |= good
             errors |= bad
         return rows, errors
 
-    def _encode_items(
-        self, items: Sequence[PixelInput], batch_size: int | None, size: tuple[int, int] | None
+    def _each_item(
+        self,
+        items: Sequence[PixelInput],
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        logits: bool,
     ) -> _Rows:
-        tower, spec = self._vision_tower("encode_image"), self._image_spec("encode_image")
-        expected = size or spec.crop or tower.spec.image
-        step = batch_size or tower.batch(expected, ACTIVATION_BYTES)
+        tower, spec = self._vision_tower("images"), self._image_spec("images")
+        step = batch_size or tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
         for start, crops in self._batches(items, step, size):
-            shapes: dict[tuple[int, ...], list[int]] = {}
-            for offset, crop in enumerate(crops):
+            shapes: dict[tuple[int, ...], dict[int, Pixels]] = {}
+            for position, crop in enumerate(crops, start):
                 if isinstance(crop, VitrailError):
-                    errors[start + offset] = _at(start + offset, crop)
+                    errors[position] = _at(position, crop)
                 else:
-                    shapes.setdefault(crop.shape, []).append(offset)
-            for shape, offsets in shapes.items():
+                    shapes.setdefault(crop.shape, {})[position] = crop
+            for shape, group in shapes.items():
                 down, across = tower.spec.patch
                 if shape[0] < down or shape[1] < across:
                     got = f"got {shape[1]}x{shape[0]} pixels after preprocessing"
                     reason = f"{got}, wanted at least one patch of {across}x{down}"
-                    errors |= {start + o: _at(start + o, ImageError(reason)) for o in offsets}
+                    errors |= {position: _at(position, ImageError(reason)) for position in group}
                     continue
-                chosen = [
-                    crop
-                    for offset in offsets
-                    if not isinstance(crop := crops[offset], VitrailError)
-                ]
-                batch = torch.from_numpy(np.stack(chosen))
-                good, bad = self._embed(batch, [start + offset for offset in offsets])
+                batch = torch.from_numpy(np.stack(list(group.values())))
+                good, bad = self._compute(batch, list(group), logits)
                 rows |= good
                 errors |= bad
         return rows, errors
 
     def _batches(
         self, items: Sequence[PixelInput], step: int, size: tuple[int, int] | None
-    ) -> Iterator[tuple[int, list[np.ndarray[Any, Any] | VitrailError]]]:
+    ) -> Iterator[tuple[int, list[Pixels | VitrailError]]]:
         """Preprocessed batches, the next one in the making while the caller works on this one."""
         starts = range(0, len(items), step)
         if len(starts) == 1:
@@ -342,17 +349,20 @@ class Model:
                 ahead = self._prefetch.submit(self._crops, following, size)
             yield start, crops
 
-    def _embed(self, batch: Tensor, positions: Sequence[int]) -> _Rows:
-        """Embeddings of one batch by input position, and the items that came out not finite."""
-        tower = self._vision_tower("encode_image")
-        out = tower.embed(batch)
-        embeddings, status = out["vision.embedding"], out["vision.status"].tolist()
-        rows = {
-            p: row for p, row, bad in zip(positions, embeddings, status, strict=True) if not bad
-        }
+    def _compute(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
+        """Rows of one batch of pixels by input position, and the items that are not finite."""
+        tower = self._vision_tower("images")
+        if logits and tower.head is not None and tower.head.features == "class_mean":
+            found = tower.dense(batch)["vision.logits"]
+        else:
+            found = tower.embed(batch, logits)["vision.logits" if logits else "vision.embedding"]
+        finite = torch.isfinite(found).all(dim=1).tolist()
+        rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
-        for offset, (position, bad) in enumerate(zip(positions, status, strict=True)):
-            if bad:
+        for offset, (position, good) in enumerate(zip(positions, finite, strict=True)):
+            if good:
+                rows[position] = found[offset]
+            else:
                 where = self._first_bad_block(batch[offset : offset + 1])
                 errors[position] = VitrailError(f"image {position}: {where}")
         return rows, errors
@@ -401,10 +411,8 @@ class Model:
                 if bad:
                     kind = str(self.dtype).removeprefix("torch.")
                     errors[i] = VitrailError(f"text {i}: the numbers are not finite in {kind}")
-        place = torch.device(output_device)
-        result = _collect(rows, errors, tower.spec.embedding, normalize, "raise", place)
-        assert isinstance(result, Tensor), "on_error='raise' gives a tensor"
-        return result
+        out = _in_order(rows, errors, tower.spec.embedding)
+        return (unit(out) if normalize else out).to(output_device)
 
     def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
         """Id lists that end at the pooled token."""
@@ -440,26 +448,31 @@ class Model:
         normalised, and compared with the image's under the learnt temperature. Label embeddings are
         cached. Without ``labels``: the checkpoint's classification head.
         """
+        check_options(batch_size, size, "raise")
         if labels is None:
-            logits = self._head_logits(images, batch_size, size)
-            assert self.spec.head is not None, "a head was needed to get here"
-            names = self.spec.head.labels
-        else:
-            if self._logit_scale is None:
+            head = self.spec.head
+            if head is None:
                 raise InputError(
-                    f"classify: {self.spec.architecture} has no image and text tower to compare "
-                    "labels with; leave labels out to use the checkpoint's own head"
+                    f"classify: {self.spec.architecture} has no classification head; "
+                    "give labels to a CLIP checkpoint, or load one that was fine-tuned"
                 )
-            names = tuple(labels)
-            matrix = self._label_embeddings(names, tuple(templates))
-            found = self.encode_image(images, normalize=True, batch_size=batch_size, size=size)
-            logits = self._logit_scale * found @ matrix.t()
+            rows, errors = self._each_image(images, batch_size, size, logits=True)
+            logits = _in_order(rows, errors, len(head.labels))
+            probs = logits.sigmoid() if head.multi_label else logits.softmax(dim=1)
+            return Classification(head.labels, probs, logits)
+        if self._logit_scale is None:
+            raise InputError(
+                f"classify: {self.spec.architecture} has no image and text tower to compare "
+                "labels with; leave labels out to use the checkpoint's own head"
+            )
+        names = _strings("labels", labels)
+        matrix = self._label_embeddings(names, _strings("templates", templates))
+        found = self.encode_image(images, normalize=True, batch_size=batch_size, size=size)
+        logits = self._logit_scale * found @ matrix.t()
         return Classification(names, logits.softmax(dim=1), logits)
 
     def _label_embeddings(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise InputError("labels: wanted one string or more")
-        if not templates or any("{}" not in template for template in templates):
+        if any("{}" not in template for template in templates):
             raise InputError(
                 f"templates: got {templates!r}, wanted strings with {{}} for the label"
             )
@@ -479,28 +492,6 @@ class Model:
                 self._labels.pop(next(iter(self._labels)))
             self._labels[key] = matrix
         return matrix
-
-    def _head_logits(
-        self, images: Images, batch_size: int | None, size: tuple[int, int] | None
-    ) -> Tensor:
-        tower = self._vision_tower("classify")
-        if tower.head is None:
-            raise InputError(
-                f"classify: {self.spec.architecture} has no classification head; "
-                "give labels to a CLIP checkpoint, or load one that was fine-tuned"
-            )
-        values = floats(images)
-        if values is None:
-            values = self.preprocess(images, size=size)
-        check_pixels(values, tower.spec, self.spec.image)
-        step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
-        parts = [torch.empty(0, len(tower.head.labels), dtype=torch.float32)]
-        for start in range(0, values.shape[0], step):
-            batch = values[start : start + step]
-            pooled = tower.head.features == "class"
-            out = tower.embed(batch, head=True) if pooled else tower.dense(batch)
-            parts.append(out["vision.logits"].cpu())
-        return torch.cat(parts)
 
     # -- everything, as transformers gives it ------------------------------------------------------
 
@@ -589,22 +580,17 @@ def _at(position: int, error: VitrailError) -> VitrailError:
     return type(error)(f"image {position}: {error}")
 
 
-def _collect(
-    rows: Mapping[int, Tensor],
-    errors: Mapping[int, VitrailError],
-    width: int,
-    normalize: bool,
-    on_error: OnError,
-    device: torch.device,
-) -> Tensor | EncodeResult:
-    """Rows by position -> one tensor, in input order; the first error raised where it must be."""
-    if errors and on_error == "raise":
+def _strings(what: str, values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str) or not values or not all(isinstance(v, str) for v in values):
+        raise InputError(f"{what}: got {values!r:.80}, wanted a list of one string or more")
+    return tuple(values)
+
+
+def _in_order(rows: Mapping[int, Tensor], errors: Mapping[int, VitrailError], width: int) -> Tensor:
+    """Rows by position as one fp32 tensor (N, width) on the CPU; the first error is raised."""
+    if errors:
         raise errors[min(errors)]
-    index = sorted(rows)
     with torch.inference_mode(False), torch.no_grad():
-        kept = [rows[i] for i in index]
-        out = torch.stack(kept) if kept else torch.empty(0, width, dtype=torch.float32)
-        out = (unit(out) if normalize else out).to(device)
-    if on_error == "raise":
-        return out
-    return EncodeResult(out, tuple(index), {i: str(errors[i]) for i in sorted(errors)})
+        if not rows:
+            return torch.empty(0, width, dtype=torch.float32, device="cpu")
+        return torch.stack([rows[position] for position in sorted(rows)]).cpu()

@@ -23,7 +23,10 @@ class EncodeResult:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """``probs`` and ``logits`` (N, L) fp32 over ``labels``; probabilities of a row add up to 1."""
+    """``probs`` and ``logits`` (N, L) fp32 over ``labels``.
+
+    The probabilities of a row add up to 1, except for a multi-label head, where each is its own.
+    """
 
     labels: tuple[str, ...]
     probs: Tensor
