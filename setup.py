@@ -31,8 +31,8 @@ class OptionalExtension(build_ext):
     def skipped(self, error: Exception) -> None:
         print(
             f"vitrail._C was not built: {error}\n"
-            "Vitrail is installed in pure Python. For the extension, install a C++ compiler and the\n"
-            "Python headers (Debian, Ubuntu: g++ python3-dev), then install Vitrail again.",
+            "Vitrail is installed in pure Python. For the extension, install a C++ compiler and\n"
+            "the Python headers (Debian, Ubuntu: g++ python3-dev), then install Vitrail again.",
             file=sys.stderr,
         )
 

@@ -1,0 +1,496 @@
+"""What tests share: the rules for numbers, and small models made by transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
+
+transformers.utils.logging.disable_progress_bar()
+
+# -- the rules for numbers -------------------------------------------------------------------------
+
+HALVES = (torch.float16, torch.bfloat16)
+
+KERNEL_RTOL = 1e-5
+KERNEL_ATOL = 1e-5
+"""Of max|R|, for one operator in fp32."""
+MODEL_ATOL = 1e-4
+"""Of max|R|, for a whole model in fp32."""
+COSINE = {torch.float16: 0.99995, torch.bfloat16: 0.9995}
+"""Of the worst item, for a whole model in 16 bits."""
+CENTRED_COSINE = 0.9999
+"""Of the worst item in fp16, the mean over the items taken away: massive channels hide nothing."""
+CORPUS = 512
+"""Items from which the mean over them means something."""
+
+
+def rounding(reference: Tensor, dtype: torch.dtype) -> float:
+    """eps(T): max|(R + 0.3 - 0.3) - R|, every step in ``dtype``; a step of T at R's magnitude."""
+    r = reference.to(dtype)
+    return float(((r + 0.3 - 0.3) - r).double().abs().max()) if r.numel() else 0.0
+
+
+def assert_close(
+    ours: Tensor,
+    reference: Tensor,
+    peer: Tensor | None = None,
+    *,
+    what: Literal["kernel", "model", "scores"] = "kernel",
+    name: str = "result",
+) -> None:
+    """``ours`` is as near to ``reference`` (fp32 or fp64) as the rules ask; the only tolerances.
+
+    In fp32, without ``peer``: a kernel within rtol and atol of 1e-5 of max|R|, a model of 1e-4.
+    In 16 bits ``peer`` is PyTorch's own result in that dtype. A kernel: at most twice its largest
+    error and 1.25 times its root mean square, plus rounding. A model (items along the first
+    dimension; fp32 outputs of a 16-bit model too): at most twice its error at mean, 99th percentile
+    and maximum over the items, and the worst item's cosine; again without the mean of the items
+    where there are 512 of them. Scores, too few or too alike for a cosine: the errors alone.
+    """
+    _check_comparable(ours, reference, peer, what, name)
+    y, r = ours.detach().double().cpu(), reference.detach().double().cpu()
+    if not r.numel():
+        return
+    if peer is None:
+        _assert_fp32(y, r, what, name)
+        return
+    p = peer.detach().double().cpu()
+    if what == "kernel":
+        _assert_kernel(y, r, p, rounding(reference.cpu(), peer.dtype), name)
+    else:
+        _assert_errors(y, r, p, name)
+        if what == "model":
+            _assert_cosines(y, r, peer.dtype, name)
+
+
+def _check_comparable(
+    ours: Tensor, reference: Tensor, peer: Tensor | None, what: str, name: str
+) -> None:
+    assert what in ("kernel", "model", "scores"), f"what: got {what!r}"
+    assert reference.dtype in (torch.float32, torch.float64), (
+        f"{name}: the reference is {reference.dtype}, wanted float32 or float64"
+    )
+    if peer is None:
+        assert ours.dtype == torch.float32, f"{name}: {ours.dtype} needs PyTorch's own result"
+    else:
+        assert peer.dtype in HALVES, f"{name}: PyTorch's own result is {peer.dtype}"
+        allowed = (peer.dtype,) if what == "kernel" else (peer.dtype, torch.float32)
+        assert ours.dtype in allowed, f"{name}: got {ours.dtype}, wanted {peer.dtype}"
+    for kind, tensor in (("got", ours), ("reference", reference), ("PyTorch", peer)):
+        if tensor is None:
+            continue
+        assert tensor.shape == reference.shape, (
+            f"{name}: got {tuple(ours.shape)}, {kind} {tuple(tensor.shape)}, "
+            f"reference {tuple(reference.shape)}"
+        )
+        bad = int((~torch.isfinite(tensor)).sum())
+        assert bad == 0, f"{name}: {kind} holds {bad} numbers that are not finite"
+
+
+def _assert_fp32(y: Tensor, r: Tensor, what: str, name: str) -> None:
+    top = float(r.abs().max())
+    bound = (
+        KERNEL_RTOL * r.abs() + KERNEL_ATOL * top
+        if what == "kernel"
+        else torch.full_like(r, MODEL_ATOL * top)
+    )
+    error = (y - r).abs()
+    worst = int((error - bound).argmax())
+    assert bool((error <= bound).all()), (
+        f"{name}: {y.flatten()[worst]} for {r.flatten()[worst]} at {worst}: error "
+        f"{error.flatten()[worst]:.3e}, wanted {bound.flatten()[worst]:.3e} of {top:.3g}"
+    )
+
+
+def _assert_kernel(y: Tensor, r: Tensor, p: Tensor, eps: float, name: str) -> None:
+    worst, wanted = float((y - r).abs().max()), 2 * float((p - r).abs().max()) + 2 * eps
+    assert worst <= wanted, f"{name}: largest error {worst:.3e}, wanted at most {wanted:.3e}"
+    rmse, wanted = _rms(y - r), 1.25 * _rms(p - r) + eps / 10
+    assert rmse <= wanted, f"{name}: rms error {rmse:.3e}, wanted at most {wanted:.3e}"
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _assert_errors(y: Tensor, r: Tensor, p: Tensor, name: str) -> None:
+    y, r, p = (x.reshape(x.shape[0], -1) for x in (y, r, p))
+    ours, theirs = (y - r).norm(dim=1), (p - r).norm(dim=1)
+    for label, got, peer in (
+        ("mean", ours.mean(), theirs.mean()),
+        ("99th percentile", ours.quantile(0.99), theirs.quantile(0.99)),
+        ("largest", ours.max(), theirs.max()),
+    ):
+        assert got <= 2 * peer, f"{name}: {label} error {got:.3e}, PyTorch's own {peer:.3e}"
+
+
+def _assert_cosines(y: Tensor, r: Tensor, dtype: torch.dtype, name: str) -> None:
+    y, r = (x.reshape(x.shape[0], -1) for x in (y, r))
+    cosine = _worst_cosine(y, r)
+    assert cosine >= COSINE[dtype], f"{name}: worst cosine {cosine:.7f}, wanted {COSINE[dtype]}"
+    if len(r) >= CORPUS and dtype == torch.float16:
+        mean = r.mean(dim=0)
+        cosine = _worst_cosine(y - mean, r - mean)
+        assert cosine >= CENTRED_COSINE, (
+            f"{name}: worst centred cosine {cosine:.7f}, wanted {CENTRED_COSINE}"
+        )
+
+
+def _worst_cosine(y: Tensor, r: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(y, r, dim=1, eps=0.0).min())
+
+
+# -- small models ----------------------------------------------------------------------------------
+
+VIT: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DINOV2: Mapping[str, Any] = {
+    **{key: value for key, value in VIT.items() if key != "intermediate_size"},
+    "mlp_ratio": 2,
+}
+CLIP_VISION: Mapping[str, Any] = {**VIT, "projection_dim": 24}
+CLIP_TEXT: Mapping[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 36,
+    "projection_dim": 24,
+    "vocab_size": 60,
+    "max_position_embeddings": 12,
+    "eos_token_id": 59,
+    "bos_token_id": 58,
+    "pad_token_id": 59,
+}
+REGISTERS: Mapping[str, Any] = {**DINOV2, "num_register_tokens": 3}
+LABELS: Mapping[str, Any] = {"id2label": {i: f"label {i}" for i in range(7)}}
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "ViTModel": VIT,
+    "ViTForImageClassification": {**VIT, **LABELS},
+    "CLIPModel": {"vision_config": CLIP_VISION, "text_config": CLIP_TEXT, "projection_dim": 20},
+    "CLIPVisionModel": CLIP_VISION,
+    "CLIPVisionModelWithProjection": CLIP_VISION,
+    "CLIPTextModel": CLIP_TEXT,
+    "CLIPTextModelWithProjection": CLIP_TEXT,
+    "Dinov2Model": DINOV2,
+    "Dinov2ForImageClassification": {**DINOV2, **LABELS},
+    "Dinov2WithRegistersModel": REGISTERS,
+    "Dinov2WithRegistersForImageClassification": {**REGISTERS, **LABELS},
+}
+"""A small config of every architecture; `make` merges its arguments into them."""
+
+IMAGE_ARCHITECTURES = tuple(name for name in CONFIGS if "Text" not in name)
+TEXT_ARCHITECTURES = ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection")
+
+
+def make(architecture: str, *, seed: int = 0, **config: Any) -> Any:
+    """A perturbed model of a transformers class: `CONFIGS` with ``config`` over it.
+
+    ``vision`` and ``text`` are merged into the towers of a CLIPModel; ``add_pooling_layer`` goes to
+    ViTModel's constructor. Attention is the eager one: plain softmax, not the fused function that
+    the engine calls too.
+    """
+    cls = getattr(transformers, architecture)
+    build = {key: config.pop(key) for key in ("add_pooling_layer",) if key in config}
+    values = {**CONFIGS[architecture]}
+    for tower in ("vision", "text"):
+        if tower in config:
+            values[f"{tower}_config"] = {**values[f"{tower}_config"], **config.pop(tower)}
+    made = cls.config_class(**(values | config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls._from_config(made, attn_implementation="eager", **build)
+    return perturb(model, seed=seed).eval()
+
+
+def perturb(model: nn.Module, *, seed: int = 0) -> Any:
+    """Parameters no two of which are alike, nor at their initial value. Returns ``model``.
+
+    Transformers starts biases at 0, gammas and LayerScale at 1, matrices so small that attention is
+    nearly uniform: swapped or dropped they would not be missed. Vectors, positions, class token,
+    registers and token tables gain noise of sd 0.2; a matrix becomes noise of sd 1/sqrt(inputs),
+    which keeps the scale of what passes through it.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    matrices = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) in matrices:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=dice)
+            else:
+                noise = torch.empty_like(parameter).normal_(0, 0.2, generator=dice)
+                parameter.add_(noise)
+    return model
+
+
+_NORMS = ("layernorm_before", "layer_norm1", "norm1"), ("layernorm_after", "layer_norm2", "norm2")
+OUTLIERS = (32.0, 64.0, 256.0)
+
+
+def with_outliers(model: nn.Module, *, seed: int = 0) -> Any:
+    """Scale a few channels 32 to 256 fold and undo it in the next weight. Returns ``model``.
+
+    The function stays the same: the factors are powers of two. What passes between LayerNorm and
+    the next matrix, and between values and the output projection, gets the massive channels that
+    trained vision transformers have.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.modules():
+            first = [getattr(block, name) for name in _NORMS[0] if hasattr(block, name)]
+            second = [getattr(block, name) for name in _NORMS[1] if hasattr(block, name)]
+            if not first:
+                continue
+            attention = getattr(block, "self_attn", None) or block.attention
+            out = getattr(attention, "out_proj", None) or attention.o_proj
+            inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+            _scale(first[0], inputs, dice)
+            _scale(attention.v_proj, [out], dice)
+            ups = [getattr(block.mlp, name, None) for name in ("fc1", "gate_proj", "up_proj")]
+            _scale(second[0], [up for up in ups if up is not None], dice)
+    return model
+
+
+def _scale(writer: nn.Module, readers: list[Any], dice: torch.Generator) -> None:
+    """Multiply some output channels of ``writer``, and divide the readers' columns by the same."""
+    channels = torch.randperm(writer.weight.shape[0], generator=dice)[: len(OUTLIERS)]
+    for channel, factor in zip(channels.tolist(), OUTLIERS, strict=False):
+        for parameter in (writer.weight, getattr(writer, "bias", None)):
+            if parameter is not None:
+                parameter[channel] *= factor
+        for reader in readers:
+            reader.weight[:, channel] /= factor
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: str = "50GB",
+    dialect: Literal[4, 5] = 4,
+) -> Any:
+    """Write a checkpoint in ``dtype``, in files of ``shards``. Returns ``model``, in fp32 again.
+
+    The model keeps what rounding to ``dtype`` left of its weights. ``dialect``: the tensor names of
+    transformers 4, which 5 writes too unless told otherwise, or those of 5's modules.
+    """
+    model.to(dtype).save_pretrained(
+        folder, max_shard_size=shards, save_original_format=dialect == 4
+    )
+    return model.float()
+
+
+@contextlib.contextmanager
+def reference_numbers() -> Iterator[None]:
+    """No gradients, and no TF32 or reduced-precision sums where there is a GPU."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    names = "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"
+    kept = [getattr(matmul, name) for name in (*names, "allow_tf32")], cudnn.allow_tf32
+    try:
+        for name in (*names, "allow_tf32"):
+            setattr(matmul, name, False)
+        cudnn.allow_tf32 = False
+        with torch.no_grad():
+            yield
+    finally:
+        for name, value in zip((*names, "allow_tf32"), kept[0], strict=True):
+            setattr(matmul, name, value)
+        cudnn.allow_tf32 = kept[1]
+
+
+def texts_with_end(
+    batch: int, length: int, *, vocab: int, eos: int, seed: int = 0, first: int = 0
+) -> Tensor:
+    """Ids (batch, length) int64: a first end token somewhere in every row, junk after it.
+
+    ``first``: the first place the end token may take. The ids before it are below ``eos``; those
+    after it are any, the end token among them.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (batch, length), generator=dice)
+    ends = torch.randint(min(first, length - 1), length, (batch,), generator=dice)
+    for row, end in zip(ids, ends.tolist(), strict=True):
+        row[:end] = torch.randint(max(eos, 1), (end,), generator=dice)
+        row[end] = eos
+    return ids
+
+
+# -- running both ----------------------------------------------------------------------------------
+
+
+def outputs(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Everything the transformers class gives, hidden states too."""
+    options: dict[str, Any] = {"output_hidden_states": True}
+    if "pixel_values" in inputs and "Dinov2" not in type(model).__name__:
+        options["interpolate_pos_encoding"] = _another_size(model, inputs["pixel_values"])
+    with reference_numbers():
+        return model(**inputs, **options)
+
+
+def _another_size(model: Any, pixels: Tensor) -> bool:
+    size = getattr(model.config, "vision_config", model.config).image_size
+    native = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    return tuple(pixels.shape[2:]) != native
+
+
+def assert_same(ours: Any, theirs: Any, peer: Any = None, where: str = "") -> None:
+    """Every field of ``theirs`` is in ``ours``, within N2 (or N5 with ``peer``), and no other."""
+    named = {field.name: getattr(ours, field.name) for field in dataclasses.fields(ours)}
+    got = {key: value for key, value in named.items() if value is not None and key != "status"}
+    assert set(got) == set(theirs.keys()), f"{where}: {sorted(got)}, not {sorted(theirs.keys())}"
+    for key, value in theirs.items():
+        name, other = f"{where}{key}", None if peer is None else peer[key]
+        if isinstance(value, Tensor):
+            what = "scores" if key.startswith("logits") else "model"
+            assert_close(got[key], value, other, what=what, name=name)
+        elif isinstance(value, tuple):
+            assert isinstance(got[key], tuple), name
+            assert len(got[key]) == len(value), name
+            for i, (a, b) in enumerate(zip(got[key], value, strict=True)):
+                one = None if other is None else other[i]
+                assert_close(a, b, one, what="model", name=f"{name}[{i}]")
+        else:
+            assert_same(got[key], value, other, f"{name}.")
+
+
+def arguments(
+    architecture: str,
+    config: Any,
+    *,
+    batch: int = 3,
+    size: tuple[int, int] | None = None,
+    length: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Pixels and ids for an architecture; a text's end token is anywhere, and junk after it."""
+    given: dict[str, Any] = {}
+    dice = torch.Generator().manual_seed(seed)
+    if architecture in IMAGE_ARCHITECTURES:
+        vision = getattr(config, "vision_config", config)
+        own = vision.image_size
+        height, width = size or (own if isinstance(own, list | tuple) else (own, own))
+        shape = (batch, vision.num_channels, height, width)
+        given["pixel_values"] = torch.randn(shape, generator=dice)
+    if architecture in TEXT_ARCHITECTURES:
+        text = getattr(config, "text_config", config)
+        legacy = text.eos_token_id == 2
+        given["input_ids"] = texts_with_end(
+            batch + 1 if architecture == "CLIPModel" else batch,
+            length or text.max_position_embeddings,
+            vocab=text.vocab_size,
+            eos=text.vocab_size - 1 if legacy else text.eos_token_id,
+            seed=seed,
+        )
+    return given
+
+
+def image_embedding(model: Any, pixels: Tensor) -> Tensor:
+    """What `encode_image` stands for, of each transformers class."""
+    name, inputs = type(model).__name__, {"pixel_values": pixels}
+    if name == "CLIPModel":
+        with reference_numbers():
+            other = _another_size(model, pixels)
+            return model.get_image_features(pixels, interpolate_pos_encoding=other).pooler_output
+    if name.startswith("CLIP"):
+        out = outputs(model, inputs)
+        return out.image_embeds if "WithProjection" in name else out.pooler_output
+    return outputs(model.base_model, inputs).last_hidden_state[:, 0]
+
+
+def text_embedding(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What `encode_text` stands for, of each transformers class."""
+    name = type(model).__name__
+    with reference_numbers():
+        if name == "CLIPModel":
+            return model.get_text_features(ids, attention_mask=mask).pooler_output
+        out = model(ids, attention_mask=mask)
+        return out.text_embeds if "WithProjection" in name else out.pooler_output
+
+
+# -- a CLIP folder with everything in it -----------------------------------------------------------
+
+_CORPUS = """
+A photo of a cat and a dog on the red mat near the window, and a picture of the sea at night.
+Stained glass windows of a church: blue, green, yellow and white panes; don't they look old?
+"""
+_SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+@functools.cache
+def small_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A trained byte-level BPE laid out as CLIP's: bytes, bytes ending a word, merges, BOS, EOS."""
+    backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, end_of_word_suffix="</w>", min_frequency=1, show_progress=False
+    )
+    backend.train_from_iterator([_CORPUS], trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BOS, EOS]
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}, merges
+
+
+def clip_folder(
+    folder: Path, *, eos_token_id: int | None = None, size: int = 32, seed: int = 0, **config: Any
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """A complete CLIPModel checkpoint in ``folder``, with tokenizer and image processor, by
+    transformers. ``config`` as in `make`; ``size``: shortest edge and crop of the processor;
+    ``eos_token_id``: 2 for the legacy rule.
+    """
+    vocab, merges = small_vocabulary()
+    eos = vocab[EOS]
+    text = {
+        "vocab_size": len(vocab),
+        "max_position_embeddings": 40,
+        "eos_token_id": eos if eos_token_id is None else eos_token_id,
+        "bos_token_id": vocab[BOS],
+        "pad_token_id": eos,
+    }
+    model = make("CLIPModel", seed=seed, **({"text": text} | config))
+    save(model, folder)
+    processor = CLIPProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        ),
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=40),
+    )
+    processor.save_pretrained(folder)
+    return model, processor

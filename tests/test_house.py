@@ -1,0 +1,313 @@
+"""The house rules of CONTRIBUTING.md that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENGINE = ROOT / "engine/vitrail"
+KERNELS = ROOT / "kernels/vitrail_kernels"
+
+# A module of vitrail imports only from its left. `_C` is the C++ extension, `vitrail` the package's
+# own __init__, which is what users import.
+ORDER = (
+    "files",
+    "spec",
+    "zoo",
+    "weights",
+    "plan",
+    "_C",
+    "runners",
+    "towers",
+    "images",
+    "text",
+    "inputs",
+    "outputs",
+    "forward",
+    "model",
+    "info",
+    "embed",
+    "demo",
+    "vitrail",
+    "cli",
+)
+PART_OF = {"header": "files", "formats": "images", "resize": "images"}
+FROM_ANYWHERE = {"errors", "_version"}
+
+# What each package may import besides the standard library and itself.
+MAY_IMPORT = {
+    "vitrail": {
+        "huggingface_hub",
+        "numpy",
+        "PIL",
+        "pyarrow",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "tqdm",
+        "typer",
+        "vitrail_kernels",
+    },
+    "vitrail_kernels": {"numpy", "torch", "triton"},
+}
+FORBIDDEN_IMPORTS = {"transformers", "timm", "open_clip", "torchvision", "pickle", "marshal"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load"}
+
+TEXT = {".cpp", ".cu", ".hpp", ".json", ".md", ".py", ".pyi", ".toml", ".txt", ".yaml"}
+SOURCES = [path for folder in (ENGINE, KERNELS) for path in sorted(folder.rglob("*.py"))]
+
+
+def _name(path: Path) -> str:
+    """``engine/vitrail/zoo/hf.py`` -> ``vitrail.zoo.hf``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Full dotted names, wherever in the file the import stands."""
+    package = _name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, node.module] if node.module else above)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _unit(dotted: str) -> str:
+    """The entry of ORDER or FROM_ANYWHERE that a name inside vitrail belongs to."""
+    _, _, inner = dotted.partition(".")
+    head = inner.partition(".")[0]
+    head = PART_OF.get(head, head)
+    return head if head in ORDER or head in FROM_ANYWHERE else "vitrail"
+
+
+def _text_files() -> Iterator[Path]:
+    """Every text file of the project; what make and the tools leave behind is not looked into."""
+    left = re.compile(r"\.(git|venv.*|hypothesis|benchmarks)|build|dist|.*cache_*|.*\.egg-info")
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not left.fullmatch(name)]
+        for path in (Path(folder, name) for name in files):
+            if path.suffix in TEXT or path.name in {"Makefile", "run"}:
+                yield path
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def _python(code: str) -> str:
+    """What a fresh interpreter in the project's folder prints."""
+    paths = os.pathsep.join(str(package.parent) for package in (ENGINE, KERNELS))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# ---- imports and calls
+
+
+def test_every_module_of_the_engine_has_its_place_in_the_order() -> None:
+    placed = {*ORDER, *PART_OF, *FROM_ANYWHERE}
+    found = {path.relative_to(ENGINE).parts[0].removesuffix(".py") for path in ENGINE.rglob("*.py")}
+    assert found - {"__init__"} <= placed, "add the module to ORDER or PART_OF"
+
+
+@pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=_name)
+def test_the_engine_imports_from_the_left(path: Path) -> None:
+    unit = _unit(_name(path))
+    for imported in _imports(path):
+        if imported.partition(".")[0] != "vitrail":
+            continue
+        other = _unit(imported)
+        if other in FROM_ANYWHERE or other == unit:
+            continue
+        assert unit in ORDER, f"{unit} may import nothing of vitrail, but imports {imported}"
+        assert ORDER.index(other) < ORDER.index(unit), f"{unit} imports {imported} from its right"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_a_package_imports_only_what_it_may(path: Path) -> None:
+    package = _name(path).partition(".")[0]
+    imported = {name.partition(".")[0] for name in _imports(path)}
+    assert not imported & FORBIDDEN_IMPORTS
+    assert imported - set(sys.stdlib_module_names) - {package} <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_no_source_evaluates_or_unpickles(path: Path) -> None:
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call):
+            where = f"{path.name}:{node.lineno}"
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, where
+            assert all(keyword.arg != "allow_pickle" for keyword in node.keywords), where
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_every_assert_has_a_message_and_every_broad_except_does_something(path: Path) -> None:
+    for node in ast.walk(_tree(path)):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Assert):
+            assert node.msg is not None, f"{where}: assert without a message"
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"}
+            empty = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+            assert not (broad and empty), f"{where}: an error vanishes"
+
+
+# ---- layout
+
+
+@pytest.mark.parametrize("root", [ENGINE.parent, KERNELS.parent], ids=lambda root: root.name)
+def test_a_root_holds_its_package_and_no_python_of_its_own(root: Path) -> None:
+    assert not list(root.glob("*.py"))
+    assert [folder.parent.name for folder in root.glob("*/__init__.py")] == [
+        {"engine": "vitrail", "kernels": "vitrail_kernels"}[root.name]
+    ]
+
+
+def test_the_folder_kernels_hides_no_package_of_that_name() -> None:
+    origin = _python(
+        "import importlib.util as util; spec = util.find_spec('kernels');"
+        "print(spec.origin if spec else None)"
+    )
+    assert origin == "None" or not Path(origin).is_relative_to(KERNELS.parent)
+
+
+def test_csrc_includes_no_torch() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    for path in sources:
+        found = re.findall(r'#\s*include\s*[<"](?:torch|ATen|c10)/.*', path.read_text())
+        assert not found, f"{path.name}: {found}"
+
+
+def test_the_bindings_stay_bindings() -> None:
+    assert len((ROOT / "csrc/module.cpp").read_text().splitlines()) <= 80
+
+
+def test_no_text_names_a_folder_of_some_machine() -> None:
+    folder = re.compile(r"""(?<![\w.])/(?:tmp|root|work|home/[a-z]+)/""")
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in _text_files()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if folder.search(line)
+    }
+    assert not found
+
+
+def test_the_readme_shows_its_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme
+    assert "make test" in readme
+
+
+def test_every_sample_photo_has_its_credit_and_is_small() -> None:
+    photos = sorted((ENGINE / "assets/photos").iterdir())
+    credits = (ENGINE / "assets/CREDITS.md").read_text()
+    assert len(photos) >= 4
+    assert [photo.name for photo in photos] == re.findall(r"`photos/([^`]+)`", credits)
+    assert all(photo.stat().st_size <= 60_000 for photo in photos)
+
+
+# ---- versions
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
+    names = {re.split(r"[^A-Za-z0-9_-]", one)[0].replace("_", "-").lower() for one in wanted}
+    assert names <= _pins().keys()
+
+
+def test_pre_commit_runs_the_pinned_tools() -> None:
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    used = dict(re.findall(r'\["([a-z]+)==([^"]+)"\]', config))
+    assert used == {tool: _pins()[tool] for tool in ("ruff", "mypy")}
+    assert len(re.findall("additional_dependencies", config)) == len(re.findall("- id:", config))
+
+
+# ---- start-up
+
+
+@pytest.mark.parametrize("module", ["vitrail", "vitrail.files", "vitrail.spec", "vitrail.cli"])
+def test_importing_takes_no_torch(module: str) -> None:
+    assert _python(f"import sys, {module}; print('torch' in sys.modules)") == "False"
+
+
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    command = Path(sysconfig.get_path("scripts"), "vitrail")
+    assert command.exists(), "the vitrail command is not installed: make install"
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert run.returncode == 0, run.stderr
+        assert "Usage" in run.stdout
+    assert statistics.median(seconds) < 0.3, seconds
+
+
+# ---- the wheel
+
+
+def _copy(source: Path, target: Path) -> None:
+    """What a clone would have: no caches, no built extension."""
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    else:
+        shutil.copy(source, target)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "engine", "kernels", "csrc"):
+        _copy(ROOT / name, tmp_path / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path], check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    wanted = {
+        str(path.relative_to(package.parent))
+        for package in (ENGINE, KERNELS)
+        for path in package.rglob("*")
+        if path.suffix in {".jpg", ".json", ".md", ".py", ".pyi", ".typed"}
+    }
+    packed = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
+    assert packed == wanted
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert wheel.stat().st_size < 2_000_000
