@@ -47,7 +47,7 @@ ORDER = (
     "cli",
 )
 PART_OF = {"header": "files", "formats": "images", "resize": "images"}
-FROM_ANYWHERE = {"errors", "_version"}
+FROM_ANYWHERE = {"errors", "plain", "_version"}
 
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {

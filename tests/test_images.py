@@ -640,11 +640,13 @@ def test_a_size_over_the_limit_is_refused_from_the_header(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_PLUGINS", {})
-    refusal(HUGE[name])
-    start = time.perf_counter()
-    text = refusal(HUGE[name])
-    assert time.perf_counter() - start < 0.01
-    assert "wanted at most 65535 a side and 50000000 in all" in text
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        text = refusal(HUGE[name])
+        spent.append(time.perf_counter() - start)
+        assert "wanted at most 65535 a side and 50000000 in all" in text
+    assert min(spent) < 0.01
 
 
 def test_pillows_own_limit_neither_warns_nor_moves() -> None:

@@ -91,31 +91,39 @@ def text_specs() -> st.SearchStrategy[TextSpec]:
     return st.builds(TextSpec, blocks(causal=True), st.just(50), st.just(16), st.none(), projection)
 
 
+KINDS = ("vision_pooled", "vision_dense", "vision_layers", "text_pooled", "text_dense")
+
+
+def subsets(numbers: range, min_size: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
+    """Any of ``numbers``, each as likely in as out."""
+    flags = st.tuples(*(st.booleans() for _ in numbers))
+    chosen = flags.map(lambda f: tuple(n for n, kept in zip(numbers, f, strict=True) if kept))
+    return chosen.filter(lambda taps: len(taps) >= min_size)
+
+
 @st.composite
 def any_plan(draw: st.DrawFn) -> Plan:
     """A plan of any kind, with any taps."""
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(KINDS))
+    if kind.startswith("text"):
         text = draw(text_specs())
-        if draw(st.booleans()):
+        if kind == "text_pooled":
             return plans.text_pooled(text)
-        taps = tuple(sorted(draw(st.sets(st.integers(0, text.blocks.layers)))))
+        taps = draw(subsets(range(text.blocks.layers + 1)))
         return plans.text_dense(text, taps=taps, masked=draw(st.booleans()))
     spec, uint8 = draw(vision_specs()), draw(st.booleans())
-    kind = draw(st.sampled_from(["pooled", "dense", "layers"]))
+    if kind == "vision_layers":
+        taps = draw(subsets(range(spec.blocks.layers), min_size=1))
+        return plans.vision_layers(spec, taps, draw(st.booleans()), uint8)
     head = None
-    if spec.norm == "tokens" and kind != "layers":
-        features = (
-            st.just("class") if kind == "pooled" else st.sampled_from(["class", "class_mean"])
-        )
-        head = draw(st.none() | st.builds(HeadSpec, st.just(("a", "b", "c")), features))
-    if kind == "pooled":
+    if spec.norm == "tokens":
+        features = ["class"] if kind == "vision_pooled" else ["class", "class_mean"]
+        labels = st.just(("a", "b", "c"))
+        head = draw(st.none() | st.builds(HeadSpec, labels, st.sampled_from(features)))
+    if kind == "vision_pooled":
         return plans.vision_pooled(spec, head, uint8=uint8)
-    layers = spec.blocks.layers
-    if kind == "dense":
-        taps = tuple(sorted(draw(st.sets(st.integers(0, layers)))))
-        return plans.vision_dense(spec, head, uint8=uint8, taps=taps)
-    taps = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))))
-    return plans.vision_layers(spec, taps, draw(st.booleans()), uint8)
+    taps = draw(subsets(range(spec.blocks.layers + 1)))
+    return plans.vision_dense(spec, head, uint8=uint8, taps=taps)
 
 
 drawn = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -373,7 +374,7 @@ def test_any_spec_runs_as_a_plain_model_does(
         heads * head_dim,
         data.draw(st.integers(1, 3)),
         heads,
-        data.draw(st.integers(1, 50)),
+        data.draw(st.integers(2, 50)),
         data.draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu"])),
         1e-5,
         gated=data.draw(st.booleans()),
@@ -564,6 +565,61 @@ def test_results_are_ordinary_tensors_under_any_grad_mode(vit: ReferenceRunner) 
     weight = torch.ones(48, requires_grad=True)
     (inside["vision.embedding"] @ weight).sum().backward()
     assert weight.grad is not None
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "inference mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another default dtype": lambda: default_dtype(torch.float64),
+    "another default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("family", VISION)
+def test_the_callers_mode_changes_no_bit(
+    tmp_path: Path, family: str, mode: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> None:
+    """Neither while loading nor while running; the position table is made anew in both."""
+    spec, head = VISION[family], HEADS.get(family)
+    _, runner = open_runner(tmp_path, spec, head=head)
+    model = ModelSpec("vit", "test", spec, None, head)
+    pixels = images(2, (spec.image[0] + spec.patch[0], spec.image[1]))
+    plan = plans.vision_dense(spec, head, uint8=True, taps=(0,))
+    size = (pixels.shape[1], pixels.shape[2])
+    batch, tokens = len(pixels), spec.tokens_at(size)
+    starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
+
+    def run(runner: ReferenceRunner) -> dict[str, Tensor]:
+        table = runner.table(spec, spec.grid_at(size), "uint8")
+        given_inputs = {
+            "pixels": pixels,
+            "table": table,
+            "cu_seqlens": starts,
+            "rows": starts[:-1],
+        }
+        return runner.run(plan, given_inputs, batch=batch, tokens=batch * tokens, longest=tokens)
+
+    wanted = run(runner)
+    entries = read_header(tmp_path / "model.safetensors")
+    sources = {name: Source(entry) for name, entry in entries.items()}
+    with mode():
+        weights = load_weights(model, sources, torch.float32, (A, B))
+        out = run(ReferenceRunner(weights, torch.float32, CPU))
+    assert torch.equal(weights.arena, runner.weights.arena)
+    assert same_bits(out, wanted)
+    assert not any(t.is_inference() or t.requires_grad for t in (weights.arena, *out.values()))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60])

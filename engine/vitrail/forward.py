@@ -23,15 +23,20 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     out = tower.dense(pixels, tuple(range(layers + 1)) if hidden else ())
     last = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
     pooler = last[:, 0] if spec.family.startswith("dinov2") else out.get("vision.pooler")
-    headed = spec.head is not None
+    headed = spec.architecture.endswith("ForImageClassification")
+    logits = out.get("vision.logits")
+    if headed and logits is None:  # no labels: transformers gives the features themselves
+        logits = last[:, 0]
+        if spec.family.startswith("dinov2"):
+            logits = torch.cat([logits, last[:, tower.spec.prefix :].mean(dim=1)], dim=1)
     projected = spec.architecture == "CLIPVisionModelWithProjection"
     return Output(
         last_hidden_state=None if headed else last,
         pooler_output=None if headed or projected else pooler,
         hidden_states=_hidden(out, "vision", layers) if hidden else None,
-        logits=out.get("vision.logits"),
+        logits=logits,
         image_embeds=out.get("vision.embedding"),
-        status=_status(last, pooler, out.get("vision.embedding"), out.get("vision.logits")),
+        status=_status(last, pooler, out.get("vision.embedding"), logits),
     )
 
 

@@ -70,24 +70,47 @@ def floats(images: object) -> Tensor | None:
     if not _is_float(images):
         return None
     if isinstance(images, np.ndarray):
-        # a copy where torch cannot wrap the array: negative strides, read-only memory
-        plain = images.flags.writeable and all(stride >= 0 for stride in images.strides)
-        images = torch.from_numpy(images if plain else images.copy())
+        # torch wraps neither negative strides nor read-only memory nor foreign byte order
+        native = images.astype(images.dtype.newbyteorder("="), copy=False)
+        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+        images = torch.from_numpy(native if plain else native.copy())
     assert isinstance(images, Tensor), "floats are arrays or tensors"
     if images.dtype not in FLOATS:
         raise InputError(f"pixels: got {images.dtype}, wanted float32, float16 or bfloat16")
-    if images.device.type == "meta" or images.requires_grad:
-        what = (
-            "a tensor without data" if images.device.type == "meta" else "one that needs gradients"
-        )
-        raise InputError(f"pixels: got {what}, wanted plain numbers (x.detach())")
+    _check_data("pixels", images)
+    if images.requires_grad:
+        raise InputError("pixels: got a tensor that needs gradients, wanted x.detach()")
     return images[None] if images.dim() == 3 else images
+
+
+def _check_data(what: str, tensor: Tensor) -> None:
+    """Refuse tensors that hold no numbers in rows: meta and fake ones, sparse ones."""
+    if tensor.device.type == "meta" or getattr(tensor, "fake_mode", None) is not None:
+        raise InputError(f"{what}: got a tensor without data, wanted one with numbers")
+    if tensor.layout != torch.strided:
+        raise InputError(f"{what}: got the layout {tensor.layout}, wanted a dense tensor")
 
 
 def _is_float(image: object) -> bool:
     if isinstance(image, Tensor):
         return image.dtype.is_floating_point
     return isinstance(image, np.ndarray) and image.dtype.kind == "f"
+
+
+def check_device(device: str | torch.device, what: str = "device") -> torch.device:
+    """The torch device by that name; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusal = InputError(f"{what}: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise refusal from error
+    if place.type not in ("cpu", "cuda"):
+        raise refusal
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{what}: got {device!r}, but PyTorch finds no CUDA device here")
+    return place
 
 
 def check_options(batch_size: int | None, size: tuple[int, int] | None, on_error: OnError) -> None:
@@ -110,7 +133,9 @@ def all_strings(texts: Sequence[Any]) -> bool:
 def id_lists(ids: object, vocab: int, context: int) -> list[list[int]]:
     """Token ids as lists: from a tensor or array (N, T), or nested lists of any lengths."""
     if isinstance(ids, np.ndarray):
-        ids = torch.from_numpy(np.ascontiguousarray(ids))
+        if ids.dtype.kind != "i":
+            raise InputError(f"texts: got an array of {ids.dtype}, wanted strings or int64 ids")
+        ids = torch.from_numpy(ids.astype(ids.dtype.newbyteorder("=")))
     if isinstance(ids, Tensor):
         tensor: list[list[int]] = check_id_tensor(ids, vocab, context).tolist()
         return tensor
@@ -137,6 +162,7 @@ def check_id_tensor(ids: Tensor, vocab: int, context: int) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"input_ids: got {kind}, wanted an int32 or int64 tensor (B, T)")
+    _check_data("input_ids", ids)
     if ids.dim() == 1:
         ids = ids[None]
     if ids.dim() != 2 or not 1 <= ids.shape[1] <= context:

@@ -26,6 +26,7 @@ from vitrail.inputs import (
     OnError,
     Texts,
     all_strings,
+    check_device,
     check_id_tensor,
     check_options,
     check_pixels,
@@ -35,6 +36,7 @@ from vitrail.inputs import (
     mask_lengths,
 )
 from vitrail.outputs import Classification, EncodeResult, Output
+from vitrail.plain import plain
 from vitrail.resize import Pixels
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import ImageSpec, ModelSpec
@@ -70,7 +72,7 @@ def load(
     Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
     InputError: an unknown device or dtype.
     """
-    place = _device(device)
+    place = check_device(device)
     kind = _dtype(dtype, place)
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
     spec = read_spec(checkpoint)
@@ -81,20 +83,6 @@ def load(
         scale = torch.from_numpy(a), torch.from_numpy(b)
     weights = load_weights(spec, sources, kind, scale)
     return Model(checkpoint, spec, sources, ReferenceRunner(weights, kind, place))
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: got {device!r}, but PyTorch finds no CUDA device here")
-    return place
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -129,7 +117,11 @@ class Model:
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
         self._text = TextTower(spec.text, runner) if spec.text else None
         scale = runner.weights.logit_scale
-        self._logit_scale = None if scale is None else float(torch.tensor(scale).exp())
+        self._logit_scale = (
+            None
+            if scale is None
+            else float(torch.tensor(scale, dtype=torch.float32, device="cpu").exp())
+        )
         self._lock = threading.Lock()
         self._prefetch = ThreadPoolExecutor(4, "vitrail-prefetch")
         self._labels: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
@@ -183,6 +175,7 @@ class Model:
 
     # -- preparing inputs --------------------------------------------------------------------------
 
+    @plain()
     def preprocess(self, images: Images, *, size: tuple[int, int] | None = None) -> Tensor:
         """Images -> ``pixel_values`` (N, channels, H, W) float32, bit for bit the processor's.
 
@@ -190,7 +183,7 @@ class Model:
         InputError where the images come out in different sizes.
         """
         check_options(None, size, "raise")
-        spec, tower = self._image_spec("preprocess"), self._vision_tower("preprocess").spec
+        tower, spec = self._vision_tower("preprocess").spec, self._image_spec("preprocess")
         arrays = []
         for position, pixels in enumerate(
             pixels_of.preprocess_float(
@@ -207,6 +200,7 @@ class Model:
             return torch.empty(0, tower.channels, *(size or tower.image), dtype=torch.float32)
         return torch.from_numpy(np.stack(arrays))
 
+    @plain()
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
         """Texts -> ids (N, context) int64 with the family's begin, end and padding tokens.
 
@@ -252,6 +246,7 @@ class Model:
         output_device: str | torch.device = ...,
     ) -> EncodeResult: ...
 
+    @plain()
     def encode_image(
         self,
         images: Images,
@@ -274,10 +269,11 @@ class Model:
         Raises ImageError for an image that cannot be read, InputError for a wrong argument.
         """
         check_options(batch_size, size, on_error)
+        place = check_device(output_device, "output_device")
         width = self._vision_tower("encode_image").spec.embedding
         rows, errors = self._each_image(images, batch_size, size, logits=False)
-        out = _in_order(rows, {} if on_error == "skip" else errors, width)
-        out = (unit(out) if normalize else out).to(output_device)
+        out = _in_order(rows, {} if on_error == "skip" else errors, width, normalize)
+        out = out.to(place)
         if on_error == "raise":
             return out
         reasons = {position: str(errors[position]) for position in sorted(errors)}
@@ -309,6 +305,8 @@ class Model:
         size: tuple[int, int] | None,
         logits: bool,
     ) -> _Rows:
+        if not items:
+            return {}, {}
         tower, spec = self._vision_tower("images"), self._image_spec("images")
         step = batch_size or tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
         rows: dict[int, Tensor] = {}
@@ -372,14 +370,18 @@ class Model:
         tower = self._vision_tower("encode_image")
         layers = tower.spec.blocks.layers
         out = tower.dense(pixels, tuple(range(layers + 1)))
-        kind = str(self.dtype).removeprefix("torch.")
-        advice = "" if self.dtype == torch.float32 else "; load with dtype='float32' or 'bfloat16'"
         for layer in range(layers + 1):
             if not torch.isfinite(out[f"vision.hidden.{layer}"]).all():
                 place = f"block {layer - 1}" if layer else "the patch embedding"
-                return f"{place} gives numbers that are not finite in {kind}{advice}"
-        return f"the final projection gives numbers that are not finite in {kind}{advice}"
+                return f"{place} {self._not_finite()}"
+        return f"the final projection {self._not_finite()}"
 
+    def _not_finite(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        advice = {"float16": "; load with dtype='bfloat16' or 'float32'"}.get(kind, "")
+        return f"holds numbers that are not finite in {kind}{advice}"
+
+    @plain()
     def encode_text(
         self,
         texts: Texts,
@@ -397,6 +399,7 @@ class Model:
         """
         tower = self._text_tower("encode_text")
         check_options(batch_size, None, "raise")
+        place = check_device(output_device, "output_device")
         ids = self._cut_ids(texts, overflow)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         step = batch_size or tower.batch(ACTIVATION_BYTES)
@@ -409,14 +412,14 @@ class Model:
             for i, row, bad in zip(chosen, out["text.embedding"], status, strict=True):
                 rows[i] = row
                 if bad:
-                    kind = str(self.dtype).removeprefix("torch.")
-                    errors[i] = VitrailError(f"text {i}: the numbers are not finite in {kind}")
-        out = _in_order(rows, errors, tower.spec.embedding)
-        return (unit(out) if normalize else out).to(output_device)
+                    errors[i] = VitrailError(f"text {i}: the embedding {self._not_finite()}")
+        return _in_order(rows, errors, tower.spec.embedding, normalize).to(place)
 
     def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
         """Id lists that end at the pooled token."""
         tower = self._text_tower("encode_text")
+        if isinstance(texts, Sequence) and not len(texts) and not isinstance(texts, str):
+            return []
         if isinstance(texts, str) or (isinstance(texts, Sequence) and all_strings(texts)):
             ids = self._tokenizer.encode(cast("str | Sequence[str]", texts), overflow)
         else:
@@ -433,6 +436,7 @@ class Model:
 
     # -- classes -----------------------------------------------------------------------------------
 
+    @plain()
     def classify(
         self,
         images: Images,
@@ -495,6 +499,7 @@ class Model:
 
     # -- everything, as transformers gives it ------------------------------------------------------
 
+    @plain()
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -534,6 +539,7 @@ class Model:
         assert result is not None, "one tower ran"
         return result
 
+    @plain()
     def get_intermediate_layers(
         self,
         x: Tensor,
@@ -555,7 +561,8 @@ class Model:
             raise InputError("x: wanted a float tensor (B, C, height, width)")
         check_pixels(values, tower.spec, self.spec.image)
         layers = tower.spec.blocks.layers
-        taps = tuple(range(layers - n, layers)) if isinstance(n, int) else tuple(n)
+        numbers = range(layers - n, layers) if isinstance(n, int) else n
+        taps = tuple(numbers) if isinstance(numbers, Sequence) else ()
         if not taps or any(not isinstance(t, int) or not 0 <= t < layers for t in taps):
             raise InputError(f"n: got {n!r}, wanted 1 to {layers}, or block numbers below {layers}")
         if list(taps) != sorted(set(taps)):
@@ -586,11 +593,16 @@ def _strings(what: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _in_order(rows: Mapping[int, Tensor], errors: Mapping[int, VitrailError], width: int) -> Tensor:
+def _in_order(
+    rows: Mapping[int, Tensor],
+    errors: Mapping[int, VitrailError],
+    width: int,
+    normalize: bool = False,
+) -> Tensor:
     """Rows by position as one fp32 tensor (N, width) on the CPU; the first error is raised."""
     if errors:
         raise errors[min(errors)]
-    with torch.inference_mode(False), torch.no_grad():
-        if not rows:
-            return torch.empty(0, width, dtype=torch.float32, device="cpu")
-        return torch.stack([rows[position] for position in sorted(rows)]).cpu()
+    if not rows:
+        return torch.empty(0, width, dtype=torch.float32, device="cpu")
+    out = torch.stack([rows[position] for position in sorted(rows)]).cpu()
+    return unit(out) if normalize else out

@@ -71,12 +71,10 @@ class VisionTower:
         return [out[f"vision.layer.{tap}"] for tap in taps]
 
     def _unpacked(self, out: dict[str, Tensor], pixels: Tensor) -> dict[str, Tensor]:
-        batch, tokens = pixels.shape[0], self.spec.tokens_at(self.size(pixels))
+        tokens, width = self.spec.tokens_at(self.size(pixels)), self.spec.blocks.width
+        shape = (pixels.shape[0], tokens, width)
         packed = ("vision.hidden.", "vision.layer.", "vision.last")
-        return {
-            name: t.view(batch, tokens, -1) if name.startswith(packed) else t
-            for name, t in out.items()
-        }
+        return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}
 
     def batch(self, size: tuple[int, int], budget: int) -> int:
         """How many images of ``size`` go through at once within ``budget`` bytes of activations."""
@@ -135,10 +133,8 @@ class TextTower:
             inputs["kv_lens"] = kv_lens.to(device, torch.int32)
         plan = plans.text_dense(self.spec, taps=taps, masked=kv_lens is not None)
         out = self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
-        return {
-            name: t.view(batch, tokens, -1) if name.startswith(("text.hidden.", "text.last")) else t
-            for name, t in out.items()
-        }
+        shape, packed = (batch, tokens, self.spec.blocks.width), ("text.hidden.", "text.last")
+        return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}
 
     def batch(self, budget: int) -> int:
         """How many texts of full length go through at once in ``budget`` bytes of activations."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitrail.errors import CheckpointError
 from vitrail.files import TensorReader
+from vitrail.plain import plain
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.zoo import Source
 
@@ -166,6 +167,7 @@ def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Te
     for name, packed in layout.items():
         if packed.rows_of is None:
             start, stop = places[name]
+            arena[stop : -(-stop // ALIGNMENT) * ALIGNMENT] = 0  # the arena's bytes are repeatable
             tensors[name] = arena[start:stop].view(kinds[packed.kind]).view(packed.shape)
         else:
             last = packed.first_row + packed.shape[0]
@@ -177,6 +179,11 @@ def _memory(raw: Tensor) -> memoryview:
     """The bytes of a uint8 tensor, to read into."""
     array: np.ndarray[Any, np.dtype[np.uint8]] = raw.numpy()
     return array.data
+
+
+def _not_finite(values: Tensor) -> bool:
+    total = values.sum(dtype=torch.float32).item()
+    return not math.isfinite(total) and not bool(torch.isfinite(values).all())
 
 
 class _Loader:
@@ -196,11 +203,20 @@ class _Loader:
     def _check_finite(self, name: str, values: Tensor) -> None:
         # one cheap sum tells; only a suspicious one is looked at value by value, since a finite
         # tensor's sum may overflow
-        if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():
+        if _not_finite(values):
             entry = self.sources[name].entry
             raise CheckpointError(
                 f"{entry.file.name}: tensor {entry.name!r} holds NaN or infinity, "
                 "wanted finite weights"
+            )
+
+    def check_rounded(self, name: str, packed: Tensor) -> None:
+        """Refuse weights that are finite as stored and infinite in the compute dtype."""
+        if packed.dtype != torch.float32 and _not_finite(packed):
+            entry, kind = self.sources[name].entry, str(packed.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{entry.file.name}: tensor {entry.name!r} as Vitrail uses it overflows {kind}, "
+                "wanted finite weights; load with dtype='float32', or 'bfloat16' for float16"
             )
 
     def chunks(self, name: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -269,19 +285,22 @@ class _Loader:
         gamma: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor | None:
-        """Write the rows of ``name`` times ``gamma`` to ``out``; returns ``W beta`` (N,) fp32."""
-        shift = None if beta is None else torch.empty(out.shape[0], dtype=torch.float32)
+        """Write the rows of ``name`` times ``gamma`` to ``out``; returns ``W beta`` (N,) fp64."""
+        shift = None
+        if beta is not None:
+            shift = torch.empty(out.shape[0], dtype=torch.float64, device="cpu")
         flat = out if out.dim() == 2 else out.view(1, -1)
         for start, chunk in self.chunks(name, out):
             part = flat[start : start + chunk.shape[0]]
             if shift is not None and beta is not None:
-                torch.mv(chunk, beta, out=shift[start : start + chunk.shape[0]])
-            if gamma is not None and part.dtype == chunk.dtype:
-                torch.mul(chunk, gamma, out=part)
-            elif gamma is not None:
-                part.copy_(chunk * gamma)
-            elif part.data_ptr() != chunk.data_ptr():
-                part.copy_(chunk)
+                # in double, so that the rounded bias does not depend on how rows were chunked
+                torch.mv(chunk.double(), beta, out=shift[start : start + chunk.shape[0]])
+            if part.data_ptr() == chunk.data_ptr():
+                if gamma is not None:
+                    chunk.mul_(gamma)
+            else:
+                part.copy_(chunk if gamma is None else chunk * gamma)
+                self.check_rounded(name, part)
         return shift
 
 
@@ -289,11 +308,11 @@ def _fold_norm(
     load: _Loader, norm: str, linear: str, weight: Tensor, bias: Tensor, factor: float = 1.0
 ) -> None:
     """LN(x) W^T + b with LN's gamma and beta folded: W' = W gamma f, b' = (b + W beta) f."""
-    gamma, beta = load.read(f"{norm}.weight"), load.read(f"{norm}.bias")
-    shift = load.linear(weight, f"{linear}.weight", (gamma.double() * factor).float(), beta)
-    total = torch.zeros_like(bias, dtype=torch.float64) if shift is None else shift.double()
+    gamma, beta = (load.read(f"{norm}.{part}").double() for part in ("weight", "bias"))
+    total = load.linear(weight, f"{linear}.weight", (gamma * factor).float(), beta)
+    assert total is not None, "a beta was given"
     if f"{linear}.bias" in load.shapes:
-        total = total + load.read(f"{linear}.bias").double()
+        total += load.read(f"{linear}.bias").double()
     bias.copy_(total * factor)
 
 
@@ -321,16 +340,18 @@ def _pack_patch(load: _Loader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tens
     """The projection for floats, and the one for uint8 with x = a * uint8 + b folded in."""
     c, k, out = spec.blocks.width, spec.patch_values, load.out
     weight = load.read("vision.patch.weight").double()
-    bias = torch.zeros(c, dtype=torch.float64)
+    bias = torch.zeros(c, dtype=torch.float64, device="cpu")
     if spec.patch_bias:
         bias = load.read("vision.patch.bias").double()
-    plain = out["vision.patch.float"].zero_()
-    plain[:, :k] = weight.reshape(c, k)
+    plain_weight = out["vision.patch.float"].zero_()
+    plain_weight[:, :k] = weight.reshape(c, k)
     out["vision.patch.float.bias"].copy_(bias)
     folded = out["vision.patch.uint8"].zero_()
-    a, b = pixel_scale or (torch.ones(spec.channels), torch.zeros(spec.channels))
-    a, b = a.double(), b.double()
+    one = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
+    a, b = pixel_scale or (one, one - one)
     folded[:, :k] = (weight * a[:, None, None]).permute(0, 2, 3, 1).reshape(c, k)
+    for packed in (plain_weight, folded):
+        load.check_rounded("vision.patch.weight", packed)
     # the bias comes from the rounded weights, so that what rounding took is not added again:
     # sum W (a u + b) = sum W' (u + b / a)
     rounded = folded[:, :k].double().view(c, *spec.patch, spec.channels)
@@ -378,7 +399,7 @@ def load_weights(
     memory grows by the arena and one chunk. Raises CheckpointError where a file changed, ends early
     or holds a weight that is not finite.
     """
-    with torch.inference_mode(False), torch.no_grad(), TensorReader() as reader:
+    with plain(), TensorReader() as reader:
         load = _Loader(spec, sources, reader, dtype)
         if spec.vision is not None:
             _pack_vision(load, spec.vision, pixel_scale)

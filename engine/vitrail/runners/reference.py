@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vitrail.plain import plain
 from vitrail.plan import Plan
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
@@ -92,7 +93,7 @@ class ReferenceRunner:
 
     def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
-        with torch.inference_mode(False), torch.no_grad():
+        with plain():
             return self._positions.get(self.weights, spec, target, kind)
 
     def run(
@@ -103,7 +104,7 @@ class ReferenceRunner:
         ``inputs``: one tensor for each of the plan's inputs. ``batch`` sequences hold ``tokens``
         tokens in all, ``longest`` the longest of them.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with plain():
             tensors = dict(inputs)
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
             arena = self._arenas.take(sum(sizes))
