@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import ImageClassificationPipeline
 
 import helpers
 import vitrail
@@ -299,6 +301,8 @@ def cases(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
         config["pooler_act"] = draw(st.sampled_from(("tanh", "gelu")))
     if architecture.endswith("Classification"):
         config["id2label"] = {i: f"class {i}" for i in range(draw(st.integers(1, 9)))}
+        kinds = [None, "multi_label_classification", "single_label_classification"]
+        config["problem_type"] = draw(st.sampled_from(kinds[: 1 + len(config["id2label"])]))
     context = config.get("text", config).get("max_position_embeddings")
     return {
         "config": config,
@@ -339,13 +343,25 @@ def test_every_field_and_embedding_equals_transformers(architecture: str) -> Non
                 found = ours.classify(pixels)
                 assert list(found.labels) == [*case["config"]["id2label"].values()]
                 assert_close(found.logits, theirs.logits, what="model", name="classify")
-                assert_close(found.probs, theirs.logits.softmax(1), what="model", name="classify")
+                scores = pipeline_scores(model, theirs.logits)
+                assert_close(found.probs, scores, what="model", name="classify")
         if "input_ids" in inputs:
             embedding = text_embedding(model, inputs["input_ids"])
             got = ours.encode_text(inputs["input_ids"])
             assert_close(got, embedding, what="model", name="encode_text")
 
     check()
+
+
+def pipeline_scores(model: Any, logits: Tensor) -> Tensor:
+    """What transformers' image classification pipeline makes of ``logits`` (N, L)."""
+    scores = ImageClassificationPipeline.postprocess
+    labels, rows = model.config.id2label, []
+    for row in logits:
+        ranked = scores(SimpleNamespace(model=model), {"logits": row[None]}, top_k=len(labels))
+        by_label = {entry["label"]: entry["score"] for entry in ranked}
+        rows.append([by_label[labels[i]] for i in range(len(labels))])
+    return torch.tensor(rows)
 
 
 def first(output: Any) -> Tensor:

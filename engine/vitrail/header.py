@@ -92,9 +92,9 @@ def show(value: object) -> str:
 
 
 def place(path: Path) -> str:
-    """A path as messages name it: plain, unless that would break the line."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+    """A path as messages name it: whole and plain, unless that would break or drown the line."""
+    text = str(path) if str(path).isprintable() else ascii(str(path))
+    return text if len(text) <= 300 else f"{text[:100]}...{text[-190:]}"
 
 
 def refusal(where: str, got: str, wanted: str) -> CheckpointError:
@@ -276,7 +276,7 @@ def header_length(head: Raw, size: int, where: str) -> int:
             where, f"a header length of {length:,}", f"at most the {size - 8:,} bytes that follow"
         )
     if not opens:
-        raise refusal(where, f"{show(head[8:9])} at byte 8", "the '{' that opens a header")
+        raise refusal(where, f"{show(bytes(head[8:9]))} at byte 8", "the '{' that opens a header")
     return length
 
 
@@ -286,7 +286,9 @@ def parse_header(
     """The tensors that header bytes ``raw`` describe in a file of ``size`` bytes in all."""
     where = place(path)
     if not raw.rstrip(b" ").endswith(b"}"):
-        raise refusal(where, f"{show(raw[-1:])} at the end of the header", "'}', then spaces only")
+        raise refusal(
+            where, f"{show(bytes(raw[-1:]))} at the end of the header", "'}', then spaces only"
+        )
     claimed = raw.count(b'"data_offsets"')
     if claimed > MAX_TENSORS:
         raise refusal(where, f"{claimed:,} tensors", f"at most {MAX_TENSORS:,}")

@@ -38,8 +38,9 @@ def _dense(qkv: Tensor, batch: int, heads: int, causal: bool, kv_lens: Tensor | 
         mask = (position < kv_lens[:, None])[:, None, None, :]
         if causal:
             mask = mask & (position[:, None] >= position)
-        # a masked value must not reach the product: 0 * NaN is NaN
-        v = v.masked_fill((position >= kv_lens[:, None])[:, None, :, None], 0)
+        # what is masked must not reach a product: NaN - inf and 0 * NaN are NaN
+        hidden = (position >= kv_lens[:, None])[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     out = _sdpa(q, k, v, mask, causal and mask is None)
     return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
 

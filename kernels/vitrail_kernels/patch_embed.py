@@ -52,10 +52,12 @@ def patch_embed_ref(
         raise ValueError(f"pixels {tuple(pixels.shape)}: got {found} channels, wanted {channels}")
     if batch == 0:
         return
-    columns = _columns(pixels, patch).to(weight.dtype)
+    # the sum stays wide until the table is added: over uint8 pixels it is large and mostly bias
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    columns = _columns(pixels, patch).to(wide)
     tokens = out.view(batch, table.shape[0], out.shape[1])
     tokens[:, :prefix] = table[:prefix]
-    projected = torch.matmul(columns, weight[:, : columns.shape[2]].t())
+    projected = torch.matmul(columns, weight[:, : columns.shape[2]].t().to(wide))
     if projected.dtype == out.dtype == table.dtype:
         torch.add(projected, table[prefix:], out=tokens[:, prefix:])
     else:
