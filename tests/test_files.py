@@ -132,9 +132,12 @@ def test_a_file_written_out_in_hex_gives_the_names_shapes_offsets_and_bytes(tmp_
 def test_files_of_the_safetensors_library_are_read_as_it_reads_them(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5, 7, generator=generator)
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
-    dtypes += (torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-    dtypes += (torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64)
+    dtypes = [
+        *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    ]
     saved = {f"t.{dtype}": values.abs().to(dtype) for dtype in dtypes}
     saved |= {"scalar": torch.tensor(2.5), "one": torch.ones(1, 1, 1), "名": torch.arange(3)}
     path = tmp_path / "x.safetensors"
@@ -237,11 +240,11 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "lone surrogate": (packed('{"\\ud800":1}'), "got half of a surrogate pair"),
     "byte order mark": (
         packed(b"\xef\xbb\xbf" + GOOD.encode()),
-        "got bytearray(b'\\xef') at byte 8",
+        "got b'\\xef' at byte 8",
     ),
     "UTF-16": (utf16(GOOD), "at byte 8, wanted the '{'"),
     "UTF-16 without a mark": (utf16(GOOD, "utf-16-le"), "at the end of the header"),
-    "JSON array": (packed("[1, 2, 3]"), "got bytearray(b'[') at byte 8, wanted the '{'"),
+    "JSON array": (packed("[1, 2, 3]"), "got b'[' at byte 8, wanted the '{'"),
     "leading space": (packed(" " + GOOD), "at byte 8, wanted the '{'"),
     "leading newline": (packed("\n" + GOOD), "at byte 8, wanted the '{'"),
     "trailing newline": (packed(GOOD + "\n"), "at the end of the header, wanted '}', then spaces"),
@@ -316,7 +319,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
         packed({"w": tensor(shape=[0, 2**63], offsets=[0, 0])}, b""),
         "tensor 'w': shape: got [0, 9223372036854775808], wanted no dimension of 0",
     ),
-    "long integer": (packed({"w": tensor(shape=[10**31])}), "got an integer of 32 characters"),
+    "long integer": (packed({"w": tensor(shape=[10**40])}), "got an integer of 41 characters"),
     "rank 10,000": (
         packed({"w": tensor(shape=[1] * 10_000)}),
         "tensor 'w': shape: got 10,000 dimensions, wanted at most 8",
@@ -645,9 +648,9 @@ def test_bad_json_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
 
 
 def test_good_json_is_read_to_the_letter(tmp_path: Path) -> None:
-    text = (
-        '{"ü": ["\\ud83d\\ude00", "\\\\ud800", 1e-12, 1.5, -7, 18446744073709551615, true, null]}'
-    )
+    text = '{"ü": ["\\ud83d\\ude00", "\\\\ud800", 1e-12, 1.5, -7, true, -0, 18446744073709551615]}'
+    assert read_json(write(tmp_path / "a.json", text.encode())) == json.loads(text)
+    text = '{"model_max_length": 1000000000000000019884624838656}'  # transformers: no limit
     assert read_json(write(tmp_path / "a.json", text.encode())) == json.loads(text)
     deep = '{"a": ' + "[" * (MAX_DEPTH - 1) + '"]]"' + "]" * (MAX_DEPTH - 1) + "}"
     assert read_json(write(tmp_path / "a.json", deep.encode())) == json.loads(deep)
@@ -915,7 +918,7 @@ def test_shards_saved_by_transformers_hold_what_its_single_file_holds(tmp_path: 
         intermediate_size=24,
         image_size=16,
     )
-    model = ViTModel(config).to(torch.bfloat16)
+    model = ViTModel(config).bfloat16()
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     model.save_pretrained(tmp_path / "single")
     shards, single = open_checkpoint(tmp_path / "shards"), open_checkpoint(tmp_path / "single")
@@ -924,7 +927,7 @@ def test_shards_saved_by_transformers_hold_what_its_single_file_holds(tmp_path: 
     assert contents(shards.tensors) == contents(single.tensors)
     facts = {name: (entry.dtype, entry.shape) for name, entry in single.tensors.items()}
     assert facts == {n: (entry.dtype, entry.shape) for n, entry in shards.tensors.items()}
-    saved = {data for data in contents(single.tensors).values()}
+    saved = set(contents(single.tensors).values())
     state = model.state_dict().values()
     assert saved == {value.reshape(-1).view(torch.uint8).numpy().tobytes() for value in state}
     assert {entry.dtype for entry in shards.tensors.values()} == {"BF16"}
@@ -943,8 +946,11 @@ def test_the_total_size_an_index_claims_is_not_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/outside.safetensors", "sub/x.safetensors", "a\\x.safetensors"]
-    + ["..", ".hidden.safetensors", "pytorch_model.bin", "", "a\0.safetensors", 7, None, ["a"]],
+    [
+        *("../outside.safetensors", "/etc/outside.safetensors", "sub/x.safetensors"),
+        *("a\\x.safetensors", "..", ".hidden.safetensors", "pytorch_model.bin", ""),
+        *("a\0.safetensors", 7, None, ["a"]),
+    ],
 )
 def test_an_index_names_plain_files_of_the_folder_only(name: object, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "folder", SHARDS, {"weight_map": {"a": name, "b": A, "c": B}})
@@ -986,8 +992,10 @@ def test_an_index_names_plain_files_of_the_folder_only(name: object, tmp_path: P
             "wanted an object of 1 to 20,000 shard names",
         ),
     ],
-    ids=["missing shard", "not listed", "listed elsewhere", "in no shard", "empty", "list"]
-    + ["absent", "257 shards", "20,001 tensors"],
+    ids=[
+        *("missing shard", "not listed", "listed elsewhere", "in no shard", "empty", "list"),
+        *("absent", "257 shards", "20,001 tensors"),
+    ],
 )
 def test_index_and_shards_that_disagree_are_refused(
     index: object, fragment: str, tmp_path: Path
@@ -1157,7 +1165,7 @@ def test_a_range_lands_where_it_is_wanted_and_nowhere_else(tmp_path: Path) -> No
         reader.read_into(entry, 990, memoryview(out)[40:50])
         assert out == b"\xaa" * 40 + data[990:] + b"\xaa" * 50
         values = np.zeros((5, 10), dtype=np.float32)
-        reader.read_into(entry, 4, memoryview(values))
+        reader.read_into(entry, 4, values.data)
         assert values.tobytes() == data[4:204]
         reader.read_into(entry, 1000, memoryview(bytearray()))
 
@@ -1228,11 +1236,11 @@ def overwrite(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
-CHANGES = {
+CHANGES: dict[Callable[[Path], None], str] = {
     truncate: "was truncated while loading",
     replace: "was changed or replaced while loading",
+    overwrite: "was changed or replaced while loading",
 }
-CHANGES[overwrite] = CHANGES[replace]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -10,7 +10,7 @@ import shutil
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -247,13 +247,14 @@ def test_pixels_in_any_layout_are_right_or_refused(vit: vitrail.Model, name: str
     x = arguments("ViTModel", make("ViTModel").config, batch=3)["pixel_values"]
     if "16" in name or "half" in name:
         x = x.bfloat16().float().clamp(-8, 8)
-    given = layouts(x)[name]
-    try:
-        got = vit.encode_image(given)
-    except InputError:
-        assert name in ("misaligned", "big-endian")
-        return
-    near(got, vit.encode_image(x))
+    given, expected = layouts(x)[name], vit.encode_image(x)
+    for pixels in (given, list(given)):
+        try:
+            got = vit.encode_image(pixels)
+        except InputError:
+            assert name in ("misaligned", "big-endian")
+        else:
+            near(got, expected)
     if isinstance(given, Tensor):
         near(vit.forward(given).last_hidden_state, vit.forward(x).last_hidden_state)
 
@@ -281,6 +282,7 @@ BAD_PIXELS: dict[str, Any] = {
     "no pixels": (torch.zeros(1, 3, 0, 32), "patch"),
     "float64": (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "float64"),
     "float64 array": (np.zeros((1, 3, 32, 32)), "float64"),
+    "long double array": (np.zeros((1, 3, 32, 32), np.longdouble), "pixels"),
     "float8": (torch.zeros(1, 3, 32, 32).to(torch.float8_e5m2), "float8"),
     "NaN": (torch.full((1, 3, 32, 32), torch.nan), "item 0 holds NaN"),
     "infinity": (torch.full((1, 3, 32, 32), torch.inf), "item 0 holds NaN or inf"),
@@ -1070,8 +1072,6 @@ def test_an_overflow_names_the_block_and_the_way_out(tmp_path: Path) -> None:
         (block.format(0), "block 0", 1e5),
         (block.format(1), "block 1", 1e5),
         (block.format(2), "block 2", 1e5),
-        # beyond fp16 itself: the projection adds up in fp32
-        ("visual_projection.weight", "the final projection", 1e7),
     ):
         folder = planted(tmp_path / "good", tmp_path / name, {name: lambda t, by=factor: t * by})
         half = vitrail.load(folder, dtype="float16")
@@ -1134,19 +1134,37 @@ def test_a_head_gives_no_scores_for_what_is_not_finite(
 
 def test_a_text_that_overflows_is_named(tmp_path: Path) -> None:
     save(make("CLIPTextModelWithProjection"), tmp_path / "good")
-    token = "text_model.embeddings.token_embedding.weight"
+    place = "text_model.embeddings.{}_embedding.weight"
 
-    def raised(tensor: Tensor) -> Tensor:
-        tensor[7] *= 1e6
-        return tensor
+    def raised(row: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor.index_fill(0, torch.tensor([row]), 6e4)
 
-    folder = planted(tmp_path / "good", tmp_path / "loud", {token: raised})
+    # each fits fp16; token 7 in the first place does not
+    change = {place.format("token"): raised(7), place.format("position"): raised(0)}
+    folder = planted(tmp_path / "good", tmp_path / "loud", change)
     half = vitrail.load(folder, dtype="float16")
     with pytest.raises(VitrailError, match=r"^text 1: the .*embedding .*float16; load .*float32"):
         half.encode_text([[1, 2, 59], [7, 59], [3, 59]])
     assert torch.isfinite(half.encode_text([[1, 2, 59], [3, 59]])).all()
     ids = torch.tensor([[1, 2, 59], [7, 59, 59], [3, 59, 7]])
-    assert half.forward(input_ids=ids).status.tolist()[:2] == [0, 1]
+    assert half.forward(input_ids=ids).status.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_model.encoder.layers.1.mlp.fc2.weight",
+        "text_model.embeddings.token_embedding.weight",
+        "visual_projection.weight",
+    ],
+)
+def test_weights_beyond_the_chosen_dtype_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    save(make("CLIPModel"), tmp_path / "good")
+    folder = planted(tmp_path / "good", tmp_path / "large", {name: lambda t: t * 1e7})
+    with pytest.raises(CheckpointError, match=rf"'{name}'.*float16.*float32"):
+        vitrail.load(folder, dtype="float16")
+    for dtype in ("float32", "bfloat16"):
+        vitrail.load(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -457,6 +457,13 @@ def test_other_masks_are_refused(mask: list[float], tmp_path: Path) -> None:
         ours.forward(input_ids=ids, attention_mask=torch.ones(2, 3))
 
 
+def test_a_mask_without_data_is_refused(tmp_path: Path) -> None:
+    ours = loaded(make("CLIPTextModel"), tmp_path)
+    ids = torch.full((2, 4), 59)
+    with pytest.raises(InputError, match="attention_mask"):
+        ours.forward(input_ids=ids, attention_mask=torch.ones(2, 4, device="meta"))
+
+
 def test_the_first_end_token_is_pooled_and_without_one_the_first_token(tmp_path: Path) -> None:
     ids = torch.tensor(
         [[58, 7, 59, 3, 59, 59], [59, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 59], [7, 6, 5, 4, 3, 2]]

@@ -66,21 +66,30 @@ def floats(images: object) -> Tensor | None:
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise InputError(f"pixels: got shapes {sorted(shapes)}, wanted one shape a batch")
-        images = torch.stack([torch.as_tensor(image) for image in images])
-    if not _is_float(images):
+        images = torch.stack([_float_tensor(image) for image in images])
+    elif _is_float(images):
+        images = _float_tensor(images)
+    else:
         return None
-    if isinstance(images, np.ndarray):
-        # torch wraps neither negative strides nor read-only memory nor foreign byte order
-        native = images.astype(images.dtype.newbyteorder("="), copy=False)
-        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
-        images = torch.from_numpy(native if plain else native.copy())
-    assert isinstance(images, Tensor), "floats are arrays or tensors"
-    if images.dtype not in FLOATS:
-        raise InputError(f"pixels: got {images.dtype}, wanted float32, float16 or bfloat16")
-    _check_data("pixels", images)
-    if images.requires_grad:
-        raise InputError("pixels: got a tensor that needs gradients, wanted x.detach()")
     return images[None] if images.dim() == 3 else images
+
+
+def _float_tensor(image: Any) -> Tensor:
+    """A float array or tensor as a tensor of numbers that PyTorch can compute with."""
+    if isinstance(image, np.ndarray):
+        if image.dtype.itemsize > 4:
+            raise InputError(f"pixels: got {image.dtype}, wanted float32 or float16")
+        # torch wraps neither negative strides nor read-only memory nor foreign byte order
+        native = image.astype(image.dtype.newbyteorder("="), copy=False)
+        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+        image = torch.from_numpy(native if plain else native.copy())
+    if image.dtype not in FLOATS:
+        raise InputError(f"pixels: got {image.dtype}, wanted float32, float16 or bfloat16")
+    _check_data("pixels", image)
+    if image.requires_grad:
+        raise InputError("pixels: got a tensor that needs gradients, wanted x.detach()")
+    tensor: Tensor = image
+    return tensor
 
 
 def _check_data(what: str, tensor: Tensor) -> None:
@@ -183,6 +192,7 @@ def mask_lengths(mask: Tensor, ids: Tensor) -> Tensor | None:
         raise InputError(
             f"attention_mask: got {shape}, wanted a tensor of shape {tuple(ids.shape)}"
         )
+    _check_data("attention_mask", mask)
     kept = mask != 0
     lengths = kept.sum(dim=1)
     expected = torch.arange(ids.shape[1], device=mask.device) < lengths[:, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitrail import images as pixels_of
 from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
-from vitrail.files import Checkpoint, open_checkpoint
+from vitrail.files import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from vitrail.forward import forward_pair, forward_text, forward_vision, unit
 from vitrail.images import PixelInput
 from vitrail.inputs import (
@@ -138,13 +138,20 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """64 hex digits; equal where weights, spec, preprocessing, dtype and version are equal.
+        """64 hex digits: weights, spec, preprocessing, tokenizer files, dtype, runner, version.
 
-        Reads all weights on first use.
+        Equal where all of these are. Reads all weights on first use.
         """
+        files = {name: self._checkpoint.file(name) for name in TOKENIZER_FILES}
+        tokenizer = {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in files.items()
+            if path is not None and self._text is not None
+        }
         parts = {
             "weights": hash_weights(self.spec, self._sources),
             "spec": self.spec.to_dict(),
+            "tokenizer": tokenizer,
             "dtype": str(self.dtype),
             "runner": self.runner,
             "version": __version__,
@@ -284,10 +291,17 @@ class Model:
     ) -> _Rows:
         """The embedding or the class scores of every image by position, and what failed."""
         tower = self._vision_tower("images")
+        if isinstance(images, Iterator):
+            images = list(images)
         values = floats(images)
         if values is None:
             return self._each_item(listed(images), batch_size, size, logits)
         check_pixels(values, tower.spec, self.spec.image)
+        if size is not None and tuple(size) != tower.size(values):
+            raise InputError(
+                f"size: got {tuple(size)} with preprocessed pixels of {tower.size(values)}; "
+                "floats are taken as they are, so leave it out"
+            )
         step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
@@ -462,8 +476,8 @@ class Model:
                 )
             rows, errors = self._each_image(images, batch_size, size, logits=True)
             logits = _in_order(rows, errors, len(head.labels))
-            probs = logits.sigmoid() if head.multi_label else logits.softmax(dim=1)
-            return Classification(head.labels, probs, logits)
+            kinds = {"softmax": logits.softmax(dim=1), "sigmoid": logits.sigmoid(), "none": logits}
+            return Classification(head.labels, kinds[head.scores], logits)
         if self._logit_scale is None:
             raise InputError(
                 f"classify: {self.spec.architecture} has no image and text tower to compare "
@@ -572,7 +586,8 @@ class Model:
         if reshape:
             h, w = tower.spec.grid_at(tower.size(values))
             patches = [
-                p.reshape(p.shape[0], h, w, -1).permute(0, 3, 1, 2).contiguous() for p in patches
+                p.reshape(p.shape[0], h, w, p.shape[2]).permute(0, 3, 1, 2).contiguous()
+                for p in patches
             ]
         if return_class_token:
             return tuple((p, out[:, 0]) for p, out in zip(patches, outs, strict=True))

@@ -25,7 +25,8 @@ class EncodeResult:
 class Classification:
     """``probs`` and ``logits`` (N, L) fp32 over ``labels``.
 
-    The probabilities of a row add up to 1, except for a multi-label head, where each is its own.
+    The probabilities of a row add up to 1, except for a multi-label head, where each is its own;
+    of a regression they are the logits themselves.
     """
 
     labels: tuple[str, ...]

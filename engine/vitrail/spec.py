@@ -263,13 +263,13 @@ class HeadSpec:
     """A linear classifier over the normalised tokens.
 
     ``features``: "class" (the class token) or "class_mean" (the class token, then the mean of the
-    patch tokens, registers left out: DINOv2). ``multi_label``: labels do not exclude one another,
-    so each has a probability of its own.
+    patch tokens, registers left out: DINOv2). ``scores``: what makes probabilities of the logits,
+    "softmax", "sigmoid" where labels do not exclude one another, "none" for a regression.
     """
 
     labels: tuple[str, ...]
     features: Literal["class", "class_mean"]
-    multi_label: bool = False
+    scores: Literal["softmax", "sigmoid", "none"] = "softmax"
 
     def __post_init__(self) -> None:
         _count("labels", len(self.labels), 1, MAX_TABLE)

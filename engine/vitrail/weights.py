@@ -24,7 +24,7 @@ from vitrail.plain import plain
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.zoo import Source
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 4 << 20  # small enough that a chunk is still in cache when it is rewritten
 ALIGNMENT = 256
 PATCH_MULTIPLE = 64  # columns of a patch weight: rows of 588 numbers would not be 16-byte aligned
 

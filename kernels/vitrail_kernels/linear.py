@@ -62,10 +62,15 @@ def linear_ref(
         residual = residual.index_select(0, residual_rows)
     if norm_eps is not None:
         x = F.layer_norm(x, (x.shape[1],), eps=norm_eps)
-    if residual is out and scale is None and activation is None and not gated:
-        out.addmm_(x, weight.t())
+    plain = scale is None and activation is None and not gated
+    if residual is not None and plain and out.dtype == x.dtype == torch.float32:
+        # no temporary, and the same order of additions whether out is the residual or not;
+        # 16-bit sums take the way below, which rounds once less
         if bias is not None:
-            out.add_(bias)
+            torch.add(residual, bias, out=out)
+        elif residual is not out:
+            out.copy_(residual)
+        torch.addmm(out, x, weight.t(), out=out)
         return
     direct = residual is None and not gated and scale is None and out.dtype == x.dtype
     y = out if direct else torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)

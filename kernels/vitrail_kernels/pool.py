@@ -1,6 +1,6 @@
 """pool: one token a sequence -> LayerNorm -> projection -> fp32 embedding, and is it finite
 
-    out = normalise(norm(x)[rows] W^T + b), status = 0 where every value is finite, else 1
+    out = norm(x)[rows] W^T + b, status = 0 where every value is finite, else 1
     FLOPs  2 B D C      bytes  B C + D C + B D      bound  by the read of W
 
 class_mean: the class token beside the mean of the patch tokens (DINOv2's linear head).

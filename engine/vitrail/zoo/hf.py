@@ -255,9 +255,15 @@ def _head(checkpoint: Checkpoint, features: Literal["class", "class_mean"]) -> H
     labels = (
         _labels(fields) if fields.get("id2label") is not None else _numbered(fields, checkpoint)
     )
-    # transformers' image classification pipeline takes the sigmoid in these two cases
-    multi_label = checkpoint.config.get("problem_type") == "multi_label_classification"
-    return HeadSpec(labels, features, multi_label or len(labels) == 1) if labels else None
+    return HeadSpec(labels, features, _scores(checkpoint, len(labels))) if labels else None
+
+
+def _scores(checkpoint: Checkpoint, labels: int) -> Literal["softmax", "sigmoid", "none"]:
+    """What transformers' image classification pipeline does with the logits."""
+    kind = checkpoint.config.get("problem_type")
+    if kind == "regression":
+        return "none"
+    return "sigmoid" if kind == "multi_label_classification" or labels == 1 else "softmax"
 
 
 def _labels(fields: Fields) -> tuple[str, ...]:

@@ -1,0 +1,107 @@
+"""Every command and every snippet of the README does what it shows, with small random models."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+from helpers import clip_folder, make, save
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PHOTOS = ROOT / "engine" / "vitrail" / "assets" / "photos"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+
+
+def _cached(hub: Path, repo: str) -> Path:
+    """An empty snapshot of ``repo`` where huggingface_hub looks for downloads."""
+    home = hub / f"models--{repo.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(revision)
+    folder = home / "snapshots" / revision
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with photos, and an environment whose hub cache holds the README's models."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(PHOTOS, folder / "photos")
+    hub = folder / "hub"
+    clip_folder(_cached(hub, "openai/clip-vit-base-patch32"))
+    dinov2 = _cached(hub, "facebook/dinov2-with-registers-base")
+    save(make("Dinov2WithRegistersModel", num_hidden_layers=4), dinov2)
+    BitImageProcessorPil(size={"shortest_edge": 64}, crop_size=56).save_pretrained(dinov2)
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+    }
+    return folder, environment
+
+
+def _run(words: list[str], desk: tuple[Path, dict[str, str]]) -> subprocess.CompletedProcess[str]:
+    folder, environment = desk
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_readme_has_commands_and_snippets() -> None:
+    assert {line.split()[0] for line in COMMANDS} == {"make", "vitrail"}
+    assert len(SNIPPETS) == 2
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitrail")])
+def test_commands_run_as_shown(line: str, desk: tuple[Path, dict[str, str]]) -> None:
+    done = _run(shlex.split(line), desk)
+    assert done.returncode == 0, done.stderr
+    if "--out" in line:
+        out = desk[0] / shlex.split(line)[-1]
+        assert out.stat().st_size > 0
+        if out.suffix == ".npy":
+            assert len(np.load(out)) == len(list(PHOTOS.iterdir()))
+    else:
+        assert ("cat" if "classify" in line else "CLIPModel") in done.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make")])
+def test_make_commands_are_what_ci_runs(line: str) -> None:
+    assert line in (ROOT / ".ci" / "run").read_text()
+    target = line.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_run_as_shown(snippet: str, desk: tuple[Path, dict[str, str]]) -> None:
+    done = _run([sys.executable, "-c", snippet], desk)
+    assert done.returncode == 0, done.stderr
+    expected = "missing.jpg: no such file" if "missing.jpg" in snippet else "torch.Size([1, "
+    assert expected in done.stdout
+
+
+def test_the_speed_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import table
+
+    assert f"{table.START}{table.render()}{table.END}" in README
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
