@@ -185,6 +185,13 @@ def test_what_the_format_allows_is_read(header: object, size: int, tmp_path: Pat
     assert contents(tensors) == {name: bytes(found["data"]) for name, found in theirs.items()}
 
 
+def test_a_header_length_that_looks_like_the_start_of_a_pickle_is_a_length(tmp_path: Path) -> None:
+    text = json.dumps({"w": tensor()})
+    raw = packed(text + " " * (0x280 - len(text)))
+    assert raw.startswith(b"\x80\x02")
+    assert read_header(write(tmp_path / "x.safetensors", raw)).keys() == {"w"}
+
+
 def test_as_many_tensors_as_are_allowed_are_read_within_a_second(tmp_path: Path) -> None:
     header = {f"layer.{i}.w": tensor(shape=[1], offsets=[i, i + 1]) for i in range(MAX_TENSORS)}
     path = write(tmp_path / "x.safetensors", packed(header, bytes(MAX_TENSORS)))
@@ -1127,6 +1134,12 @@ def test_a_snapshot_may_link_to_blobs_and_nothing_else(target: str, tmp_path: Pa
     (snapshot / "model.safetensors").unlink()
     os.symlink(target, snapshot / "model.safetensors")
     refused(lambda: open_checkpoint(snapshot), "model.safetensors: got a symlink to ")
+
+
+def test_snapshots_and_blobs_outside_a_hub_cache_mean_nothing(tmp_path: Path) -> None:
+    repository = hub_cache(tmp_path, HUB_FILES).parents[1].rename(tmp_path / "download")
+    snapshot = repository / "snapshots" / COMMIT
+    refused(lambda: open_checkpoint(snapshot), "config.json: got a symlink to ")
 
 
 def test_blobs_that_are_themselves_a_link_out_of_the_cache_are_refused(tmp_path: Path) -> None:

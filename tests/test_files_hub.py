@@ -128,6 +128,23 @@ def test_a_revision_that_cannot_be_one_is_an_input_error(revision: str, cache: P
         open_checkpoint("org/name", revision=revision, local_files_only=True)
 
 
+def test_all_files_are_of_the_commit_that_the_first_came_from(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    folder = sharded(tmp_path / "folder", SHARDS)
+    snapshot = hub_cache(cache, {path.name: path.read_bytes() for path in folder.iterdir()})
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str], **_: object) -> str:
+        asked.append((revision, allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    open_checkpoint("org/name", revision="main")
+    assert [revision for revision, _ in asked] == ["main", COMMIT]
+    assert asked[1][1] == [A, B]
+
+
 # -- a hub -----------------------------------------------------------------------------------------
 
 
