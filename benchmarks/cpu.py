@@ -216,13 +216,16 @@ SUITES: dict[str, Callable[[Path], Results]] = {
 def main() -> None:
     """Run the named suites, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], default=list(SUITES))
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"got {unknown}, wanted suites of {list(SUITES)}")
     refuse_dirty(arguments.allow_dirty or arguments.no_record)
     transformers.logging.disable_progress_bar()
-    for name in arguments.suites:
+    for name in arguments.suites or SUITES:
         with tempfile.TemporaryDirectory() as folder:
             results = SUITES[name](Path(folder))
         if not arguments.no_record:
