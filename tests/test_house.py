@@ -31,6 +31,7 @@ ORDER = (
     "zoo",
     "weights",
     "plan",
+    "plans",
     "_C",
     "runners",
     "towers",

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail import plan as plans
+from vitrail import plans
 from vitrail.plan import Plan
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights import packed_layout, text_layout, vision_layout

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import HALVES, assert_close
-from vitrail import plan as plans
+from vitrail import plans
 from vitrail.files import read_header
 from vitrail.plan import Plan
 from vitrail.runners.reference import IDLE_ARENAS, ArenaPool, PositionCache, ReferenceRunner

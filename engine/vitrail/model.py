@@ -278,24 +278,32 @@ class Model:
         check_options(batch_size, size, on_error)
         place = check_device(output_device, "output_device")
         width = self._vision_tower("encode_image").spec.embedding
-        rows, errors = self._each_image(images, batch_size, size, logits=False)
-        out = _in_order(rows, {} if on_error == "skip" else errors, width, normalize)
-        out = out.to(place)
+        strict = on_error == "raise"
+        rows, errors = self._each_image(images, batch_size, size, strict, logits=False)
+        out = _in_order(rows, width, normalize).to(place)
         if on_error == "raise":
             return out
         reasons = {position: str(errors[position]) for position in sorted(errors)}
         return EncodeResult(out, tuple(sorted(rows)), reasons)
 
     def _each_image(
-        self, images: Images, batch_size: int | None, size: tuple[int, int] | None, logits: bool
+        self,
+        images: Images,
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        strict: bool,
+        logits: bool,
     ) -> _Rows:
-        """The embedding or the class scores of every image by position, and what failed."""
+        """The embedding or the class scores of every image by position, and what failed.
+
+        ``strict``: the first failure is raised with its batch, whatever is still to come.
+        """
         tower = self._vision_tower("images")
         if isinstance(images, Iterator):
             images = list(images)
         values = floats(images)
         if values is None:
-            return self._each_item(listed(images), batch_size, size, logits)
+            return self._each_item(listed(images), batch_size, size, strict, logits)
         check_pixels(values, tower.spec, self.spec.image)
         if size is not None and tuple(size) != tower.size(values):
             raise InputError(
@@ -310,6 +318,7 @@ class Model:
             good, bad = self._compute(batch, range(start, start + len(batch)), logits)
             rows |= good
             errors |= bad
+            _raise_first(errors, strict)
         return rows, errors
 
     def _each_item(
@@ -317,6 +326,7 @@ class Model:
         items: Sequence[PixelInput],
         batch_size: int | None,
         size: tuple[int, int] | None,
+        strict: bool,
         logits: bool,
     ) -> _Rows:
         if not items:
@@ -343,6 +353,7 @@ class Model:
                 good, bad = self._compute(batch, list(group), logits)
                 rows |= good
                 errors |= bad
+            _raise_first(errors, strict)
         return rows, errors
 
     def _batches(
@@ -427,7 +438,8 @@ class Model:
                 rows[i] = row
                 if bad:
                     errors[i] = VitrailError(f"text {i}: the embedding {self._not_finite()}")
-        return _in_order(rows, errors, tower.spec.embedding, normalize).to(place)
+            _raise_first(errors, strict=True)
+        return _in_order(rows, tower.spec.embedding, normalize).to(place)
 
     def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
         """Id lists that end at the pooled token."""
@@ -474,8 +486,8 @@ class Model:
                     f"classify: {self.spec.architecture} has no classification head; "
                     "give labels to a CLIP checkpoint, or load one that was fine-tuned"
                 )
-            rows, errors = self._each_image(images, batch_size, size, logits=True)
-            logits = _in_order(rows, errors, len(head.labels))
+            rows, _ = self._each_image(images, batch_size, size, strict=True, logits=True)
+            logits = _in_order(rows, len(head.labels))
             kinds = {"softmax": logits.softmax(dim=1), "sigmoid": logits.sigmoid(), "none": logits}
             return Classification(head.labels, kinds[head.scores], logits)
         if self._logit_scale is None:
@@ -608,15 +620,13 @@ def _strings(what: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _in_order(
-    rows: Mapping[int, Tensor],
-    errors: Mapping[int, VitrailError],
-    width: int,
-    normalize: bool = False,
-) -> Tensor:
-    """Rows by position as one fp32 tensor (N, width) on the CPU; the first error is raised."""
-    if errors:
+def _raise_first(errors: Mapping[int, VitrailError], strict: bool) -> None:
+    if errors and strict:
         raise errors[min(errors)]
+
+
+def _in_order(rows: Mapping[int, Tensor], width: int, normalize: bool = False) -> Tensor:
+    """Rows by position as one fp32 tensor (N, width) on the CPU, of unit length if wanted."""
     if not rows:
         return torch.empty(0, width, dtype=torch.float32, device="cpu")
     out = torch.stack([rows[position] for position in sorted(rows)]).cpu()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitrail import plan as plans
+from vitrail import plans
 from vitrail.plan import Plan
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import HeadSpec, TextSpec, VisionSpec
