@@ -695,7 +695,7 @@ def run_patch_embed(
 
 def convolved(pixels: Tensor, kernel: Tensor, table: Tensor, prefix: int) -> Tensor:
     """A convolution that strides by its own size, in the dtype of its operands."""
-    image = pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
+    image = pixels.permute(0, 3, 1, 2) / 256 if pixels.dtype == torch.uint8 else pixels
     patches = F.conv2d(image.to(kernel.dtype), kernel, stride=kernel.shape[2:])
     tokens = patches.flatten(2).transpose(1, 2) + table[prefix:].to(kernel.dtype)
     first = table[:prefix].to(kernel.dtype).expand(pixels.shape[0], -1, -1)
@@ -704,7 +704,7 @@ def convolved(pixels: Tensor, kernel: Tensor, table: Tensor, prefix: int) -> Ten
 
 def explicit_patches(pixels: Tensor, kernel: Tensor, table: Tensor, prefix: int) -> Tensor:
     """Every patch cut out and multiplied by itself, in fp64, on the pixels the operator sees."""
-    image = pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
+    image = pixels.permute(0, 3, 1, 2) / 256 if pixels.dtype == torch.uint8 else pixels
     image = image.to(kernel.dtype).double()
     down, across = kernel.shape[2:]
     rows = [table[:prefix].double().expand(len(image), -1, -1)]

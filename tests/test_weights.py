@@ -152,7 +152,7 @@ def expected_vision(spec: VisionSpec, t: Tensors) -> Tensors:
     padded = -(-spec.patch_values // 64) * 64 - spec.patch_values
     packed["vision.patch.float"] = F.pad(weight.reshape(width, -1), (0, padded))
     packed["vision.patch.float.bias"] = t.get("vision.patch.bias", torch.zeros(width).double())
-    scaled = torch.stack([weight[:, c] * A[c] for c in range(spec.channels)], dim=3)
+    scaled = torch.stack([weight[:, c] * A[c] * 256 for c in range(spec.channels)], dim=3)
     packed["vision.patch.uint8"] = F.pad(scaled.reshape(width, -1), (0, padded))
     for name in ("vision.pre_norm.weight", "vision.pre_norm.bias"):
         if spec.pre_norm:
@@ -225,7 +225,7 @@ def test_uint8_bias_belongs_to_the_rounded_weights(
     assert spec is not None
     tensors, weights = loaded(tmp_path, SPECS[family], compute=compute)
     rounded = weights["vision.patch.uint8"][:, : spec.patch_values].double()
-    at_mean = (-B / A).repeat(spec.patch[0] * spec.patch[1])  # channels run fastest
+    at_mean = (-B / A / 256).repeat(spec.patch[0] * spec.patch[1])  # channels run fastest
     bias = tensors.get("vision.patch.bias", torch.zeros(24).double())
     assert_close(weights["vision.patch.uint8.bias"] + (rounded @ at_mean).float(), bias)
     assert_close(weights["vision.patch.uint8.bias"], bias - rounded @ at_mean)
@@ -267,7 +267,7 @@ def test_without_a_pixel_scale_bytes_are_taken_as_they_are(tmp_path: Path) -> No
     tensors = random_tensors(spec)
     weights = load_weights(spec, store(tmp_path / "m.safetensors", tensors), torch.float32)
     kernel = tensors["vision.patch.weight"].permute(0, 2, 3, 1).reshape(24, -1)
-    assert torch.equal(weights["vision.patch.uint8"], kernel)
+    assert torch.equal(weights["vision.patch.uint8"], kernel * 256)
     assert torch.equal(weights["vision.patch.uint8.bias"], tensors["vision.patch.bias"])
 
 
@@ -743,13 +743,24 @@ def test_uint8_bias_from_rounded_weights_is_the_more_accurate(projection: Projec
     weights = projection.weights
     unrounded = (projection.bias + projection.kernel.sum(dim=(2, 3)) @ B).float()
     wanted = projection.plain(torch.float64)
-    raw = projection.pixels.reshape(256, -1).double()
+    raw = projection.pixels.reshape(256, -1).double() / 256
     product = raw @ weights["vision.patch.uint8"][:, :588].double().t()
     error = [
         float((product + bias.double() - wanted).square().mean().sqrt())
         for bias in (weights["vision.patch.uint8.bias"], unrounded)
     ]
     assert error[0] < error[1]
+
+
+def test_small_patch_weights_do_not_become_subnormal(tmp_path: Path) -> None:
+    spec = SPECS["vit"]
+    tensors = random_tensors(spec)
+    tensors["vision.patch.weight"] = torch.randn_like(tensors["vision.patch.weight"]) * 3e-4
+    sources = store(tmp_path / "m.safetensors", tensors)
+    packed = load_weights(spec, sources, torch.float16, (A, B))["vision.patch.uint8"]
+    exact = load_weights(spec, sources, torch.float32, (A, B))["vision.patch.uint8"].double()
+    error = float((packed.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    assert error < torch.finfo(torch.float16).eps / 2
 
 
 @pytest.mark.parametrize("compute", HALVES, ids=str)

@@ -23,6 +23,7 @@ from vitrail.files import TensorReader
 from vitrail.plain import plain
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.zoo import Source
+from vitrail_kernels.patch_embed import UINT8_UNIT
 
 CHUNK_BYTES = 4 << 20  # small enough that a chunk is still in cache when it is rewritten
 ALIGNMENT = 256
@@ -349,13 +350,13 @@ def _pack_patch(load: _Loader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tens
     folded = out["vision.patch.uint8"].zero_()
     one = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
     a, b = pixel_scale or (one, one - one)
-    folded[:, :k] = (weight * a[:, None, None]).permute(0, 2, 3, 1).reshape(c, k)
+    folded[:, :k] = (weight * (UINT8_UNIT * a[:, None, None])).permute(0, 2, 3, 1).reshape(c, k)
     for packed in (plain_weight, folded):
         load.check_rounded("vision.patch.weight", packed)
     # the bias comes from the rounded weights, so that what rounding took is not added again:
-    # sum W (a u + b) = sum W' (u + b / a)
+    # sum W (a u + b) = sum W' (u + b / a) / unit
     rounded = folded[:, :k].double().view(c, *spec.patch, spec.channels)
-    out["vision.patch.uint8.bias"].copy_(bias + (rounded * (b / a)).sum(dim=(1, 2, 3)))
+    out["vision.patch.uint8.bias"].copy_(bias + (rounded * (b / a / UINT8_UNIT)).sum(dim=(1, 2, 3)))
 
 
 def _pack_vision(

@@ -4,9 +4,10 @@
     table  position + class / register tokens + projection bias, see `position`
     FLOPs  2 B P C K      bytes  pixels + C K + B T C      bound  by memory for uint8 at small K
 
-uint8 pixels come as (B, H, W, channels) with a weight that has the normalisation folded in and runs
-(row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
-weight that runs (channel, row, column).
+uint8 pixels come as (B, H, W, channels) with a weight that has the normalisation folded in and
+runs (row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
+weight that runs (channel, row, column). A uint8 value u enters as u / 256: exact in every dtype,
+and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from vitrail_kernels.cost import Cost, traffic
+
+UINT8_UNIT = 256
+"""The uint8 value that would stand for 1."""
 
 
 def _columns(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -55,6 +59,8 @@ def patch_embed_ref(
     # the sum stays wide until the table is added: over uint8 pixels it is large and mostly bias
     wide = torch.promote_types(weight.dtype, torch.float32)
     columns = _columns(pixels, patch).to(wide)
+    if pixels.dtype == torch.uint8:
+        columns /= UINT8_UNIT
     tokens = out.view(batch, table.shape[0], out.shape[1])
     tokens[:, :prefix] = table[:prefix]
     projected = torch.matmul(columns, weight[:, : columns.shape[2]].t().to(wide))
