@@ -170,7 +170,7 @@ def test_no_command_prints_help_and_an_unknown_one_is_wrong_usage() -> None:
 def test_without_a_model_the_error_says_how_to_get_one(command: str, photos: Path) -> None:
     result = run(command, *([photos] if command != "info" else []))
     assert result.exit_code == 2
-    assert "openai/clip-vit-base-patch32" in result.stderr
+    assert "laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in result.stderr
     assert "VITRAIL_MODEL" in result.stderr
 
 
@@ -615,7 +615,7 @@ def test_demo_says_its_weights_are_random_and_how_to_get_others(
     first, second = run("demo"), run("demo")
     assert first.exit_code == 0, first.exception
     assert "weights are RANDOM" in first.stdout
-    assert "vitrail embed photos/ --model openai/clip-vit-base-patch32" in first.stdout
+    assert "vitrail embed photos/ --model laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in first.stdout
     names = [path.stem for path in good(PHOTOS)]
     rows = re.findall(
         r"^(\w+) +(\w+) \(-?[\d.]+\) +(\w+) \(-?[\d.]+\)$", first.stdout, re.MULTILINE

@@ -25,7 +25,7 @@ from vitrail.errors import ImageError, VitrailError
 if TYPE_CHECKING:
     from vitrail.model import Model
 
-EXAMPLE = "openai/clip-vit-base-patch32"
+EXAMPLE = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 LOG_SECONDS = 5.0
 CLASSIFY_BATCH = 32
 

@@ -68,7 +68,7 @@ def run(load: Callable[[str], Model], name: str | None = None) -> None:
         print("found below is found by colour and shape alone.\n")
         _show(load(folder))
     print("\nWith a model that has learnt something:")
-    print("  vitrail embed photos/ --model openai/clip-vit-base-patch32")
+    print("  vitrail embed photos/ --model laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
 
 
 def write_random_checkpoint(folder: Path) -> None:

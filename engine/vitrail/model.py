@@ -63,7 +63,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Model:
-    """Open a checkpoint folder, or a hub id such as ``openai/clip-vit-base-patch32``.
+    """Open a checkpoint folder, or a hub id such as ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``.
 
     ``device``: "auto" is CUDA where there is one, else the CPU. ``dtype``: "float32", "float16",
     "bfloat16" or the torch dtype; "auto" is float32 on the CPU and float16 on CUDA. ``revision``
