@@ -245,14 +245,16 @@ def classify(
     loaded = _load(name, device, dtype, revision, local_files_only)
     failed: list[tuple[Path, str]] = []
     width = max(len(path_text(path)) for path in paths)
-    if not as_json:
-        print(f"{'image':<{width}}  probability  label")
+    titled = False
     for path, found in _classified(loaded, paths, top, batch_size, options):
         if isinstance(found, str):
             failed.append((path, found))
         if as_json:
             print(_json_line(path_text(path), found))
         elif not isinstance(found, str):
+            if not titled:
+                print(f"{'image':<{width}}  probability  label")
+                titled = True
             for label, probability in found:
                 print(f"{path_text(path):<{width}}  {probability:11.4f}  {label}")
     _report(len(failed), len(paths), failed)
