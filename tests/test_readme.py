@@ -96,6 +96,20 @@ def test_snippets_run_as_shown(snippet: str, desk: tuple[Path, dict[str, str]]) 
     assert expected in done.stdout
 
 
+def test_the_search_example_ranks_every_photo(desk: tuple[Path, dict[str, str]]) -> None:
+    model = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    (desk[0] / "more").mkdir()
+    shutil.copytree(PHOTOS, desk[0] / "more" / "photos")
+    (desk[0] / "more" / "torn.jpg").write_bytes(b"no picture")
+    example = str(ROOT / "examples" / "search.py")
+    done = _run([sys.executable, example, model, "more", "a rocket"], desk)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("  ") for line in done.stdout.splitlines()]
+    assert len(rows) == 5
+    assert [float(score) for score, _ in rows] == sorted((float(r[0]) for r in rows), reverse=True)
+    assert "torn.jpg" in done.stderr
+
+
 def test_the_speed_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import table

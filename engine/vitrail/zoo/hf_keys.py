@@ -85,7 +85,8 @@ class Schema:
         if unknown:
             raise CheckpointError(
                 f"{where}: unknown key {', '.join(map(repr, unknown[:20]))}: it may change the "
-                f"network, and Vitrail does not know how; wanted only keys of this model type"
+                f"network, and Vitrail does not know how; wanted only keys of this model type "
+                "(take it out of the file if it does not describe the network)"
             )
         for key, allowed in {**INERT_AT, **self.inert_at}.items():
             if key in values and values[key] not in allowed:
