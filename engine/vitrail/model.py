@@ -123,7 +123,6 @@ class Model:
             else float(torch.tensor(scale, dtype=torch.float32, device="cpu").exp())
         )
         self._lock = threading.Lock()
-        self._prefetch = ThreadPoolExecutor(4, "vitrail-prefetch")
         self._labels: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -364,13 +363,15 @@ class Model:
         if len(starts) == 1:
             yield 0, self._crops(items, size)
             return
-        ahead = self._prefetch.submit(self._crops, items[:step], size)
-        for start in starts:
-            crops = ahead.result()
-            if start + step < len(items):
-                following = items[start + step : start + 2 * step]
-                ahead = self._prefetch.submit(self._crops, following, size)
-            yield start, crops
+        # a pool of the call's own: one kept in the model would be dead in a forked process
+        with ThreadPoolExecutor(1, "vitrail-prefetch") as pool:
+            ahead = pool.submit(self._crops, items[:step], size)
+            for start in starts:
+                crops = ahead.result()
+                if start + step < len(items):
+                    following = items[start + step : start + 2 * step]
+                    ahead = pool.submit(self._crops, following, size)
+                yield start, crops
 
     def _compute(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
         """Rows of one batch of pixels by input position, and the items that are not finite."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
+from vitrail.errors import VitrailError
+
+_homes: set[int] = set()
+
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched."""
+    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched.
+
+    Raises VitrailError in a process forked from one that has computed already, where PyTorch's
+    CPU operators would wait for ever for threads that are not there.
+    """
+    _refuse_lost_threads()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -18,3 +28,15 @@ def plain() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _refuse_lost_threads() -> None:
+    """Remember the process that computes first; refuse its forked children, which lack its pool."""
+    here = os.getpid()
+    if not _homes:
+        _homes.add(here)
+    if here not in _homes and torch.get_num_threads() > 1:
+        raise VitrailError(
+            "this process was forked from one that had used Vitrail, and PyTorch's CPU threads do "
+            "not survive a fork: call torch.set_num_threads(1) in it first, or start it by 'spawn'"
+        )
