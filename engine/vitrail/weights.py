@@ -351,7 +351,8 @@ def _pack_patch(load: _Loader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tens
     one = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
     a, b = pixel_scale or (one, one - one)
     folded[:, :k] = (weight * (UINT8_UNIT * a[:, None, None])).permute(0, 2, 3, 1).reshape(c, k)
-    for packed in (plain_weight, folded):
+    # without a scale no uint8 pixels are taken, so their weights may be anything
+    for packed in (plain_weight,) if pixel_scale is None else (plain_weight, folded):
         load.check_rounded("vision.patch.weight", packed)
     # the bias comes from the rounded weights, so that what rounding took is not added again:
     # sum W (a u + b) = sum W' (u + b / a) / unit
