@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -1301,3 +1302,98 @@ def test_hidden_states_come_only_when_asked(clip: vitrail.Model, pair: Any) -> N
     inputs = arguments("CLIPModel", pair[1].config)
     assert clip.forward(**inputs).vision_model_output.hidden_states is None
     assert_same(clip.forward(**inputs, output_hidden_states=True), outputs(pair[1], inputs))
+
+
+# -- what a review found ---------------------------------------------------------------------------
+
+
+def test_a_list_of_planes_is_not_taken_for_the_channels_of_one_image(clip: vitrail.Model) -> None:
+    with pytest.raises(InputError, match=r"each \(C, height, width\)"):
+        clip.encode_image([np.zeros((32, 32), np.float32)] * 3)
+
+
+def test_a_temperature_that_overflows_is_refused_at_load(
+    pair: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    change = {"logit_scale": lambda t: torch.full_like(t, 100)}
+    with pytest.raises(CheckpointError, match=r"'logit_scale': got 100, whose exponential"):
+        vitrail.load(planted(pair[0], tmp_path / "hot", change))
+
+
+def test_pixels_that_are_not_finite_cost_no_other_when_skipped(clip: vitrail.Model) -> None:
+    pixels = torch.randn(5, 3, 32, 32)
+    wanted = clip.encode_image(pixels)
+    broken = pixels.clone()
+    broken[1, 0, 0, 0], broken[4, 2, 3, 3] = torch.nan, torch.inf
+    found = clip.encode_image(broken, on_error="skip", batch_size=2)
+    assert found.index == (0, 2, 3)
+    assert sorted(found.errors) == [1, 4]
+    near(found.embeddings, wanted[[0, 2, 3]])
+    assert clip.encode_image(broken[[1, 4]], on_error="skip").index == ()
+
+
+def test_a_failure_does_not_wait_for_the_batch_decoded_ahead(
+    clip: vitrail.Model, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    decode = clip._crops
+
+    def slow(items: Any, size: Any) -> Any:
+        if Path("missing.jpg") not in items:
+            released.wait(30)
+        return decode(items, size)
+
+    monkeypatch.setattr(clip, "_crops", slow)
+    begun = time.monotonic()
+    with pytest.raises(ImageError, match=r"missing\.jpg"):
+        clip.encode_image([Path("missing.jpg"), *photos], batch_size=2)
+    waited = time.monotonic() - begun
+    released.set()
+    assert waited < 15
+
+
+def test_batches_follow_the_size_that_images_come_out_in(
+    pair: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a crop a processor gives what it was given: much more than the model's own size."""
+    folder = tmp_path / "uncropped"
+    shutil.copytree(pair[0], folder)
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["image_processor"] |= {"do_resize": False, "do_center_crop": False}
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("vitrail.model.ACTIVATION_BYTES", 2 << 20)
+    model = vitrail.load(folder)
+    assert model._vision is not None
+    sizes: list[int] = []
+    embed = model._vision.embed
+
+    def counted(pixels: Tensor, logits: bool = False) -> Any:
+        sizes.append(len(pixels))
+        return embed(pixels, logits)
+
+    monkeypatch.setattr(model._vision, "embed", counted)
+    images = [np.full((256, 256, 3), n, np.uint8) for n in range(6)]
+    found = model.encode_image(images)
+    assert max(sizes) == model._vision.batch((256, 256), 2 << 20) < 6
+    near(found, torch.cat([model.encode_image(image) for image in images]))
+
+
+def test_no_images_are_preprocessed_to_none_of_the_processors_size(clip: vitrail.Model) -> None:
+    image = np.zeros((50, 70, 3), np.uint8)
+    for size in (None, (48, 24)):
+        assert (
+            clip.preprocess([], size=size).shape[1:] == clip.preprocess(image, size=size).shape[1:]
+        )
+
+
+def test_sixteen_bit_greys_are_scaled_or_clipped(pair: tuple[Path, Any, Any]) -> None:
+    grey = Image.fromarray(np.full((40, 40), 1000, np.uint16))
+    _, _, processor = pair
+    theirs = processor.image_processor([grey], return_tensors="pt").pixel_values
+    clipped = vitrail.load(pair[0], sixteen_bit="clip")
+    scaled = vitrail.load(pair[0])
+    assert torch.equal(clipped.preprocess(grey), theirs)
+    assert not torch.equal(scaled.preprocess(grey), theirs)
+    assert clipped.fingerprint != scaled.fingerprint
+    with pytest.raises(InputError, match="sixteen_bit"):
+        vitrail.load(pair[0], sixteen_bit="drop")  # type: ignore[arg-type]

@@ -24,7 +24,13 @@ from helpers import HALVES, assert_close
 from vitrail import plans
 from vitrail.files import read_header
 from vitrail.plan import Plan
-from vitrail.runners.reference import IDLE_ARENAS, ArenaPool, PositionCache, ReferenceRunner
+from vitrail.runners.reference import (
+    IDLE_ARENAS,
+    IDLE_BYTES,
+    ArenaPool,
+    PositionCache,
+    ReferenceRunner,
+)
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights import Weights, load_weights
 from vitrail.zoo import Source
@@ -831,3 +837,13 @@ def test_threads_that_ask_for_one_table_count_its_bytes_once(
             found = list(pool.map(ask, range(8)))
         assert cache._bytes == table_bytes((6, 6))
         assert all(torch.equal(table, found[0]) for table in found)
+
+
+def test_idle_arenas_are_bounded_in_bytes_and_never_empty() -> None:
+    pool = ArenaPool(torch.device("cpu"))
+    pool.give(torch.empty(0, dtype=torch.uint8))
+    assert pool._idle == []
+    for _ in range(IDLE_ARENAS):
+        pool.give(torch.empty(IDLE_BYTES // 2, dtype=torch.uint8))
+    assert sum(arena.numel() for arena in pool._idle) == IDLE_BYTES
+    assert len(pool._idle) == 2

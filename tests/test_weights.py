@@ -203,7 +203,9 @@ def test_packed_tensors_are_the_rewrites_in_fp64_rounded_once(
         peer = reference.to(kind) if kind in HALVES else None
         assert_close(weights[name], reference, peer, name=name)
     logit_scale = tensors.get("logit_scale")
-    assert weights.logit_scale == (None if logit_scale is None else logit_scale.item())
+    assert weights.logit_scale == (
+        None if logit_scale is None else logit_scale.float().exp().item()
+    )
 
 
 @pytest.mark.parametrize("compute", DTYPES, ids=str)

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from vitrail._version import __version__
-from vitrail.errors import ImageError, VitrailError
+from vitrail.errors import CheckpointError, InputError, VitrailError
 
 if TYPE_CHECKING:
     from vitrail.model import Model
@@ -297,11 +297,13 @@ def _classified(
         batch = paths[start : start + step]
         try:
             yield from zip(batch, model.classify(batch, **options).top(top), strict=True)
-        except ImageError:
+        except VitrailError as failure:
+            if isinstance(failure, InputError | CheckpointError):
+                raise
             for path in batch:
                 try:
                     yield path, model.classify([path], **options).top(top)[0]
-                except ImageError as error:
+                except VitrailError as error:
                     yield path, str(error).removeprefix("image 0: ")
 
 

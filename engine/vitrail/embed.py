@@ -34,7 +34,7 @@ Precision = Literal["float32", "float16"]
 Floats = npt.NDArray[np.float32]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-CALL = 64  # images a call where the caller names no batch size
+CALL = 256  # images a call where the caller names no batch size: four batches of decoded images
 BATCHES = 4  # batches a call else: the model decodes the next while it computes one
 ROW_GROUP = 8192  # parquet rows written together
 REASONS = 5  # failures a summary quotes

@@ -22,7 +22,7 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     layers = tower.spec.blocks.layers
     out = tower.dense(pixels, tuple(range(layers + 1)) if hidden else ())
     last = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
-    pooler = last[:, 0] if spec.family.startswith("dinov2") else out.get("vision.pooler")
+    pooler = last[:, 0].clone() if spec.family.startswith("dinov2") else out.get("vision.pooler")
     headed = spec.architecture.endswith("ForImageClassification")
     logits = out.get("vision.logits")
     if headed and logits is None:  # no labels: transformers gives the features themselves

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitrail.errors import InputError
+from vitrail.errors import InputError, VitrailError
 from vitrail.images import PixelInput, linear_scale
 from vitrail.spec import ImageSpec, VisionSpec
 
@@ -22,19 +22,32 @@ OnError = Literal["raise", "skip"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_pixels(values: Tensor, tower: VisionSpec, image: ImageSpec | None) -> None:
-    """Refuse float pixels of another layout, that are not finite, or that look like 0..255."""
+def check_pixels(
+    values: Tensor, tower: VisionSpec, image: ImageSpec | None, strict: bool = True
+) -> dict[int, VitrailError]:
+    """Refuse float pixels of another layout, that are not finite, or that look like 0..255.
+
+    Returns the items that hold NaN or infinity, by position; with ``strict`` the first is raised.
+    """
     got = f"pixels: got shape {tuple(values.shape)}"
     if values.dim() != 4 or values.shape[1] != tower.channels:
         raise InputError(f"{got}, wanted (N, {tower.channels}, height, width) floats")
     if values.shape[2] < tower.patch[0] or values.shape[3] < tower.patch[1]:
         raise InputError(f"{got}, wanted at least one patch of {tower.patch} (height, width)")
     if not values.numel():
-        return
+        return {}
+    bad: dict[int, VitrailError] = {}
     low, high = (float(x) for x in values.aminmax())
     if not np.isfinite(low) or not np.isfinite(high):
-        bad = torch.isfinite(values).flatten(1).all(dim=1).logical_not().nonzero()[0].item()
-        raise InputError(f"pixels: item {bad} holds NaN or infinity, wanted finite numbers")
+        finite = torch.isfinite(values).flatten(1).all(dim=1)
+        for item in finite.logical_not().nonzero().flatten().tolist():
+            reason = f"pixels: item {item} holds NaN or infinity, wanted finite numbers"
+            bad[item] = InputError(reason)
+            if strict:
+                raise bad[item]
+        if len(bad) == len(values):
+            return bad
+        low, high = (float(x) for x in values[finite].aminmax())
     if image is not None:
         a, b = linear_scale(image, tower.channels)
         reach = float(np.maximum(np.abs(b), np.abs(255 * a + b)).max())
@@ -43,6 +56,7 @@ def check_pixels(values: Tensor, tower: VisionSpec, image: ImageSpec | None) -> 
                 f"pixels: got values from {low:.4g} to {high:.4g}, wanted preprocessed ones within "
                 f"about +-{reach:.3g}; raw images go in as uint8 (N, H, W, C)"
             )
+    return bad
 
 
 def listed(images: Images) -> list[PixelInput]:
@@ -66,6 +80,8 @@ def floats(images: object) -> Tensor | None:
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise InputError(f"pixels: got shapes {sorted(shapes)}, wanted one shape a batch")
+        if any(len(shape) != 3 for shape in shapes):
+            raise InputError(f"pixels: got a list of {shapes}, wanted each (C, height, width)")
         images = torch.stack([_float_tensor(image) for image in images])
     elif _is_float(images):
         images = _float_tensor(images)
@@ -117,8 +133,10 @@ def check_device(device: str | torch.device, what: str = "device") -> torch.devi
         raise refusal from error
     if place.type not in ("cpu", "cuda"):
         raise refusal
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"{what}: got {device!r}, but PyTorch finds no CUDA device here")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"{what}: got {device!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices"
+        )
     return place
 
 

@@ -20,7 +20,7 @@ from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 from vitrail.files import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from vitrail.forward import forward_pair, forward_text, forward_vision, unit
-from vitrail.images import PixelInput
+from vitrail.images import PixelInput, SixteenBit
 from vitrail.inputs import (
     Images,
     OnError,
@@ -37,7 +37,7 @@ from vitrail.inputs import (
 )
 from vitrail.outputs import Classification, EncodeResult, Output
 from vitrail.plain import plain
-from vitrail.resize import Pixels
+from vitrail.resize import Pixels, spec_at
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
@@ -51,7 +51,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 ACTIVATION_BYTES = 256 << 20
-"""Activations a call may hold at once where the caller names no batch size."""
+"""The activation arena of a call where the caller names no batch size."""
+DECODED_IMAGES = 64
+"""Images decoded ahead at once where the caller names no batch size."""
 LABEL_SETS = 16
 
 
@@ -62,18 +64,22 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
+    sixteen_bit: SixteenBit = "scale",
 ) -> Model:
     """Open a checkpoint folder, or a hub id such as ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``.
 
     ``device``: "auto" is CUDA where there is one, else the CPU. ``dtype``: "float32", "float16",
     "bfloat16" or the torch dtype; "auto" is float32 on the CPU and float16 on CUDA. ``revision``
-    and ``local_files_only`` are the hub's. A folder is read without any network.
+    and ``local_files_only`` are the hub's. A folder is read without any network. ``sixteen_bit``:
+    16-bit greys are scaled to 8 bits, or clipped ("clip") as transformers does.
 
     Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
     InputError: an unknown device or dtype.
     """
     place = check_device(device)
     kind = _dtype(dtype, place)
+    if sixteen_bit not in ("scale", "clip"):
+        raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
     spec = read_spec(checkpoint)
     sources = map_tensors(checkpoint, spec)
@@ -82,7 +88,7 @@ def load(
         a, b = pixels_of.linear_scale(spec.image, spec.vision.channels)
         scale = torch.from_numpy(a), torch.from_numpy(b)
     weights = load_weights(spec, sources, kind, scale)
-    return Model(checkpoint, spec, sources, ReferenceRunner(weights, kind, place))
+    return Model(checkpoint, spec, sources, ReferenceRunner(weights, kind, place), sixteen_bit)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -108,20 +114,17 @@ class Model:
         spec: ModelSpec,
         sources: Mapping[str, Source],
         runner: ReferenceRunner,
+        sixteen_bit: SixteenBit = "scale",
     ) -> None:
         self.spec, self.source = spec, checkpoint.source
         self.revision = checkpoint.revision
         self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
         self.weight_bytes = runner.weights.arena.numel()
         self._checkpoint, self._sources = checkpoint, sources
+        self._sixteen_bit: SixteenBit = sixteen_bit
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
         self._text = TextTower(spec.text, runner) if spec.text else None
-        scale = runner.weights.logit_scale
-        self._logit_scale = (
-            None
-            if scale is None
-            else float(torch.tensor(scale, dtype=torch.float32, device="cpu").exp())
-        )
+        self._logit_scale = runner.weights.logit_scale
         self._lock = threading.Lock()
         self._labels: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
@@ -151,6 +154,7 @@ class Model:
             "weights": hash_weights(self.spec, self._sources),
             "spec": self.spec.to_dict(),
             "tokenizer": tokenizer,
+            "sixteen_bit": self._sixteen_bit,
             "dtype": str(self.dtype),
             "runner": self.runner,
             "version": __version__,
@@ -193,7 +197,11 @@ class Model:
         arrays = []
         for position, pixels in enumerate(
             pixels_of.preprocess_float(
-                listed(images), spec=spec, channels=tower.channels, size=size
+                listed(images),
+                spec=spec,
+                channels=tower.channels,
+                size=size,
+                sixteen_bit=self._sixteen_bit,
             )
         ):
             if isinstance(pixels, VitrailError):
@@ -203,7 +211,10 @@ class Model:
             shapes = sorted({array.shape[1:] for array in arrays})
             raise InputError(f"preprocess: got images of sizes {shapes}, wanted one size a batch")
         if not arrays:
-            return torch.empty(0, tower.channels, *(size or tower.image), dtype=torch.float32)
+            sized = spec_at(spec, size)
+            exact = sized.resize[1:] if sized.resize and sized.resize[0] == "exact" else tower.image
+            shape = (0, tower.channels, *(sized.crop or exact))
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
         return torch.from_numpy(np.stack(arrays))
 
     @plain()
@@ -223,7 +234,11 @@ class Model:
         """uint8 (h, w, channels) for each item, or why there is none."""
         tower = self._vision_tower("images")
         return pixels_of.preprocess_uint8(
-            items, spec=self._image_spec("images"), channels=tower.spec.channels, size=size
+            items,
+            spec=self._image_spec("images"),
+            channels=tower.spec.channels,
+            size=size,
+            sixteen_bit=self._sixteen_bit,
         )
 
     # -- embeddings --------------------------------------------------------------------------------
@@ -303,7 +318,7 @@ class Model:
         values = floats(images)
         if values is None:
             return self._each_item(listed(images), batch_size, size, strict, logits)
-        check_pixels(values, tower.spec, self.spec.image)
+        errors = check_pixels(values, tower.spec, self.spec.image, strict)
         if size is not None and tuple(size) != tower.size(values):
             raise InputError(
                 f"size: got {tuple(size)} with preprocessed pixels of {tower.size(values)}; "
@@ -311,10 +326,12 @@ class Model:
             )
         step = batch_size or tower.batch(tower.size(values), ACTIVATION_BYTES)
         rows: dict[int, Tensor] = {}
-        errors: dict[int, VitrailError] = {}
-        for start in range(0, values.shape[0], step):
-            batch = values[start : start + step]
-            good, bad = self._compute(batch, range(start, start + len(batch)), logits)
+        positions = [p for p in range(values.shape[0]) if p not in errors]
+        for start in range(0, len(positions), step):
+            chosen = positions[start : start + step]
+            whole = chosen == list(range(chosen[0], chosen[-1] + 1))
+            batch = values[chosen[0] : chosen[-1] + 1] if whole else values[chosen]
+            good, bad = self._compute(batch, chosen, logits)
             rows |= good
             errors |= bad
             _raise_first(errors, strict)
@@ -331,7 +348,8 @@ class Model:
         if not items:
             return {}, {}
         tower, spec = self._vision_tower("images"), self._image_spec("images")
-        step = batch_size or tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
+        fitting = tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
+        step = batch_size or min(fitting, DECODED_IMAGES)
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
         for start, crops in self._batches(items, step, size):
@@ -348,10 +366,15 @@ class Model:
                     reason = f"{got}, wanted at least one patch of {across}x{down}"
                     errors |= {position: _at(position, ImageError(reason)) for position in group}
                     continue
-                batch = torch.from_numpy(np.stack(list(group.values())))
-                good, bad = self._compute(batch, list(group), logits)
-                rows |= good
-                errors |= bad
+                # a processor without a crop gives sizes that were not known before
+                most = batch_size or tower.batch((shape[0], shape[1]), ACTIVATION_BYTES)
+                positions = list(group)
+                for first in range(0, len(positions), most):
+                    chosen = positions[first : first + most]
+                    batch = torch.from_numpy(np.stack([group[p] for p in chosen]))
+                    good, bad = self._compute(batch, chosen, logits)
+                    rows |= good
+                    errors |= bad
             _raise_first(errors, strict)
         return rows, errors
 
@@ -364,7 +387,8 @@ class Model:
             yield 0, self._crops(items, size)
             return
         # a pool of the call's own: one kept in the model would be dead in a forked process
-        with ThreadPoolExecutor(1, "vitrail-prefetch") as pool:
+        pool = ThreadPoolExecutor(1, "vitrail-prefetch")
+        try:
             ahead = pool.submit(self._crops, items[:step], size)
             for start in starts:
                 crops = ahead.result()
@@ -372,6 +396,8 @@ class Model:
                     following = items[start + step : start + 2 * step]
                     ahead = pool.submit(self._crops, following, size)
                 yield start, crops
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _compute(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
         """Rows of one batch of pixels by input position, and the items that are not finite."""

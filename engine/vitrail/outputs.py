@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vitrail.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
@@ -35,6 +37,8 @@ class Classification:
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image the ``k`` most probable labels, best first."""
+        if k < 1:
+            raise InputError(f"k: got {k}, wanted 1 or more")
         best = self.probs.topk(min(k, len(self.labels)), dim=1)
         return [
             [(self.labels[i], p) for i, p in zip(row, values, strict=True)]

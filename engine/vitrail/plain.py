@@ -10,17 +10,12 @@ import torch
 
 from vitrail.errors import VitrailError
 
-_homes: set[int] = set()
+_first_process: list[int] = []
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched.
-
-    Raises VitrailError in a process forked from one that has computed already, where PyTorch's
-    CPU operators would wait for ever for threads that are not there.
-    """
-    _refuse_lost_threads()
+    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -30,12 +25,15 @@ def plain() -> Iterator[None]:
         yield
 
 
-def _refuse_lost_threads() -> None:
-    """Remember the process that computes first; refuse its forked children, which lack its pool."""
+def refuse_lost_threads() -> None:
+    """Raise VitrailError in a process forked from one in which Vitrail has computed already.
+
+    PyTorch's CPU operators would wait there for ever, for threads that are not theirs.
+    """
     here = os.getpid()
-    if not _homes:
-        _homes.add(here)
-    if here not in _homes and torch.get_num_threads() > 1:
+    if not _first_process:
+        _first_process.append(here)
+    if here != _first_process[0] and torch.get_num_threads() > 1:
         raise VitrailError(
             "this process was forked from one that had used Vitrail, and PyTorch's CPU threads do "
             "not survive a fork: call torch.set_num_threads(1) in it first, or start it by 'spawn'"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitrail.errors import CheckpointError
 from vitrail.files import TensorReader
-from vitrail.plain import plain
+from vitrail.plain import plain, refuse_lost_threads
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.zoo import Source
 from vitrail_kernels.patch_embed import UINT8_UNIT
@@ -127,7 +127,7 @@ def packed_layout(spec: ModelSpec) -> dict[str, Packed]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Packed tensors by name, views of ``arena`` (bytes); ``logit_scale`` before its exp."""
+    """Packed tensors by name, views of ``arena`` (bytes); ``logit_scale`` is past its exp."""
 
     tensors: Mapping[str, Tensor]
     arena: Tensor
@@ -224,7 +224,7 @@ class _Loader:
         """(first row, fp32 rows) of a canonical tensor seen as (rows, columns).
 
         Where ``out`` is a contiguous fp32 tensor of that shape and the file holds fp32, the bytes
-        are read straight into it; else chunks are fp32 temporaries of at most 32 MiB on the file's
+        are read straight into it; else chunks are fp32 temporaries of ``CHUNK_BYTES`` on the file's
         side.
         """
         source, shape = self.sources[name], self.shapes[name]
@@ -401,6 +401,7 @@ def load_weights(
     memory grows by the arena and one chunk. Raises CheckpointError where a file changed, ends early
     or holds a weight that is not finite.
     """
+    refuse_lost_threads()
     with plain(), TensorReader() as reader:
         load = _Loader(spec, sources, reader, dtype)
         if spec.vision is not None:
@@ -416,7 +417,16 @@ def load_weights(
         elif spec.head is not None:
             load.copy("head.weight")
             load.copy("head.bias")
-        logit_scale = load.read("logit_scale").item() if "logit_scale" in load.shapes else None
+        logit_scale = None
+        if "logit_scale" in load.shapes:
+            stored = load.read("logit_scale")
+            logit_scale = stored.exp().item()
+            if not math.isfinite(logit_scale):
+                entry = sources["logit_scale"].entry
+                raise CheckpointError(
+                    f"{entry.file.name}: tensor {entry.name!r}: got {stored.item():.4g}, whose "
+                    "exponential is not finite in float32, wanted less than 88"
+                )
     return Weights(load.out, load.arena, logit_scale)
 
 
@@ -435,7 +445,9 @@ def hash_weights(spec: ModelSpec, sources: Mapping[str, Source]) -> str:
             if source.rows is not None:
                 row = entry.nbytes // entry.shape[0]
                 start, stop = source.rows[0] * row, source.rows[1] * row
-            digest = hashlib.sha256(f"{name} {entry.dtype} {shapes[name]}".encode())
+            digest = hashlib.sha256(
+                f"{name} {entry.dtype} {shapes[name]} {source.transpose}".encode()
+            )
             for at in range(start, stop, CHUNK_BYTES):
                 part = memoryview(buffer)[: min(CHUNK_BYTES, stop - at)]
                 reader.read_into(entry, at, part)

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vitrail.plain import plain
+from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Plan
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS
 
 POSITION_CACHE_BYTES = 64 << 20
-IDLE_ARENAS = 4
+IDLE_ARENAS, IDLE_BYTES = 4, 1 << 30
 
 
 class PositionCache:
@@ -76,7 +76,8 @@ class ArenaPool:
 
     def give(self, arena: Tensor) -> None:
         with self._lock:
-            if len(self._idle) < IDLE_ARENAS:
+            kept = sum(idle.numel() for idle in self._idle) + arena.numel()
+            if len(self._idle) < IDLE_ARENAS and arena.numel() > 0 and kept <= IDLE_BYTES:
                 self._idle.append(arena)
 
 
@@ -93,6 +94,7 @@ class ReferenceRunner:
 
     def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
+        refuse_lost_threads()
         with plain():
             return self._positions.get(self.weights, spec, target, kind)
 
@@ -104,6 +106,7 @@ class ReferenceRunner:
         ``inputs``: one tensor for each of the plan's inputs. ``batch`` sequences hold ``tokens``
         tokens in all, ``longest`` the longest of them.
         """
+        refuse_lost_threads()
         with plain():
             tensors = dict(inputs)
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
