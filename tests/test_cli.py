@@ -645,3 +645,10 @@ def test_demo_takes_a_model(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 0
     assert "RANDOM" not in result.stdout
     assert "find their photo again" in result.stdout
+
+
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
+    from vitrail.cli import _labels
+
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert _labels(None, tmp_path / "labels.txt") == ["cat", "dog"]

@@ -1397,3 +1397,25 @@ def test_sixteen_bit_greys_are_scaled_or_clipped(pair: tuple[Path, Any, Any]) ->
     assert clipped.fingerprint != scaled.fingerprint
     with pytest.raises(InputError, match="sixteen_bit"):
         vitrail.load(pair[0], sixteen_bit="drop")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "images", [io.BytesIO(b"\x89PNG"), {"a.png": 1}, {"a.png"}], ids=["file", "dict", "set"]
+)
+def test_what_only_looks_like_a_list_of_images_is_refused(clip: vitrail.Model, images: Any) -> None:
+    with pytest.raises(InputError, match=f"images: got {type(images).__name__}"):
+        clip.encode_image(images)
+
+
+def test_bytes_and_mixed_lists_are_no_texts(clip: vitrail.Model) -> None:
+    with pytest.raises(InputError, match="texts: got bytes"):
+        clip.encode_text(b"cat")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="text 1: got int"):
+        clip.encode_text(["cat", 3])  # type: ignore[list-item]
+
+
+def test_a_label_too_long_can_be_cut(clip: vitrail.Model, photos: list[Path]) -> None:
+    labels = ["cat", "dog " * 100]
+    with pytest.raises(InputError, match="at most 40"):
+        clip.classify(photos[0], labels)
+    assert clip.classify(photos[0], labels, overflow="truncate").labels == tuple(labels)

@@ -355,7 +355,7 @@ def _labels(labels: str | None, file: Path | None) -> list[str] | None:
     else:
         where = "--labels-file"
         try:
-            names = file.read_text(encoding="utf-8").splitlines()
+            names = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise typer.BadParameter(f"{file}: {error}", param_hint=where) from error
     found = [name.strip() for name in names if name.strip()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -67,7 +68,7 @@ def listed(images: Images) -> list[PixelInput]:
         if images.ndim == 4:
             return list(images)
         return [images]
-    if isinstance(images, Iterable):
+    if isinstance(images, Iterable) and not isinstance(images, Mapping | Set | io.IOBase):
         return list(images)
     raise InputError(
         f"images: got {type(images).__name__}, wanted paths, bytes, PIL images, arrays or tensors"
@@ -153,8 +154,8 @@ def check_options(batch_size: int | None, size: tuple[int, int] | None, on_error
         raise InputError(f"on_error: got {on_error!r}, wanted 'raise' or 'skip'")
 
 
-def all_strings(texts: Sequence[Any]) -> bool:
-    return all(isinstance(text, str) for text in texts)
+def any_string(texts: Sequence[Any]) -> bool:
+    return any(isinstance(text, str) for text in texts)
 
 
 def id_lists(ids: object, vocab: int, context: int) -> list[list[int]]:

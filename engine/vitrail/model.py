@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 import threading
@@ -25,7 +26,7 @@ from vitrail.inputs import (
     Images,
     OnError,
     Texts,
-    all_strings,
+    any_string,
     check_device,
     check_id_tensor,
     check_options,
@@ -126,7 +127,7 @@ class Model:
         self._text = TextTower(spec.text, runner) if spec.text else None
         self._logit_scale = runner.weights.logit_scale
         self._lock = threading.Lock()
-        self._labels: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self._labels: dict[tuple[tuple[str, ...], tuple[str, ...], Overflow], Tensor] = {}
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -313,7 +314,7 @@ class Model:
         ``strict``: the first failure is raised with its batch, whatever is still to come.
         """
         tower = self._vision_tower("images")
-        if isinstance(images, Iterator):
+        if isinstance(images, Iterator) and not isinstance(images, io.IOBase):
             images = list(images)
         values = floats(images)
         if values is None:
@@ -471,9 +472,11 @@ class Model:
     def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
         """Id lists that end at the pooled token."""
         tower = self._text_tower("encode_text")
+        if isinstance(texts, bytes | bytearray | memoryview):
+            raise InputError("texts: got bytes, wanted strings or token ids")
         if isinstance(texts, Sequence) and not len(texts) and not isinstance(texts, str):
             return []
-        if isinstance(texts, str) or (isinstance(texts, Sequence) and all_strings(texts)):
+        if isinstance(texts, str) or (isinstance(texts, Sequence) and any_string(texts)):
             ids = self._tokenizer.encode(cast("str | Sequence[str]", texts), overflow)
         else:
             ids = id_lists(texts, tower.spec.vocab, tower.spec.context)
@@ -498,12 +501,14 @@ class Model:
         *,
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
+        overflow: Overflow = "error",
     ) -> Classification:
         """Probabilities (N, L) over ``labels`` (zero-shot), or over the checkpoint's own.
 
         Zero-shot: each label fills every template, the normalised embeddings are averaged and
         normalised, and compared with the image's under the learnt temperature. Label embeddings are
-        cached. Without ``labels``: the checkpoint's classification head.
+        cached. ``overflow``: what becomes of a label too long for the tower, as in `tokenize`.
+        Without ``labels``: the checkpoint's classification head.
         """
         check_options(batch_size, size, "raise")
         if labels is None:
@@ -523,27 +528,27 @@ class Model:
                 "labels with; leave labels out to use the checkpoint's own head"
             )
         names = _strings("labels", labels)
-        matrix = self._label_embeddings(names, _strings("templates", templates))
+        matrix = self._label_embeddings(names, _strings("templates", templates), overflow)
         found = self.encode_image(images, normalize=True, batch_size=batch_size, size=size)
         logits = self._logit_scale * found @ matrix.t()
         return Classification(names, logits.softmax(dim=1), logits)
 
-    def _label_embeddings(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    def _label_embeddings(
+        self, labels: tuple[str, ...], templates: tuple[str, ...], overflow: Overflow
+    ) -> Tensor:
         if any("{}" not in template for template in templates):
             raise InputError(
                 f"templates: got {templates!r}, wanted strings with {{}} for the label"
             )
-        key = (labels, templates)
+        key = (labels, templates, overflow)
         with self._lock:
             if key in self._labels:
                 return self._labels[key]
         texts = [t.replace("{}", label) for label in labels for t in templates]
-        each = self.encode_text(texts, normalize=True).view(len(labels), len(templates), -1)
-        matrix = (
-            torch.nn.functional.normalize(each.mean(dim=1), dim=1)
-            if len(templates) > 1
-            else each[:, 0]
+        each = self.encode_text(texts, normalize=True, overflow=overflow).view(
+            len(labels), len(templates), -1
         )
+        matrix = unit(each.mean(dim=1)) if len(templates) > 1 else each[:, 0]
         with self._lock:
             while len(self._labels) >= LABEL_SETS:
                 self._labels.pop(next(iter(self._labels)))
