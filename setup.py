@@ -45,7 +45,7 @@ setup(
         "vitrail_kernels": "kernels/vitrail_kernels",
     },
     package_data={
-        "vitrail": ["py.typed", "*.pyi", "assets/*.md", "assets/photos/*", "tuned/*.json"],
+        "vitrail": ["py.typed", "*.pyi", "assets/*.md", "assets/*/*", "tuned/*.json"],
         "vitrail_kernels": ["py.typed", "*.pyi", "tuned/*.json"],
     },
     ext_modules=[

@@ -20,13 +20,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 from typer.testing import CliRunner, Result
 
 import vitrail
 from helpers import assert_close, clip_folder, image_embedding, make, save, small_vocabulary
-from vitrail import cli, demo, model
-from vitrail.cli import app
+from vitrail import model
+from vitrail.cli import app, options
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "engine/vitrail/assets/photos"
@@ -337,7 +337,7 @@ def test_embed_gives_transformers_numbers(
 ) -> None:
     out = photos.parent / "out.npy"
     result = run("embed", photos, "--model", clip, "--out", out)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 3, result.stderr
     assert result.stdout == f"{out}\n"
     wanted = image_embedding(oracle, pixels(good(photos), processor))
     close(np.load(out), wanted)
@@ -350,7 +350,7 @@ def test_embed_to_parquet_keeps_the_row_of_a_bad_image(
 ) -> None:
     out = photos.parent / "out.parquet"
     args = ["--normalize", "--batch-size", "2", "--out", out]
-    assert run("embed", photos / "sub", photos, "--model", clip, *args).exit_code == 0
+    assert run("embed", photos / "sub", photos, "--model", clip, *args).exit_code == 3
     rows = pq.read_table(out).to_pylist()
     assert [row["path"] for row in rows] == [
         str(photos / "sub" / "broken.jpg"),
@@ -371,7 +371,7 @@ def test_embed_at_another_size_gives_transformers_numbers(
     clip: Path, oracle: Any, photos: Path
 ) -> None:
     out = photos.parent / "out.npy"
-    assert run("embed", photos, "--model", clip, "--out", out, "--size", "48x64").exit_code == 0
+    assert run("embed", photos, "--model", clip, "--out", out, "--size", "48x64").exit_code == 3
     values = vitrail.load(clip).preprocess(good(photos), size=(48, 64))
     close(np.load(out), image_embedding(oracle, values))
 
@@ -386,14 +386,14 @@ def test_options_come_from_the_environment(clip: Path, photos: Path) -> None:
         "VITRAIL_SIZE": "48",
         "VITRAIL_DTYPE": "bfloat16",
     }
-    assert run("embed", photos, **env).exit_code == 0
+    assert run("embed", photos, **env).exit_code == 3
     array = np.load(out)
     assert array.dtype == np.float16
     np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-3)
     about = json.loads(out.with_suffix(".json").read_text())
     assert (about["size"], about["compute_dtype"]) == ([48, 48], "bfloat16")
     assert run("embed", photos, **env).exit_code == 1
-    assert run("embed", photos, VITRAIL_OVERWRITE="1", **env).exit_code == 0
+    assert run("embed", photos, VITRAIL_OVERWRITE="1", **env).exit_code == 3
 
 
 def test_embed_writes_embeddings_npy_here_by_default(
@@ -453,8 +453,8 @@ def test_progress_is_lines_at_intervals_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    with cli._progress(40) as progress:
+    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
+    with options.progress(40) as progress:
         for done, seconds in ((10, 1.0), (20, 6.0), (30, 7.0), (40, 12.0)):
             now[0] = 100 + seconds
             progress(done)
@@ -469,7 +469,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with cli._progress(40) as progress:
+    with options.progress(40) as progress:
         progress(30)
         progress(40)
     assert "40/40" in terminal.getvalue()
@@ -605,50 +605,86 @@ def test_classify_without_a_tokenizer_names_the_files(clip: Path, tmp_path: Path
     assert "looked for tokenizer.json, and for vocab.json with merges.txt" in one_line_error(result)
 
 
-# demo
-
-
-def test_demo_says_its_weights_are_random_and_how_to_get_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
-    first, second = run("demo"), run("demo")
-    assert first.exit_code == 0, first.exception
-    assert "weights are RANDOM" in first.stdout
-    assert "vitrail embed photos/ --model laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in first.stdout
-    names = [path.stem for path in good(PHOTOS)]
-    rows = re.findall(
-        r"^(\w+) +(\w+) \(-?[\d.]+\) +(\w+) \(-?[\d.]+\)$", first.stdout, re.MULTILINE
-    )
-    assert [row[0] for row in rows] == names
-    found = sum(other == name for name, *others in rows for other in others)
-    assert f"{found} of 12 find their photo again" in first.stdout
-    assert found >= 9
-    speed = re.compile(r"^\d+ images/s", re.MULTILINE)
-    assert len(speed.findall(first.stdout)) == 1
-    assert speed.sub("", first.stdout) == speed.sub("", second.stdout)
-
-
-def test_the_random_checkpoint_is_one_that_transformers_reads(tmp_path: Path) -> None:
-    demo.write_random_checkpoint(tmp_path)
-    kind = transformers.CLIPVisionModelWithProjection
-    oracle, report = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
-    paths = good(PHOTOS)
-    values = pixels(paths, CLIPImageProcessorPil.from_pretrained(tmp_path))
-    close(vitrail.load(tmp_path).encode_image(paths), image_embedding(oracle.eval(), values))
-
-
-def test_demo_takes_a_model(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
-    result = run("demo", "--model", clip)
-    assert result.exit_code == 0
-    assert "RANDOM" not in result.stdout
-    assert "find their photo again" in result.stdout
-
-
 def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
-    from vitrail.cli import _labels
+    from vitrail.cli.classify import _labels
 
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
     assert _labels(None, tmp_path / "labels.txt") == ["cat", "dog"]
+
+
+# embed into a folder
+
+
+def test_embed_makes_a_folder_goes_on_and_says_so_in_json(clip: Path, photos: Path) -> None:
+    out = photos.parent / "embeddings"
+    words = ["embed", photos, "--model", clip, "--out", out, "--part-size", 3, "--json"]
+    first = run(*words)
+    assert first.exit_code == 3, first.stderr
+    facts = json.loads(first.stdout)
+    assert {key: facts[key] for key in ("inputs", "embedded", "failed", "parts", "made")} == {
+        "inputs": 7,
+        "embedded": 6,
+        "failed": 1,
+        "parts": 3,
+        "made": 3,
+    }
+    second = run(*words)
+    assert second.exit_code == 3
+    assert json.loads(second.stdout)["made"] == 0
+    found = vitrail.read_embeddings(out)
+    assert found.paths == [str(path) for path in good(photos)]
+    close(found.embeddings, vitrail.load(clip).encode_image(good(photos)))
+    assert [path for path, _ in found.errors] == [str(photos / "sub" / "broken.jpg")]
+    refused = run(*words[:-3], "--part-size", 4)
+    assert "part_size: then 3, now 4" in one_line_error(refused)
+
+
+def test_embed_takes_tars_and_lists(clip: Path, photos: Path) -> None:
+    import tarfile
+
+    tar = photos.parent / "photos.tar"
+    with tarfile.open(tar, "w") as shard:
+        shard.add(photos / "cat.jpg", "cat.jpg")
+    names = photos.parent / "names.txt"
+    names.write_text(f"{photos / 'rocket.jpg'}\n{photos / 'gone.jpg'}\n")
+    out = photos.parent / "out"
+    result = run("embed", tar, "--list", names, "--model", clip, "--out", out)
+    assert result.exit_code == 3, result.stderr
+    assert "gone.jpg: no such file" in result.stderr
+    found = vitrail.read_embeddings(out)
+    assert found.paths == [f"{tar}/cat.jpg", str(photos / "rocket.jpg")]
+    close(
+        found.embeddings,
+        vitrail.load(clip).encode_image([photos / "cat.jpg", photos / "rocket.jpg"]),
+    )
+
+
+def test_embed_says_what_it_leaves_out(clip: Path, photos: Path) -> None:
+    (photos / "scan.tiff").write_bytes(b"II*\0")
+    result = run("embed", photos, "--model", clip, "--out", photos.parent / "out")
+    assert "does not read these formats: 1 .tiff" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_stopped_job_says_what_is_safe_and_leaves_no_draft(
+    number: int, code: int, clip: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text(f"{PHOTOS / 'cat.jpg'}\n" * 20_000)
+    out = tmp_path / "out"
+    process = start("embed", "--list", names, "--model", clip, "--out", out, "--part-size", 16)
+    try:
+        while not (out / "_manifest.jsonl").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, stderr
+    assert re.search(r"\d+ parts are committed; the same command goes on", stderr)
+    assert "Traceback" not in stderr
+    assert not list(out.rglob("_draft-*"))
+    assert vitrail.read_embeddings(out).paths

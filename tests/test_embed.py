@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from vitrail.embed import ROW_GROUP, check_output, embed, embed_images, find_images
+from vitrail.embed import ROW_GROUP, check_output, embed, embed_images
 from vitrail.errors import InputError
 from vitrail.outputs import EncodeResult
 
@@ -77,87 +77,6 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-# Finding images
-
-
-def test_a_folder_gives_its_images_sorted_in_any_case_without_hidden_ones(tmp_path: Path) -> None:
-    images = ["b.JPG", "a.jpeg", "sub/z.png", "sub/deep/c.WebP", "sub.bmp", "x.gif", "A.jpg"]
-    touch(tmp_path, *images, "notes.txt", "a.jpg.bak", ".hidden.jpg", ".cache/t.jpg", "jpg")
-    wanted = sorted(str(tmp_path / name) for name in images)
-    assert [str(path) for path in find_images([str(tmp_path)])] == wanted
-
-
-def test_files_are_taken_whatever_their_name_as_often_as_named(tmp_path: Path) -> None:
-    touch(tmp_path, "scan", "a[1].jpg", "b.jpg")
-    inputs = [str(tmp_path / name) for name in ("scan", "b.jpg", "a[1].jpg", "b.jpg")]
-    assert [str(path) for path in find_images(inputs)] == inputs
-
-
-def test_a_link_to_nothing_is_an_input_whose_row_will_say_so(tmp_path: Path) -> None:
-    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    assert find_images([str(tmp_path / "gone.jpg")]) == find_images([str(tmp_path)])
-
-
-def test_patterns_match_sorted_and_cross_folders_with_two_stars(tmp_path: Path) -> None:
-    touch(tmp_path, "2.jpg", "10.jpg", "1.png", "sub/3.jpg", "sub/deep/4.jpg", "sub/notes.txt")
-
-    def names(pattern: str) -> list[str]:
-        return [str(p.relative_to(tmp_path)) for p in find_images([str(tmp_path / pattern)])]
-
-    assert names("*.jpg") == ["10.jpg", "2.jpg"]
-    assert names("**/*.jpg") == ["10.jpg", "2.jpg", "sub/3.jpg", "sub/deep/4.jpg"]
-    assert names("s*") == ["sub/3.jpg", "sub/deep/4.jpg"]
-    assert names("sub/**") == ["sub/3.jpg", "sub/deep/4.jpg", "sub/notes.txt"]
-
-
-def test_folders_and_patterns_list_no_path_twice(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "b.jpg", "sub/c.jpg")
-    inputs = [
-        str(tmp_path / "b.jpg"),
-        str(tmp_path / "sub"),
-        str(tmp_path),
-        str(tmp_path / "*.jpg"),
-    ]
-    names = [path.name for path in find_images(inputs)]
-    assert names == ["b.jpg", "c.jpg", "a.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.jpg", "missing.jpg': no such file or folder"),
-        ("*.nothing", r"\*.nothing': matches no file"),
-        ("empty", "empty: no image there, wanted .bmp, .gif"),
-        ("empt*", r"empt\*: no image there"),
-    ],
-)
-def test_an_input_that_gives_nothing_is_named(name: str, message: str, tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "empty/notes.txt")
-    with pytest.raises(InputError, match=message):
-        find_images([str(tmp_path / "a.jpg"), str(tmp_path / name)])
-
-
-def test_an_empty_name_is_not_the_current_folder() -> None:
-    with pytest.raises(InputError, match="'': no such file or folder"):
-        find_images([""])
-
-
-def test_a_folder_that_cannot_be_listed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    touch(tmp_path, "a.jpg", "locked/b.jpg")
-    real = os.scandir
-
-    def scandir(path: str) -> Any:
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", path)
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(InputError, match="locked: cannot list the folder: Permission denied"):
-        find_images([str(tmp_path)])
-
-
 # Embedding
 
 
@@ -166,7 +85,7 @@ def test_a_few_batches_go_to_the_model_at_a_time(photos: list[Path]) -> None:
     options: dict[str, Any] = {"batch_size": 1, "size": (8, 9), "normalize": True}
     batches = list(embed_images(model, photos, **options))
     assert model.calls == [(n, options | {"on_error": "skip"}) for n in (4, 3)]
-    assert [list(rows.paths) for rows in batches] == [photos[:4], photos[4:]]
+    assert [list(rows.sources) for rows in batches] == [photos[:4], photos[4:]]
     assert [len(rows.embeddings) for rows in batches] == [3, 2]
     assert batches[0].errors == [None, None, "2.jpg: not an image", None]
 

@@ -44,6 +44,7 @@ ORDER = (
     "info",
     "listing",
     "embed",
+    "manifest",
     "job",
     "agreement",
     "verify",

@@ -1066,7 +1066,9 @@ def test_an_array_without_pixels_is_refused() -> None:
 
 @pytest.mark.parametrize("given", [None, 7, 3.5, [photo()], {"image": 1}, io.BytesIO(b"")])
 def test_what_is_no_image_at_all_is_refused(given: Any) -> None:
-    assert "wanted a path, bytes, a PIL image, or a uint8 array" in refusal(given, InputError)
+    assert "wanted a path, bytes, a PIL image, an object with read_bytes(), or" in refusal(
+        given, InputError
+    )
 
 
 @pytest.mark.parametrize(

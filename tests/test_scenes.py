@@ -55,8 +55,8 @@ def test_things_are_where_the_position_says_and_of_the_size_that_it_says() -> No
         regions = _regions(scene)
         y, x = np.mean([region.centroid for region in regions], axis=0) / SIDE - 0.5
         across, down = scenes.POSITIONS[scene.position]
-        assert (abs(x) < 0.12 if across == 0 and down == 0 else x * across >= 0), scene
-        assert (abs(y) < 0.12 if across == 0 and down == 0 else y * down >= 0), scene
+        assert abs(x) < 0.12 if across == 0 and down == 0 else x * across >= 0, scene
+        assert abs(y) < 0.12 if across == 0 and down == 0 else y * down >= 0, scene
         assert max(abs(x * across), abs(y * down)) > 0.1 or not (across or down), scene
         halves = [(region.bbox[2] - region.bbox[0]) / SIDE / 2 for region in regions]
         assert (max(halves) < 0.14) == (scene.size == "small"), scene

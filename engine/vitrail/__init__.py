@@ -11,11 +11,14 @@ from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 
 if TYPE_CHECKING:
+    from vitrail.manifest import Embeddings, read_embeddings
     from vitrail.model import Model, load
     from vitrail.outputs import Classification, EncodeResult, Output
 
 _LAZY = {
+    "Embeddings": "vitrail.manifest",
     "load": "vitrail.model",
+    "read_embeddings": "vitrail.manifest",
     "Model": "vitrail.model",
     "Classification": "vitrail.outputs",
     "EncodeResult": "vitrail.outputs",
@@ -25,6 +28,7 @@ _LAZY = {
 __all__ = [
     "CheckpointError",
     "Classification",
+    "Embeddings",
     "EncodeResult",
     "ImageError",
     "InputError",
@@ -33,6 +37,7 @@ __all__ = [
     "VitrailError",
     "__version__",
     "load",
+    "read_embeddings",
 ]
 
 

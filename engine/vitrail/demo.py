@@ -1,114 +1,63 @@
-"""``vitrail demo``: the sample photos, each found again from its crop and its mirror image.
+"""``vitrail demo``: scenes named and found by words, photos found by pictures, and a contact sheet.
 
-Without ``--model`` it writes a checkpoint of random weights, as transformers would save a
-CLIPVisionModelWithProjection, and opens it like any other: the whole path works, offline.
+The bundled model is a small CLIP that ``examples/train_tiny_clip.py`` trained on rendered scenes.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import tempfile
+import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
+
+from vitrail.errors import InputError
+from vitrail.quiz import PAIRS, SIDE, Floats, Score, judge
+from vitrail.scenes import Scene, render, sample
+from vitrail.sheet import Pane, Row, contact_sheet
 
 if TYPE_CHECKING:
     from vitrail.model import Model
 
-WIDTH, LAYERS, HEADS, MLP, PATCH, IMAGE, PROJECTION = 384, 6, 6, 1536, 32, 224, 256
-CROP = 0.8
-TIMED_SECONDS = 2.0
+COLUMNS = 8
+SHOWN = 16  # scenes named on the sheet
+JUDGED = 500  # scenes behind the table's figures
+GALLERY = 400  # rendered scenes that are searched, and what was put among them for the queries
+SEARCHES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("three yellow stars", {"count": "three", "colour": "yellow", "shape": "star"}),
+    (
+        "a large green ring on a black background",
+        {
+            "count": "one",
+            "size": "large",
+            "colour": "green",
+            "shape": "ring",
+            "background": "black",
+        },
+    ),
+    (
+        "two blue hearts at the top",
+        {"count": "two", "colour": "blue", "shape": "heart", "position": "at the top"},
+    ),
+    ("four purple things", {"count": "four", "colour": "purple"}),
+)
+HITS = 8
+ZOOM = 0.7
+TIMED_SECONDS = 1.5
 BATCH = 16
-ROW = "{:<12}{:<28}{}"
-
-CONFIG = {
-    "architectures": ["CLIPVisionModelWithProjection"],
-    "model_type": "clip_vision_model",
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": MLP,
-    "patch_size": PATCH,
-    "image_size": IMAGE,
-    "num_channels": 3,
-    "projection_dim": PROJECTION,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE, "width": IMAGE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+EXAMPLE = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 
 
-def run(load: Callable[[str], Model], name: str | None = None) -> None:
-    """Prints what is nearest to each altered photo, and images a second. ``load`` opens a model."""
-    if name is not None:
-        _show(load(name))
-        return
-    with tempfile.TemporaryDirectory(prefix="vitrail-demo-") as folder:
-        write_random_checkpoint(Path(folder))
-        print("No --model given: these weights are RANDOM and know nothing about pictures. What is")
-        print("found below is found by colour and shape alone.\n")
-        _show(load(folder))
-    print("\nWith a model that has learnt something:")
-    print("  vitrail embed photos/ --model laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
-
-
-def write_random_checkpoint(folder: Path) -> None:
-    """A small CLIP image tower with seeded random weights: the same bytes every time."""
-    from safetensors.numpy import save_file
-
-    random = np.random.default_rng(0)
-    tensors = {
-        name: np.ones(shape, np.float32)
-        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
-        else np.zeros(shape, np.float32)
-        if name.endswith(".bias")
-        else random.standard_normal(shape, np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
-        for name, shape in _shapes().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-
-
-def _shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes as transformers writes them ("layrnorm" is its own spelling)."""
-    top = "vision_model"
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{top}.embeddings.class_embedding": (WIDTH,),
-        f"{top}.embeddings.patch_embedding.weight": (WIDTH, 3, PATCH, PATCH),
-        f"{top}.embeddings.position_embedding.weight": (1 + (IMAGE // PATCH) ** 2, WIDTH),
-        "visual_projection.weight": (PROJECTION, WIDTH),
-    }
-    linears = {f"self_attn.{x}_proj": (WIDTH, WIDTH) for x in ("q", "k", "v", "out")}
-    linears |= {"mlp.fc1": (MLP, WIDTH), "mlp.fc2": (WIDTH, MLP)}
-    norms = [f"{top}.pre_layrnorm", f"{top}.post_layernorm"]
-    for layer in range(LAYERS):
-        block = f"{top}.encoder.layers.{layer}"
-        norms += [f"{block}.layer_norm1", f"{block}.layer_norm2"]
-        for name, shape in linears.items():
-            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-    for name in norms:
-        shapes |= {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
-    return shapes
+def bundled() -> Path:
+    """The folder of the model that comes with Vitrail, a checkpoint like any other."""
+    return Path(str(resources.files("vitrail") / "assets" / "clip"))
 
 
 def photos() -> dict[str, Image.Image]:
@@ -121,40 +70,176 @@ def photos() -> dict[str, Image.Image]:
     }
 
 
-def _show(model: Model) -> None:
-    samples = photos()
-    names, originals = list(samples), list(samples.values())
-    kept = model.encode_image(originals, normalize=True).numpy()
-    altered = {
-        "crop": [_crop(image) for image in originals],
-        "mirror image": [ImageOps.mirror(image) for image in originals],
-    }
-    columns = [
-        _nearest(kept, model.encode_image(images, normalize=True).numpy(), names)
-        for images in altered.values()
-    ]
-    print(
+def run(load: Callable[[str], Model], name: str | None, out: Path, seed: int | None) -> None:
+    """Prints what the model sees and writes the contact sheet to ``out``, a PNG.
+
+    ``load`` opens a model; ``name`` None is the bundled one; ``seed`` None takes new scenes each
+    time. Raises InputError where ``out`` cannot be written.
+    """
+    _check(out)
+    model = load(name if name is not None else str(bundled()))
+    seed = Random().randrange(10_000) if seed is None else seed
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = (
         f"{model.spec.architecture}, {model.spec.parameters / 1e6:.1f} M parameters, "
-        f"{model.runner} runner, {str(model.dtype).removeprefix('torch.')} on {model.device}\n"
+        f"{dtype} on {model.device}, scenes of seed {seed}"
     )
-    print(ROW.format("photo", *(f"nearest to its {kind}" for kind in altered)))
-    right = 0
-    for name, *found in zip(names, *columns, strict=True):
-        print(ROW.format(name, *(f"{other} ({score:.2f})" for other, score in found)))
-        right += sum(other == name for other, _ in found)
-    print(f"\n{right} of {2 * len(names)} find their photo again.")
-    print(f"{_speed(model, originals):.0f} images/s, from decoded photos to embeddings.")
+    print(about)
+    if name is None:
+        print(
+            "This small bundled model knows shapes, colours, counts and places of rendered scenes,"
+            "\nand nothing of the world: not what a cat is."
+        )
+    rows = []
+    if model.spec.text is not None and model.spec.vision is not None:
+        rows += [_named(model, seed), *_searched(model, seed)]
+    rows += list(_refound(model))
+    _save(contact_sheet("Vitrail", about, rows, COLUMNS), out)
+    print(f"\n{_speed(model):.0f} images/s, from decoded pictures to embeddings")
+    print(f"contact sheet: {out}")
+    print(f"\nWith a CLIP that knows the world:\n  vitrail demo --model {EXAMPLE}")
 
 
-def _crop(image: Image.Image) -> Image.Image:
-    """The middle of a photo, ``CROP`` of each side."""
-    left, top = (round(side * (1 - CROP) / 2) for side in image.size)
+def _check(out: Path) -> None:
+    if out.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: cannot write the contact sheet there; --out names another file")
+
+
+def _save(sheet: Image.Image, out: Path) -> None:
+    try:
+        sheet.save(out, format="PNG")
+    except OSError as error:
+        raise InputError(f"{out}: cannot write the contact sheet: {error}") from error
+
+
+def encoders(
+    model: Model,
+) -> tuple[Callable[[Sequence[Image.Image]], Floats], Callable[[Sequence[str]], Floats]]:
+    """Pictures and texts to unit embeddings (N, D) float32 as `quiz.judge` takes them."""
+    return (
+        lambda images: model.encode_image(list(images), normalize=True).numpy(),
+        lambda texts: model.encode_text(list(texts), normalize=True).numpy(),
+    )
+
+
+# -- scenes ----------------------------------------------------------------------------------------
+
+
+def _named(model: Model, seed: int) -> Row:
+    """Fresh scenes of pairs that training never showed, each named among all 64 pairs."""
+    scores = judge(*encoders(model), JUDGED, seed)
+    print(f"\nfresh scenes, pairs of colour and shape it never saw ({JUDGED} scenes)")
+    print(f"{'what':<18}{'answers':>8}{'right':>9}{'at least (95 %)':>18}")
+    choices = {"colour and shape": 64, "count": 4, "position": 5, "size": 2, "background": 4}
+    for what, score in scores.items():
+        print(f"{what:<18}{choices[what]:>8}{score.accuracy:>9.1%}{score.lower_bound:>18.1%}")
+    dice = Random(f"shown {seed}")
+    shown = [sample(dice, held_out=True) for _ in range(SHOWN)]
+    pictures = [render(scene, SIDE) for scene in shown]
+    labels = [f"{colour} {shape}" for colour, shape in PAIRS]
+    found = model.classify(pictures, labels=labels, templates=("{}",)).top(1)
+    panes = [
+        Pane(picture, f"{label} {100 * chance:.0f} %", label == f"{scene.colour} {scene.shape}")
+        for scene, picture, [(label, chance)] in zip(shown, pictures, found, strict=True)
+    ]
+    pair: Score = scores["colour and shape"]
+    return Row(f"Named, among 64 colours and shapes: {pair.accuracy:.0%} of {pair.n} right", panes)
+
+
+def _searched(model: Model, seed: int) -> Iterator[Row]:
+    """The scenes nearest to a text, among several hundred."""
+    dice = Random(f"gallery {seed}")
+    gallery = [sample(dice) for _ in range(GALLERY)]
+    for _, wanted in SEARCHES:
+        gallery += _fitting(dice, wanted, HITS)
+    pictures = [render(scene, SIDE) for scene in gallery]
+    images, texts = encoders(model)
+    kept = images(pictures)
+    print(f"\n{len(gallery)} rendered scenes searched by words")
+    print(f"{'words':<44}{f'right of the first {HITS}':>22}")
+    scores = texts([text for text, _ in SEARCHES]) @ kept.T
+    for (text, wanted), row in zip(SEARCHES, scores, strict=True):
+        best = np.argsort(-row, kind="stable")[:HITS]
+        right = [_fits(gallery[i], wanted) for i in best]
+        print(f"{text:<44}{sum(right):>22}")
+        panes = [
+            Pane(pictures[i], f"{row[i]:.2f}", good) for i, good in zip(best, right, strict=True)
+        ]
+        yield Row(f'Searched: "{text}"', panes)
+
+
+def _fits(scene: Scene, wanted: dict[str, str]) -> bool:
+    return all(getattr(scene, field) == value for field, value in wanted.items())
+
+
+def _fitting(dice: Random, wanted: dict[str, str], count: int) -> Iterator[Scene]:
+    """``count`` scenes as wanted, so that a search has something to find."""
+    while count:
+        scene = sample(dice, held_out=dice.random() < 0.25)
+        if _fits(scene, wanted):
+            count -= 1
+            yield scene
+
+
+# -- photos ----------------------------------------------------------------------------------------
+
+
+def _zoomed(image: Image.Image) -> Image.Image:
+    """The middle of a photo, ``ZOOM`` of each side."""
+    left, top = (round(side * (1 - ZOOM) / 2) for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def _nearest(
-    kept: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], names: list[str]
-) -> list[tuple[str, float]]:
+def _warmed(image: Image.Image) -> Image.Image:
+    """Other colours: red up, blue down, less saturated, brighter."""
+    red, green, blue = image.split()
+    warm = Image.merge("RGB", (red.point(lambda v: v * 1.15), green, blue.point(lambda v: v * 0.8)))
+    return ImageEnhance.Brightness(ImageEnhance.Color(warm).enhance(0.6)).enhance(1.1)
+
+
+ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "crop": _zoomed,
+    "mirror": ImageOps.mirror,
+    "colours": _warmed,
+}
+
+
+def _refound(model: Model) -> Iterator[Row]:
+    """The sample photos, each found again from a crop, a mirror image and other colours of it."""
+    samples = photos()
+    names, originals = list(samples), list(samples.values())
+    images, _ = encoders(model)
+    kept = images(originals)
+    print(f"\n{len(names)} photos, found again by an altered one")
+    print(f"{'photo':<14}" + "".join(f"{kind:<22}" for kind in ALTERED))
+    columns = {}
+    for kind, alter in ALTERED.items():
+        columns[kind] = _nearest(kept, images([alter(image) for image in originals]), names)
+    for i, name in enumerate(names):
+        cells = (f"{found} ({score:.2f})" for found, score in (columns[k][i] for k in ALTERED))
+        print(f"{name:<14}" + "".join(f"{cell:<22}" for cell in cells))
+    right = Counter(
+        kind
+        for kind in ALTERED
+        for name, (found, _) in zip(names, columns[kind], strict=True)
+        if name == found
+    )
+    print(f"{sum(right.values())} of {len(ALTERED) * len(names)} right")
+    panes = [Pane(image, name) for name, image in samples.items()]
+    yield Row("Photos", panes)
+    for kind, alter in ALTERED.items():
+        yield Row(
+            f"Found again by {kind}: {right[kind]} of {len(names)}",
+            [
+                Pane(alter(image), f"{found} {score:.2f}", found == name)
+                for (name, image), (found, score) in zip(
+                    samples.items(), columns[kind], strict=True
+                )
+            ],
+        )
+
+
+def _nearest(kept: Floats, queries: Floats, names: Sequence[str]) -> list[tuple[str, float]]:
     """The photo nearest to each query by cosine, once what all photos share is taken away."""
     mean = kept.mean(axis=0)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries - mean, kept - mean))
@@ -163,10 +248,10 @@ def _nearest(
     return [(names[i], float(row[i])) for i, row in zip(best, scores, strict=True)]
 
 
-def _speed(model: Model, images: list[Image.Image]) -> float:
-    batch = (images * BATCH)[:BATCH]
+def _speed(model: Model) -> float:
+    batch = (list(photos().values()) * BATCH)[:BATCH]
     done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < TIMED_SECONDS:
+    while done == 0 or time.perf_counter() - start < TIMED_SECONDS:
         model.encode_image(batch)
         done += len(batch)
     return done / (time.perf_counter() - start)

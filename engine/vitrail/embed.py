@@ -9,7 +9,6 @@ A file appears under its own name only once it is complete.
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
 import os
@@ -26,6 +25,7 @@ import numpy.typing as npt
 
 from vitrail._version import __version__
 from vitrail.errors import InputError
+from vitrail.listing import Source, path_text
 
 if TYPE_CHECKING:
     from vitrail.model import Model
@@ -33,79 +33,24 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "float16"]
 Floats = npt.NDArray[np.float32]
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 CALL = 256  # images a call where the caller names no batch size: four batches of decoded images
 BATCHES = 4  # batches a call else: the model decodes the next while it computes one
 ROW_GROUP = 8192  # parquet rows written together
 REASONS = 5  # failures a summary quotes
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The images that files, folders and glob patterns stand for, in the order given.
-
-    A file is taken whatever its name. A folder is searched through its sub-folders (not through
-    links to folders, nor hidden names) for jpg, jpeg, png, webp, bmp and gif in any case. A pattern
-    (``**`` crosses folders) is what it matches. Folders and matches are sorted, and give no path
-    that is already listed; a file named twice is listed twice.
-
-    Raises InputError where an input does not exist, cannot be listed or gives no image.
-    """
-    found: list[str] = []
-    seen: set[str] = set()
-    for name in inputs:
-        if os.path.lexists(name) and not os.path.isdir(name):
-            found.append(name)
-            seen.add(name)
-            continue
-        paths = _expand(name)
-        if not paths:
-            raise InputError(f"{name}: no image there, wanted {', '.join(sorted(EXTENSIONS))}")
-        found += [path for path in paths if path not in seen]
-        seen.update(paths)
-    return [Path(path) for path in found]
-
-
-def _expand(name: str) -> list[str]:
-    if os.path.isdir(name):
-        return _walk(name)
-    if not glob.has_magic(name):
-        raise InputError(f"{name!r}: no such file or folder")
-    matches = glob.glob(name, recursive=True)
-    if not matches:
-        raise InputError(f"{name!r}: matches no file")
-    paths = {path for path in matches if not os.path.isdir(path)}
-    if "**" not in name:
-        paths.update(*map(_walk, set(matches) - paths))
-    return sorted(paths)
-
-
-def _walk(root: str) -> list[str]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot list the folder: {error.strerror}") from error
-
-    found: list[str] = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(folder, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return sorted(found)
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Consecutive inputs; where ``errors[i]`` is None, input i has the next row of embeddings."""
 
-    paths: Sequence[Path]
+    sources: Sequence[Source]
     errors: Sequence[str | None]
     embeddings: Floats  # (inputs without error, D)
 
 
 def embed_images(
     model: Model,
-    paths: Sequence[Path],
+    sources: Sequence[Source],
     *,
     batch_size: int | None = None,
     size: tuple[int, int] | None = None,
@@ -113,8 +58,8 @@ def embed_images(
 ) -> Iterator[Rows]:
     """Embeds a batch at a time, so that one batch of pixels is in memory, never all of them."""
     step = BATCHES * batch_size if batch_size else CALL
-    for start in range(0, len(paths), step):
-        batch = paths[start : start + step]
+    for start in range(0, len(sources), step):
+        batch = sources[start : start + step]
         result = model.encode_image(
             batch, batch_size=batch_size, size=size, normalize=normalize, on_error="skip"
         )
@@ -129,22 +74,22 @@ Write = Callable[[Rows, npt.NDArray[Any]], None]
 
 @dataclass(slots=True)
 class Summary:
-    """What became of the inputs; ``reasons`` quotes the first failures as (path, reason)."""
+    """What became of the inputs; ``reasons`` quotes the first failures as (source, reason)."""
 
     inputs: int = 0
     failed: int = 0
-    reasons: list[tuple[Path, str]] = field(default_factory=list)
+    reasons: list[tuple[Source, str]] = field(default_factory=list)
 
     def add(self, rows: Rows) -> None:
-        bad = [(p, e) for p, e in zip(rows.paths, rows.errors, strict=True) if e is not None]
-        self.inputs += len(rows.paths)
+        bad = [(s, e) for s, e in zip(rows.sources, rows.errors, strict=True) if e is not None]
+        self.inputs += len(rows.sources)
         self.failed += len(bad)
         self.reasons += bad[: REASONS - len(self.reasons)]
 
 
 def embed(
     model: Model,
-    paths: Sequence[Path],
+    sources: Sequence[Source],
     out: Path,
     *,
     batch_size: int | None = None,
@@ -154,21 +99,21 @@ def embed(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Summary:
-    """Embeds ``paths`` into ``out`` (.npy or .parquet); ``progress`` gets the inputs done so far.
+    """Embeds ``sources`` into ``out`` (.npy or .parquet); ``progress`` gets the inputs done so far.
 
     Where every input fails nothing is written. Raises InputError where ``out`` cannot be written,
     or exists without ``overwrite``, or a value leaves float16's range.
     """
     check_output(out, overwrite)
-    about = _about(model, size, normalize, precision)
+    about = about_model(model, size, normalize, precision)
     summary = Summary()
     with _drafts(_targets(out)) as drafts:
         with (_parquet if out.suffix == ".parquet" else _npy)(drafts.names, about) as write:
             for rows in embed_images(
-                model, paths, batch_size=batch_size, size=size, normalize=normalize
+                model, sources, batch_size=batch_size, size=size, normalize=normalize
             ):
                 summary.add(rows)
-                write(rows, _narrow(rows, precision))
+                write(rows, narrow(rows, precision))
                 progress(summary.inputs)
         if summary.failed < summary.inputs:
             drafts.commit()
@@ -178,7 +123,10 @@ def embed(
 def check_output(out: Path, overwrite: bool) -> None:
     """Raises InputError where ``embed`` could not write ``out``; costs nothing, so ask early."""
     if out.suffix not in (".npy", ".parquet"):
-        raise InputError(f"{out}: got the extension {out.suffix!r}, wanted .npy or .parquet")
+        raise InputError(
+            f"{out}: got the extension {out.suffix!r}, wanted .npy or .parquet, or "
+            "the name of a folder without one"
+        )
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK | os.X_OK):
@@ -189,7 +137,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         if target.exists() and not overwrite:
             raise InputError(f"{target}: exists already (--overwrite, or overwrite=True, replaces)")
     if out.suffix == ".parquet":
-        _pyarrow()
+        pyarrow_modules()
 
 
 def _targets(out: Path) -> list[Path]:
@@ -199,9 +147,10 @@ def _targets(out: Path) -> list[Path]:
     return [out.with_suffix(".csv"), out.with_suffix(".json"), out]
 
 
-def _about(
+def about_model(
     model: Model, size: tuple[int, int] | None, normalize: bool, precision: Precision
 ) -> dict[str, Any]:
+    """What made the numbers, ready for JSON."""
     vision = model.spec.vision
     if vision is None:
         raise InputError(
@@ -220,7 +169,8 @@ def _about(
     }
 
 
-def _narrow(rows: Rows, precision: Precision) -> npt.NDArray[Any]:
+def narrow(rows: Rows, precision: Precision) -> npt.NDArray[Any]:
+    """The embeddings in the precision they are stored in; InputError beyond float16's range."""
     if precision == "float32":
         return rows.embeddings
     with np.errstate(over="ignore"):
@@ -240,10 +190,10 @@ class _Drafts:
 
     def commit(self) -> None:
         for name in self.names:
-            _sync(name)
+            sync(name)
         for name, target in zip(self.names, self.targets, strict=True):
             os.replace(name, target)
-        _sync(self.targets[-1].parent)
+        sync(self.targets[-1].parent)
 
 
 @contextmanager
@@ -261,7 +211,7 @@ def _drafts(targets: Sequence[Path]) -> Iterator[_Drafts]:
             name.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -279,7 +229,7 @@ def _npy(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
             nonlocal inputs, good
             lines.write(_csv_lines(rows, good))
             data.write(np.ascontiguousarray(values).data)
-            inputs, good = inputs + len(rows.paths), good + len(values)
+            inputs, good = inputs + len(rows.sources), good + len(values)
 
         lines.write(b"path,status,error,row\r\n")
         data.write(_npy_header(0, about))
@@ -300,9 +250,9 @@ def _npy_header(rows: int, about: dict[str, Any]) -> bytes:
 def _csv_lines(rows: Rows, row: int) -> bytes:
     text = io.StringIO(newline="")
     lines = csv.writer(text)
-    for path, error in zip(rows.paths, rows.errors, strict=True):
+    for source, error in zip(rows.sources, rows.errors, strict=True):
         lines.writerow(
-            [path_text(path), "ok" if error is None else "error", error, None if error else row]
+            [path_text(source), "ok" if error is None else "error", error, None if error else row]
         )
         row += error is None
     return text.getvalue().encode()
@@ -310,14 +260,8 @@ def _csv_lines(rows: Rows, row: int) -> bytes:
 
 @contextmanager
 def _parquet(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
-    pa, parquet = _pyarrow()
-    width = about["width"]
-    vector = pa.list_(pa.float16() if about["dtype"] == "float16" else pa.float32(), width)
-    text = pa.string()
-    schema = pa.schema(
-        [("path", text), ("status", text), ("error", text), ("embedding", vector)],
-        metadata={"vitrail": json.dumps(about)},
-    )
+    pa, parquet = pyarrow_modules()
+    schema = table_schema(about)
     waiting: list[Any] = []
 
     def flush() -> None:
@@ -325,16 +269,7 @@ def _parquet(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
         waiting.clear()
 
     def write(rows: Rows, values: npt.NDArray[Any]) -> None:
-        bad = np.array([error is not None for error in rows.errors], dtype=bool)
-        every = np.zeros((len(bad), width), values.dtype)
-        every[~bad] = values
-        columns = [
-            pa.array(map(path_text, rows.paths), text),
-            pa.array(np.where(bad, "error", "ok"), text),
-            pa.array(rows.errors, text),
-            pa.FixedSizeListArray.from_arrays(every.ravel(), type=vector, mask=pa.array(bad)),
-        ]
-        waiting.append(pa.record_batch(columns, schema))
+        waiting.append(table_rows(rows, values, schema))
         if sum(batch.num_rows for batch in waiting) >= ROW_GROUP:
             flush()
 
@@ -343,7 +278,36 @@ def _parquet(names: Sequence[Path], about: dict[str, Any]) -> Iterator[Write]:
         flush()
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def table_schema(about: dict[str, Any]) -> Any:
+    """path, status, error and embedding, a list of fixed size; ``about`` as metadata."""
+    pa, _ = pyarrow_modules()
+    kind = pa.float16() if about["dtype"] == "float16" else pa.float32()
+    vector = pa.list_(kind, about["width"])
+    text = pa.string()
+    return pa.schema(
+        [("path", text), ("status", text), ("error", text), ("embedding", vector)],
+        metadata={"vitrail": json.dumps(about)},
+    )
+
+
+def table_rows(rows: Rows, values: npt.NDArray[Any], schema: Any) -> Any:
+    """A record batch with a row for each input; ``values`` are the rows' narrowed embeddings."""
+    pa, _ = pyarrow_modules()
+    text, vector = pa.string(), schema.field("embedding").type
+    bad = np.array([error is not None for error in rows.errors], dtype=bool)
+    every = np.zeros((len(bad), values.shape[1]), values.dtype)
+    every[~bad] = values
+    columns = [
+        pa.array(map(path_text, rows.sources), text),
+        pa.array(np.where(bad, "error", "ok"), text),
+        pa.array(rows.errors, text),
+        pa.FixedSizeListArray.from_arrays(every.ravel(), type=vector, mask=pa.array(bad)),
+    ]
+    return pa.record_batch(columns, schema)
+
+
+def pyarrow_modules() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet; InputError where they are not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -352,8 +316,3 @@ def _pyarrow() -> tuple[Any, Any]:
             "parquet output needs pyarrow: pip install 'vitrail[parquet]', or ask for .npy"
         ) from error
     return pyarrow, parquet
-
-
-def path_text(path: Path) -> str:
-    """The path as text; bytes that are no UTF-8, which a file name may hold, as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,19 @@ from vitrail.formats import Refused, check_png, read_header, read_orientation
 from vitrail.resize import Pixels, crop_image, spec_at
 from vitrail.spec import ImageSpec
 
+
+@runtime_checkable
+class Readable(Protocol):
+    """Encoded bytes somewhere: a `TarMember`, a ``zipfile.Path``, a resource of a package."""
+
+    def read_bytes(self) -> bytes: ...
+
+
 PixelInput = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
-) | torch.Tensor
+    (str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any])
+    | torch.Tensor
+    | Readable
+)
 SixteenBit = Literal["scale", "clip"]
 Floats = npt.NDArray[np.float32]
 Result = TypeVar("Result")
@@ -84,8 +94,9 @@ def decode(
     ``channels`` is the model's: 3 makes RGB and 1 grey, whatever the image holds and whatever the
     processor's ``do_convert_rgb`` says (without it, transformers fails on all but RGB images).
 
-    * A path or bytes: JPEG, PNG, WEBP, BMP or GIF, told by content; the first frame; turned
-      upright by EXIF orientation, where values other than 1..8 count as 1.
+    * A path, bytes, or an object with ``read_bytes()``: JPEG, PNG, WEBP, BMP or GIF, told by
+      content; the first frame; turned upright by EXIF orientation, where values other than 1..8
+      count as 1.
     * A PIL image of any mode that Pillow converts to RGB: taken as it is, not turned. One whose
       pixels fail to load is closed, since Pillow's second load would give wrong pixels in silence.
     * uint8 (height, width, channels) or (height, width), numpy or a CPU tensor of any strides; one
@@ -292,10 +303,13 @@ def _opened(
     elif isinstance(image, str | os.PathLike):
         where = os.fsencode(image).decode("utf-8", "backslashreplace")
         opened = _from_bytes(where, _read_file(where, image, limits), limits)
+    elif isinstance(image, Readable):
+        where = str(image).encode("utf-8", "backslashreplace").decode()
+        opened = _from_bytes(where, _read_object(where, image), limits)
     else:
         raise InputError(
-            f"image: got {type(image).__name__}, wanted a path, bytes, a PIL image, or a uint8 "
-            "array or tensor (height, width, channels)"
+            f"image: got {type(image).__name__}, wanted a path, bytes, a PIL image, an object "
+            "with read_bytes(), or a uint8 array or tensor (height, width, channels)"
         )
     if channels not in (1, 3):
         raise InputError(
@@ -345,6 +359,16 @@ def _read_file(where: str, path: str | os.PathLike[str], limits: Limits) -> byte
         raise ImageError(f"{where}: cannot be read: {reason}") from None
     kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
     raise ImageError(f"{where}: is {kind}, wanted a regular file")
+
+
+def _read_object(where: str, image: Readable) -> bytes:
+    try:
+        data = image.read_bytes()
+    except Exception as error:  # whatever a storage library raises costs this image only
+        raise ImageError(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise InputError(f"{where}: read_bytes() gave {type(data).__name__}, wanted bytes")
+    return bytes(data)
 
 
 def _check_bytes(where: str, count: int, limits: Limits) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.errors import InputError, VitrailError
-from vitrail.images import PixelInput, linear_scale
+from vitrail.images import PixelInput, Readable, linear_scale
 from vitrail.spec import ImageSpec, VisionSpec
 
 Images = PixelInput | Sequence[PixelInput]
@@ -63,6 +63,8 @@ def check_pixels(
 def listed(images: Images) -> list[PixelInput]:
     """One image or many -> a list of single images."""
     if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image):
+        return [images]
+    if isinstance(images, Readable):
         return [images]
     if isinstance(images, np.ndarray | Tensor):
         if images.ndim == 4:

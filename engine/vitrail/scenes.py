@@ -41,7 +41,7 @@ POSITIONS: dict[str, tuple[int, int]] = {
     "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
-SIZES = {"small": (0.085, 0.11), "large": (0.155, 0.195)}
+SIZES = {"small": (0.09, 0.115), "large": (0.17, 0.21)}
 """Half the height of a thing, least and most; lengths are of a side of the picture."""
 
 
@@ -93,8 +93,8 @@ VALUES: dict[str, tuple[str, ...]] = {
 JITTER = 14  # a named colour varies by this much in each channel
 APART = 75.0  # in RGB, a nameless colour from every named one, and a thing from its background
 NAMELESS = {"colour": 0.4, "shape": 0.1, "background": 0.25}
-MARGIN = 0.03  # around the picture
-GAP = 1.25  # least distance of two things, in sums of their half heights
+MARGIN = 0.02  # around the picture
+GAP = 1.2  # least distance of two things, in sums of their half heights
 MAX_TURN = 12.0
 OFF_CENTRE = 0.07  # how far the centre of a group "in the middle" may be off
 OVERSAMPLING = 4
@@ -200,7 +200,7 @@ def _range(towards: int, half: float, count: int, side: tuple[int, int]) -> tupl
     """From where to where centres may lie on an axis that is on ``towards`` of a ``side``."""
     low, high = MARGIN + 1.25 * half, 1 - MARGIN - 1.25 * half
     if towards:
-        return (low, 0.36) if towards < 0 else (0.64, high)
+        return (low, 0.38) if towards < 0 else (0.62, high)
     if count > 1:
         return low, high
     # A lone thing keeps to the middle of the other axis, so that its side is the plain answer.

@@ -1,0 +1,76 @@
+"""The ``vitrail`` command. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done; 1 an error, or every image failed; 2 wrong usage; 3 some images failed (embed);
+130 interrupted. Each command is a file here and imports what it needs when it runs, so that
+``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vitrail._version import __version__
+from vitrail.cli import classify, demo, embed, info
+from vitrail.cli.options import say
+from vitrail.errors import VitrailError
+
+
+class Commands(TyperGroup):
+    """Turns what users may meet into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VitrailError as error:
+            say(f"error: {' '.join(str(error).split())}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vitrail {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _vitrail(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """ViT, CLIP and DINOv2 checkpoints to embeddings and class scores."""
+
+
+for command in (info.info, embed.embed, classify.classify, demo.demo):  # the order of --help
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point. SIGTERM and SIGHUP unwind as an exit does: no unfinished file is left."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        app(prog_name="vitrail")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrail.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Local,
+    ModelName,
+    Revision,
+    Size,
+    load,
+    needed,
+    parse_size,
+    progress,
+    report,
+    say,
+    tell_unread,
+)
+
+PARTIAL = 3  # the exit code where some inputs failed and all else is done
+
+
+def embed(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Image files, folders (searched through), glob patterns, .tar shards."),
+    ] = None,
+    model: ModelName = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            envvar="VITRAIL_OUT",
+            help="A folder, made in parts and resumable; or one .npy or .parquet file.",
+        ),
+    ] = Path("embeddings.npy"),
+    lists: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--list",
+            envvar="VITRAIL_LIST",
+            help="A file of paths, one a line; - is stdin. May be given often.",
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
+    size: Size = None,
+    normalize: Annotated[
+        bool, typer.Option(envvar="VITRAIL_NORMALIZE", help="Scale embeddings to unit length.")
+    ] = False,
+    fp16_output: Annotated[
+        bool,
+        typer.Option("--fp16-output", envvar="VITRAIL_FP16_OUTPUT", help="Store float16."),
+    ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            envvar="VITRAIL_LAYOUT", help="Of a folder: parquet, or npy as clip-retrieval's."
+        ),
+    ] = "parquet",
+    part_size: Annotated[
+        int, typer.Option(min=1, envvar="VITRAIL_PART_SIZE", help="Inputs a part of a folder.")
+    ] = 4096,
+    stop_after: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            envvar="VITRAIL_STOP_AFTER",
+            help="Failures in a row that stop a folder's job; 0: none do.",
+        ),
+    ] = 100,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", envvar="VITRAIL_OVERWRITE", help="Replace old output.")
+    ] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+) -> None:
+    """Embed images into a folder or one file.
+
+    An image that cannot be read costs no other. A folder is made in parts, and the same command
+    goes on after any interruption; vitrail.read_embeddings and what else reads parquet can read it.
+    A .npy holds the embeddings of good images; the .csv beside it says which row is which file, and
+    why others failed; the .json says what made them. A .parquet holds all that, a row an image.
+
+    Exit codes: 0 all embedded, 3 some failed, 1 all failed or an error, 130 interrupted.
+    """
+    from vitrail import embed as single
+    from vitrail import job
+    from vitrail.listing import find_images
+    from vitrail.manifest import read_manifest
+
+    if not inputs and not lists:
+        raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")
+    if layout not in job.FOLDERS:
+        raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
+    pixels = parse_size(size)
+    name = needed(model, "--model")
+    one_file = bool(out.suffix) and not out.is_dir()
+    if one_file:
+        single.check_output(out, overwrite)
+    else:
+        job.check_folder(out)
+    found = find_images(inputs or [], lists or [])
+    tell_unread(found.unread)
+    loaded = load(name, device, dtype, revision, local_files_only)
+    precision: Any = "float16" if fp16_output else "float32"
+    start = time.monotonic()
+    with progress(len(found.sources)) as tell:
+        if one_file:
+            summary = single.embed(
+                loaded,
+                found.sources,
+                out,
+                batch_size=batch_size,
+                size=pixels,
+                normalize=normalize,
+                precision=precision,
+                overwrite=overwrite,
+                progress=tell,
+            )
+        else:
+            options = job.Options(
+                layout=layout,  # type: ignore[arg-type]  # one of FOLDERS
+                precision=precision,
+                part_size=part_size,
+                batch_size=batch_size,
+                size=pixels,
+                normalize=normalize,
+                in_a_row=stop_after,
+            )
+            try:
+                summary = job.run_job(
+                    loaded, found.sources, out, options, overwrite=overwrite, progress=tell
+                )
+            except (KeyboardInterrupt, SystemExit):
+                kept = len({part.part for part in read_manifest(out)})
+                say(f"{kept} parts are committed; the same command goes on")
+                raise
+    seconds = time.monotonic() - start
+    report(summary.failed, summary.inputs, summary.reasons)
+    facts = {
+        "out": str(out),
+        "inputs": summary.inputs,
+        "embedded": summary.inputs - summary.failed,
+        "failed": summary.failed,
+        "seconds": round(seconds, 3),
+    }
+    done = f"{facts['embedded']} of {summary.inputs} images in {seconds:.1f} s"
+    if isinstance(summary, job.JobSummary):
+        facts |= {"parts": summary.parts, "made": summary.made, "again": summary.again}
+        done += f"; {summary.made} of {summary.parts} parts made now"
+    say(done)
+    nothing = summary.failed == summary.inputs
+    if as_json or not (one_file and nothing):
+        print(json.dumps(facts) if as_json else out)
+    if summary.failed:
+        raise typer.Exit(1 if nothing else PARTIAL)
