@@ -1,0 +1,103 @@
+"""Runs jobs in processes that die when told to: one JSON request a line, one JSON answer a line.
+
+Each job runs in a fork of this process, which has imported everything and started no thread. A
+request has ``model``, ``list``, ``out`` and ``part_size``, and maybe one way to die, by SIGKILL:
+``after`` seconds from the start of the job, or at the ``nth`` call of those in CALLS ("when":
+before it, after it, or halfway through what it writes). Answers: ``status`` as os.waitpid gives it, the
+calls made, and memory: (inputs done, KiB of RssAnon and VmSwap).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vitrail.model
+from vitrail import job
+from vitrail.listing import find_images
+
+CALLS = ("pwrite", "fsync", "replace", "ftruncate")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def patched(name: str, request: dict[str, Any], made: list[str]) -> Callable[..., Any]:
+    real = getattr(os, name)
+
+    def call(*given: Any) -> Any:
+        made.append(name)
+        dies = len(made) == request.get("nth")
+        if dies and request["when"] == "before":
+            die()
+        if dies and request["when"] == "half" and name == "pwrite":
+            descriptor, data, at = given
+            real(descriptor, data[: len(data) // 2], at)
+            die()
+        result = real(*given)
+        if dies:
+            die()
+        return result
+
+    return call
+
+
+def memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return sum(int(kib) for kib in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+) kB", status, re.M))
+
+
+def work(request: dict[str, Any], answers: int) -> None:
+    made: list[str] = []
+    grown: list[tuple[int, int]] = []
+    for name in CALLS:
+        setattr(os, name, patched(name, request, made))
+    model = vitrail.model.load(request["model"])
+    sources = find_images([], [request["list"]]).sources
+    os.write(answers, b"{}\n")
+    options = job.Options(part_size=request["part_size"])
+    job.run_job(
+        model,
+        sources,
+        Path(request["out"]),
+        options,
+        progress=lambda done: grown.append((done, memory())),
+    )
+    os.write(answers, json.dumps({"calls": made, "memory": grown}).encode() + b"\n")
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(reading)
+                work(request, writing)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(writing)
+        with open(reading) as answers:
+            answers.readline()
+            if "after" in request:
+                time.sleep(request["after"])
+                os.kill(child, signal.SIGKILL)
+            said = answers.readline()
+        status = os.waitpid(child, 0)[1]
+        print(json.dumps({"status": status, **json.loads(said or "{}")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
