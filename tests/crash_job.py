@@ -1,10 +1,10 @@
 """Runs jobs in processes that die when told to: one JSON request a line, one JSON answer a line.
 
 Each job runs in a fork of this process, which has imported everything and started no thread. A
-request has ``model``, ``list``, ``out`` and ``part_size``, and maybe one way to die, by SIGKILL:
+request has ``model``, ``list``, ``out``, ``part_size`` and maybe one way to die by SIGKILL:
 ``after`` seconds from the start of the job, or at the ``nth`` call of those in CALLS ("when":
-before it, after it, or halfway through what it writes). Answers: ``status`` as os.waitpid gives it, the
-calls made, and memory: (inputs done, KiB of RssAnon and VmSwap).
+before it, after it, or halfway through what it writes). Answers: ``status`` as os.waitpid gives
+it, the calls made, and memory: (inputs done, KiB of RssAnon and VmSwap).
 """
 
 from __future__ import annotations

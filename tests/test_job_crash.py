@@ -113,7 +113,8 @@ def test_fifty_kills_change_nothing_and_bad_inputs_are_exactly_known(
     kinds = [
         ("empty: 0 bytes", "cut short", "not a JPEG", "no such file")[n // 10 % 4] for n in bad
     ]
-    assert all(kind in why for (_, why), kind in zip(found.errors, kinds, strict=True))
+    for (_, why), kind in zip(found.errors, kinds, strict=True):
+        assert kind in why
     assert [int(Path(path).stem) for path in found.paths] == sorted(set(range(IMAGES)) - set(bad))
     some = slice(0, 40)
     alone = vitrail.load(desk / "clip").encode_image(found.paths[some]).numpy()

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ImageClassificationPipeline
 
-import helpers
 import vitrail
 from helpers import (
     CONFIGS,
@@ -36,6 +35,7 @@ from helpers import (
     text_embedding,
     with_outliers,
 )
+from vitrail import agreement
 from vitrail.errors import InputError
 
 QUICK: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_a_massive_channel_hides_nothing() -> None:
     reference = torch.randn(600, 64)
     reference[:, 3] += 1000
     off = noisy(reference, 0.05)
-    assert nn.functional.cosine_similarity(off, reference).min() > helpers.COSINE[torch.float16]
+    assert nn.functional.cosine_similarity(off, reference).min() > agreement.COSINE[torch.float16]
     with pytest.raises(AssertionError, match="centred cosine"):
         assert_close(off, reference, off.half(), what="model")
 
@@ -666,7 +666,7 @@ def test_16_bits_err_at_most_twice_as_much_as_pytorch(
     if outliers:
         with_outliers(model)
     ours = loaded(model, tmp_path, dtype)
-    inputs = arguments(architecture, model.config, batch=helpers.CORPUS)
+    inputs = arguments(architecture, model.config, batch=agreement.CORPUS)
     theirs = outputs(model, inputs)
     images = image_embedding(model, inputs["pixel_values"]) if "pixel_values" in inputs else None
     texts = text_embedding(model, inputs["input_ids"]) if "input_ids" in inputs else None
@@ -692,7 +692,7 @@ def test_images_in_16_bits_err_at_most_twice_as_much_as_pytorch(dtype: str, tmp_
     model, processor = clip_folder(tmp_path)
     dice = torch.Generator().manual_seed(0)
     # near the processor's mean, where the folded normalisation has the most to take away again
-    images = torch.randint(80, 160, (helpers.CORPUS, 32, 32, 3), generator=dice).to(torch.uint8)
+    images = torch.randint(80, 160, (agreement.CORPUS, 32, 32, 3), generator=dice).to(torch.uint8)
     pixels = processor.image_processor(list(images.numpy()), return_tensors="pt").pixel_values
     theirs = image_embedding(model, pixels)
     model.to(getattr(torch, dtype))

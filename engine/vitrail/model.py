@@ -104,9 +104,9 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 class Model:
     """A loaded checkpoint. May be called from many threads at once.
 
-    ``spec`` says what the checkpoint is, ``source`` what it was loaded from, ``device`` and
-    ``dtype`` where and in what it computes, ``runner`` which runner serves it, ``weight_bytes``
-    what its weights take up there.
+    ``spec`` says what the checkpoint is, ``source`` what it was loaded from and ``folder`` where
+    its files are, ``device`` and ``dtype`` where and in what it computes, ``runner`` which runner
+    serves it, ``weight_bytes`` what its weights take up there.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Model:
         runner: ReferenceRunner,
         sixteen_bit: SixteenBit = "scale",
     ) -> None:
-        self.spec, self.source = spec, checkpoint.source
+        self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
         self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
         self.weight_bytes = runner.weights.arena.numel()

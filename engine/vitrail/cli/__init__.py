@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from vitrail._version import __version__
-from vitrail.cli import classify, demo, embed, info
+from vitrail.cli import classify, demo, embed, info, verify
 from vitrail.cli.options import say
 from vitrail.errors import VitrailError
 
@@ -60,7 +60,13 @@ def _vitrail(
     """ViT, CLIP and DINOv2 checkpoints to embeddings and class scores."""
 
 
-for command in (info.info, embed.embed, classify.classify, demo.demo):  # the order of --help
+for command in (
+    info.info,
+    embed.embed,
+    classify.classify,
+    verify.verify,
+    demo.demo,
+):  # the order of --help
     app.command()(command)
 
 
