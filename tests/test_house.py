@@ -317,9 +317,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         str(path.relative_to(package.parent))
         for package in (ENGINE, KERNELS)
         for path in package.rglob("*")
-        if path.suffix in {".jpg", ".json", ".md", ".py", ".pyi", ".typed"}
+        if path.suffix in {".jpg", ".json", ".md", ".py", ".pyi", ".safetensors", ".typed"}
     }
     packed = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
     assert packed == wanted
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert wheel.stat().st_size < 2_000_000
+    assert wheel.stat().st_size < 5_000_000
