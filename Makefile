@@ -34,7 +34,7 @@ endif
 help:
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/run.stamp ## embed and classify the sample photos
+demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact sheet
 	$(say) 'vitrail demo'
 	.venv/bin/vitrail demo
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 
 import vitrail
-from vitrail.embed import find_images
+from vitrail.listing import find_images
 
 
 def main(source: str, folder: str, words: str, best: int = 5) -> None:
     """Embed every photo once, embed the words, and rank by cosine."""
     model = vitrail.load(source)
-    photos = find_images([folder])
+    photos = find_images([folder]).sources
     found = model.encode_image(photos, normalize=True, on_error="skip")
     for position, reason in found.errors.items():
         print(f"left out: {photos[position]}: {reason}", file=sys.stderr)

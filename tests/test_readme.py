@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+import vitrail
 from helpers import clip_folder, make, save
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,8 @@ def test_commands_run_as_shown(line: str, desk: tuple[Path, dict[str, str]]) -> 
     if "--out" in line:
         out = desk[0] / shlex.split(line)[-1]
         assert out.stat().st_size > 0
+        if not out.suffix:
+            assert len(vitrail.read_embeddings(out).paths) == len(list(PHOTOS.iterdir()))
         if out.suffix == ".npy":
             assert len(np.load(out)) == len(list(PHOTOS.iterdir()))
     else:
