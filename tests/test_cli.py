@@ -103,6 +103,8 @@ def start(*args: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -688,3 +690,27 @@ def test_a_stopped_job_says_what_is_safe_and_leaves_no_draft(
     assert "Traceback" not in stderr
     assert not list(out.rglob("_draft-*"))
     assert vitrail.read_embeddings(out).paths
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_under_the_output_is_one_line(vit: Path) -> None:
+    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vitrail.cli", "info", vit],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "vitrail: error: cannot write the output: No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_is_told_nothing(vit: Path) -> None:
+    process = start("info", vit)
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1

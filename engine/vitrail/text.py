@@ -121,7 +121,8 @@ def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
     else:
         raise CheckpointError(
             f"{place(checkpoint.folder)}: no tokenizer; "
-            "looked for tokenizer.json, and for vocab.json with merges.txt"
+            "looked for tokenizer.json, and for vocab.json with merges.txt; copy them from where "
+            "the checkpoint came from (transformers: tokenizer.save_pretrained), or pass token ids"
         )
     backend.no_padding()
     backend.no_truncation()

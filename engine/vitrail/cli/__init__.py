@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -74,9 +75,19 @@ def main() -> None:
     """The entry point. SIGTERM and SIGHUP unwind as an exit does: no unfinished file is left."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show
+    code: int | str | None = 0
     try:
-        app(prog_name="vitrail")
+        try:
+            app(prog_name="vitrail")
+        except SystemExit as done:
+            code = done.code
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
+    except OSError as error:
+        # The interpreter would flush once more at its end, and fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        if not isinstance(error, BrokenPipeError):  # of a reader that has seen enough
+            say(f"error: cannot write the output: {error.strerror or error}")
+        sys.exit(1)
+    sys.exit(code)
