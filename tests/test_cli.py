@@ -147,7 +147,7 @@ def test_version_is_the_packages() -> None:
     assert run("--version").stdout == f"vitrail {vitrail.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "embed", "classify", "demo"])
+@pytest.mark.parametrize("command", ["info", "embed", "classify", "verify", "demo"])
 def test_help_names_an_environment_variable_for_every_option(command: str) -> None:
     text = run(command, "--help").stdout.partition("Options:")[2]
     options = re.split(r"^  (--[a-z0-9-]+)", text.partition("  -h, --help")[0], flags=re.MULTILINE)

@@ -30,7 +30,7 @@ def test_it_names_and_finds_scenes_and_photos_and_says_what_it_does_not_know(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "sheet.png"
-    result = _demo("--out", out, "--seed", 3)
+    result = _demo("--sheet", out, "--seed", 3)
     assert result.exit_code == 0, result.output
     rates = dict(re.findall(r"^(colour and shape|count|position|size|background) .*? ([\d.]+)%",
                             result.stdout, re.M))  # fmt: skip
@@ -44,7 +44,7 @@ def test_it_names_and_finds_scenes_and_photos_and_says_what_it_does_not_know(
     assert "nothing of the world" in result.stdout
     assert f"vitrail demo --model {demo.EXAMPLE}" in result.stdout
     assert (
-        _demo("--out", out, "--seed", 3).stdout.splitlines()[:12]
+        _demo("--sheet", out, "--seed", 3).stdout.splitlines()[:12]
         == (result.stdout.splitlines()[:12])
     )
     with Image.open(out) as image:
@@ -56,7 +56,7 @@ def test_it_names_and_finds_scenes_and_photos_and_says_what_it_does_not_know(
 
 def test_scenes_are_new_each_time_unless_a_seed_is_given(tmp_path: Path) -> None:
     seeds = {
-        re.search(r"scenes of seed (\d+)", _demo("--out", tmp_path / "a.png").stdout)[1]  # type: ignore[index]
+        re.search(r"scenes of seed (\d+)", _demo("--sheet", tmp_path / "a.png").stdout)[1]  # type: ignore[index]
         for _ in range(3)
     }
     assert len(seeds) > 1
@@ -65,7 +65,7 @@ def test_scenes_are_new_each_time_unless_a_seed_is_given(tmp_path: Path) -> None
 def test_the_sheet_marks_a_wrong_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_folder(tmp_path / "random")
     out = tmp_path / "sheet.png"
-    result = _demo("--model", tmp_path / "random", "--out", out)
+    result = _demo("--model", tmp_path / "random", "--sheet", out)
     assert result.exit_code == 0, result.output
     assert "nothing of the world" not in result.stdout
     pair = re.search(r"^colour and shape .*? ([\d.]+)%", result.stdout, re.M)
@@ -80,7 +80,7 @@ def test_a_model_without_texts_finds_photos_only(tmp_path: Path) -> None:
 
     save(make("ViTModel"), tmp_path / "vit")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    result = _demo("--model", tmp_path / "vit", "--out", tmp_path / "sheet.png")
+    result = _demo("--model", tmp_path / "vit", "--sheet", tmp_path / "sheet.png")
     assert result.exit_code == 0, result.output
     assert "found again" in result.stdout
     assert "never saw" not in result.stdout
@@ -88,8 +88,8 @@ def test_a_model_without_texts_finds_photos_only(tmp_path: Path) -> None:
 
 
 def test_a_sheet_that_cannot_be_written_is_an_error_before_any_work(tmp_path: Path) -> None:
-    result = _demo("--out", tmp_path / "missing" / "sheet.png")
+    result = _demo("--sheet", tmp_path / "missing" / "sheet.png")
     assert result.exit_code == 1
     assert "missing" in result.stderr
-    assert "--out" in result.stderr
+    assert "--sheet" in result.stderr
     assert "seed" not in result.stdout

@@ -102,7 +102,7 @@ def run(load: Callable[[str], Model], name: str | None, out: Path, seed: int | N
 
 def _check(out: Path) -> None:
     if out.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: cannot write the contact sheet there; --out names another file")
+        raise InputError(f"{out}: cannot write the contact sheet there; --sheet names another file")
 
 
 def _save(sheet: Image.Image, out: Path) -> None:

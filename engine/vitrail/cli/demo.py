@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def demo(
     model: ModelName = None,
-    out: Annotated[
-        Path, typer.Option(envvar="VITRAIL_OUT", help="The contact sheet, a PNG.")
+    sheet: Annotated[
+        Path, typer.Option(envvar="VITRAIL_SHEET", help="The contact sheet, a PNG.")
     ] = Path("vitrail-demo.png"),
     seed: Annotated[
         int | None, typer.Option(envvar="VITRAIL_SEED", help="Of the scenes; else new ones.")
@@ -35,4 +35,4 @@ def demo(
     def load(name: str) -> Model:
         return options.load(name, device, dtype, revision, local_files_only)
 
-    run(load, model, out, seed)
+    run(load, model, sheet, seed)
