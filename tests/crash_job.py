@@ -2,9 +2,10 @@
 
 Each job runs in a fork of this process, which has imported everything and started no thread. A
 request has ``model``, ``list``, ``out``, ``part_size`` and maybe one way to die by SIGKILL:
-``after`` seconds from the start of the job, or at the ``nth`` call of those in CALLS ("when":
-before it, after it, or halfway through what it writes). Answers: ``status`` as os.waitpid gives
-it, the calls made, and memory: (inputs done, KiB of RssAnon and VmSwap).
+``after`` seconds from the start of the job, or from the end of its first ``commits`` commits; or
+at the ``nth`` call of those in CALLS ("when": before it, after it, or halfway through what it
+writes). Answers: ``status`` as os.waitpid gives it, the calls made, and memory: (inputs done, KiB
+of RssAnon and VmSwap).
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def work(request: dict[str, Any], answers: int) -> None:
     model = vitrail.model.load(request["model"])
     sources = find_images([], [request["list"]]).sources
     os.write(answers, b"{}\n")
+    commit = job.commit
+
+    def committed(*given: Any) -> None:
+        commit(*given)
+        os.write(answers, b"{}\n")
+
+    if request.get("commits"):
+        job.commit = committed
     options = job.Options(part_size=request["part_size"])
     job.run_job(
         model,
@@ -90,13 +99,15 @@ def main() -> None:
                 os._exit(code)
         os.close(writing)
         with open(reading) as answers:
-            answers.readline()
+            for _ in range(1 + request.get("commits", 0)):
+                answers.readline()
             if "after" in request:
                 time.sleep(request["after"])
                 os.kill(child, signal.SIGKILL)
-            said = answers.readline()
+            said = answers.read().splitlines()
         status = os.waitpid(child, 0)[1]
-        print(json.dumps({"status": status, **json.loads(said or "{}")}), flush=True)
+        told = json.loads(said[-1]) if status == 0 else {}
+        print(json.dumps({"status": status, **told}), flush=True)
 
 
 if __name__ == "__main__":

@@ -93,14 +93,20 @@ def test_fifty_kills_change_nothing_and_bad_inputs_are_exactly_known(
     assert ask(tmp_path / "whole", list=str(desk / "list"))["status"] == 0
     part_seconds = (time.monotonic() - start) / (IMAGES / PART)
 
+    # Every third kill waits for a commit, so that no machine is too slow to get anywhere; all come
+    # after a random time, short where few parts are left, so that none is too fast to be killed.
     out, dice = tmp_path / "out", random.Random(0)
-    kills = late = 0
-    while kills < KILLS:
+    late = 0
+    for kill in range(KILLS):
         had = len(read_manifest(out))
-        after = dice.uniform(0, 1.6 * part_seconds)
-        answer = ask(out, list=str(desk / "list"), after=after)
-        assert answer["status"] == KILLED, f"the job ended by itself after {kills} kills"
-        kills += 1
+        few = IMAGES / PART - had < 4
+        answer = ask(
+            out,
+            list=str(desk / "list"),
+            commits=int(kill % 3 == 0 and not few),
+            after=dice.uniform(0, (0.1 if few else 0.9) * part_seconds),
+        )
+        assert answer["status"] == KILLED, f"the job ended by itself after {kill} kills"
         late += had > 0
     assert late >= AFTER_FIRST
     assert 0 < len(read_manifest(out)) < IMAGES / PART
@@ -149,15 +155,19 @@ def test_a_kill_at_each_write_sync_rename_and_manifest_step_changes_nothing(
 
 @pytest.mark.slow
 def test_memory_stays_flat(desk: Path, ask: Ask, tmp_path: Path) -> None:
-    """Less than 1 MB per 10,000 images after the first 5,000; 20,000 in all."""
+    """Less than 1 MB per 10,000 images, over 20,000 that follow a warm-up of as many.
+
+    The C heap fills its gaps over some tens of parts (1.3 MB per 10,000 up to image 20,000, none
+    past 40,000), while Python's own objects stay within 10 KB throughout.
+    """
     names = (desk / "list").read_text()
-    (tmp_path / "list").write_text("\n".join([names] * 10))
+    (tmp_path / "list").write_text("\n".join([names] * 20))
     answer = ask(tmp_path / "out", list=str(tmp_path / "list"), part_size=500)
     assert answer["status"] == 0
     done, kib = np.array(answer["memory"], float).T
-    assert done[-1] == 10 * IMAGES
-    warm = done > 5000
+    assert done[-1] == 20 * IMAGES
+    warm = done > 10 * IMAGES
     slope = np.polyfit(done[warm], kib[warm], 1)[0] * 10_000 / 1024
     assert slope < 1, f"{slope:.2f} MiB per 10,000 images"
-    assert len(read_manifest(tmp_path / "out")) == 40
+    assert len(read_manifest(tmp_path / "out")) == 80
     assert (tmp_path / "out" / MANIFEST).stat().st_size > 0
