@@ -15,7 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-COUNTED = ("gpu", "slow")
+COUNTED = ("gpu", "interpreted", "slow")
 FOUND = "vitrail-found"
 
 hypothesis.settings.register_profile("local", deadline=None)
@@ -45,6 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked["gpu"] and not _cuda():
         for item in marked["gpu"]:
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        for item in marked["interpreted"]:
+            item.add_marker(pytest.mark.skip(reason="interpreted: TRITON_INTERPRET is not 1"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -70,7 +73,11 @@ def pytest_terminal_summary(
         for report in terminalreporter.getreports(outcome):
             if report.when == "call":
                 ran.update(name for name in COUNTED if name in report.keywords)
-    why = {"gpu": "they need a CUDA device", "slow": "make test-all runs them"}
+    why = {
+        "gpu": "they need a CUDA device",
+        "interpreted": "make test runs them apart, with TRITON_INTERPRET=1",
+        "slow": "make test-all runs them",
+    }
     for name, found in getattr(config, FOUND, {}).items():
         if found > ran[name]:
             line = f"{name.upper()} TESTS NOT RUN: {found - ran[name]} of {found} ({why[name]})"

@@ -4,6 +4,10 @@ norm   LayerNorm without affine part, gamma and beta being folded into W and b
 act    none, GELU (erf), tanh-GELU, QuickGELU, ReLU, SiLU, tanh; gated: act(gate) * up
 FLOPs  2 M N K            bytes  M K + N K + M N (+ M N residual), in the compute dtype
 bound  by the tensor cores once M passes a few hundred rows, by the read of W below that
+
+LayerNorm costs the kernel no pass over x: norm(x) W^T = r (x W^T - m s), r and m from the row
+statistics of x, s the row sums of the rounded W. Centring W instead of keeping m s was tried: 4e-3
+of error where the mean is 20 times the deviation, against 2e-4.
 """
 
 from __future__ import annotations
@@ -12,27 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail_kernels.activations import ACTIVATIONS, activate_ref_
+from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
-
-
-def _activate_(y: Tensor, activation: str) -> Tensor:
-    """Apply the activation, in place where the dtype allows it; 16-bit values go through fp32."""
-    if y.dtype in (torch.float16, torch.bfloat16):
-        return _activate_(y.float(), activation).to(y.dtype)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_(y)  # type: ignore[no-any-return]
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_(y, approximate="tanh")  # type: ignore[no-any-return]
-    if activation == "quick_gelu":
-        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702: three passes in place, no temporary
-        return torch.ops.aten.silu_(y.mul_(1.702)).mul_(1 / 1.702)  # type: ignore[no-any-return]
-    if activation == "relu":
-        return y.relu_()
-    if activation == "silu":
-        return torch.ops.aten.silu_(y)  # type: ignore[no-any-return]
-    if activation == "tanh":
-        return y.tanh_()
-    raise ValueError(f"activation: got {activation!r}, wanted a name the operator knows")
+from vitrail_kernels.launch import (
+    Call,
+    Target,
+    cdiv,
+    check_tensor,
+    descriptor,
+    fits_descriptor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+from vitrail_kernels.stats import load_mean_rstd, stats_ref, stats_shape
+from vitrail_kernels.tile import epilogue, part_of, tile_of
 
 
 def linear_ref(
@@ -44,6 +44,9 @@ def linear_ref(
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     residual_rows: Tensor | None = None,
+    x_stats: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    stats: Tensor | None = None,
     *,
     norm_eps: float | None = None,
     activation: str | None = None,
@@ -54,7 +57,9 @@ def linear_ref(
     ``x`` (M, K); ``weight`` (N, K), with gate and up rows interleaved pairwise where ``gated``;
     ``bias`` and ``scale`` (N,) fp32; ``residual`` (M, N), may be ``out`` itself; ``rows`` (M',)
     picks rows of ``x``, ``residual_rows`` (M',) of ``residual``. ``norm_eps``: normalise each row
-    of ``x`` first (biased variance, fp32).
+    of ``x`` first (biased variance, fp32); ``x_stats`` (2 chunks, M) and ``row_sums`` (N,), both
+    fp32, are what the kernel needs for it, and are not looked at here. ``stats`` (2 chunks, M'):
+    where the row statistics of ``out`` go.
     """
     if rows is not None:
         x = x.index_select(0, rows)
@@ -62,6 +67,21 @@ def linear_ref(
         residual = residual.index_select(0, residual_rows)
     if norm_eps is not None:
         x = F.layer_norm(x, (x.shape[1],), eps=norm_eps)
+    _product(out, x, weight, bias, scale, residual, activation, gated)
+    if stats is not None:
+        stats_ref(stats, out)
+
+
+def _product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool,
+) -> None:
     plain = scale is None and activation is None and not gated
     if residual is not None and plain and out.dtype == x.dtype == torch.float32:
         # no temporary, and the same order of additions whether out is the residual or not;
@@ -79,16 +99,175 @@ def linear_ref(
     else:
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=y)
     if gated:
-        gate = _activate_(y[:, 0::2].contiguous(), activation or "silu")
+        gate = activate_ref_(y[:, 0::2].contiguous(), activation or "silu")
         y = gate.mul_(y[:, 1::2])
     elif activation is not None:
-        y = _activate_(y, activation)
+        y = activate_ref_(y, activation)
     if scale is not None:
         y = y * scale
     if residual is not None:
         torch.add(residual, y, out=out) if y.dtype == out.dtype else out.copy_(residual + y)
     elif y is not out:
         out.copy_(y)
+
+
+@jit(varying=("m", "x_stats_stride", "stats_stride"))
+def _linear_tma_kernel(
+    out_map: tl.tensor,  # (M, N) in tiles of (BLOCK_M, BLOCK_N), halved across where gated
+    x_map: tl.tensor,  # (M, K) in tiles of (BLOCK_M, BLOCK_K)
+    weight_map: tl.tensor,  # (N, K) in tiles of (BLOCK_N, BLOCK_K)
+    bias_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    x_stats_ptr: tl.tensor,
+    row_sums_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    m: int,
+    x_stats_stride: int,
+    stats_stride: int,
+    eps: float,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """Persistent: each program takes every num_programs-th tile, and the loads of the next tile
+    are under way while this one is finished."""
+    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_of(tile, m, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            x = x_map.load([row, k])
+            weight = weight_map.load([column, k])
+            acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+        offs_m = row + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < m
+        mean = offs_m
+        rstd = offs_m
+        if NORM:
+            mean, rstd = load_mean_rstd(x_stats_ptr, x_stats_stride, offs_m, mask_m, eps, K)
+        PART_N: tl.constexpr = BLOCK_N // PARTS
+        for part in tl.static_range(PARTS):
+            across = column + part * PART_N
+            y = epilogue(
+                part_of(acc, part, PARTS, BLOCK_M, BLOCK_N),
+                out_map.dtype,
+                bias_ptr,
+                scale_ptr,
+                residual_ptr,
+                None,
+                row_sums_ptr,
+                stats_ptr,
+                stats_stride,
+                mean,
+                rstd,
+                offs_m,
+                mask_m,
+                across,
+                N,
+                NORM,
+                ACTIVATION,
+                GATED,
+                BLOCK_M,
+                PART_N,
+            )
+            out_map.store([row, across // 2 if GATED else across], y)
+
+
+@jit(varying=("m", "depth", "x_stats_stride", "stats_stride"))
+def _linear_pointer_kernel(
+    out_ptr: tl.tensor,  # (M', N), or (M', N / 2) where gated
+    x_ptr: tl.tensor,  # (M, K)
+    weight_ptr: tl.tensor,  # (N, K)
+    bias_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    rows_ptr: tl.tensor,  # (M',) int32 or None
+    residual_rows_ptr: tl.tensor,  # (M',) int32 or None
+    x_stats_ptr: tl.tensor,
+    row_sums_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    m: int,
+    depth: int,  # K again: a trip count that ptxas knows makes it unroll all, with 255 registers
+    x_stats_stride: int,
+    stats_stride: int,
+    eps: float,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """A tile a program, by cp.async: for GPUs without tensor maps, gathered rows, odd strides."""
+    row, column = tile_of(tl.program_id(0), m, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = column + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < m
+    source = offs_m
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
+    # rows past the end read the last one instead: what they give is not stored, and loads without
+    # a mask keep their width
+    safe_m = source if rows_ptr is not None else tl.minimum(source, m - 1)
+    safe_n = tl.minimum(offs_n, N - 1)
+    x_at = x_ptr + safe_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    weight_at = weight_ptr + safe_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, depth, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at + k)
+            weight = tl.load(weight_at + k)
+        else:
+            x = tl.load(x_at + k, mask=offs_k[None, :] < K - k, other=0.0)
+            weight = tl.load(weight_at + k, mask=offs_k[None, :] < K - k, other=0.0)
+        acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+    mean = offs_m
+    rstd = offs_m
+    if NORM:
+        mean, rstd = load_mean_rstd(x_stats_ptr, x_stats_stride, source, mask_m, eps, K)
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    WIDTH: tl.constexpr = N // 2 if GATED else N
+    OUT_N: tl.constexpr = PART_N // 2 if GATED else PART_N
+    for part in tl.static_range(PARTS):
+        first = column + part * PART_N
+        y = epilogue(
+            part_of(acc, part, PARTS, BLOCK_M, BLOCK_N),
+            out_ptr.dtype.element_ty,
+            bias_ptr,
+            scale_ptr,
+            residual_ptr,
+            residual_rows_ptr,
+            row_sums_ptr,
+            stats_ptr,
+            stats_stride,
+            mean,
+            rstd,
+            offs_m,
+            mask_m,
+            first,
+            N,
+            NORM,
+            ACTIVATION,
+            GATED,
+            BLOCK_M,
+            PART_N,
+        )
+        across = (first // 2 if GATED else first) + tl.arange(0, OUT_N)
+        at = out_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + across[None, :]
+        tl.store(at, y, mask=mask_m[:, None] & (across < WIDTH)[None, :])
 
 
 def linear_cost(
@@ -100,6 +279,9 @@ def linear_cost(
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     residual_rows: Tensor | None = None,
+    x_stats: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    stats: Tensor | None = None,
     **_: object,
 ) -> Cost:
     """FLOPs of the rows computed; a gathered operand is read at those rows only."""
@@ -107,5 +289,212 @@ def linear_cost(
     gathered = m * k * x.element_size()
     skipped = 0 if residual is None else m * n * residual.element_size()
     return Cost(
-        2 * m * n * k, gathered + skipped + traffic(out, weight, bias, scale, rows, residual_rows)
+        2 * m * n * k,
+        gathered
+        + skipped
+        + traffic(out, weight, bias, scale, rows, residual_rows, x_stats, row_sums, stats),
+    )
+
+
+# -- the launcher ----------------------------------------------------------------------------------
+
+
+ROWS = (64, 256, 1024, 4096, 16384, 65536, 1 << 31)
+"""A tuned entry holds for calls of up to this many rows, and more than the one before."""
+
+
+def linear_key(dtype: torch.dtype, m: int, n: int, k: int, residual: bool) -> str:
+    """The key of a tuned configuration."""
+    rows = next(rows for rows in ROWS if m <= rows)
+    kind = "linear_residual" if residual else "linear"
+    return f"{kind}|{str(dtype).removeprefix('torch.')}|{rows}x{n}x{k}"
+
+
+def linear_config(
+    target: Target, dtype: torch.dtype, m: int, n: int, k: int, residual: bool
+) -> KernelConfig:
+    """The configuration for (m, k) by (n, k): the tuned one where there is one, else by reasons.
+
+    All of an architecture and dtype give the same bits: the same MMA family (64 rows or more make
+    it HGMMA on sm_90), K in the same order, statistics by the same chunks.
+    """
+    found = tuned(target.arch).get(linear_key(dtype, m, n, k, residual))
+    if found is not None:
+        return found
+    if dtype == torch.float32:
+        return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
+    if cdiv(m, 128) * cdiv(n, 128) >= target.sms:
+        return _large(target, residual)
+    small = 64 if cdiv(m, 64) * cdiv(n, 128) < target.sms else 128
+    return KernelConfig(
+        64, small, 64, 4, 3, reason="few rows: smaller tiles, so that every SM has one"
+    )
+
+
+def _large(target: Target, residual: bool) -> KernelConfig:
+    if not target.tma:
+        return KernelConfig(
+            128, 128, 32, 4, 4, ctas=2, reason="four steps of K in flight, two blocks an SM"
+        )
+    if target.arch >= 120:
+        return KernelConfig(128, 128, 64, 8, 2, reason="what 99 KiB of shared memory allow")
+    # two blocks an SM, so that one multiplies while the other finishes its tile; the residual's
+    # way through shared memory leaves room for two stages only
+    stages = 2 if residual else 3
+    return KernelConfig(
+        128, 128, 64, 8, stages, registers=128, ctas=2, reason="two blocks an SM overlap epilogues"
+    )
+
+
+def linear_calls(
+    target: Target,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    residual_rows: Tensor | None = None,
+    x_stats: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    stats: Tensor | None = None,
+    *,
+    norm_eps: float | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+) -> list[Call]:
+    """The launch of `linear_ref`'s product; with ``norm_eps``, ``x_stats`` and ``row_sums`` count.
+
+    Raises ValueError for a shape, dtype or layout that the kernel does not take.
+    """
+    n, k = weight.shape
+    m = x.shape[0] if rows is None else rows.shape[0]
+    width = n // 2 if gated else n
+    _check(
+        out, x, weight, bias, scale, residual, rows, residual_rows, (m, width), gated, activation
+    )
+    if gated and stats is not None:
+        raise ValueError("linear: gated: got stats, wanted none: no residual stream is gated")
+    if norm_eps is not None and (x_stats is None or row_sums is None):
+        raise ValueError("linear: norm_eps without x_stats and row_sums, wanted both")
+    for name, given, shape in (
+        ("x_stats", x_stats, stats_shape(x.shape[0], k)),
+        ("row_sums", row_sums, (n,)),
+        ("stats", stats, stats_shape(m, width)),
+    ):
+        check_tensor(f"linear: {name}", given, x, torch.float32, shape)
+    if m == 0 or n == 0:
+        return []
+    config = linear_config(target, x.dtype, m, n, k, residual is not None)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    parts = 2 if config.block_n >= 128 else 1
+    shared = {
+        "bias_ptr": bias,
+        "scale_ptr": scale,
+        "residual_ptr": residual,
+        "x_stats_ptr": x_stats if norm_eps is not None else None,
+        "row_sums_ptr": row_sums if norm_eps is not None else None,
+        "stats_ptr": stats,
+        "m": m,
+        "x_stats_stride": x.shape[0],
+        "stats_stride": m,
+        "eps": norm_eps or 0.0,
+        "N": n,
+        "K": k,
+        "NORM": norm_eps is not None,
+        "ACTIVATION": activation or ("silu" if gated else None),
+        "GATED": gated,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PARTS": parts,
+    }
+    plain = rows is None and residual_rows is None
+    if target.tma and plain and fits_descriptor(out, x, weight):
+        columns = config.block_n // parts // (2 if gated else 1)
+        maps = {
+            "out_map": descriptor(out, config.block_m, columns),
+            "x_map": descriptor(x, config.block_m, config.block_k),
+            "weight_map": descriptor(weight, config.block_n, config.block_k),
+        }
+        grid = (min(tiles, config.ctas * target.sms),)
+        return [Call(_linear_tma_kernel, grid, maps | shared, config)]
+    pointers = {
+        "depth": k,
+        "out_ptr": out,
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "rows_ptr": rows,
+        "residual_rows_ptr": residual_rows,
+    }
+    return [Call(_linear_pointer_kernel, (tiles,), pointers | shared, config)]
+
+
+def _check(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    residual_rows: Tensor | None,
+    shape: tuple[int, int],
+    gated: bool,
+    activation: str | None,
+) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation: got {activation!r}, wanted one of {ACTIVATIONS}")
+    if gated and (scale is not None or residual is not None or weight.shape[0] % 2):
+        raise ValueError("linear: gated: wanted pairs of rows, and neither scale nor residual")
+    n, (m, width) = weight.shape[0], shape
+    check_tensor("linear: x", x, x, x.dtype, (x.shape[0], weight.shape[1]))
+    check_tensor("linear: weight", weight, x, x.dtype, tuple(weight.shape))
+    check_tensor("linear: out", out, x, out.dtype, shape)
+    check_tensor("linear: bias", bias, x, torch.float32, (n,))
+    check_tensor("linear: scale", scale, x, torch.float32, (n,))
+    left = m if residual is None or residual_rows is None else residual.shape[0]
+    check_tensor("linear: residual", residual, x, out.dtype, (left, width))
+    check_tensor("linear: rows", rows, x, torch.int32, (m,))
+    check_tensor("linear: residual_rows", residual_rows, x, torch.int32, (m,))
+
+
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    residual_rows: Tensor | None = None,
+    x_stats: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    stats: Tensor | None = None,
+    *,
+    norm_eps: float | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+) -> None:
+    """As `linear_ref`, by the kernel. Raises ValueError as `linear_calls` does."""
+    launch(
+        linear_calls(
+            target_of(out),
+            out,
+            x,
+            weight,
+            bias,
+            scale,
+            residual,
+            rows,
+            residual_rows,
+            x_stats,
+            row_sums,
+            stats,
+            norm_eps=norm_eps,
+            activation=activation,
+            gated=gated,
+        )
     )

@@ -1,0 +1,128 @@
+"""Compile kernel calls for any GPU without one, and read what the machine code does.
+
+The same path as a launch: Triton's own binder specialises the arguments of a `Call`, which may be
+meta tensors. Machine code is read with cuobjdump and nvdisasm, which triton's wheel carries.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrail_kernels.launch import MISSING, Call, interpreted
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory one block may use, by architecture (CUDA C++ guide, compute capabilities,
+less the 1 KiB that CUDA keeps)."""
+
+REGISTERS, THREADS = 65_536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+"""Of one multiprocessor: registers, threads, bytes of shared memory."""
+
+TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
+TMA_LOAD, TMA_STORE = "UTMALDG", "UTMASTG"
+ASYNC_COPY = "LDGSTS"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Machine code of one call for one architecture.
+
+    ``registers`` and ``stack`` bytes are a thread's, ``shared`` bytes a block's. ``instructions``:
+    how often each opcode stands in the code (not how often it runs).
+    """
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: Counter[str]
+    kernel: Any
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of a thread's local memory."""
+        return self.instructions["LDL"] + self.instructions["STL"]
+
+    @property
+    def tensor_core(self) -> dict[str, int]:
+        """Tensor core instructions by opcode."""
+        return {name: self.instructions[name] for name in TENSOR_CORE if self.instructions[name]}
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that fit a multiprocessor at once."""
+        threads = 32 * self.warps
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
+        by_shared = SHARED_TOTAL[self.arch] // (self.shared + 1024)
+        return min(by_registers, by_shared, THREADS[self.arch] // threads)
+
+
+def compile_call(call: Call, arch: int) -> Compiled:
+    """Compile ``call`` for ``arch`` (90 for sm_90). Triton caches it by source and options.
+
+    Raises RuntimeError where triton is missing or its interpreter is on, Triton's own errors where
+    it does not compile.
+    """
+    if MISSING is not None or interpreted():
+        why = "its interpreter is on" if MISSING is None else "it is not installed"
+        raise RuntimeError(f"compile: needs triton's compiler, but {why}") from MISSING
+    kernel = _compile(call, arch)
+    cubin = kernel.asm["cubin"]
+    used = _tool("cuobjdump", "-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: got {used!r}, wanted REG and STACK")
+    return Compiled(
+        name=call.kernel.__name__,
+        arch=arch,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=kernel.metadata.shared,
+        warps=call.config.warps,
+        instructions=opcodes(_tool("nvdisasm", "-c", cubin)),
+        kernel=kernel,
+    )
+
+
+def _compile(call: Call, arch: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    given = dict(call.config.options(), debug=False)
+    bound, special, options = bind(**call.arguments, **given)
+    options, signature, constants, attributes = call.kernel._pack_args(
+        backend, given, bound, special, options
+    )
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    return compile(source, target=target, options=options.__dict__)
+
+
+def opcodes(sass: str) -> Counter[str]:
+    """How often each opcode stands in nvdisasm's output, without its suffixes."""
+    lines = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
+    return Counter(lines)
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [program, option, file.name], capture_output=True, text=True, check=True
+        )
+    return done.stdout

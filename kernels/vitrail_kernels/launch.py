@@ -1,0 +1,161 @@
+"""Kernel calls as values: what an operator launches, apart from the launching.
+
+An operator's ``<op>_calls(target, ...)`` gives its `Call`s. The launcher runs them on the tensors'
+device, `vitrail_kernels.compile` compiles the very same calls for any GPU without one, and the
+interpreter of Triton runs them on the CPU. Importable without triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vitrail_kernels.configs import KernelConfig
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:  # CPUs and platforms that triton has no wheel for
+    triton = tl = TensorDescriptor = None
+    MISSING: ImportError | None = error
+else:
+    MISSING = None
+
+__all__ = [
+    "INTERPRETED",
+    "MISSING",
+    "Call",
+    "Target",
+    "cdiv",
+    "check_tensor",
+    "descriptor",
+    "fits_descriptor",
+    "interpreted",
+    "jit",
+    "launch",
+    "target_of",
+    "tl",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def jit(*, varying: Sequence[str] = ()) -> Callable[[_F], Any]:
+    """`triton.jit`; ``varying`` names integers that change between calls and never recompile.
+
+    Where triton is not installed the function stays as it is, to be refused at launch.
+    """
+
+    def decorate(function: _F) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=list(varying))
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU: ``arch`` as 80, 86, 89, 90, 100 or 120, and its number of multiprocessors."""
+
+    arch: int
+    sms: int
+
+    @property
+    def tma(self) -> bool:
+        """Loads and stores whole tiles by tensor descriptors (sm_90 and later)."""
+        return self.arch >= 90
+
+
+INTERPRETED = Target(arch=90, sms=3)
+"""Stands for the CPU, where Triton's interpreter runs the kernels."""
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The GPU that holds ``tensor``, or `INTERPRETED`. Raises RuntimeError where none can run."""
+    if MISSING is not None:
+        raise RuntimeError("kernels: triton is not installed") from MISSING
+    if tensor.device.type == "cuda":
+        return _cuda(tensor.device.index)
+    if not interpreted():
+        raise RuntimeError(
+            f"kernels: got a tensor on {tensor.device}, wanted CUDA (or TRITON_INTERPRET=1 before "
+            "the first import)"
+        )
+    return INTERPRETED
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels of this process."""
+    return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel launch: every parameter of ``kernel`` by name, and how it is configured."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    config: KernelConfig
+
+    def launch(self) -> None:
+        """Launch on the current stream of the arguments' device; nothing for a grid with a 0."""
+        if 0 not in self.grid:
+            self.kernel[self.grid](**self.arguments, **self.config.options())
+
+
+def launch(calls: Sequence[Call]) -> None:
+    """Launch in order."""
+    for call in calls:
+        call.launch()
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    """A tensor map over a 2-D row-major ``tensor`` in tiles of (rows, columns)."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def fits_descriptor(*tensors: Tensor) -> bool:
+    """Whether tensor maps can describe these: 16-byte bases and rows, whole rows, not empty."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.stride(-1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.numel() > 0
+        for t in tensors
+    )
+
+
+def check_tensor(
+    name: str, got: Tensor | None, like: Tensor, dtype: torch.dtype, shape: Sequence[int]
+) -> None:
+    """Raises ValueError unless ``got`` is None, or contiguous, of this dtype and shape, and on the
+    device of ``like``."""
+    if got is None:
+        return
+    if got.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {got.device}, wanted {like.device}")
+    if got.dtype != dtype:
+        raise ValueError(f"{name}: got {got.dtype}, wanted {dtype}")
+    if tuple(got.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(got.shape)}, wanted {tuple(shape)}")
+    if not got.is_contiguous():
+        raise ValueError(
+            f"{name}: got strides {got.stride()} for {tuple(shape)}, wanted contiguous"
+        )
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

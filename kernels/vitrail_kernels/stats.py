@@ -1,0 +1,103 @@
+"""Row statistics: what LayerNorm needs of a row, kept beside the residual stream
+
+    stats[c]          sum of the row's chunk c of 64 columns
+    stats[chunks + c] sum of squares of that chunk about its own mean
+
+fp32 (2 chunks, M), written by whatever writes the stream, of the values as rounded; the last chunk
+may be shorter. Combined as Chan, Golub and LeVeque (1979) do: the variance's error does not grow
+with the mean, as that of E[x^2] - E[x]^2 does. Chunks are added in order, whatever the tile of a
+kernel, so that the bits of a row do not depend on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail_kernels.launch import jit, tl
+
+CHUNK = 64
+
+
+def stats_shape(rows: int, width: int) -> tuple[int, int]:
+    """The shape of the statistics of (rows, width) values."""
+    return 2 * -(-width // CHUNK), rows
+
+
+def stats_ref(stats: Tensor, x: Tensor) -> None:
+    """Write ``stats`` (2 chunks, M) of ``x`` (M, C)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = torch.split(x.to(wide), CHUNK, dim=1)
+    for number, part in enumerate(parts):
+        total = part.sum(dim=1)
+        stats[number] = total
+        centred = part - (total / part.shape[1])[:, None]
+        stats[len(parts) + number] = centred.square().sum(dim=1)
+
+
+def mean_rstd_ref(stats: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of every row, each (M,)."""
+    chunks = stats.shape[0] // 2
+    counts = torch.full((chunks, 1), float(CHUNK), dtype=stats.dtype, device=stats.device)
+    counts[-1] = width - CHUNK * (chunks - 1)
+    mean = stats[:chunks].sum(dim=0) / width
+    between = counts * (stats[:chunks] / counts - mean).square()
+    return mean, torch.rsqrt((stats[chunks:] + between).sum(dim=0) / width + eps)
+
+
+@jit()
+def store_stats(
+    stats_ptr: tl.tensor,  # (2 chunks, M) fp32
+    stride: int,  # from one row of stats to the next: at least M
+    y: tl.tensor,  # (BLOCK_M, BLOCK_N) fp32, the values as rounded, 0 past WIDTH
+    offs_m: tl.tensor,  # (BLOCK_M,) which rows these are
+    mask_m: tl.tensor,  # (BLOCK_M,) which of them exist
+    column: int,  # the first column, a multiple of 64
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """Write the statistics of a tile that holds whole chunks."""
+    CHUNKS: tl.constexpr = (WIDTH + 63) // 64
+    PARTS: tl.constexpr = BLOCK_N // 64
+    values = tl.reshape(y, (BLOCK_M, PARTS, 64))
+    total = tl.sum(values, axis=2)
+    chunk = column // 64 + tl.arange(0, PARTS)
+    count = tl.minimum(WIDTH - 64 * chunk, 64)
+    mean = total / tl.maximum(count, 1).to(tl.float32)[None, :]
+    centred = values - mean[:, :, None]
+    if WIDTH % 64 != 0:
+        inside = tl.arange(0, 64)[None, None, :] < count[None, :, None]
+        centred = tl.where(inside, centred, 0.0)
+    squares = tl.sum(centred * centred, axis=2)
+    where = chunk[None, :].to(tl.int64) * stride + offs_m[:, None]
+    mask = mask_m[:, None] & (chunk < CHUNKS)[None, :]
+    tl.store(stats_ptr + where, total, mask=mask)
+    tl.store(stats_ptr + where + CHUNKS * stride, squares, mask=mask)
+
+
+@jit()
+def load_mean_rstd(
+    stats_ptr: tl.tensor,  # (2 chunks, M) fp32
+    stride: int,
+    offs_m: tl.tensor,  # (BLOCK_M,)
+    mask_m: tl.tensor,  # (BLOCK_M,)
+    eps: float,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Mean and 1 / sqrt(variance + eps) of rows, each (BLOCK_M,)."""
+    CHUNKS: tl.constexpr = (WIDTH + 63) // 64
+    LAST: tl.constexpr = WIDTH - 64 * (CHUNKS - 1)
+    wide = tl.cast(stride, tl.int64)
+    sums = stats_ptr + offs_m
+    mean = tl.load(sums, mask=mask_m, other=0.0)
+    for c in tl.static_range(1, CHUNKS):
+        mean += tl.load(sums + c * wide, mask=mask_m, other=0.0)
+    mean = mean / WIDTH
+    squares = tl.zeros_like(mean)
+    for c in tl.static_range(CHUNKS):
+        count = 64.0 if c < CHUNKS - 1 else LAST * 1.0
+        apart = tl.load(sums + c * wide, mask=mask_m, other=0.0) / count - mean
+        inside = tl.load(sums + (CHUNKS + c) * wide, mask=mask_m, other=0.0)
+        squares += inside + count * apart * apart
+    return mean, tl.rsqrt(squares / WIDTH + eps)
