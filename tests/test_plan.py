@@ -44,7 +44,7 @@ BUILDERS: tuple[Callable[..., Plan], ...] = (
     plans.text_pooled,
     plans.text_dense,
 )
-WRITTEN = ("out", "status")
+WRITTEN = {"out", "status", "stats"}
 """The arguments an operator writes to; all others it reads."""
 
 
@@ -559,14 +559,14 @@ def test_dump_has_a_line_for_every_launch_and_totals(
 def test_dump_shows_the_shapes_of_a_launch() -> None:
     lines = plans.vision_pooled(VIT_B16, uint8=True).dump([197, 197]).splitlines()
     assert "vision.patch_embed" in lines[1]
-    assert "out(394,768) pixels(392,768) table(197,768) weight(768,768)" in lines[1]
+    assert "out(394,768) pixels(392,768) table(197,768) stats(24,394) weight(768,768)" in lines[1]
     assert "out(2,768) q(2,768) kv(394,1536) cu_seqlens(3,)" in lines[-6]
 
 
 def test_half_precision_halves_what_a_linear_moves() -> None:
     plan = plans.vision_pooled(VIT_B16, uint8=True)
     single, half = plan.count([197], "float32")[1], plan.count([197], "float16")[1]
-    vectors = 4 * 2304  # the bias stays fp32
+    vectors = 4 * (2 * 2304 + 24 * 197)  # bias, row sums and row statistics stay fp32
     assert 2 * (half.bytes - vectors) == single.bytes - vectors
     assert half.flops == single.flops
 

@@ -24,19 +24,16 @@ from helpers import HALVES, assert_close
 from vitrail import plans
 from vitrail.files import read_header
 from vitrail.plan import Plan
-from vitrail.runners.reference import (
-    IDLE_ARENAS,
-    IDLE_BYTES,
-    ArenaPool,
-    PositionCache,
-    ReferenceRunner,
-)
+from vitrail.runners.reference import ReferenceRunner
+from vitrail.runners.runner import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionCache
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights import Weights, load_weights
 from vitrail.zoo import Source
+from vitrail_kernels import OPERATORS
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, *HALVES)
+POSITION = OPERATORS["position"].reference
 A = torch.tensor([1 / 58, 1 / 57, 1 / 57], dtype=torch.float64)
 B = torch.tensor([-2.1, -2.0, -1.8], dtype=torch.float64)
 
@@ -530,7 +527,7 @@ def test_an_empty_batch_gives_empty_outputs(
 ) -> None:
     spec, head = VISION[family], HEADS.get(family)
     _, runner = open_runner(tmp_path, spec, head=head)
-    monkeypatch.setattr(ReferenceRunner, "_walk", None)  # nothing may be launched
+    monkeypatch.setattr(ReferenceRunner, "walk", None)  # nothing may be launched
     none = images(0, spec.image)
     dense = see(runner, spec, plans.vision_dense(spec, head, uint8=True, taps=(0,)), none)
     tokens, width = spec.tokens_at(spec.image), spec.blocks.width
@@ -748,7 +745,7 @@ def table_bytes(target: tuple[int, int]) -> int:
 
 def test_a_table_is_made_once_for_each_grid_and_kind(tables: tuple[Weights, VisionSpec]) -> None:
     weights, spec = tables
-    cache = PositionCache()
+    cache = PositionCache(POSITION)
     made = {
         (target, kind): cache.get(weights, spec, target, kind)
         for target in ((4, 4), (2, 8), (8, 2))
@@ -769,7 +766,7 @@ def test_a_table_is_made_once_for_each_grid_and_kind(tables: tuple[Weights, Visi
 def test_the_table_used_longest_ago_goes_first(tables: tuple[Weights, VisionSpec]) -> None:
     weights, spec = tables
     grids = [(1, 1), (1, 2), (2, 1)]
-    cache = PositionCache(sum(map(table_bytes, grids)))
+    cache = PositionCache(POSITION, sum(map(table_bytes, grids)))
     first = {grid: cache.get(weights, spec, grid, "float") for grid in grids}
     assert cache.get(weights, spec, (1, 1), "float") is first[1, 1]  # now the newest
     cache.get(weights, spec, (1, 1), "uint8")  # two rows: three of (1, 2) make room
@@ -782,7 +779,7 @@ def test_a_table_over_the_limit_is_not_kept_and_costs_no_other(
     tables: tuple[Weights, VisionSpec],
 ) -> None:
     weights, spec = tables
-    cache = PositionCache(table_bytes((2, 2)))
+    cache = PositionCache(POSITION, table_bytes((2, 2)))
     small = cache.get(weights, spec, (2, 2), "float")
     large = cache.get(weights, spec, (2, 3), "float")
     again = cache.get(weights, spec, (2, 3), "float")
@@ -803,7 +800,7 @@ def test_the_cache_is_a_least_recently_used_one_under_its_limit(
     tables: tuple[Weights, VisionSpec], limit: int, asked: list[tuple[int, int, str]]
 ) -> None:
     weights, spec = tables
-    cache = PositionCache(limit)
+    cache = PositionCache(POSITION, limit)
     model: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
     for down, across, kind in asked:
         key = (down, across, kind)
@@ -825,7 +822,7 @@ def test_threads_that_ask_for_one_table_count_its_bytes_once(
 ) -> None:
     weights, spec = tables
     for _ in range(20):
-        cache, barrier = PositionCache(), threading.Barrier(8)
+        cache, barrier = PositionCache(POSITION), threading.Barrier(8)
 
         def ask(
             _: int, cache: PositionCache = cache, barrier: threading.Barrier = barrier

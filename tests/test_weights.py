@@ -195,8 +195,17 @@ def test_packed_tensors_are_the_rewrites_in_fp64_rounded_once(
     spec = SPECS[family]
     tensors, weights = loaded(tmp_path, spec, stored, compute)
     wanted = expected(spec, tensors)
+    sums_of_head = spec.head is not None and spec.head.features == "class"
     layout = packed_layout(spec)
-    assert own(spec) == {*wanted, "vision.patch.uint8.bias"}
+    sums = {name for name in own(spec) if name.endswith(".sums")}
+    assert own(spec) == {*wanted, *sums, "vision.patch.uint8.bias"}
+    assert {name.removesuffix(".sums") for name in sums} == {
+        name.removesuffix(".weight")
+        for name in wanted
+        if name.endswith((".qkv.weight", ".up.weight")) or (name == "head.weight" and sums_of_head)
+    }
+    for name in sums:  # of the weights as rounded, or the mean would not cancel
+        assert_close(weights[name], weights[name.replace(".sums", ".weight")].double().sum(1))
     for name, reference in wanted.items():
         kind = compute if layout[name].kind == "compute" else torch.float32
         assert weights[name].dtype == kind

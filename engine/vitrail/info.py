@@ -152,13 +152,21 @@ def _serving() -> dict[str, str]:
     """Which runner and device would serve, and what of the faster parts is installed."""
     import torch
 
-    device = "CUDA, float16" if torch.cuda.is_available() else "CPU, float32"
+    from vitrail.runners import choose, why_not_triton
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.float16 if cuda else torch.float32
+    if choose("auto", dtype, device) == "triton":
+        runner = "triton (Vitrail's kernels)"
+    else:
+        runner = f"reference (PyTorch {torch.__version__}; {why_not_triton(dtype, device)})"
     try:
         kernels = f"triton {metadata.version('triton')}"
     except metadata.PackageNotFoundError:
         kernels = "triton is not installed"
     return {
-        "runner": f"reference (PyTorch {torch.__version__}) on the {device}",
+        "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
         "kernels": kernels,
         "native": _native(),
     }

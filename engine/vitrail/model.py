@@ -39,7 +39,8 @@ from vitrail.inputs import (
 from vitrail.outputs import Classification, EncodeResult, Output
 from vitrail.plain import plain
 from vitrail.resize import Pixels, spec_at
-from vitrail.runners.reference import ReferenceRunner
+from vitrail.runners import choose, make
+from vitrail.runners.runner import Runner
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
 from vitrail.towers import TextTower, VisionTower
@@ -66,19 +67,23 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     sixteen_bit: SixteenBit = "scale",
+    runner: str = "auto",
 ) -> Model:
     """Open a checkpoint folder, or a hub id such as ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``.
 
     ``device``: "auto" is CUDA where there is one, else the CPU. ``dtype``: "float32", "float16",
     "bfloat16" or the torch dtype; "auto" is float32 on the CPU and float16 on CUDA. ``revision``
     and ``local_files_only`` are the hub's. A folder is read without any network. ``sixteen_bit``:
-    16-bit greys are scaled to 8 bits, or clipped ("clip") as transformers does.
+    16-bit greys are scaled to 8 bits, or clipped ("clip") as transformers does. ``runner``: "auto"
+    is Vitrail's own kernels ("triton") in float16 and bfloat16 on CUDA, else PyTorch's operators
+    ("reference"); ``Model.runner`` says which serves.
 
     Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
-    InputError: an unknown device or dtype.
+    InputError: an unknown device, dtype or runner, or one that cannot serve here.
     """
     place = check_device(device)
     kind = _dtype(dtype, place)
+    runner = choose(runner, kind, place)
     if sixteen_bit not in ("scale", "clip"):
         raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
@@ -89,7 +94,7 @@ def load(
         a, b = pixels_of.linear_scale(spec.image, spec.vision.channels)
         scale = torch.from_numpy(a), torch.from_numpy(b)
     weights = load_weights(spec, sources, kind, scale)
-    return Model(checkpoint, spec, sources, ReferenceRunner(weights, kind, place), sixteen_bit)
+    return Model(checkpoint, spec, sources, make(runner, weights, kind, place), sixteen_bit)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -114,12 +119,13 @@ class Model:
         checkpoint: Checkpoint,
         spec: ModelSpec,
         sources: Mapping[str, Source],
-        runner: ReferenceRunner,
+        runner: Runner,
         sixteen_bit: SixteenBit = "scale",
     ) -> None:
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
         self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
+        self._identity = runner.identity
         self.weight_bytes = runner.weights.arena.numel()
         self._checkpoint, self._sources = checkpoint, sources
         self._sixteen_bit: SixteenBit = sixteen_bit
@@ -157,7 +163,7 @@ class Model:
             "tokenizer": tokenizer,
             "sixteen_bit": self._sixteen_bit,
             "dtype": str(self.dtype),
-            "runner": self.runner,
+            "runner": self._identity,
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

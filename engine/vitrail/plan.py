@@ -16,6 +16,7 @@ import torch
 
 from vitrail.weights import Packed
 from vitrail_kernels import OPERATORS
+from vitrail_kernels.stats import stats_shape
 
 MAX_SEQLEN = "max_seqlen"
 """A scalar with this value stands for the longest sequence of the call."""
@@ -40,7 +41,8 @@ class Buffer:
     """(rows, columns) numbers, or (rows,) where ``columns`` is None.
 
     ``dtype``: "compute" (the model's), "float32", "int32" or "uint8". ``slot``: the slot of the
-    activation arena it lives in; None for what the caller brings or takes away.
+    activation arena it lives in; None for what the caller brings or takes away. ``transposed``:
+    (columns, rows) numbers, as row statistics are kept.
     """
 
     name: str
@@ -48,10 +50,13 @@ class Buffer:
     columns: int | None
     dtype: str = "compute"
     slot: int | None = None
+    transposed: bool = False
 
     def shape(self, batch: int, tokens: int, longest: int = 0) -> tuple[int, ...]:
         rows = self.rows.at(batch, tokens, longest)
-        return (rows,) if self.columns is None else (rows, self.columns)
+        if self.columns is None:
+            return (rows,)
+        return (self.columns, rows) if self.transposed else (rows, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,14 @@ class Builder:
         self.buffers[name] = Buffer(name, rows, columns, dtype)
         return name
 
+    def stats(self, stream: str) -> str:
+        """The buffer of a stream's row statistics, made where it is first asked for."""
+        name, of = f"{stream}.stats", self.buffers[stream]
+        assert of.columns is not None, f"{stream} has no rows of numbers"
+        columns, _ = stats_shape(0, of.columns)
+        self.buffers[name] = Buffer(name, of.rows, columns, "float32", transposed=True)
+        return name
+
     def launch(
         self,
         op: str,
@@ -177,6 +190,23 @@ class Builder:
         packed = tuple((arg, name) for arg, name in (weights or {}).items() if name is not None)
         self.launches.append(Launch(op, label, used, packed, tuple(scalars.items())))
 
+    def _drop_unread_stats(self) -> None:
+        """Row statistics that nothing reads before they are written again are not written."""
+        read: set[str] = set()
+        for number, launch in reversed(list(enumerate(self.launches))):
+            buffers = dict(launch.buffers)
+            written = buffers.get("stats")
+            if written is not None and written not in read:
+                del buffers["stats"]
+                self.launches[number] = replace(launch, buffers=tuple(buffers.items()))
+            read.discard(written or "")
+            if "x_stats" in buffers:
+                read.add(buffers["x_stats"])
+        used = {name for launch in self.launches for _, name in launch.buffers}
+        self.buffers = {
+            name: b for name, b in self.buffers.items() if name in used or not b.transposed
+        }
+
     def finish(
         self,
         name: str,
@@ -184,6 +214,7 @@ class Builder:
         inputs: Sequence[str],
         outputs: Sequence[str],
     ) -> Plan:
+        self._drop_unread_stats()
         last_use = {
             buffer: number
             for number, launch in enumerate(self.launches)

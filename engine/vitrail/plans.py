@@ -17,6 +17,11 @@ PER_SEQUENCE = Rows(sequences=1)
 PER_TOKEN = Rows(tokens=1)
 
 
+def _folded(name: str) -> dict[str, str | None]:
+    """The weights of a linear with LayerNorm folded in."""
+    return {"weight": f"{name}.weight", "bias": f"{name}.bias", "row_sums": f"{name}.sums"}
+
+
 def _block(
     build: Builder, spec: BlockSpec, tower: str, layer: int, x: str, out: str, masked: bool
 ) -> None:
@@ -28,8 +33,8 @@ def _block(
     build.launch(
         "linear",
         f"{name}.qkv",
-        {"out": qkv, "x": x},
-        {"weight": f"{name}.qkv.weight", "bias": f"{name}.qkv.bias"},
+        {"out": qkv, "x": x, "x_stats": build.stats(x)},
+        _folded(f"{name}.qkv"),
         norm_eps=spec.eps,
     )
     build.launch(
@@ -62,7 +67,13 @@ def _tail(
     build.launch(
         "linear",
         f"{name}.out",
-        {"out": out, "x": attended, "residual": x, "residual_rows": rows},
+        {
+            "out": out,
+            "x": attended,
+            "residual": x,
+            "residual_rows": rows,
+            "stats": build.stats(out),
+        },
         {
             "weight": f"{name}.out.weight",
             "bias": f"{name}.out.bias",
@@ -72,8 +83,8 @@ def _tail(
     build.launch(
         "linear",
         f"{name}.up",
-        {"out": hidden, "x": out},
-        {"weight": f"{name}.up.weight", "bias": f"{name}.up.bias"},
+        {"out": hidden, "x": out, "x_stats": build.stats(out)},
+        _folded(f"{name}.up"),
         norm_eps=spec.eps,
         activation=spec.activation,
         gated=spec.gated,
@@ -81,7 +92,7 @@ def _tail(
     build.launch(
         "linear",
         f"{name}.down",
-        {"out": out, "x": hidden, "residual": out},
+        {"out": out, "x": hidden, "residual": out, "stats": build.stats(out)},
         {
             "weight": f"{name}.down.weight",
             "bias": f"{name}.down.bias",
@@ -103,8 +114,8 @@ def _pooled_block(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
         build.launch(
             "linear",
             f"{name}.{part}",
-            {"out": out, "x": x, "rows": rows},
-            {"weight": f"{name}.{part}.weight", "bias": f"{name}.{part}.bias"},
+            {"out": out, "x": x, "rows": rows, "x_stats": build.stats(x)},
+            _folded(f"{name}.{part}"),
             norm_eps=spec.eps,
         )
     build.launch(
@@ -119,13 +130,20 @@ def _pooled_block(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
 
 
 def _layernorm(
-    build: Builder, label: str, norm: str, out: str, x: str, eps: float, rows: str | None = None
+    build: Builder,
+    label: str,
+    norm: str,
+    out: str,
+    x: str,
+    eps: float,
+    rows: str | None = None,
+    stats: str | None = None,
 ) -> None:
     """``norm`` is the canonical name of the LayerNorm, without ``.weight``."""
     build.launch(
         "layernorm",
         label,
-        {"out": out, "x": x, "rows": rows},
+        {"out": out, "x": x, "rows": rows, "stats": stats},
         {"gamma": f"{norm}.weight", "beta": f"{norm}.bias"},
         eps=eps,
     )
@@ -163,14 +181,21 @@ def _embed_pixels(build: Builder, spec: VisionSpec, uint8: bool, x: str) -> None
     build.launch(
         "patch_embed",
         "vision.patch_embed",
-        {"out": x, "pixels": "pixels", "table": "table"},
+        {
+            "out": x,
+            "pixels": "pixels",
+            "table": "table",
+            "stats": None if spec.pre_norm else build.stats(x),
+        },
         {"weight": f"vision.patch.{kind}"},
         patch=spec.patch,
         channels=spec.channels,
         prefix=spec.prefix,
     )
     if spec.pre_norm:
-        _layernorm(build, "vision.pre_norm", "vision.pre_norm", x, x, spec.blocks.eps)
+        _layernorm(
+            build, "vision.pre_norm", "vision.pre_norm", x, x, spec.blocks.eps, None, build.stats(x)
+        )
 
 
 def _embed_ids(build: Builder, x: str) -> None:
@@ -179,7 +204,7 @@ def _embed_ids(build: Builder, x: str) -> None:
     build.launch(
         "text_embed",
         "text.embed",
-        {"out": x, "ids": "ids", "positions": "positions"},
+        {"out": x, "ids": "ids", "positions": "positions", "stats": build.stats(x)},
         {"token": "text.token", "position": "text.position"},
     )
 
@@ -256,8 +281,8 @@ def _class_head(build: Builder, head: HeadSpec, spec: VisionSpec, x: str, rows: 
     build.launch(
         "linear",
         "vision.head",
-        {"out": logits, "x": x, "rows": rows},
-        {"weight": "head.weight", "bias": "head.bias"},
+        {"out": logits, "x": x, "rows": rows, "x_stats": build.stats(x)},
+        _folded("head"),
         norm_eps=spec.blocks.eps,
     )
     return logits

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail import plans
 from vitrail.plan import Plan
-from vitrail.runners.reference import ReferenceRunner
+from vitrail.runners.runner import Runner
 from vitrail.spec import HeadSpec, TextSpec, VisionSpec
 
 
@@ -30,7 +30,7 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 class VisionTower:
     """An image tower. Pixels: (B, H, W, channels) uint8, or (B, channels, H, W) floats."""
 
-    def __init__(self, spec: VisionSpec, head: HeadSpec | None, runner: ReferenceRunner) -> None:
+    def __init__(self, spec: VisionSpec, head: HeadSpec | None, runner: Runner) -> None:
         self.spec, self.head, self.runner = spec, head, runner
 
     def size(self, pixels: Tensor) -> tuple[int, int]:
@@ -44,7 +44,7 @@ class VisionTower:
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
         kind = "uint8" if pixels.dtype == torch.uint8 else "float"
         inputs = {
-            "pixels": pixels.to(device),
+            "pixels": pixels.to(device).contiguous(),
             "table": self.runner.table(self.spec, self.spec.grid_at(size), kind),
             "cu_seqlens": offsets,
             "rows": offsets[:-1],
@@ -85,7 +85,7 @@ class VisionTower:
 class TextTower:
     """A text tower. Texts are lists of token ids, cut at the token that is pooled."""
 
-    def __init__(self, spec: TextSpec, runner: ReferenceRunner) -> None:
+    def __init__(self, spec: TextSpec, runner: Runner) -> None:
         self.spec, self.runner = spec, runner
 
     def pooled_position(self, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -58,13 +58,18 @@ def _block_layout(spec: BlockSpec, tower: str) -> dict[str, Packed]:
         }.items():
             layout[f"{name}.{part}.weight"] = Packed((n, k), "compute")
             layout[f"{name}.{part}.bias"] = Packed((n,), "float32")
+            if part in ("qkv", "up"):
+                layout[f"{name}.{part}.sums"] = Packed((n,), "float32")
         if spec.layer_scale:
             layout[f"{name}.scale1"] = Packed((c,), "float32")
             layout[f"{name}.scale2"] = Packed((c,), "float32")
     # the pooled plan's last block takes the query rows and the key and value rows apart
     for part, first, n in (("q", 0, c), ("kv", c, 2 * c)):
         layout[f"{name}.{part}.weight"] = Packed((n, c), "compute", f"{name}.qkv.weight", first)
-        layout[f"{name}.{part}.bias"] = Packed((n,), "float32", f"{name}.qkv.bias", first)
+        for vector in ("bias", "sums"):
+            layout[f"{name}.{part}.{vector}"] = Packed(
+                (n,), "float32", f"{name}.qkv.{vector}", first
+            )
     return layout
 
 
@@ -101,6 +106,8 @@ def vision_layout(spec: VisionSpec, head: HeadSpec | None = None) -> dict[str, P
     if head is not None:
         for name, shape in head.tensor_shapes(c).items():
             layout[name] = Packed(shape, "compute" if len(shape) > 1 else "float32")
+        if head.features == "class":
+            layout["head.sums"] = Packed((len(head.labels),), "float32")
     return layout
 
 
@@ -285,8 +292,12 @@ class _Loader:
         name: str,
         gamma: Tensor | None = None,
         beta: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> Tensor | None:
-        """Write the rows of ``name`` times ``gamma`` to ``out``; returns ``W beta`` (N,) fp64."""
+        """Write the rows of ``name`` times ``gamma`` to ``out``; returns ``W beta`` (N,) fp64.
+
+        ``sums`` (N,) get the sums of the rows as they were rounded.
+        """
         shift = None
         if beta is not None:
             shift = torch.empty(out.shape[0], dtype=torch.float64, device="cpu")
@@ -302,15 +313,26 @@ class _Loader:
             else:
                 part.copy_(chunk if gamma is None else chunk * gamma)
                 self.check_rounded(name, part)
+            if sums is not None:
+                sums[start : start + len(part)] = part.sum(dim=1, dtype=torch.float64)
         return shift
 
 
 def _fold_norm(
-    load: _Loader, norm: str, linear: str, weight: Tensor, bias: Tensor, factor: float = 1.0
+    load: _Loader,
+    norm: str,
+    linear: str,
+    packed: Iterable[Tensor],
+    factor: float = 1.0,
 ) -> None:
-    """LN(x) W^T + b with LN's gamma and beta folded: W' = W gamma f, b' = (b + W beta) f."""
+    """LN(x) W^T + b with LN's gamma and beta folded: W' = W gamma f, b' = (b + W beta) f.
+
+    ``packed``: where W' and b' go, and maybe the sums of the rows of W' as rounded, by which a
+    kernel takes the mean out.
+    """
+    weight, bias, *sums = packed
     gamma, beta = (load.read(f"{norm}.{part}").double() for part in ("weight", "bias"))
-    total = load.linear(weight, f"{linear}.weight", (gamma * factor).float(), beta)
+    total = load.linear(weight, f"{linear}.weight", (gamma * factor).float(), beta, *sums)
     assert total is not None, "a beta was given"
     if f"{linear}.bias" in load.shapes:
         total += load.read(f"{linear}.bias").double()
@@ -322,16 +344,15 @@ def _pack_block(load: _Loader, spec: BlockSpec, tower: str, layer: int) -> None:
     scale = spec.head_dim**-0.5 * math.log2(math.e)
     for number, part in enumerate("qkv"):
         rows = slice(number * c, (number + 1) * c)
-        weight, bias = out[f"{name}.qkv.weight"][rows], out[f"{name}.qkv.bias"][rows]
-        _fold_norm(
-            load, f"{name}.norm1", f"{name}.{part}", weight, bias, scale if number == 0 else 1
-        )
-    weight, bias = out[f"{name}.up.weight"], out[f"{name}.up.bias"]
+        packed = [out[f"{name}.qkv.{kind}"][rows] for kind in ("weight", "bias", "sums")]
+        factor = scale if number == 0 else 1.0
+        _fold_norm(load, f"{name}.norm1", f"{name}.{part}", packed, factor)
+    packed = [out[f"{name}.up.{kind}"] for kind in ("weight", "bias", "sums")]
     if spec.gated:
-        _fold_norm(load, f"{name}.norm2", f"{name}.gate", weight[0::2], bias[0::2])
-        _fold_norm(load, f"{name}.norm2", f"{name}.up", weight[1::2], bias[1::2])
+        _fold_norm(load, f"{name}.norm2", f"{name}.gate", [tensor[0::2] for tensor in packed])
+        _fold_norm(load, f"{name}.norm2", f"{name}.up", [tensor[1::2] for tensor in packed])
     else:
-        _fold_norm(load, f"{name}.norm2", f"{name}.up", weight, bias)
+        _fold_norm(load, f"{name}.norm2", f"{name}.up", packed)
     plain = ["out.weight", "out.bias", "down.weight", "down.bias"]
     for part in plain + (["scale1", "scale2"] if spec.layer_scale else []):
         load.copy(f"{name}.{part}")
@@ -384,8 +405,8 @@ def _pack_tower_end(load: _Loader, tower: str, projection: int | None) -> None:
     load.copy(f"{tower}.norm.weight")
     load.copy(f"{tower}.norm.bias")
     if projection is not None:
-        weight, bias = load.out[f"{tower}.projection.folded"], load.out[f"{tower}.projection.bias"]
-        _fold_norm(load, f"{tower}.norm", f"{tower}.projection", weight, bias)
+        packed = [load.out[f"{tower}.projection.{kind}"] for kind in ("folded", "bias")]
+        _fold_norm(load, f"{tower}.norm", f"{tower}.projection", packed)
 
 
 def load_weights(
@@ -413,7 +434,8 @@ def load_weights(
                 _pack_block(load, spec.text.blocks, "text", layer)
             _pack_tower_end(load, "text", spec.text.projection)
         if spec.head is not None and spec.head.features == "class":
-            _fold_norm(load, "vision.norm", "head", load.out["head.weight"], load.out["head.bias"])
+            packed = [load.out[f"head.{kind}"] for kind in ("weight", "bias", "sums")]
+            _fold_norm(load, "vision.norm", "head", packed)
         elif spec.head is not None:
             load.copy("head.weight")
             load.copy("head.bias")

@@ -4,7 +4,14 @@
     FLOPs     4 E sum(T_q T_k) per head (half of that where causal)     bytes  M (3 C + C)
     bound     by the exponential unit at a few hundred tokens, by the tensor cores above
 
+A program takes BLOCK_M queries of one head past the key tiles of their sequence, first to last,
+whatever BLOCK_M. Tiles of which every query sees every key come first, unmasked. What is left of
+the sequence is a tile as narrow as will do, 16, 32 or 64 keys: 197 tokens are 3 x 64 + 5, and
+exponentials of padding cost as much as others. There scores are masked and K and V are loaded as 0,
+because a hidden NaN would spread through 0 * NaN.
+
 attention_one: the same for one query a sequence (the pooled token), bound by the read of K and V.
+Every slot of a key tile keeps a softmax of its own, joined at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
+from vitrail_kernels.launch import (
+    Call,
+    Target,
+    cdiv,
+    check_tensor,
+    descriptor,
+    fits_descriptor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = 128
+"""Columns of a head."""
 
 _LN2 = math.log(2.0)
 
@@ -85,7 +109,203 @@ def attention_ref(
         members = starts[lengths == length]
         index = (members[:, None] + torch.arange(length, device=qkv.device)).flatten()
         part = _dense(qkv.index_select(0, index), len(members), heads, False, None)
-        out.index_copy_(0, index, part.view(len(index), -1))
+        out.index_copy_(0, index, part.view(len(index), out.shape[1]))
+
+
+@jit()
+def _load_tile(
+    desc: tl.tensor,  # of boxes (BLOCK, PADDED) over packed, or None
+    packed_ptr: tl.tensor,  # (M, STRIDE)
+    row: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,  # how many of the tile's rows there are, or None for all
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+) -> tl.tensor:
+    """BLOCK rows of COLUMNS columns as (BLOCK, PADDED), 0 outside. A descriptor's padding holds
+    other columns of the same rows instead, which meet 0 in Q, or are not stored."""
+    if desc is not None:
+        values = desc.load([row, column])
+    else:
+        offs_m = tl.arange(0, BLOCK)
+        offs_d = tl.arange(0, PADDED)
+        first = packed_ptr + (row.to(tl.int64) * STRIDE + column)
+        tile = first + (offs_m[:, None] * STRIDE + offs_d[None, :])
+        mask_d = (offs_d < COLUMNS)[None, :]
+        if rows is not None:
+            values = tl.load(tile, mask=(offs_m < rows)[:, None] & mask_d, other=0.0)
+        elif COLUMNS < PADDED:
+            values = tl.load(tile, mask=mask_d, other=0.0)
+        else:
+            values = tl.load(tile)
+    return values
+
+
+@jit()
+def _attend(
+    acc: tl.tensor,  # (BLOCK_M, PART) fp32, the sum of weighted values so far
+    acc_more: tl.tensor,  # (BLOCK_M, MORE) fp32, its other columns
+    peak: tl.tensor,  # (BLOCK_M,) fp32, the largest score so far
+    total: tl.tensor,  # (BLOCK_M,) fp32, the sum of weights so far
+    q: tl.tensor,  # (BLOCK_M, PART)
+    q_more: tl.tensor,  # (BLOCK_M, MORE)
+    qkv_ptr: tl.tensor,  # (M, 3 C)
+    kv_desc: tl.tensor,  # of boxes (BLOCK_N, PART) over qkv, or None
+    more_desc: tl.tensor,  # of boxes (BLOCK_N, MORE) over qkv, or None
+    row: tl.tensor,  # the tile's first, in qkv
+    column: tl.tensor,  # the head's first, in Q
+    keys: tl.tensor,  # how many keys the tile has, or None for BLOCK_N
+    last: tl.tensor,  # (BLOCK_M,) the last key of the tile that a query sees, or None for all
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART: tl.constexpr,
+    MORE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """Add one tile of keys and values; returns acc, acc_more, peak, total."""
+    COLUMNS: tl.constexpr = HEAD_DIM if MORE == 0 else PART
+    REST: tl.constexpr = HEAD_DIM - PART
+    STRIDE: tl.constexpr = 3 * WIDTH
+    column += WIDTH
+    k = _load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MORE > 0:
+        other = column + PART
+        k = _load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
+        scores = tl.dot(q_more, tl.trans(k), scores, input_precision="ieee")
+
+    # every query sees the first key of all, so that peak is finite from the first tile on
+    offs_n = tl.arange(0, BLOCK_N)
+    if keys is not None:
+        scores = tl.where((offs_n < keys)[None, :], scores, float("-inf"))
+    if last is not None:
+        scores = tl.where(offs_n[None, :] <= last[:, None], scores, float("-inf"))
+    top = tl.maximum(peak, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - top[:, None])
+    decay = tl.exp2(peak - top)
+    total = total * decay + tl.sum(weights, axis=1)
+
+    column += WIDTH
+    v = _load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    weights = weights.to(v.dtype)  # rounded here, not in their sum
+    acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+    if MORE > 0:
+        other = column + PART
+        v = _load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
+        acc_more = tl.dot(weights, v, acc_more * decay[:, None], input_precision="ieee")
+    return acc, acc_more, top, total
+
+
+@jit(varying=("tiles",))
+def _attention_kernel(
+    out_ptr: tl.tensor,  # (M, C)
+    qkv_ptr: tl.tensor,  # (M, 3 C)
+    q_desc: tl.tensor,  # of boxes (BLOCK_M, PART) over qkv, or None
+    kv_desc: tl.tensor,  # of boxes (BLOCK_N, PART) over qkv, or None
+    more_desc: tl.tensor,  # of boxes (BLOCK_N, MORE) over qkv, or None
+    cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32
+    kv_lens_ptr: tl.tensor,  # (B,) int32, or None
+    tiles: int,  # of queries in the longest sequence
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART: tl.constexpr,
+    MORE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    COLUMNS: tl.constexpr = HEAD_DIM if MORE == 0 else PART
+    REST: tl.constexpr = HEAD_DIM - PART
+    STRIDE: tl.constexpr = 3 * WIDTH
+
+    # Which queries: a head's tiles side by side share K and V in the L2 cache, a sequence's heads
+    # its rows. Causal: the tiles with most keys first.
+    pair = tl.program_id(0) // tiles
+    tile = tl.program_id(0) - pair * tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    sequence = pair // HEADS
+    column = (pair - sequence * HEADS) * HEAD_DIM
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    first = tile * BLOCK_M
+    if first >= length:
+        return
+    keys = length
+    if kv_lens_ptr is not None:
+        keys = tl.minimum(tl.load(kv_lens_ptr + sequence), length)
+
+    # Queries. By descriptor, rows past the sequence are others'; they reach no row that is stored
+    row = start + first
+    rows = length - first
+    q = _load_tile(q_desc, qkv_ptr, row, column, rows, STRIDE, BLOCK_M, COLUMNS, PART)
+    acc = tl.zeros((BLOCK_M, PART), dtype=tl.float32)
+    q_more = q
+    acc_more = tl.zeros((1,), dtype=tl.float32)
+    if MORE > 0:
+        other = column + PART
+        q_more = _load_tile(None, qkv_ptr, row, other, rows, STRIDE, BLOCK_M, REST, MORE)
+        acc_more = tl.zeros((BLOCK_M, MORE), dtype=tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+
+    # Whole tiles of keys: seen by all, then those that the diagonal crosses
+    offs_m = tl.arange(0, BLOCK_M)
+    whole = keys // BLOCK_N
+    seen = whole
+    if CAUSAL:
+        seen = tl.minimum(whole, first // BLOCK_N)
+    for j in tl.range(0, seen):
+        acc, acc_more, peak, total = _attend(
+            acc, acc_more, peak, total, q, q_more, qkv_ptr, kv_desc, more_desc,
+            start + j * BLOCK_N, column, None, None, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N,
+        )  # fmt: skip
+    if CAUSAL:
+        for j in tl.range(seen, tl.minimum(whole, (first + BLOCK_M) // BLOCK_N), num_stages=1):
+            last = first - j * BLOCK_N + offs_m
+            acc, acc_more, peak, total = _attend(
+                acc, acc_more, peak, total, q, q_more, qkv_ptr, kv_desc, more_desc,
+                start + j * BLOCK_N, column, None, last, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N,
+            )  # fmt: skip
+
+    # The last keys
+    partial = keys - whole * BLOCK_N
+    row = start + whole * BLOCK_N
+    last = None
+    if CAUSAL:
+        last = first - whole * BLOCK_N + offs_m
+        if first + BLOCK_M <= whole * BLOCK_N:
+            partial = 0
+    if partial > 32:
+        acc, acc_more, peak, total = _attend(
+            acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
+            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N,
+        )  # fmt: skip
+    elif partial > 16:
+        acc, acc_more, peak, total = _attend(
+            acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
+            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, 32,
+        )  # fmt: skip
+    elif partial > 0:
+        acc, acc_more, peak, total = _attend(
+            acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
+            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, 16,
+        )  # fmt: skip
+
+    # Divide and round. Where kv_lens hides every key, the sum of nothing is 0
+    total = tl.where(total == 0.0, 1.0, total)
+    out = out_ptr + ((start + first).to(tl.int64) * WIDTH + column) + offs_m[:, None] * WIDTH
+    mask = (offs_m < rows)[:, None]
+    offs_d = tl.arange(0, PART)[None, :]
+    part = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out + offs_d, part, mask=mask & (offs_d < COLUMNS))
+    if MORE > 0:
+        offs_d = tl.arange(0, MORE)[None, :]
+        part = (acc_more / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out + PART + offs_d, part, mask=mask & (offs_d < REST))
 
 
 def attention_cost(
@@ -101,6 +321,136 @@ def attention_cost(
     """FLOPs of both products over the visible (query, key) pairs of ``lengths`` tokens each."""
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     return Cost(4 * out.shape[1] * pairs, traffic(out, qkv, cu_seqlens, kv_lens))
+
+
+def _parts(head_dim: int) -> tuple[int, int]:
+    """The powers of two, 16 or more, that hold a head's columns: 80 is 64 + 16."""
+    if 64 < head_dim <= 112:
+        return 64, max(16, 1 << (head_dim - 65).bit_length())
+    return max(16, 1 << (head_dim - 1).bit_length()), 0
+
+
+def _attention_config(
+    target: Target,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    causal: bool,
+    shape: tuple[int, int, int],
+) -> KernelConfig:
+    """``shape``: sequences, tokens, the longest sequence. They decide BLOCK_M alone, from which no
+    bit follows: a warp holds 16 rows of the same instructions over the same key tiles."""
+    batch, tokens, longest = shape
+    kind = "causal" if causal else "full"
+    key = f"attention|{str(dtype).removeprefix('torch.')}|{heads}x{head_dim}x{longest} {kind}"
+    if key in tuned(target.arch):
+        return tuned(target.arch)[key]
+    if target.arch == 90:
+        length = cdiv(tokens, max(batch, 1))
+        padded = 128 * cdiv(length, 128)
+        large = batch * heads * padded // 128 >= 2 * target.sms
+        registers = 128 if head_dim <= 80 else None
+        if registers and large and padded == 64 * cdiv(length, 64):
+            reason = "64 rows read K and V from L2 too often for more than 350 TFLOP/s, and pad no"
+            reason += " less here; 2 blocks of 2 warpgroups overlap softmax with products"
+            return KernelConfig(128, 64, 0, 8, 2, registers, reason=reason)
+        reason = "128 rows pad more, or leave multiprocessors idle, or take over 128 registers;"
+        reason += " 3 or 4 blocks of a warpgroup overlap softmax with products"
+        return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
+    if target.arch != 100 and _parts(head_dim)[0] == 128:
+        reason = "fewer rows than columns, and triton deals the columns to the warps"
+        return KernelConfig(128, 64, 0, 8, 2, reason=reason)
+    registers = 168 if target.arch != 100 and head_dim <= 64 and not causal else None
+    reason = "2 to 4 blocks a multiprocessor; causal, 168 registers spill"
+    return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
+
+
+def _check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) -> int:
+    """The head dim of ``packed`` (M, blocks C), or ValueError for what the kernels do not take."""
+    if packed.dim() != 2 or heads < 1 or packed.shape[1] % (blocks * heads):
+        raise ValueError(
+            f"{op}: {name}: got shape {tuple(packed.shape)}, wanted (M, {blocks} x {heads} x E)"
+        )
+    head_dim = packed.shape[1] // (blocks * heads)
+    if not 1 <= head_dim <= WIDEST:
+        raise ValueError(f"{op}: {name}: got heads of {head_dim} columns, wanted 1 to {WIDEST}")
+    if packed.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name}: got {packed.dtype}, wanted one of {FLOATS}")
+    check_tensor(f"{op}: {name}", packed, packed, packed.dtype, packed.shape)
+    return head_dim
+
+
+def _check_sequences(op: str, cu_seqlens: Tensor, like: Tensor) -> int:
+    """How many sequences there are."""
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+        raise ValueError(f"{op}: cu_seqlens: got {tuple(cu_seqlens.shape)}, wanted (B + 1,)")
+    check_tensor(f"{op}: cu_seqlens", cu_seqlens, like, torch.int32, cu_seqlens.shape)
+    return cu_seqlens.numel() - 1
+
+
+def attention_calls(
+    target: Target,
+    out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor | None = None,
+    *,
+    heads: int,
+    causal: bool,
+    max_seqlen: int,
+) -> list[Call]:
+    """The launch of `attention_ref`. A sequence longer than ``max_seqlen`` is not finished.
+
+    A query that sees no key, where ``kv_lens`` is 0, gives 0, as the reference does. Raises
+    ValueError for a shape, dtype or layout that the kernel does not take, and for ``kv_lens`` over
+    sequences of several lengths.
+    """
+    head_dim = _check_heads("attention", "qkv", qkv, 3, heads)
+    batch, tokens = _check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
+    check_tensor("attention: out", out, qkv, qkv.dtype, (tokens, heads * head_dim))
+    check_tensor("attention: kv_lens", kv_lens, qkv, torch.int32, (batch,))
+    if kv_lens is not None and tokens != batch * max_seqlen:
+        raise ValueError("kv_lens: wanted sequences of one length, got a packed batch of several")
+    part, more = _parts(head_dim)
+    shape = batch, tokens, max_seqlen
+    config = _attention_config(target, qkv.dtype, heads, head_dim, causal, shape)
+    block_m, block_n = config.block_m, config.block_n
+    # a box starts at whole 16 bytes, in every head
+    tma = target.tma and fits_descriptor(qkv) and head_dim * qkv.element_size() % 16 == 0
+    tiles = cdiv(max_seqlen, block_m) if tokens else 0
+    arguments = {
+        "out_ptr": out,
+        "qkv_ptr": qkv,
+        "q_desc": descriptor(qkv, block_m, part) if tma and part <= head_dim else None,
+        "kv_desc": descriptor(qkv, block_n, part) if tma else None,
+        "more_desc": descriptor(qkv, block_n, more) if tma and more else None,
+        "cu_seqlens_ptr": cu_seqlens,
+        "kv_lens_ptr": kv_lens,
+        "tiles": tiles,
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "PART": part,
+        "MORE": more,
+        "CAUSAL": causal,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    return [Call(_attention_kernel, (batch * heads * tiles,), arguments, config)]
+
+
+def attention(
+    out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor | None = None,
+    *,
+    heads: int,
+    causal: bool,
+    max_seqlen: int,
+) -> None:
+    """`attention_ref` by the kernel, for the same tensors; see `attention_calls` for the errors."""
+    target, shape = target_of(out), {"heads": heads, "max_seqlen": max_seqlen}
+    launch(attention_calls(target, out, qkv, cu_seqlens, kv_lens, causal=causal, **shape))
 
 
 def attention_one_ref(
@@ -126,8 +476,133 @@ def attention_one_ref(
         out.index_copy_(0, members, result.transpose(1, 2).reshape(len(members), width))
 
 
+@jit()
+def _add_keys(
+    acc: tl.tensor,  # (BLOCK_N, PADDED) fp32, each slot's sum of weighted values so far
+    peak: tl.tensor,  # (BLOCK_N,) fp32, its largest score so far
+    total: tl.tensor,  # (BLOCK_N,) fp32, its sum of weights so far
+    q: tl.tensor,  # (PADDED,) fp32
+    kv_ptr: tl.tensor,  # (M, 2 C)
+    row: tl.tensor,  # the tile's first
+    column: tl.tensor,  # the head's first
+    keys: tl.tensor,  # how many keys the tile has, or None for BLOCK_N
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """Add one tile of keys and values, key n to slot n; returns acc, peak, total."""
+    stride: tl.constexpr = 2 * WIDTH
+    k = _load_tile(None, kv_ptr, row, column, keys, stride, BLOCK_N, HEAD_DIM, PADDED)
+    v = _load_tile(None, kv_ptr, row, column + WIDTH, keys, stride, BLOCK_N, HEAD_DIM, PADDED)
+    score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
+    top = tl.maximum(peak, score)
+    base = top
+    if keys is not None:
+        score = tl.where(tl.arange(0, BLOCK_N) < keys, score, float("-inf"))
+        top = tl.maximum(peak, score)
+        base = tl.where(top == float("-inf"), 0.0, top)  # a slot without a key: -inf - -inf is NaN
+    weight = tl.exp2(score - base)
+    decay = tl.exp2(peak - base)
+    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
+    return acc, top, total * decay + weight
+
+
+@jit()
+def _attention_one_kernel(
+    out_ptr: tl.tensor,  # (B, C)
+    q_ptr: tl.tensor,  # (B, C)
+    kv_ptr: tl.tensor,  # (M, 2 C)
+    cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    sequence = tl.program_id(0) // HEADS
+    column = (tl.program_id(0) - sequence * HEADS) * HEAD_DIM
+    start = tl.load(cu_seqlens_ptr + sequence)
+    keys = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    offs_d = tl.arange(0, PADDED)
+    mask = offs_d < HEAD_DIM
+    place = sequence.to(tl.int64) * WIDTH + column + offs_d
+    q = tl.load(q_ptr + place, mask=mask, other=0.0).to(tl.float32)
+
+    # Keys, whole tiles first
+    acc = tl.zeros((BLOCK_N, PADDED), dtype=tl.float32)
+    peak = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    whole = keys // BLOCK_N
+    for j in tl.range(0, whole):
+        acc, peak, total = _add_keys(
+            acc, peak, total, q, kv_ptr, start + j * BLOCK_N, column, None,
+            WIDTH, HEAD_DIM, PADDED, BLOCK_N,
+        )  # fmt: skip
+    partial = keys - whole * BLOCK_N
+    if partial > 0:
+        acc, peak, total = _add_keys(
+            acc, peak, total, q, kv_ptr, start + whole * BLOCK_N, column, partial,
+            WIDTH, HEAD_DIM, PADDED, BLOCK_N,
+        )  # fmt: skip
+
+    # Join the slots, then divide and round; a sequence without keys gives 0
+    top = tl.max(peak, axis=0)
+    decay = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(total * decay, axis=0)
+    out = tl.sum(acc * decay[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def attention_one_cost(
     out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, lengths: Sequence[int], **_: object
 ) -> Cost:
     """FLOPs of one query against every key of its sequence."""
     return Cost(4 * out.shape[1] * sum(lengths), traffic(out, q, kv, cu_seqlens))
+
+
+def attention_one_calls(
+    target: Target,
+    out: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    heads: int,
+    max_seqlen: int,
+) -> list[Call]:
+    """The launch of `attention_one_ref`; a sequence without keys gives 0, as there.
+
+    ``max_seqlen`` is not needed. Raises ValueError for a shape, dtype or layout that the kernel
+    does not take.
+    """
+    head_dim = _check_heads("attention_one", "kv", kv, 2, heads)
+    batch = _check_sequences("attention_one", cu_seqlens, kv)
+    for name, tensor in (("out", out), ("q", q)):
+        check_tensor(f"attention_one: {name}", tensor, kv, kv.dtype, (batch, heads * head_dim))
+    padded = max(8, 1 << (head_dim - 1).bit_length())
+    key = f"attention_one|{str(kv.dtype).removeprefix('torch.')}|{heads}x{head_dim}"
+    config = tuned(target.arch).get(key) or KernelConfig(
+        0, 4096 // padded, 0, 4, 1, reason="32 values of K and of V a thread are in flight at once"
+    )
+    arguments = {
+        "out_ptr": out,
+        "q_ptr": q,
+        "kv_ptr": kv,
+        "cu_seqlens_ptr": cu_seqlens,
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "PADDED": padded,
+        "BLOCK_N": config.block_n,
+    }
+    return [Call(_attention_one_kernel, (batch * heads,), arguments, config)]
+
+
+def attention_one(
+    out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, heads: int, max_seqlen: int
+) -> None:
+    """`attention_one_ref` by the kernel, for the same tensors; see `attention_one_calls`."""
+    calls = attention_one_calls(
+        target_of(out), out, q, kv, cu_seqlens, heads=heads, max_seqlen=max_seqlen
+    )
+    launch(calls)

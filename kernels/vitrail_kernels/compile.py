@@ -6,13 +6,19 @@ meta tensors. Machine code is read with cuobjdump and nvdisasm, which triton's w
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vitrail_kernels.launch import MISSING, Call, interpreted
 
@@ -34,7 +40,8 @@ class Compiled:
     """Machine code of one call for one architecture.
 
     ``registers`` and ``stack`` bytes are a thread's, ``shared`` bytes a block's. ``instructions``:
-    how often each opcode stands in the code (not how often it runs).
+    how often each opcode stands in the code (not how often it runs). ``ttgir``: Triton's own
+    intermediate code, with the layouts it chose.
     """
 
     name: str
@@ -44,7 +51,7 @@ class Compiled:
     shared: int
     warps: int
     instructions: Counter[str]
-    kernel: Any
+    ttgir: str
 
     @property
     def spills(self) -> int:
@@ -88,8 +95,45 @@ def compile_call(call: Call, arch: int) -> Compiled:
         shared=kernel.metadata.shared,
         warps=call.config.warps,
         instructions=opcodes(_tool("nvdisasm", "-c", cubin)),
-        kernel=kernel,
+        ttgir=kernel.asm["ttgir"],
     )
+
+
+def compile_all(calls: Sequence[Call], arch: int) -> list[Compiled]:
+    """`compile_call` for each, by a process for every core; calls alike are compiled once.
+
+    Raises what the first failing call raises.
+    """
+    _PENDING[:] = {identity(call): call for call in calls}.values()
+    places = {identity(call): place for place, call in enumerate(_PENDING)}
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        compiled = list(pool.map(_compile_pending, range(len(_PENDING)), [arch] * len(_PENDING)))
+    return [compiled[places[identity(call)]] for call in calls]
+
+
+_PENDING: list[Call] = []
+"""What the worker processes compile, by place; filled before they fork: kernels do not pickle."""
+
+
+def _compile_pending(place: int, arch: int) -> Compiled:
+    return compile_call(_PENDING[place], arch)
+
+
+def identity(call: Call) -> tuple[Any, ...]:
+    """Equal for calls that are one piece of machine code."""
+    parts: list[Any] = [call.kernel.__name__, tuple(call.config.options().items())]
+    for parameter in call.kernel.params:
+        value = call.arguments.get(parameter.name)
+        if isinstance(value, torch.Tensor):
+            parts.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif hasattr(value, "block_shape"):
+            parts.append((value.base.dtype, tuple(value.block_shape)))
+        elif parameter.is_constexpr or value is None:
+            parts.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            parts.append((value == 1, value % 16 == 0))
+    return tuple(parts)
 
 
 def _compile(call: Call, arch: int) -> Any:

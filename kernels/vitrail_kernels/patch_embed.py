@@ -8,17 +8,53 @@ uint8 pixels come as (B, H, W, channels) with a weight that has the normalisatio
 runs (row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
 weight that runs (channel, row, column). A uint8 value u enters as u / 256: exact in every dtype,
 and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
+
+The kernel sees both alike: a patch is planes of lines of runs of pixels that are contiguous in
+memory, so K is (plane, line, run). uint8 has one plane and runs of across * channels, float pixels
+have a plane a channel and runs of across. A tile is over tokens, the class and register tokens
+among them: their pixels are masked to 0, and table and statistics know no special row.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
+from vitrail_kernels.launch import (
+    Call,
+    Target,
+    cdiv,
+    check_tensor,
+    descriptor,
+    fits_descriptor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+from vitrail_kernels.stats import stats_ref, stats_shape, store_stats
 
 UINT8_UNIT = 256
 """The uint8 value that would stand for 1."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+K_MULTIPLE = 64
+"""What the kernel's weight is padded to along K, with zeros."""
+
+VARYING = (
+    "rows",
+    "tokens",
+    "columns",
+    "image_stride",
+    "plane_stride",
+    "line_stride",
+    "stats_stride",
+)
+"""Integers of the kernel that change with the batch and the image's size."""
 
 
 def _columns(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -42,6 +78,7 @@ def patch_embed_ref(
     pixels: Tensor,
     weight: Tensor,
     table: Tensor,
+    stats: Tensor | None = None,
     *,
     patch: tuple[int, int],
     channels: int,
@@ -50,6 +87,7 @@ def patch_embed_ref(
     """Write ``out`` (B T, C) from ``pixels``, ``weight`` (C, K') and ``table`` (T, C) fp32.
 
     K' may be larger than the K numbers of a patch; what is past K is padding and not used.
+    ``stats`` (2 chunks, B T) fp32: where the row statistics of ``out`` go.
     """
     batch, found = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
     if found != channels:
@@ -68,6 +106,147 @@ def patch_embed_ref(
         torch.add(projected, table[prefix:], out=tokens[:, prefix:])
     else:
         tokens[:, prefix:] = projected + table[prefix:]
+    if stats is not None:
+        stats_ref(stats, out)
+
+
+@jit()
+def _gather(
+    base: tl.tensor,  # the first image of the tile
+    corner: tl.tensor,  # (BLOCK_M,) each patch's first pixel, from base
+    mask_m: tl.tensor,  # (BLOCK_M,) which rows are patches
+    first_k: int,
+    plane_stride: int,
+    line_stride: int,
+    K: tl.constexpr,
+    RUN: tl.constexpr,
+    LINES: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Pixels (BLOCK_M, BLOCK_K) as they are stored, 0 where there is no patch and past K."""
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    line = offs_k // RUN
+    at = line // LINES * plane_stride + line % LINES * line_stride + offs_k % RUN
+    mask = mask_m[:, None]
+    if MASK_K:
+        mask = mask & (offs_k < K)[None, :]
+    return tl.load(base + (corner[:, None] + at[None, :]), mask=mask, other=0)
+
+
+@jit()
+def _operand(pixels: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Pixels as the product takes them; a uint8 u as u / 256, by its place in a mantissa.
+
+    4 + u / 256 in fp16 and 2^15 + u / 256 in fp32 hold u in their last bits, and the subtraction is
+    exact: cheaper than a conversion, of which a multiprocessor does 16 a cycle.
+    """
+    if pixels.dtype != tl.uint8:
+        return pixels.to(dtype)  # float pixels are rounded here
+    if dtype == tl.float16:
+        half = pixels.to(tl.uint16) | 0x4400
+        return half.to(tl.float16, bitcast=True) - 4.0
+    wide = pixels.to(tl.uint32) | 0x47000000
+    return (wide.to(tl.float32, bitcast=True) - 32768.0).to(dtype)
+
+
+@jit(varying=VARYING)
+def _patch_embed_kernel(
+    out_ptr: tl.tensor,  # (B T, WIDTH)
+    stats_ptr: tl.tensor,  # (2 chunks, B T) fp32 or None
+    pixels_ptr: tl.tensor,  # uint8 (B, H, W, channels) or float (B, channels, H, W)
+    weight: tl.tensor,  # (WIDTH, PADDED): a tensor map in tiles of (BLOCK_N, BLOCK_K), or a pointer
+    table_ptr: tl.tensor,  # (T, WIDTH) fp32
+    rows: int,  # B T
+    tokens: int,  # T
+    columns: int,  # patches across
+    image_stride: int,  # of pixels, as the two below, in units of ALIGN
+    plane_stride: int,
+    line_stride: int,
+    stats_stride: int,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    PREFIX: tl.constexpr,
+    RUN: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    # all tiles across of the same tokens are neighbours: their pixels come from the cache
+    ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    first_m = tl.program_id(0) // ACROSS * BLOCK_M
+    first_n = tl.program_id(0) % ACROSS * BLOCK_N
+
+    # where each row's patch begins, in 32 bits from the first image of the tile
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    first_image = first_m // tokens
+    image = offs_m // tokens
+    place = offs_m - image * tokens - PREFIX
+    is_patch = (offs_m < rows) & (place >= 0)
+    place = tl.maximum(place, 0)
+    down = place // columns
+    line_stride *= ALIGN
+    plane_stride *= ALIGN
+    image_stride *= ALIGN
+    corner = (image - first_image) * image_stride + down * LINES * line_stride
+    corner += (place - down * columns) * RUN
+    base = pixels_ptr + first_image.to(tl.int64) * image_stride
+
+    if not TMA:
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        weight_ptrs = weight + (offs_n[:, None] * PADDED + tl.arange(0, BLOCK_K)[None, :])
+    # runs too short for cp.async: the next step's pixels wait in registers
+    AHEAD: tl.constexpr = BLOCK_K if PREFETCH else 0
+    MASK_K: tl.constexpr = PREFETCH or K != PADDED
+    if PREFETCH:
+        pixels = _gather(
+            base, corner, is_patch, 0, plane_stride, line_stride, K, RUN, LINES, MASK_K, BLOCK_K
+        )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first_k in tl.range(0, PADDED, BLOCK_K):
+        if PREFETCH:
+            a = _operand(pixels, DTYPE)
+        ahead = first_k + AHEAD
+        pixels = _gather(
+            base, corner, is_patch, ahead, plane_stride, line_stride, K, RUN, LINES, MASK_K, BLOCK_K
+        )
+        if not PREFETCH:
+            a = _operand(pixels, DTYPE)
+        if TMA:
+            w = weight.load([first_n, first_k])
+        elif WIDTH % BLOCK_N == 0:
+            w = tl.load(weight_ptrs + first_k)
+        else:
+            w = tl.load(weight_ptrs + first_k, mask=(offs_n < WIDTH)[:, None], other=0.0)
+        acc = tl.dot(a, w.T, acc, input_precision="ieee")
+
+    # in halves where the tile is wide: 126 registers instead of 174, two blocks instead of one
+    PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    token = offs_m % tokens
+    mask_m = offs_m < rows
+    part_m = tl.arange(0, BLOCK_M)
+    tile = out_ptr + first_m.to(tl.int64) * WIDTH
+    for part in tl.static_range(PARTS):
+        y = acc
+        if PARTS == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
+            y = left if part == 0 else right
+        column = first_n + part * PART_N
+        part_n = column + tl.arange(0, PART_N)
+        mask = mask_m[:, None] & (part_n < WIDTH)[None, :]
+        y += tl.load(table_ptr + (token[:, None] * WIDTH + part_n[None, :]), mask=mask, other=0.0)
+        y = y.to(DTYPE)  # the only rounding
+        tl.store(tile + (part_m[:, None] * WIDTH + part_n[None, :]), y, mask=mask)
+        if stats_ptr is not None:
+            y = y.to(tl.float32)
+            store_stats(stats_ptr, stats_stride, y, offs_m, mask_m, column, WIDTH, BLOCK_M, PART_N)
 
 
 def patch_embed_cost(
@@ -75,6 +254,7 @@ def patch_embed_cost(
     pixels: Tensor,
     weight: Tensor,
     table: Tensor,
+    stats: Tensor | None = None,
     *,
     patch: tuple[int, int],
     channels: int,
@@ -84,4 +264,185 @@ def patch_embed_cost(
     """FLOPs of the projection of every patch, padding along K left out."""
     values = patch[0] * patch[1] * channels
     patches = out.shape[0] // max(table.shape[0], 1) * (table.shape[0] - prefix)
-    return Cost(2 * patches * out.shape[1] * values, traffic(out, pixels, weight, table))
+    return Cost(2 * patches * out.shape[1] * values, traffic(out, pixels, weight, table, stats))
+
+
+# -- the launcher ----------------------------------------------------------------------------------
+
+
+def _patch_config(
+    target: Target, pixels: Tensor, weight: Tensor, rows: int, patch: tuple[int, int], step: int
+) -> KernelConfig:
+    """The configuration for pixels loaded ``step`` bytes at a time: tuned, else by reasons.
+
+    All of an architecture and dtype give the same bits: the same MMA family (64 rows or more make
+    it HGMMA on sm_90), K in the same order, statistics by the same chunks.
+    """
+    width, dtype = weight.shape[0], str(weight.dtype).removeprefix("torch.")
+    kind = str(pixels.dtype).removeprefix("torch.")
+    found = tuned(target.arch).get(f"patch_embed|{dtype}|{kind} {patch[0]}x{patch[1]} {width}")
+    if found is not None:
+        return found
+    if weight.dtype == torch.float32:
+        return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
+    # 64 where the registers of 128 rows allow it: whole loads of 16 uint8, and sums kept by HGMMA
+    deep = 64 if step == 16 and pixels.dtype == torch.uint8 and target.arch in (90, 100) else 32
+    if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
+        return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
+    if step == pixels.element_size():
+        return KernelConfig(
+            128, 128, deep, 8, 3, reason="an address a number: no registers to spare"
+        )
+    why = "two blocks an SM: one gathers while one multiplies"
+    return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
+
+
+def _strides(pixels: Tensor) -> tuple[int, int, int]:
+    """From one image, plane and line to the next. Raises ValueError unless lines are contiguous."""
+    if pixels.dtype == torch.uint8:
+        image, line, pixel, value = pixels.stride()
+        plane, contiguous = 0, value == 1 and pixel == pixels.shape[3]
+    else:
+        image, plane, line, pixel = pixels.stride()
+        contiguous = pixel == 1
+    if pixels.numel() and not contiguous:
+        raise ValueError(
+            f"patch_embed: pixels: got strides {pixels.stride()} for {tuple(pixels.shape)}, wanted "
+            "lines without gaps"
+        )
+    return image, plane, line
+
+
+def _check(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> tuple[int, int]:
+    """Patches across, and numbers in a patch. Raises ValueError for what the kernel cannot take."""
+    uint8 = pixels.dtype == torch.uint8
+    if not uint8 and pixels.dtype not in FLOATS:
+        raise ValueError(
+            f"patch_embed: pixels: got {pixels.dtype}, wanted uint8 or one of {FLOATS}"
+        )
+    if pixels.dim() != 4 or pixels.shape[3 if uint8 else 1] != channels:
+        layout = "(B, H, W, {})" if uint8 else "(B, {}, H, W)"
+        raise ValueError(
+            f"patch_embed: pixels: got shape {tuple(pixels.shape)} of {pixels.dtype}, wanted "
+            + layout.format(channels)
+        )
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"patch_embed: weight: got {weight.dtype}, wanted one of {FLOATS}")
+    values, (width, padded) = patch[0] * patch[1] * channels, weight.shape
+    if padded % K_MULTIPLE or padded < values:
+        raise ValueError(
+            f"patch_embed: weight: got {padded} columns, wanted {values} padded with zeros to a "
+            f"multiple of {K_MULTIPLE}"
+        )
+    size = pixels.shape[1:3] if uint8 else pixels.shape[2:]
+    down, across = size[0] // patch[0], size[1] // patch[1]
+    tokens = prefix + down * across
+    rows = pixels.shape[0] * tokens
+    check_tensor("patch_embed: weight", weight, pixels, weight.dtype, (width, padded))
+    check_tensor("patch_embed: table", table, pixels, torch.float32, (tokens, width))
+    check_tensor("patch_embed: out", out, pixels, weight.dtype, (rows, width))
+    check_tensor("patch_embed: stats", stats, pixels, torch.float32, stats_shape(rows, width))
+    return across, values
+
+
+def patch_embed_calls(
+    target: Target,
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> list[Call]:
+    """The launch of `patch_embed_ref`; ``weight`` is padded with zeros to a multiple of 64 columns.
+
+    Lines of pixels must be contiguous; images, planes and lines may lie apart. Raises ValueError
+    for another shape, dtype or layout, and for images of 2^31 numbers or so.
+    """
+    across, values = _check(out, pixels, weight, table, stats, patch, channels, prefix)
+    (rows, width), (tokens, _) = out.shape, table.shape
+    if out.numel() == 0:
+        return []
+    image, plane, line = _strides(pixels)
+    run, size = values // patch[0], pixels.element_size()
+    if pixels.dtype != torch.uint8:
+        run = patch[1]
+    # what all addresses are multiples of, in numbers: how wide the compiler may load
+    align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
+    config = _patch_config(target, pixels, weight, rows, patch, align * size)
+    extent = 1 + sum(
+        (n - 1) * s for n, s in zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
+    )
+    if (config.block_m // tokens + 2) * max(image, extent) >= 1 << 31 or table.numel() >= 1 << 31:
+        raise ValueError(
+            f"patch_embed: got pixels {tuple(pixels.shape)} with strides {pixels.stride()} and a "
+            f"table {tuple(table.shape)}, wanted offsets of 32 bits in a tile of {config.block_m}"
+        )
+    tma = target.tma and fits_descriptor(weight)
+    arguments = {
+        "out_ptr": out,
+        "stats_ptr": stats,
+        "pixels_ptr": pixels,
+        "weight": descriptor(weight, config.block_n, config.block_k) if tma else weight,
+        "table_ptr": table,
+        "rows": rows,
+        "tokens": tokens,
+        "columns": max(across, 1),
+        "image_stride": image // align,
+        "plane_stride": plane // align,
+        "line_stride": line // align,
+        "stats_stride": rows,
+        "WIDTH": width,
+        "K": values,
+        "PADDED": weight.shape[1],
+        "PREFIX": prefix,
+        "RUN": run,
+        "LINES": patch[0],
+        "ALIGN": align,
+        "TMA": tma,
+        "PREFETCH": align * size < 4,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    tiles = cdiv(rows, config.block_m) * cdiv(width, config.block_n)
+    return [Call(_patch_embed_kernel, (tiles,), arguments, config)]
+
+
+def patch_embed(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> None:
+    """`patch_embed_ref` by the kernel; see `patch_embed_calls` for the errors."""
+    launch(
+        patch_embed_calls(
+            target_of(out),
+            out,
+            pixels,
+            weight,
+            table,
+            stats,
+            patch=patch,
+            channels=channels,
+            prefix=prefix,
+        )
+    )

@@ -1,0 +1,166 @@
+"""What every runner does: buffers in an arena, position tables, a plan's launches in order."""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.plain import plain, refuse_lost_threads
+from vitrail.plan import Launch, Plan
+from vitrail.spec import VisionSpec
+from vitrail.weights import Weights
+
+POSITION_CACHE_BYTES = 64 << 20
+IDLE_ARENAS, IDLE_BYTES = 4, 1 << 30
+
+
+class PositionCache:
+    """Position tables by (grid, kind of pixels), the oldest forgotten past a byte limit."""
+
+    def __init__(self, position: Callable[..., None], limit: int = POSITION_CACHE_BYTES) -> None:
+        self._position, self._limit, self._bytes = position, limit, 0
+        self._tables: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, weights: Weights, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
+        """The (T, C) fp32 table for ``target`` patches down and across; kind "float" or "uint8"."""
+        key = (*target, kind)
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        prefix = weights["vision.prefix"]
+        rows = prefix.shape[0] + target[0] * target[1]
+        table = torch.empty(rows, prefix.shape[1], dtype=torch.float32, device=prefix.device)
+        self._position(
+            table,
+            weights["vision.position"],
+            prefix,
+            weights[f"vision.patch.{kind}.bias"],
+            grid=spec.grid,
+            target=target,
+            antialias=spec.position_antialias,
+        )
+        if table.device.type == "cuda":  # it is for any stream from now on
+            torch.cuda.current_stream(table.device).synchronize()
+        size = table.numel() * table.element_size()
+        with self._lock:
+            if key not in self._tables and size <= self._limit:
+                self._tables[key] = table
+                self._bytes += size
+                while self._bytes > self._limit:
+                    _, dropped = self._tables.popitem(last=False)
+                    self._bytes -= dropped.numel() * dropped.element_size()
+        return table
+
+
+class ArenaPool:
+    """Activation arenas that wait for their next call, so that a warm call allocates nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._idle, self._lock = device, list[Tensor](), threading.Lock()
+
+    def take(self, nbytes: int) -> Tensor:
+        with self._lock:
+            fits = [arena for arena in self._idle if arena.numel() >= nbytes]
+            if fits:
+                best = min(fits, key=Tensor.numel)
+                self._idle = [arena for arena in self._idle if arena is not best]
+                return best
+            if self._idle:  # none is large enough: one goes before a larger one is asked for
+                self._idle.pop(0)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def give(self, arena: Tensor) -> None:
+        with self._lock:
+            kept = sum(idle.numel() for idle in self._idle) + arena.numel()
+            if len(self._idle) < IDLE_ARENAS and arena.numel() > 0 and kept <= IDLE_BYTES:
+                self._idle.append(arena)
+
+
+class Runner(ABC):
+    """Runs plans of one model on one device, from any number of threads at once.
+
+    ``name`` says which runner it is; ``identity`` all that its bits depend on besides the weights.
+    """
+
+    name: str
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights, self.dtype, self.device = weights.to(device), dtype, device
+        self._arenas = ArenaPool(device)
+        self._positions = PositionCache(self.position)
+        self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
+
+    @property
+    def identity(self) -> str:
+        return self.name
+
+    @abstractmethod
+    def position(self, *tensors: Tensor, **scalars: Any) -> None:
+        """The operator `position`."""
+
+    @abstractmethod
+    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+        """One launch of a plan; ``tensors``: its arguments by name."""
+
+    def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
+        """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
+        refuse_lost_threads()
+        with plain():
+            return self._positions.get(self.weights, spec, target, kind)
+
+    def run(
+        self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
+    ) -> dict[str, Tensor]:
+        """Execute ``plan`` and return its outputs, fresh contiguous tensors on the runner's device.
+
+        ``inputs``: one tensor for each of the plan's inputs. ``batch`` sequences hold ``tokens``
+        tokens in all, ``longest`` the longest of them. On a GPU the work is left on the current
+        stream, and neither waits for it nor for the host.
+        """
+        refuse_lost_threads()
+        with plain():
+            tensors = dict(inputs)
+            sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
+            arena = self._take(sum(sizes))
+            offsets = [sum(sizes[:slot]) for slot in range(len(sizes))]
+            for buffer in plan.buffers:
+                if buffer.name in plan.inputs:
+                    continue
+                dtype, shape = self._dtypes[buffer.dtype], buffer.shape(batch, tokens, longest)
+                if buffer.slot is None:
+                    tensors[buffer.name] = torch.empty(shape, dtype=dtype, device=self.device)
+                else:
+                    start = offsets[buffer.slot]
+                    raw = arena[start : start + math.prod(shape) * dtype.itemsize]
+                    tensors[buffer.name] = raw.view(dtype).view(shape)
+            if batch:
+                self.walk(plan.launches, tensors, longest)
+            self._give(arena)
+            return {name: tensors[name] for name in plan.outputs}
+
+    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
+        """Every launch in order."""
+        for launch in launches:
+            arguments = {arg: tensors[name] for arg, name in launch.buffers}
+            arguments |= {arg: self.weights[name] for arg, name in launch.weights}
+            self.launch(launch, arguments, longest)
+
+    # PyTorch's own allocator of a GPU gives memory back in the order of a stream; an arena that
+    # waits here could be taken by another stream while the first still writes to it
+    def _take(self, nbytes: int) -> Tensor:
+        if self.device.type == "cpu":
+            return self._arenas.take(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _give(self, arena: Tensor) -> None:
+        if self.device.type == "cpu":
+            self._arenas.give(arena)

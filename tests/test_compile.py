@@ -1,0 +1,258 @@
+"""What the kernels compile to, for GPUs that are not here: no spills, the right instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vitrail_kernels.compile import (
+    ASYNC_COPY,
+    SHARED_LIMIT,
+    TMA_LOAD,
+    TMA_STORE,
+    Compiled,
+    compile_all,
+    compile_call,
+    identity,
+    opcodes,
+)
+from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.launch import Call, Target, jit, tl
+from vitrail_kernels.linear import linear_calls
+from vitrail_kernels.report import CARDS, SHAPES, Launch, launches, table
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
+)
+
+MMA = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+PRODUCTS = {"patch_embed", "linear", "attention", "pool"}
+FULL, OTHERS = (80, 90), (86, 89, 100, 120)
+QUICK = ("ViT-B/16", "CLIP-B text")
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+def target(arch: int) -> Target:
+    return Target(arch, CARDS[arch].sms)
+
+
+def check(launch: Launch, call: Call, code: Compiled) -> None:
+    """What must hold of every kernel of a model."""
+    where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
+    assert code.spills == 0, f"{where}: {code.spills} spills"
+    assert code.stack == 0, f"{where}: {code.stack} bytes of stack"
+    assert code.shared <= SHARED_LIMIT[code.arch], f"{where}: {code.shared} bytes shared"
+    assert code.blocks >= call.config.ctas, f"{where}: {code.blocks} blocks fit"
+    assert not any(name.startswith(("DFMA", "DADD", "DMUL")) for name in code.instructions), where
+    if launch.op not in PRODUCTS or code.name == "_pool_status_kernel":
+        return
+    assert code.instructions[MMA[code.arch]] > 0, f"{where}: {code.tensor_core}"
+    assert set(code.tensor_core) == {MMA[code.arch]}, f"{where}: {code.tensor_core}"
+    if launch.op in ("linear", "attention"):
+        maps = code.instructions[TMA_LOAD]
+        if code.arch >= 90:
+            assert maps > 0, f"{where}: no tensor maps"
+            stores = code.instructions[TMA_STORE]
+            assert stores > 0 or launch.op == "attention", f"{where}: no tensor map out"
+        else:
+            assert code.instructions[ASYNC_COPY] > 0, f"{where}: no cp.async"
+
+
+def compiled(
+    name: str, arch: int, dtype: torch.dtype, batch: int | None = None
+) -> Iterator[tuple[Launch, Call, Compiled]]:
+    every = [
+        (launch, call)
+        for launch in launches(SHAPES[name], dtype, batch)
+        for call in launch.calls(target(arch))
+    ]
+    codes = compile_all([call for _, call in every], arch)
+    for (launch, call), code in zip(every, codes, strict=True):
+        yield launch, call, code
+
+
+MODELS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+
+
+@pytest.mark.parametrize("arch", FULL)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_of_a_model(name: str, arch: int) -> None:
+    for launch, call, code in compiled(name, arch, HALF):
+        check(launch, call, code)
+
+
+@pytest.mark.parametrize("arch", FULL)
+def test_a_batch_of_one_and_bf16(arch: int) -> None:
+    for launch, call, code in compiled("ViT-B/16", arch, BRAIN, 1):
+        check(launch, call, code)
+
+
+def test_the_other_architectures_in_rotation() -> None:
+    """Each kernel on one of them, all of them met."""
+    every = list(launches(SHAPES["ViT-B/16"], HALF))
+    for place, arch in enumerate(OTHERS):
+        some = [
+            (launch, call)
+            for number, launch in enumerate(every)
+            if number % len(OTHERS) == place
+            for call in launch.calls(target(arch))
+        ]
+        codes = compile_all([call for _, call in some], arch)
+        for (launch, call), code in zip(some, codes, strict=True):
+            check(launch, call, code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("name", ["ViT-B/16", "CLIP L/14", "DINOv2-g"])
+def test_the_other_architectures_in_full(name: str, arch: int) -> None:
+    for launch, call, code in compiled(name, arch, HALF):
+        check(launch, call, code)
+
+
+# -- one order of sums -----------------------------------------------------------------------------
+
+BLOCKED = re.compile(
+    r"^(#blocked\d*) = #ttg\.blocked<\{sizePerThread = \[([^\]]*)\], "
+    r"threadsPerWarp = \[([^\]]*)\], warpsPerCTA = \[([^\]]*)\], order",
+    re.M,
+)
+MMA_SHAPE = re.compile(r"nvidia_mma<\{versionMajor = (\d).*?instrShape = \[([^\]]*)\]")
+REDUCED = re.compile(r"\) : \(tensor<\d+x\d+x64xf32, (#\w+)>\) -> tensor")
+
+
+def order_of_sums(code: Compiled) -> tuple[set[tuple[str, str]], set[tuple[str, ...]]]:
+    """MMA family and K of an instruction; how a chunk of 64 columns is shared out to be added."""
+    shapes = [(major, shape.split(", ")) for major, shape in MMA_SHAPE.findall(code.ttgir)]
+    assert shapes, f"{code.name}: no product in its code"
+    products = {(major, shape[-1]) for major, shape in shapes}
+    layouts = {
+        name: tuple(sides.split(", ")[2] for sides in rest if sides.count(",") == 2)
+        for name, *rest in BLOCKED.findall(code.ttgir)
+    }
+    return products, {layouts[name] for name in REDUCED.findall(code.ttgir)}
+
+
+@pytest.mark.parametrize("arch", FULL)
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+def test_all_tiles_of_linear_add_in_one_order(arch: int, dtype: torch.dtype) -> None:
+    """On a GPU the bits of a row then depend on neither the tile nor the batch."""
+    found = []
+    tiles = set()
+    for batch in (1, 8, 256):
+        for launch in launches(SHAPES["ViT-B/16"], dtype, batch):
+            if launch.label == "down":
+                (call,) = launch.calls(target(arch))
+                tiles.add((call.config.block_m, call.config.block_n))
+                found.append(order_of_sums(compile_call(call, arch)))
+    assert len(tiles) >= 3, f"only {tiles} were compared"
+    for products, chunks in found:
+        assert chunks, "no statistics in the code"
+        assert (products, chunks) == found[0]
+
+
+def test_a_tile_of_another_family_is_told_apart() -> None:
+    """The check above can fail: 16 rows are another instruction on sm_90."""
+    (launch,) = (one for one in launches(SHAPES["ViT-B/16"], HALF, 1) if one.label == "down")
+    (call,) = launch.calls(target(90))
+    small = KernelConfig(16, 64, 64, 4, 3)
+    arguments = dict(call.arguments, BLOCK_M=16)
+    for name in ("x_map", "out_map"):
+        old = arguments[name]
+        arguments[name] = type(old)(old.base, old.shape, old.strides, [16, old.block_shape[1]])
+    other = Call(call.kernel, call.grid, arguments, small)
+    assert order_of_sums(compile_call(call, 90)) != order_of_sums(compile_call(other, 90))
+
+
+# -- what may change without compiling again -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_size_that_changes_between_calls_recompiles(name: str) -> None:
+    """Batches of 3, 5, 16 and 17 of one tile are one piece of machine code an operator."""
+    for arch in FULL:
+        kinds: dict[str, set[tuple[object, ...]]] = {}
+        for batch in (3, 5, 16, 17):
+            for launch in launches(SHAPES[name], HALF, 8 * batch):
+                for call in launch.calls(target(arch)):
+                    tile = str(call.config)
+                    key = f"{launch.label} {call.kernel.__name__} {tile}"
+                    kinds.setdefault(key, set()).add(identity(call))
+        assert {key: len(ids) for key, ids in kinds.items()} == dict.fromkeys(kinds, 1)
+
+
+def test_rows_of_any_alignment_are_one_kernel() -> None:
+    half = {"dtype": HALF, "device": "meta"}
+    codes = set()
+    for m in (1, 16, 17, 1600):
+        x, out = torch.empty(m, 768, **half), torch.empty(m, 768, **half)
+        rows = torch.empty(m, dtype=torch.int32, device="meta")
+        weight = torch.empty(768, 768, **half)
+        for given in ({}, {"rows": rows}):
+            (call,) = linear_calls(Target(90, 1), out, x, weight, **given)
+            codes.add((*identity(call)[:2], len(given), identity(call)))
+    per_tile = Counter(code[:3] for code in codes)
+    assert set(per_tile.values()) == {1}, per_tile
+
+
+# -- the tools themselves --------------------------------------------------------------------------
+
+
+def test_opcodes_are_read_from_a_disassembly() -> None:
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+        /*0020*/             @P2 STL.64 [R1+0x8], R4 ;
+        /*0030*/        @!UP0 UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+    """
+    assert opcodes(sass) == {"LDC": 1, "BRA": 1, "STL": 1, "UTMALDG": 1}
+
+
+@jit()
+def _spilling_kernel(x_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """A row of sums of everything: more live values than a thread has registers."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    y = tl.dot(x, tl.trans(x))
+    z = tl.dot(x, x)
+    tl.store(
+        x_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :],
+        (tl.cumsum(y, 0) + tl.cumsum(z, 1)).to(HALF_TYPE),
+    )
+
+
+HALF_TYPE = tl.constexpr(tl.float16)
+
+
+def test_a_kernel_that_spills_is_seen() -> None:
+    x = torch.empty(128, 128, dtype=HALF, device="meta")
+    config = KernelConfig(128, 128, 0, 4, 1, registers=64)
+    code = compile_call(Call(_spilling_kernel, (1,), {"x_ptr": x, "BLOCK": 128}, config), 80)
+    assert code.spills > 0
+    assert code.stack > 0
+
+
+def test_the_report_says_what_was_compiled_and_what_is_an_estimate() -> None:
+    lines = list(table("CLIP-B text", 90, HALF))
+    labels = [launch.label for launch in launches(SHAPES["CLIP-B text"], HALF)]
+    assert all(any(line.startswith(label) for line in lines) for label in labels)
+    assert "HGMMA" in "".join(lines)
+    assert lines[-1].startswith("estimate: ")
+    assert lines[-1].endswith("not a measurement")
+
+
+def test_the_report_counts_what_a_plan_counts() -> None:
+    from vitrail import plans
+    from vitrail.spec import BlockSpec, VisionSpec
+
+    blocks = BlockSpec(768, 12, 12, 3072, "gelu", 1e-12)
+    plan = plans.vision_pooled(VisionSpec(blocks, (224, 224), (16, 16)), uint8=True)
+    every = list(launches(SHAPES["ViT-B/16"], HALF, 2))
+    # this ViT is not projected
+    counted = sum(one.times * one.cost().flops for one in every if one.op != "pool")
+    assert counted == plan.flops([197, 197])
+    assert sum(launch.times for launch in every) == len(plan.launches)
