@@ -29,10 +29,11 @@ ifneq ($(TEST_WORKERS),0)
 pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS)
 endif
 
-.PHONY: help demo test test-slow test-all test-pillow12 lint install bench pixels-golden wheel clean
+.PHONY: help demo test test-interpreted test-slow test-all test-pillow12 test-triton36 lint install
+.PHONY: bench gpu pixels-golden wheel clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact sheet
 	$(say) 'vitrail demo'
@@ -40,7 +41,12 @@ demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact s
 
 test: .venv/dev.stamp ## the tests that need neither a GPU nor patience
 	$(say) 'Tests (not slow, not gpu)'
-	$(pytest) -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(pytest) -m 'not slow and not gpu and not interpreted' $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-interpreted
+
+test-interpreted: .venv/dev.stamp ## the kernels in Triton's interpreter, on the CPU
+	$(say) 'Kernels in the interpreter'
+	TRITON_INTERPRET=1 $(pytest) -m interpreted tests/interpreted
 
 test-slow: .venv/dev.stamp ## what test-all runs and test does not
 	$(say) 'Tests (slow, not gpu)'
@@ -48,11 +54,16 @@ test-slow: .venv/dev.stamp ## what test-all runs and test does not
 
 test-all: .venv/dev.stamp ## every test that needs no GPU
 	$(say) 'Tests (not gpu)'
-	$(pytest) -m 'not gpu' $(PYTEST_ARGS)
+	$(pytest) -m 'not gpu and not interpreted' $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-interpreted
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'
 	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/test_images.py
+
+test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
+	$(say) 'What the kernels compile to under triton 3.6'
+	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py
 
 lint: .venv/dev.stamp ## ruff and mypy --strict
 	$(say) 'ruff check, ruff format --check, mypy --strict'
@@ -66,6 +77,9 @@ bench: .venv/dev.stamp ## the CPU benchmarks against transformers
 	$(say) 'CPU benchmarks'
 	$(py) benchmarks/cpu.py
 
+gpu: ## the GPU tests and benchmarks (benchmarks/gpu.sh)
+	@bash benchmarks/gpu.sh
+
 pixels-golden: .venv-pillow12/stamp ## make the pixel hashes anew, under Pillow 12
 	$(say) 'Pixel hashes from transformers under Pillow 12'
 	PYTHONPATH=engine:kernels .venv-pillow12/bin/python tests/pixels/make_goldens.py
@@ -77,7 +91,7 @@ wheel: .venv/dev.stamp ## dist/vitrail-*.whl
 	ls -l dist
 
 clean: ## remove .venv and everything built
-	rm -rf .venv .venv-pillow12 build dist *.egg-info engine/vitrail/_C.*.so
+	rm -rf .venv .venv-pillow12 .venv-triton36 build dist *.egg-info engine/vitrail/_C.*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -139,12 +153,19 @@ endef
 	$(native_note)
 	touch .venv/run.stamp $@
 
-# Pillow 12 laid over .venv, where everything else is found: one line of path instead of gigabytes.
+# One package laid over .venv, where everything else is found: a line of path instead of gigabytes.
+define overlay
+$(say) 'Making $(@D)'
+$(py) -m venv --clear $(@D)
+$(@D)/bin/python $(pip) --quiet install --no-deps '$(1)'
+purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+$(py) -c "$$purelib" > "$$($(@D)/bin/python -c "$$purelib")/below.pth"
+$(@D)/bin/python -c '$(2)'
+touch $@
+endef
+
 .venv-pillow12/stamp: .venv/dev.stamp
-	$(say) 'Making .venv-pillow12'
-	$(py) -m venv --clear .venv-pillow12
-	.venv-pillow12/bin/python $(pip) --quiet install 'pillow==12.*'
-	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-	$(py) -c "$$purelib" > "$$(.venv-pillow12/bin/python -c "$$purelib")/below.pth"
-	.venv-pillow12/bin/python -c 'import PIL, transformers; print("Pillow", PIL.__version__)'
-	touch $@
+	$(call overlay,pillow==12.*,import PIL; print("Pillow", PIL.__version__))
+
+.venv-triton36/stamp: .venv/dev.stamp
+	$(call overlay,triton==3.6.0,import triton; print("triton", triton.__version__))

@@ -1,0 +1,115 @@
+"""What a benchmark's numbers depend on: machine, versions, commit, command; and whose they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("engine", "kernels", "csrc", "benchmarks")
+SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def revision() -> tuple[str, bool]:
+    """The commit, and whether the files differ from it; results are no difference.
+
+    A copy without git is told by VITRAIL_COMMIT: a hash, with ``-dirty`` behind it or not, as
+    ``git describe --always --dirty --abbrev=40 --exclude='*'`` prints it.
+    """
+    head = _output("git", "rev-parse", "HEAD")
+    if head is None:
+        told = os.environ.get("VITRAIL_COMMIT", "")
+        return told.removesuffix("-dirty") or "unknown", not told or told.endswith("-dirty")
+    status, no_results = ("git", "status", "--porcelain"), ":!benchmarks/results"
+    changed = _output(*status, "--untracked-files=no", "--", ".", no_results)
+    new = _output(*status, "--", *CODE, no_results)
+    return head, changed != "" or new != ""
+
+
+def sources() -> str:
+    """SHA-256 of the code that is measured and that measures: what a result belongs to."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((ROOT / folder).rglob("*")):
+            name = path.relative_to(ROOT)
+            if path.suffix in SUFFIXES and "results" not in name.parts:
+                digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _gpu(present: bool) -> dict[str, Any]:
+    names = ("gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks")
+    if not present:
+        return dict.fromkeys(names)
+    import torch
+
+    card = torch.cuda.get_device_properties()
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    said = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0") or "unknown"
+    driver, _, clocks = said.partition(", ")
+    arch, memory = f"sm_{card.major}{card.minor}", card.total_memory
+    values = (card.name, arch, memory, card.multi_processor_count, driver, clocks or None)
+    return dict(zip(names, values, strict=True))
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What the numbers depend on: machine, versions, commit, date, command.
+
+    The GPU's fields are None unless ``device`` is "cuda".
+    """
+    import torch
+
+    commit, dirty = revision()
+    return {
+        **_gpu(device == "cuda"),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in ("triton", "numpy", "pillow", "transformers")},
+        "commit": commit,
+        "dirty": dirty,
+        "sources": sources(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def refuse_dirty(allowed: bool) -> None:
+    """Stop where the numbers would belong to no commit."""
+    if not allowed and revision()[1]:
+        sys.exit(
+            "the tree has uncommitted changes, or no git tells its commit; commit them (in a copy "
+            "without git set VITRAIL_COMMIT), or give --allow-dirty"
+        )

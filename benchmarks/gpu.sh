@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# The GPU tests and benchmarks, on a machine that has CUDA and PyTorch; nothing is downloaded.
+# `make gpu` is this.
+#
+#   STAGES="kernels models"  only these, of: env build precompile tests sanitizer ceilings kernels
+#                            models; the table comes last whatever runs
+#   OUT=folder               takes <gpu>/<suite>.json, gpu.log, gpu-table.txt (benchmarks/results)
+#   LIMIT=seconds            the whole call ends by then
+#   ALLOW_DIRTY=1            measure a tree with uncommitted changes
+#   FRESH=1                  forget what earlier calls did
+#   VITRAIL_COMMIT=hash      whose files these are, in a copy without git; "-dirty" behind it says so
+#   PYTHON=program           the Python that has torch (python3)
+#
+# A stage takes at most 9 minutes. Call again to go on: what passed with the same files on the same
+# GPU is not run again, and a suite that ran out of time goes on with its next case. The exit code is
+# 1 where a stage failed or is not finished; the stages after it run all the same.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+ALL='env build precompile tests sanitizer ceilings kernels models'
+STAGE_LIMIT=${STAGE_LIMIT:-540}
+NOT_RUN=4 UNFINISHED=3 # exit codes of a stage
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+export PYTHONPATH=$PWD/engine:$PWD/kernels:$PWD/tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+PATH=$PATH:/usr/local/cuda/bin
+
+# ---- stages; $1: seconds it may take
+
+stage_env() {
+    nvidia-smi || true
+    "$python" -c '
+import json, sys
+sys.path.insert(0, "benchmarks")
+import torch
+from environment import environment
+if not torch.cuda.is_available():
+    sys.exit("torch finds no CUDA device")
+print(json.dumps(environment("cuda"), indent=1))'
+}
+
+stage_build() { "$python" setup.py build_ext --inplace; }
+
+stage_precompile() { "$python" benchmarks/precompile.py; }
+
+# -P keeps this folder out of sys.path, where transformers would take kernels/ for a package.
+stage_tests() { "$python" -P -m pytest -m gpu -q -ra --durations=5; }
+
+SMALL='
+import numpy, torch, vitrail
+model = vitrail.load("engine/vitrail/assets/clip", device="cuda", dtype="float16")
+random = numpy.random.default_rng(0)
+images = [random.integers(0, 256, (56, 56, 3)).astype("uint8") for _ in range(3)]
+results = [model.encode_image(images), model.encode_text(["a red star", "a circle on the left"])]
+floats = torch.randn(3, 3, 56, 56)
+results += [model.encode_image(floats), model.forward(pixel_values=floats).image_embeds]
+torch.cuda.synchronize()
+assert all(bool(torch.isfinite(x).all()) for x in results), "not finite"
+print("runner:", model.runner, *(tuple(x.shape) for x in results))'
+
+# Without torch's cache every tensor is an allocation of its own, whose end the tool knows.
+stage_sanitizer() {
+    command -v compute-sanitizer || { echo 'NOT RUN: no compute-sanitizer here'; return $NOT_RUN; }
+    local tool code status=0
+    for tool in memcheck racecheck; do
+        echo "---- $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+            "$python" -c "$SMALL" 2>&1 | tee "$state/$tool.txt"
+        code=$?
+        if grep -q 'Device not supported' "$state/$tool.txt"; then
+            echo "NOT RUN: compute-sanitizer does not support this device"
+            return $NOT_RUN
+        fi
+        [ $code = 0 ] || status=1
+    done
+    return $status
+}
+
+suite() {
+    local seconds=$(($2 - 60)) # what starts and ends a process comes on top
+    "$python" "benchmarks/$1.py" --resume --seconds $seconds ${ALLOW_DIRTY:+--allow-dirty}
+}
+
+stage_ceilings() { suite ceilings "$1"; }
+stage_kernels() { suite operators "$1"; }
+stage_models() { suite models "$1"; }
+
+# ---- what runs them
+
+# What a stamp stands for: these files on this GPU.
+identity() {
+    {
+        find engine kernels csrc benchmarks tests setup.py pyproject.toml -type f \
+            -not -path 'benchmarks/results/*' -not -name '*.so' -not -name '*.pyc' -print0 |
+            LC_ALL=C sort -z | xargs -0 sha256sum
+        nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1
+    } | sha256sum | cut -c1-16
+}
+
+note() { printf '%-12s %s\n' "$1" "$2" >>"$state/stages.txt"; }
+
+run() {
+    local name=$1 start=$SECONDS limit=$STAGE_LIMIT code
+    if [ -e "$state/$name.ok" ]; then
+        note "$name" "ok, earlier ($(cat "$state/$name.ok") s)"
+        return
+    fi
+    if [ -n "${LIMIT:-}" ] && [ $((LIMIT - SECONDS - 15)) -lt "$limit" ]; then
+        limit=$((LIMIT - SECONDS - 15))
+        if [ $limit -lt 75 ]; then
+            note "$name" 'not started: LIMIT is near; call again'
+            return 1
+        fi
+    fi
+    printf '\n######## %s\n' "$name"
+    timeout --kill-after=5 "$limit" bash benchmarks/gpu.sh --stage "$name" "$limit" "$state" 2>&1 |
+        tee "$state/$name.log"
+    code=${PIPESTATUS[0]}
+    local took=$((SECONDS - start))
+    case $code in
+    0)
+        echo $took >"$state/$name.ok"
+        note "$name" "ok, $took s"
+        ;;
+    "$NOT_RUN") note "$name" "$(grep -h 'NOT RUN' "$state/$name.log" | tail -n 1)" && return 0 ;;
+    "$UNFINISHED") note "$name" "unfinished after $took s: call again" ;;
+    124 | 137) note "$name" "TIMED OUT after $took s" ;;
+    *) note "$name" "FAILED with $code after $took s" ;;
+    esac
+    return $((code != 0))
+}
+
+# Results, logs and the table, of this call and of earlier ones with the same files.
+collect() {
+    local name
+    mkdir -p "$out" "$state/results"
+    cp -R "$state/results/." "$out"
+    for name in $ALL; do
+        [ ! -e "$state/$name.log" ] || { printf '######## %s\n' "$name" && cat "$state/$name.log"; }
+    done >"$out/gpu.log"
+    "$python" benchmarks/report.py "$state/stages.txt" | tee "$out/gpu-table.txt"
+}
+
+main() {
+    local name failed=0 wanted=${STAGES:-$ALL}
+    for name in $wanted; do
+        [[ " $ALL " == *" $name "* ]] || { echo "stage '$name': wanted some of: $ALL" >&2; exit 2; }
+    done
+    state=build/gpu/$(identity)
+    [ -z "${FRESH:-}" ] || rm -rf "$state"
+    mkdir -p "$state"
+    : >"$state/stages.txt"
+    export VITRAIL_RESULTS=$state/results
+    for name in $wanted; do
+        if [ $failed != 0 ] && [ "$wanted" != "${wanted#*env}" ] && [ ! -e "$state/env.ok" ]; then
+            note "$name" 'not started: env failed'
+        else
+            run "$name" || failed=1
+        fi
+    done
+    printf '\n'
+    collect || failed=1
+    exit $failed
+}
+
+if [ "${1:-}" = --stage ]; then
+    state=$4
+    "stage_$2" "$3"
+else
+    main
+fi

@@ -1,0 +1,105 @@
+"""Vitrail's kernels at the shapes of real models against PyTorch's best, in one run.
+
+`python benchmarks/operators.py`, or with the beginning of some cases' names; writes kernels.json.
+Peers do the same work: eager PyTorch, torch.compile of it, every backend of attention. "cublas" is
+the matrix product with its bias alone, a bound and no peer. Two sets of inputs take turns.
+
+(A module called ``kernels`` here would be taken for Hugging Face's package by transformers.)
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from ceilings import ceilings, timer_of
+from harness import (
+    OURS,
+    Case,
+    Results,
+    arguments,
+    measure,
+    results_folder,
+    rotate,
+    run_suite,
+    tolerances,
+)
+from problems import Problem, problems
+from torch import Tensor
+
+from vitrail_kernels import OPERATORS
+from vitrail_kernels.stats import stats_ref
+
+SAMPLE = 2048
+"""Rows of a peer's result that are compared; ours is compared whole."""
+
+
+def _check(problem: Problem) -> Callable[[str, Tensor], None]:
+    """Ours whole, by the rule for kernels; a peer by rows, by the rule for models."""
+    rules, own, wide = tolerances(), problem.tensors["out"].dtype, torch.float64
+
+    @functools.cache
+    def expected(strict: bool) -> tuple[Tensor, Tensor | None]:
+        with rules.reference_numbers():
+            reference = problem.reference(wide)
+        with rules.reference_numbers() if strict else nullcontext():
+            return reference, None if own == torch.float32 else problem.reference()
+
+    def check(name: str, result: Tensor) -> None:
+        reference, peer = expected(name == OURS)
+        if name == OURS:
+            rules.assert_close(result, reference, peer)
+            if "stats" in problem.tensors:
+                rows = torch.empty_like(problem.tensors["stats"], dtype=torch.float64)
+                stats_ref(rows, result.double())
+                rules.assert_close(problem.tensors["stats"], rows)
+            return
+        result = problem.rows(result) if problem.rows else result
+        result = result.reshape(reference.shape)
+        if name == "cublas":
+            t = problem.tensors
+            reference = F.linear(t["x"].to(wide), t["weight"].to(wide), t["bias"].to(wide))
+        some = torch.linspace(0, len(reference) - 1, SAMPLE, device=result.device).long().unique()
+        few = None if peer is None else peer[some]
+        rules.assert_close(result[some], reference[some], few, what="model", name=name)
+
+    return check
+
+
+def case_of(build: Callable[[str], Problem], device: str) -> Case:
+    """A problem with two sets of inputs as a case."""
+    sets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        sets.append(build(device))
+    one = sets[0]
+    operator = OPERATORS[one.op]
+    ours = operator.launch if device == "cuda" else operator.reference
+    variants = {OURS: rotate([functools.partial(p.run, ours) for p in sets])}
+    variants |= {name: rotate([p.peers[name] for p in sets]) for name in one.peers}
+    cost = operator.cost(**one.tensors, **one.scalars, lengths=one.lengths)
+    counted = dict.fromkeys(variants, cost.flops), dict.fromkeys(variants, cost.bytes)
+    return Case(variants, _check(one), frozenset({"cublas"}), *counted)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print, and write ``kernels.json``."""
+    found = problems()
+    options = arguments(__doc__, list(found), given)
+    bounds, limits = ceilings(options.device)
+    timer, rounds = timer_of(options.device), 40 if options.device == "cuda" else 3
+
+    def run(name: str) -> Results:
+        return measure(case_of(found[name], options.device), timer, rounds, 3, limits)
+
+    cases = {name: functools.partial(run, name) for name in options.cases}
+    path = results_folder(options.device) / "kernels.json"
+    return run_suite(path, cases, options.device, options.resume, options.seconds, ceilings=bounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

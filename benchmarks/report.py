@@ -1,0 +1,128 @@
+"""A short table of what was measured on a GPU: `python benchmarks/report.py [STAGES]`.
+
+Reads every result below ``benchmarks/results`` (or VITRAIL_RESULTS) but the CPU's. STAGES is a file
+with a line a stage, printed as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import OURS, results_root
+
+Record = Mapping[str, Any]
+UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s", "per_second": "/s"}
+
+
+def _rate(found: Record, *names: str) -> str:
+    """The rate, of those named, that is the nearest to its ceiling, and how near."""
+    there = [name for name in names if name in found]
+    if not there:
+        return ""
+    name = max(there, key=lambda each: found.get(f"{each}_of_ceiling", 0))
+    part = found.get(f"{name}_of_ceiling")
+    return f"{found[name]:8.4g} {UNITS[name]}{f' {part:4.0%}' if part else ''}"
+
+
+def _faults(variants: Record) -> str:
+    """What is wrong with ours, and which peers are wrong and have no time."""
+    said = []
+    for name, found in variants.items():
+        kind = next((kind for kind in ("wrong", "failed") if kind in found), None)
+        if kind and name.startswith(OURS):
+            said.append(f"{name} {kind.upper()}: {found[kind]}")
+        elif kind == "wrong":
+            said.append(f"{name} wrong")
+    return "; ".join(said)
+
+
+def _timed(results: Record) -> Iterator[tuple[str, Record, Record, str]]:
+    """Name, result and our time of every case, and what is wrong with it."""
+    for name, result in results.items():
+        if name != "ceilings":
+            variants = result.get("variants", {})
+            yield name, result, variants.get(OURS, {}), _faults(variants)
+
+
+def kernel_lines(results: Record) -> Iterator[str]:
+    """A line a kernel: time, rate and its part of the ceiling, against cuBLAS and the best peer."""
+    yield f"{'kernel':34s} {'ms':>8s}  {'rate, of ceiling':22s} {'cublas':6s} best peer"
+    for name, result, ours, faults in _timed(results):
+        if "median_ms" not in ours:
+            yield f"{name:34s} {faults}"
+            continue
+        time = ours["median_ms"]
+        bound = result["variants"].get("cublas", {}).get("median_ms")
+        alone = f"{bound / time:.2f}x" if bound else ""
+        best = f"{result['ratio']:.2f}x {result['against']}" if "ratio" in result else "no peer"
+        rate = _rate(ours, "tflops", "gbs")
+        yield f"{name:34s} {time:8.4f}  {rate:22s} {alone:6s} {best} {faults}"
+
+
+def model_lines(results: Record) -> Iterator[str]:
+    """A line a model: time, items a second, and how many times faster than each peer."""
+    yield f"{'model':24s} {'ms':>8s} {'items':>11s} {'matmul':>6s}  times faster than"
+    for name, result, ours, faults in _timed(results):
+        if "median_ms" not in ours:
+            yield f"{name:24s} {faults}"
+            continue
+        part = ours.get("tflops_of_ceiling")
+        said = [f"{peer} {x:.2f}x" for peer, x in result.get("ratios", {}).items()]
+        said += [
+            f"{variant.removeprefix(OURS).strip()}: {found['median_ms']:.3f} ms"
+            for variant, found in result["variants"].items()
+            if (variant == "graph" or variant.startswith(f"{OURS} ")) and "median_ms" in found
+        ]
+        items, share = _rate(ours, "per_second"), f"{part:.0%}" if part else ""
+        said += [faults] * bool(faults)
+        yield f"{name:24s} {ours['median_ms']:8.3f} {items:>11s} {share:>6s}  {', '.join(said)}"
+
+
+def ceiling_lines(results: Record) -> Iterator[str]:
+    """The fastest of each ceiling."""
+    for name, result in results.items():
+        timed = {k: v for k, v in result.get("variants", {}).items() if "median_ms" in v}
+        if timed:
+            best = max(timed, key=lambda k: timed[k].get("tflops") or timed[k].get("gbs") or 0)
+            yield f"ceiling, {name}: {_rate(timed[best], 'tflops', 'gbs').strip()} ({best})"
+
+
+LINES = {"ceilings": ceiling_lines, "kernels": kernel_lines, "models": model_lines}
+
+
+def render(root: Path) -> Iterator[str]:
+    """Every device's results, suite by suite."""
+    for folder in sorted(path for path in root.glob("*/") if path.name != "cpu"):
+        head = ""
+        for suite, lines in LINES.items():
+            file = folder / f"{suite}.json"
+            if not file.exists():
+                continue
+            record = json.loads(file.read_text())
+            found = record["environment"]
+            now = (
+                f"{found['gpu']}, driver {found['driver']}, torch {found['torch']}, triton "
+                f"{found['triton']}, commit {found['commit'][:12]}{' dirty' * found['dirty']}"
+            )
+            if now != head:
+                head = now
+                yield head
+            yield from lines(record["results"])
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Print the stages, then the results."""
+    stages = sys.argv[1:] if given is None else given
+    for path in stages:
+        print(Path(path).read_text(), end="")
+    for text in render(results_root()):
+        print(text.rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
