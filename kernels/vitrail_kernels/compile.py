@@ -102,8 +102,18 @@ def compile_call(call: Call, arch: int) -> Compiled:
 def compile_all(calls: Sequence[Call], arch: int) -> list[Compiled]:
     """`compile_call` for each, by a process for every core; calls alike are compiled once.
 
-    Raises what the first failing call raises.
+    Raises RuntimeError with what the first failing call raised.
     """
+    compiled = []
+    for found in compile_each(calls, arch):
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        compiled.append(found)
+    return compiled
+
+
+def compile_each(calls: Sequence[Call], arch: int) -> list[Compiled | str]:
+    """`compile_all`, but with the error in the place of what does not compile."""
     _PENDING[:] = {identity(call): call for call in calls}.values()
     places = {identity(call): place for place, call in enumerate(_PENDING)}
     context = multiprocessing.get_context("fork")
@@ -116,15 +126,18 @@ _PENDING: list[Call] = []
 """What the worker processes compile, by place; filled before they fork: kernels do not pickle."""
 
 
-def _compile_pending(place: int, arch: int) -> Compiled:
-    return compile_call(_PENDING[place], arch)
+def _compile_pending(place: int, arch: int) -> Compiled | str:
+    try:
+        return compile_call(_PENDING[place], arch)
+    except Exception as error:  # said by whoever asked; Triton's own errors do not pickle
+        return f"{_PENDING[place].kernel.__name__}: {type(error).__name__}: {error}"
 
 
 def identity(call: Call) -> tuple[Any, ...]:
     """Equal for calls that are one piece of machine code."""
     parts: list[Any] = [call.kernel.__name__, tuple(call.config.options().items())]
     for parameter in call.kernel.params:
-        value = call.arguments.get(parameter.name)
+        value: Any = call.arguments.get(parameter.name)
         if isinstance(value, torch.Tensor):
             parts.append((value.dtype, value.data_ptr() % 16 == 0))
         elif hasattr(value, "block_shape"):
