@@ -190,6 +190,19 @@ def test_no_size_that_changes_between_calls_recompiles(name: str) -> None:
         assert {key: len(ids) for key, ids in kinds.items()} == dict.fromkeys(kinds, 1)
 
 
+def test_tensor_maps_are_used_where_they_can_be() -> None:
+    def kernel(arch: int, m: int, n: int, k: int, **rows: torch.Tensor) -> str:
+        x, w, out = (torch.empty(*s, dtype=HALF, device="meta") for s in ((m, k), (n, k), (m, n)))
+        (call,) = linear_calls(target(arch), out, x, w, **rows)
+        return str(call.kernel.__name__)
+
+    assert kernel(90, 33, 768, 768) == kernel(120, 1, 8, 8) == "_linear_tma_kernel"
+    assert kernel(80, 33, 768, 768) == kernel(89, 33, 768, 768) == "_linear_pointer_kernel"
+    assert kernel(90, 33, 3, 768) == kernel(90, 33, 768, 36) == "_linear_pointer_kernel"
+    rows = torch.empty(33, dtype=torch.int32, device="meta")
+    assert kernel(90, 33, 768, 768, rows=rows) == "_linear_pointer_kernel"
+
+
 def test_rows_of_any_alignment_are_one_kernel() -> None:
     half = {"dtype": HALF, "device": "meta"}
     codes = set()
@@ -260,3 +273,55 @@ def test_the_report_counts_what_a_plan_counts() -> None:
     counted = sum(one.times * one.cost().flops for one in every if one.op != "pool")
     assert counted == plan.flops([197, 197])
     assert sum(launch.times for launch in every) == len(plan.launches)
+
+
+@pytest.mark.parametrize("arch", FULL)
+def test_heads_and_poolers(arch: int) -> None:
+    """What only dense plans launch: scores in fp32, tanh, masks, LayerNorm by itself."""
+
+    def empty(*shape: int, kind: torch.dtype = HALF) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    def wide(*shape: int) -> torch.Tensor:
+        return empty(*shape, kind=torch.float32)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return empty(*shape, kind=torch.int32)
+
+    x, stats = empty(6304, 768), wide(24, 6304)
+    head = {"weight": empty(1000, 768), "bias": wide(1000), "row_sums": wide(1000)}
+    vectors = {"gamma": wide(768), "beta": wide(768)}
+    sequences = {"cu_seqlens": whole(33), "kv_lens": whole(32)}
+    cases: list[tuple[str, dict[str, torch.Tensor], dict[str, object]]] = [
+        ("linear", {"out": wide(6304, 1000), "x": x, "x_stats": stats} | head, {"norm_eps": 1e-6}),
+        (
+            "linear",
+            {"out": wide(32, 1000), "x": x, "x_stats": stats, "rows": whole(32)} | head,
+            {"norm_eps": 1e-6},
+        ),
+        (
+            "linear",
+            {"out": empty(32, 768), "x": empty(32, 768), "weight": empty(768, 768)},
+            {"activation": "tanh"},
+        ),
+        (
+            "attention",
+            {"out": empty(2464, 512), "qkv": empty(2464, 1536)} | sequences,
+            {"heads": 8, "causal": True, "max_seqlen": 77},
+        ),
+        ("layernorm", {"out": x, "x": x, "stats": stats} | vectors, {"eps": 1e-6}),
+        ("layernorm", {"out": empty(32, 768), "x": x, "rows": whole(32)} | vectors, {"eps": 1e-6}),
+        ("pool", {"out": wide(32, 768), "status": whole(32), "x": x[:32]} | vectors, {"eps": 1e-6}),
+        ("class_mean", {"out": empty(32, 1536), "x": x}, {"tokens": 197, "prefix": 1}),
+        (
+            "position",
+            {"out": wide(257, 768), "table": wide(1370, 768), "prefix": wide(1, 768)},
+            {"grid": (37, 37), "target": (16, 16), "antialias": True},
+        ),
+    ]
+    for op, tensors, scalars in cases:
+        launch = Launch(op, op, tensors, scalars, 1, ())
+        for call in launch.calls(target(arch)):
+            code = compile_call(call, arch)
+            assert (code.stack, code.spills) == (0, 0), f"{op} {call.config}: {code.stack} bytes"
+            assert code.shared <= SHARED_LIMIT[arch]
