@@ -58,6 +58,9 @@ def check(launch: Launch, call: Call, code: Compiled) -> None:
     assert code.instructions[MMA[code.arch]] > 0, f"{where}: {code.tensor_core}"
     assert set(code.tensor_core) == {MMA[code.arch]}, f"{where}: {code.tensor_core}"
     if launch.op in ("linear", "attention"):
+        # twice as many would mean that ptxas waits for each product before it issues the next
+        waits = code.instructions["WARPGROUP"]
+        assert code.arch != 90 or waits < 2 * code.instructions["HGMMA"], f"{where}: {waits} waits"
         maps = code.instructions[TMA_LOAD]
         if code.arch >= 90:
             assert maps > 0, f"{where}: no tensor maps"

@@ -176,7 +176,7 @@ def _attend(
         k = _load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
         scores = tl.dot(q_more, tl.trans(k), scores, input_precision="ieee")
 
-    # every query sees the first key of all, so that peak is finite from the first tile on
+    # Softmax. Every query sees its sequence's first key, so that peak is finite from there on
     offs_n = tl.arange(0, BLOCK_N)
     if keys is not None:
         scores = tl.where((offs_n < keys)[None, :], scores, float("-inf"))
@@ -189,7 +189,7 @@ def _attend(
 
     column += WIDTH
     v = _load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
-    weights = weights.to(v.dtype)  # rounded here, not in their sum
+    weights = weights.to(v.dtype)  # rounded here, but not in their sum
     acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
     if MORE > 0:
         other = column + PART
@@ -271,7 +271,8 @@ def _attention_kernel(
                 start + j * BLOCK_N, column, None, last, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N,
             )  # fmt: skip
 
-    # The last keys
+    # The last keys, in a tile as narrow as will do
+    QUARTER: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else 16
     partial = keys - whole * BLOCK_N
     row = start + whole * BLOCK_N
     last = None
@@ -279,20 +280,20 @@ def _attention_kernel(
         last = first - whole * BLOCK_N + offs_m
         if first + BLOCK_M <= whole * BLOCK_N:
             partial = 0
-    if partial > 32:
+    if partial > BLOCK_N // 2:
         acc, acc_more, peak, total = _attend(
             acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
             row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N,
         )  # fmt: skip
-    elif partial > 16:
+    elif partial > QUARTER:
         acc, acc_more, peak, total = _attend(
             acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
-            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, 32,
+            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, BLOCK_N // 2,
         )  # fmt: skip
     elif partial > 0:
         acc, acc_more, peak, total = _attend(
             acc, acc_more, peak, total, q, q_more, qkv_ptr, None, None,
-            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, 16,
+            row, column, partial, last, WIDTH, HEAD_DIM, PART, MORE, QUARTER,
         )  # fmt: skip
 
     # Divide and round. Where kv_lens hides every key, the sum of nothing is 0
@@ -325,7 +326,7 @@ def attention_cost(
 
 def _parts(head_dim: int) -> tuple[int, int]:
     """The powers of two, 16 or more, that hold a head's columns: 80 is 64 + 16."""
-    if 64 < head_dim <= 112:
+    if head_dim > 64:
         return 64, max(16, 1 << (head_dim - 65).bit_length())
     return max(16, 1 << (head_dim - 1).bit_length()), 0
 
@@ -339,7 +340,7 @@ def _attention_config(
     shape: tuple[int, int, int],
 ) -> KernelConfig:
     """``shape``: sequences, tokens, the longest sequence. They decide BLOCK_M alone, from which no
-    bit follows: a warp holds 16 rows of the same instructions over the same key tiles."""
+    bit follows: a warp holds 16 rows of the same instructions, over the same key tiles in order."""
     batch, tokens, longest = shape
     kind = "causal" if causal else "full"
     key = f"attention|{str(dtype).removeprefix('torch.')}|{heads}x{head_dim}x{longest} {kind}"
@@ -355,14 +356,14 @@ def _attention_config(
             reason += " less here; 2 blocks of 2 warpgroups overlap softmax with products"
             return KernelConfig(128, 64, 0, 8, 2, registers, reason=reason)
         reason = "128 rows pad more, or leave multiprocessors idle, or take over 128 registers;"
-        reason += " 3 or 4 blocks of a warpgroup overlap softmax with products"
+        reason += " 2 to 4 blocks of a warpgroup overlap softmax with products"
         return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
-    if target.arch != 100 and _parts(head_dim)[0] == 128:
-        reason = "fewer rows than columns, and triton deals the columns to the warps"
-        return KernelConfig(128, 64, 0, 8, 2, reason=reason)
-    registers = 168 if target.arch != 100 and head_dim <= 64 and not causal else None
-    reason = "2 to 4 blocks a multiprocessor; causal, 168 registers spill"
-    return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
+    if target.arch == 100:
+        reason = "2 to 4 blocks a multiprocessor; 128 rows spill past 96 columns"
+        return KernelConfig(64, 64, 0, 4, 2, reason=reason)
+    registers = 168 if head_dim <= 64 and not causal else None
+    reason = "16 rows a warp, 2 or 3 blocks a multiprocessor; more keys or fewer registers spill"
+    return KernelConfig(64, 64 if head_dim <= 80 else 32, 0, 4, 2, registers, reason=reason)
 
 
 def _check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) -> int:
@@ -401,9 +402,9 @@ def attention_calls(
 ) -> list[Call]:
     """The launch of `attention_ref`. A sequence longer than ``max_seqlen`` is not finished.
 
-    A query that sees no key, where ``kv_lens`` is 0, gives 0, as the reference does. Raises
-    ValueError for a shape, dtype or layout that the kernel does not take, and for ``kv_lens`` over
-    sequences of several lengths.
+    A query that sees no key, where ``kv_lens`` is 0, gives 0, as the reference does. float32 is
+    for the interpreter: machine code of it spills. Raises ValueError for a shape, dtype or layout
+    that the kernel does not take, and for ``kv_lens`` over sequences of several lengths.
     """
     head_dim = _check_heads("attention", "qkv", qkv, 3, heads)
     batch, tokens = _check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
@@ -492,16 +493,14 @@ def _add_keys(
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """Add one tile of keys and values, key n to slot n; returns acc, peak, total."""
-    stride: tl.constexpr = 2 * WIDTH
-    k = _load_tile(None, kv_ptr, row, column, keys, stride, BLOCK_N, HEAD_DIM, PADDED)
-    v = _load_tile(None, kv_ptr, row, column + WIDTH, keys, stride, BLOCK_N, HEAD_DIM, PADDED)
+    STRIDE: tl.constexpr = 2 * WIDTH
+    k = _load_tile(None, kv_ptr, row, column, keys, STRIDE, BLOCK_N, HEAD_DIM, PADDED)
+    v = _load_tile(None, kv_ptr, row, column + WIDTH, keys, STRIDE, BLOCK_N, HEAD_DIM, PADDED)
     score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
-    top = tl.maximum(peak, score)
-    base = top
     if keys is not None:
         score = tl.where(tl.arange(0, BLOCK_N) < keys, score, float("-inf"))
-        top = tl.maximum(peak, score)
-        base = tl.where(top == float("-inf"), 0.0, top)  # a slot without a key: -inf - -inf is NaN
+    top = tl.maximum(peak, score)
+    base = tl.where(top == float("-inf"), 0.0, top)  # a slot without a key: -inf - -inf is NaN
     weight = tl.exp2(score - base)
     decay = tl.exp2(peak - base)
     acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)

@@ -172,6 +172,39 @@ def opcodes(sass: str) -> Counter[str]:
     return Counter(lines)
 
 
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(\w+)<\{(.*)\}>$", re.M)
+_REDUCED = re.compile(
+    r'"tt\.reduce"\([^)]*\) <\{axis = (\d+).*?\}\) : \(tensor<([\dx]+)x\w+, (#\w+)>\)', re.S
+)
+_PRODUCT = re.compile(r"versionMajor = (\d+).*instrShape = \[(?:\d+, )*(\d+)\]")
+
+
+def order_of_sums(code: Compiled) -> frozenset[tuple[str, ...]]:
+    """What the bits of sums follow from, in Triton's own code: equal for configurations that add
+    in one order.
+
+    The version and last side of the products' instructions, and for every axis that is reduced its
+    length, and how it is shared out to the registers, threads and warps.
+    """
+    layouts = {name: (kind, text) for name, kind, text in _LAYOUT.findall(code.ttgir)}
+    found = {("product", *m) for _, text in layouts.values() for m in _PRODUCT.findall(text)}
+    for axis, sides, name in _REDUCED.findall(code.ttgir):
+        kind, text = layouts.get(name, ("", name))
+        lists = re.findall(r"= \[([\d, ]+)\]", text)
+        if kind == "blocked":
+            shared = [values.split(", ")[int(axis)] for values in lists[:3]]
+        elif kind == "nvidia_mma":
+            shared = [lists[0].split(", ")[int(axis)]]
+        elif kind == "linear":  # of each kind of bit those that move along the axis
+            bits = [re.findall(r"\[([\d, ]+)\]", part) for part in text.split("=")[1:]]
+            along = [[bit.split(", ")[int(axis)] for bit in part] for part in bits]
+            shared = [" ".join(step for step in part if step != "0") for part in along]
+        else:
+            shared = [text]
+        found.add(("reduction", sides.split("x")[int(axis)], kind, *shared))
+    return frozenset(found)
+
+
 def _tool(name: str, option: str, cubin: bytes) -> str:
     import triton
 

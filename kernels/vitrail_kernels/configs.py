@@ -1,8 +1,9 @@
 """Kernel configurations are data: a tuned table by architecture, else a heuristic with its reason.
 
-``tuned/sm_<arch>.json``, written by ``vitrail tune``, holds ``provenance`` (gpu, triton, commit,
-date, command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. What it lacks
-comes from the operator's own heuristic. Nothing is timed while serving.
+``sm_<arch>.json``, written by ``vitrail tune``, holds ``provenance`` (gpu, driver, versions, date,
+command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. It is read from the
+folder that VITRAIL_TUNED names, else from ``tuned/`` here. What it lacks comes from the operator's
+own heuristic. Nothing is timed while serving.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).parent / "tuned"
+VARIABLE = "VITRAIL_TUNED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +48,92 @@ class KernelConfig:
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
-@functools.lru_cache(maxsize=16)
+_FORCED: ContextVar[Mapping[str, KernelConfig] | None] = ContextVar("table", default=None)
+
+
+@contextmanager
+def in_force(table: Mapping[str, KernelConfig]) -> Iterator[None]:
+    """``table`` takes the place of the tuned one, on this thread."""
+    token = _FORCED.set(table)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
 def tuned(arch: int) -> Mapping[str, KernelConfig]:
-    """The table of an architecture, empty where none is shipped."""
-    file = TUNED / f"sm_{arch}.json"
-    if not file.is_file():
-        return {}
-    entries: dict[str, Any] = json.loads(file.read_text())["configs"]
-    return {key: KernelConfig(**fields) for key, fields in entries.items()}
+    """The table of an architecture, empty where there is none; a process reads it once.
+
+    Raises ValueError naming the file, and the key, that cannot be used.
+    """
+    table = _FORCED.get()
+    return _loaded(arch) if table is None else table
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(arch: int) -> Mapping[str, KernelConfig]:
+    name = f"sm_{arch}.json"
+    own = os.environ.get(VARIABLE)
+    if own and not Path(own).is_dir():
+        raise ValueError(f"{VARIABLE}: got {own!r}, wanted a folder with {name}")
+    files = [folder / name for folder in ([Path(own)] if own else []) + [TUNED]]
+    file = next((file for file in files if file.is_file()), None)
+    return {} if file is None else read_table(file)[1]
+
+
+def read_table(file: Path) -> tuple[dict[str, Any], dict[str, KernelConfig]]:
+    """Provenance and configurations. Raises ValueError naming the file, and the key, at fault."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: no tuned table can be read: {error}") from error
+    parts = ("provenance", "configs")
+    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
+        raise ValueError(f"{file}: wanted an object with the objects 'provenance' and 'configs'")
+    configs = {key: _config(f"{file}: {key}", given) for key, given in content["configs"].items()}
+    return content["provenance"], configs
+
+
+def _config(where: str, given: Any) -> KernelConfig:
+    fields = {field.name: field for field in dataclasses.fields(KernelConfig)}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: got {given!r:.80}, wanted an object with {', '.join(fields)}")
+    wrong = [name for name, value in given.items() if name not in fields or not _fits(name, value)]
+    wrong += [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+    if wrong:
+        got = {name: given[name] for name in wrong if name in given}
+        raise ValueError(
+            f"{where}: got {got!r:.200}, lacking {[name for name in wrong if name not in given]}; "
+            f"wanted only {', '.join(fields)}: sides and warps powers of two, whole numbers over 0"
+        )
+    return KernelConfig(**given)
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "reason" or value is None:
+        return isinstance(value, str) or name == "registers"
+    if type(value) is not int:
+        return False
+    if name.startswith("block_") or name == "warps":  # Triton takes no others
+        return value >= (name == "warps") and value & (value - 1) == 0
+    return value > 0
+
+
+def write_table(
+    file: Path, provenance: Mapping[str, Any], configs: Mapping[str, KernelConfig]
+) -> None:
+    """What `read_table` reads, whole or not at all."""
+    rows = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
+    partial = file.with_name(f"{file.name}.partial")
+    text = json.dumps({"provenance": provenance, "configs": rows}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def config_hash(arch: int) -> str:
-    """SHA-256 of the tuned table: part of a model's fingerprint."""
-    rows = {key: dataclasses.astuple(config) for key, config in tuned(arch).items()}
+    """SHA-256 of the tuned table, reasons left out: part of a model's fingerprint."""
+    rows = {
+        key: dataclasses.astuple(dataclasses.replace(config, reason=""))
+        for key, config in tuned(arch).items()
+    }
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

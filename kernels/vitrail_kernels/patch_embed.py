@@ -246,7 +246,9 @@ def _patch_embed_kernel(
         tl.store(tile + (part_m[:, None] * WIDTH + part_n[None, :]), y, mask=mask)
         if stats_ptr is not None:
             y = y.to(tl.float32)
-            store_stats(stats_ptr, stats_stride, y, offs_m, mask_m, column, WIDTH, BLOCK_M, PART_N)
+            store_stats(
+                stats_ptr, stats_stride, y, offs_m, mask_m, column, WIDTH, BLOCK_M, PART_N, True
+            )
 
 
 def patch_embed_cost(
@@ -285,14 +287,13 @@ def _patch_config(
         return found
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
-    # 64 where the registers of 128 rows allow it: whole loads of 16 uint8, and sums kept by HGMMA
+    # steps of 64 where two addresses a thread cover them: others, and HMMA's layout, would spill
     deep = 64 if step == 16 and pixels.dtype == torch.uint8 and target.arch in (90, 100) else 32
     if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
-    if step == pixels.element_size():
-        return KernelConfig(
-            128, 128, deep, 8, 3, reason="an address a number: no registers to spare"
-        )
+    if target.arch not in (80, 90, 100) or step == pixels.element_size():
+        # 130 to 190 registers, which two blocks of 256 threads do not have
+        return KernelConfig(64, 128, deep, 4, 3, reason="small blocks, as many as registers allow")
     why = "two blocks an SM: one gathers while one multiplies"
     return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
 
@@ -376,9 +377,8 @@ def patch_embed_calls(
     if out.numel() == 0:
         return []
     image, plane, line = _strides(pixels)
-    run, size = values // patch[0], pixels.element_size()
-    if pixels.dtype != torch.uint8:
-        run = patch[1]
+    run = patch[1] * (channels if pixels.dtype == torch.uint8 else 1)
+    size = pixels.element_size()
     # what all addresses are multiples of, in numbers: how wide the compiler may load
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
     config = _patch_config(target, pixels, weight, rows, patch, align * size)

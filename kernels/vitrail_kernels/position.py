@@ -195,7 +195,7 @@ def position_calls(
         raise ValueError(f"position: got {grid} to {target} of {width}, wanted offsets of 32 bits")
     mode = ANTIALIAS if antialias else PLAIN
     config = KernelConfig(
-        BLOCK_M, BLOCK_N, 0, 4, 1, reason="once for each image size: nothing to tune"
+        BLOCK_M, BLOCK_N, 0, 8, 1, reason="once for each image size: nothing to tune"
     )
     arguments = {
         "out_ptr": out,

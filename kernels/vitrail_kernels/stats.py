@@ -46,6 +46,17 @@ def mean_rstd_ref(stats: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor
 
 
 @jit()
+def _sum64(v: tl.tensor, ROWS: tl.constexpr, PARTS: tl.constexpr) -> tl.tensor:
+    """Sums (ROWS, PARTS) of every 64 columns, by pairs of neighbours."""
+    v = tl.sum(tl.reshape(v, (ROWS, 32 * PARTS, 2)), axis=2)
+    v = tl.sum(tl.reshape(v, (ROWS, 16 * PARTS, 2)), axis=2)
+    v = tl.sum(tl.reshape(v, (ROWS, 8 * PARTS, 2)), axis=2)
+    v = tl.sum(tl.reshape(v, (ROWS, 4 * PARTS, 2)), axis=2)
+    v = tl.sum(tl.reshape(v, (ROWS, 2 * PARTS, 2)), axis=2)
+    return tl.sum(tl.reshape(v, (ROWS, PARTS, 2)), axis=2)
+
+
+@jit()
 def store_stats(
     stats_ptr: tl.tensor,  # (2 chunks, M) fp32
     stride: int,  # from one row of stats to the next: at least M
@@ -56,12 +67,18 @@ def store_stats(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr = False,
 ) -> None:
-    """Write the statistics of a tile that holds whole chunks."""
+    """Write the statistics of a tile that holds whole chunks.
+
+    A reduction adds in an order that follows from the layout, which is the same for all tiles of
+    one kernel. Where it is not, since loads are as wide as a caller's memory allows, PAIRED fixes
+    the order; beside a residual it would cost spills.
+    """
     CHUNKS: tl.constexpr = (WIDTH + 63) // 64
     PARTS: tl.constexpr = BLOCK_N // 64
     values = tl.reshape(y, (BLOCK_M, PARTS, 64))
-    total = tl.sum(values, axis=2)
+    total = _sum64(y, BLOCK_M, PARTS) if PAIRED else tl.sum(values, axis=2)
     chunk = column // 64 + tl.arange(0, PARTS)
     count = tl.minimum(WIDTH - 64 * chunk, 64)
     mean = total / tl.maximum(count, 1).to(tl.float32)[None, :]
@@ -69,7 +86,11 @@ def store_stats(
     if WIDTH % 64 != 0:
         inside = tl.arange(0, 64)[None, None, :] < count[None, :, None]
         centred = tl.where(inside, centred, 0.0)
-    squares = tl.sum(centred * centred, axis=2)
+    if PAIRED:
+        # rounded before the first sum, which the compiler would else fuse or not
+        squares = _sum64(tl.fma(centred, centred, 0.0), BLOCK_M, PARTS)
+    else:
+        squares = tl.sum(centred * centred, axis=2)
     where = chunk[None, :].to(tl.int64) * stride + offs_m[:, None]
     mask = mask_m[:, None] & (chunk < CHUNKS)[None, :]
     tl.store(stats_ptr + where, total, mask=mask)

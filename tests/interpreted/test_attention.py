@@ -293,7 +293,7 @@ def test_what_it_refuses() -> None:
 
     def refused(match: str, *tensors: Tensor | None, **scalars: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            attention_calls(INTERPRETED, *tensors, **(good | scalars))  # type: ignore[arg-type]
+            attention_calls(INTERPRETED, *tensors, **(good | scalars))
 
     refused(r"qkv: got shape \(6, 95\), wanted \(M, 3 x 2 x E\)", out, qkv[:, :95], starts)
     refused("qkv: got heads of 160 columns", torch.zeros(6, 320), torch.zeros(6, 960), starts)
@@ -396,7 +396,7 @@ def test_what_one_query_refuses() -> None:
 
     def refused(match: str, *tensors: Tensor, heads: int = 2) -> None:
         with pytest.raises(ValueError, match=match):
-            attention_one_calls(INTERPRETED, *tensors, heads=heads, max_seqlen=3)  # type: ignore[call-arg]
+            attention_one_calls(INTERPRETED, *tensors, heads=heads, max_seqlen=3)
 
     refused(r"kv: got shape \(6, 64\), wanted \(M, 2 x 5 x E\)", out, out, kv, starts, heads=5)
     refused(r"q: got shape \(1, 32\), wanted \(2, 32\)", out, out[:1], kv, starts)

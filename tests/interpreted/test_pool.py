@@ -280,8 +280,7 @@ def run_mean(x: Tensor, tokens: int, prefix: int, target: Target = TARGETS[0]) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "width"), [(1, 200), (3, 24), (2, 72), (0, 24)])
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("patches", [1, 49, 64, 65, 257])
+@pytest.mark.parametrize(("prefix", "patches"), [(1, 1), (5, 64), (1, 65), (0, 257), (5, 257)])
 def test_class_mean_leaves_the_registers_out(
     batch: int, width: int, prefix: int, patches: int, dtype: torch.dtype
 ) -> None:
