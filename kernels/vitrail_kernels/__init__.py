@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from vitrail_kernels import (
     attention,
+    attention_one,
+    class_mean,
     layernorm,
     linear,
     patch_embed,
@@ -48,9 +50,9 @@ OPERATORS: dict[str, Operator] = {
     "layernorm": _operator(layernorm, "layernorm"),
     "linear": _operator(linear, "linear"),
     "attention": _operator(attention, "attention"),
-    "attention_one": _operator(attention, "attention_one"),
+    "attention_one": _operator(attention_one, "attention_one"),
     "pool": _operator(pool, "pool"),
-    "class_mean": _operator(pool, "class_mean"),
+    "class_mean": _operator(class_mean, "class_mean"),
 }
 
 __all__ = ["OPERATORS", "Call", "Cost", "Operator"]

@@ -9,9 +9,6 @@ whatever BLOCK_M. Tiles of which every query sees every key come first, unmasked
 the sequence is a tile as narrow as will do, 16, 32 or 64 keys: 197 tokens are 3 x 64 + 5, and
 exponentials of padding cost as much as others. There scores are masked and K and V are loaded as 0,
 because a hidden NaN would spread through 0 * NaN.
-
-attention_one: the same for one query a sequence (the pooled token), bound by the read of K and V.
-Every slot of a key tile keeps a softmax of its own, joined at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ WIDEST = 128
 _LN2 = math.log(2.0)
 
 
-def _sdpa(
+def softmax2_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Base-two softmax attention of (B, H, T, E) tensors."""
@@ -65,7 +62,7 @@ def _dense(qkv: Tensor, batch: int, heads: int, causal: bool, kv_lens: Tensor | 
         # what is masked must not reach a product: NaN - inf and 0 * NaN are NaN
         hidden = (position >= kv_lens[:, None])[:, None, :, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    out = _sdpa(q, k, v, mask, causal and mask is None)
+    out = softmax2_attention(q, k, v, mask, causal and mask is None)
     return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
 
 
@@ -113,7 +110,7 @@ def attention_ref(
 
 
 @jit()
-def _load_tile(
+def load_tile(
     desc: tl.tensor,  # of boxes (BLOCK, PADDED) over packed, or None
     packed_ptr: tl.tensor,  # (M, STRIDE)
     row: tl.tensor,
@@ -169,11 +166,11 @@ def _attend(
     REST: tl.constexpr = HEAD_DIM - PART
     STRIDE: tl.constexpr = 3 * WIDTH
     column += WIDTH
-    k = _load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    k = load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MORE > 0:
         other = column + PART
-        k = _load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
+        k = load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
         scores = tl.dot(q_more, tl.trans(k), scores, input_precision="ieee")
 
     # Softmax. Every query sees its sequence's first key, so that peak is finite from there on
@@ -188,12 +185,12 @@ def _attend(
     total = total * decay + tl.sum(weights, axis=1)
 
     column += WIDTH
-    v = _load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    v = load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
     weights = weights.to(v.dtype)  # rounded here, but not in their sum
     acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
     if MORE > 0:
         other = column + PART
-        v = _load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
+        v = load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
         acc_more = tl.dot(weights, v, acc_more * decay[:, None], input_precision="ieee")
     return acc, acc_more, top, total
 
@@ -241,13 +238,13 @@ def _attention_kernel(
     # Queries. By descriptor, rows past the sequence are others'; they reach no row that is stored
     row = start + first
     rows = length - first
-    q = _load_tile(q_desc, qkv_ptr, row, column, rows, STRIDE, BLOCK_M, COLUMNS, PART)
+    q = load_tile(q_desc, qkv_ptr, row, column, rows, STRIDE, BLOCK_M, COLUMNS, PART)
     acc = tl.zeros((BLOCK_M, PART), dtype=tl.float32)
     q_more = q
     acc_more = tl.zeros((1,), dtype=tl.float32)
     if MORE > 0:
         other = column + PART
-        q_more = _load_tile(None, qkv_ptr, row, other, rows, STRIDE, BLOCK_M, REST, MORE)
+        q_more = load_tile(None, qkv_ptr, row, other, rows, STRIDE, BLOCK_M, REST, MORE)
         acc_more = tl.zeros((BLOCK_M, MORE), dtype=tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -366,7 +363,7 @@ def _attention_config(
     return KernelConfig(64, 64 if head_dim <= 80 else 32, 0, 4, 2, registers, reason=reason)
 
 
-def _check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) -> int:
+def check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) -> int:
     """The head dim of ``packed`` (M, blocks C), or ValueError for what the kernels do not take."""
     if packed.dim() != 2 or heads < 1 or packed.shape[1] % (blocks * heads):
         raise ValueError(
@@ -381,7 +378,7 @@ def _check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) ->
     return head_dim
 
 
-def _check_sequences(op: str, cu_seqlens: Tensor, like: Tensor) -> int:
+def check_sequences(op: str, cu_seqlens: Tensor, like: Tensor) -> int:
     """How many sequences there are."""
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise ValueError(f"{op}: cu_seqlens: got {tuple(cu_seqlens.shape)}, wanted (B + 1,)")
@@ -406,8 +403,8 @@ def attention_calls(
     for the interpreter: machine code of it spills. Raises ValueError for a shape, dtype or layout
     that the kernel does not take, and for ``kv_lens`` over sequences of several lengths.
     """
-    head_dim = _check_heads("attention", "qkv", qkv, 3, heads)
-    batch, tokens = _check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
+    head_dim = check_heads("attention", "qkv", qkv, 3, heads)
+    batch, tokens = check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
     check_tensor("attention: out", out, qkv, qkv.dtype, (tokens, heads * head_dim))
     check_tensor("attention: kv_lens", kv_lens, qkv, torch.int32, (batch,))
     if kv_lens is not None and tokens != batch * max_seqlen:
@@ -452,156 +449,3 @@ def attention(
     """`attention_ref` by the kernel, for the same tensors; see `attention_calls` for the errors."""
     target, shape = target_of(out), {"heads": heads, "max_seqlen": max_seqlen}
     launch(attention_calls(target, out, qkv, cu_seqlens, kv_lens, causal=causal, **shape))
-
-
-def attention_one_ref(
-    out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, heads: int, max_seqlen: int
-) -> None:
-    """Write ``out`` (B, C): one query a sequence, ``q`` (B, C), over keys of ``kv`` (M, 2 C)."""
-    batch, width = q.shape
-    if batch == 0:
-        return
-    head_dim = width // heads
-    query = q.view(batch, 1, heads, head_dim).transpose(1, 2)
-    if kv.shape[0] == batch * max_seqlen:
-        k, v = kv.view(batch, max_seqlen, 2, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        out.view(batch, 1, heads, head_dim).copy_(_sdpa(query, k, v).transpose(1, 2))
-        return
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    for length in torch.unique(lengths).tolist():
-        members = torch.nonzero(lengths == length).flatten()
-        index = starts[members][:, None] + torch.arange(length, device=kv.device)
-        part = kv.index_select(0, index.flatten()).view(len(members), length, 2, heads, head_dim)
-        k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
-        result = _sdpa(query.index_select(0, members), k, v)
-        out.index_copy_(0, members, result.transpose(1, 2).reshape(len(members), width))
-
-
-@jit()
-def _add_keys(
-    acc: tl.tensor,  # (BLOCK_N, PADDED) fp32, each slot's sum of weighted values so far
-    peak: tl.tensor,  # (BLOCK_N,) fp32, its largest score so far
-    total: tl.tensor,  # (BLOCK_N,) fp32, its sum of weights so far
-    q: tl.tensor,  # (PADDED,) fp32
-    kv_ptr: tl.tensor,  # (M, 2 C)
-    row: tl.tensor,  # the tile's first
-    column: tl.tensor,  # the head's first
-    keys: tl.tensor,  # how many keys the tile has, or None for BLOCK_N
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> tl.tensor:
-    """Add one tile of keys and values, key n to slot n; returns acc, peak, total."""
-    STRIDE: tl.constexpr = 2 * WIDTH
-    k = _load_tile(None, kv_ptr, row, column, keys, STRIDE, BLOCK_N, HEAD_DIM, PADDED)
-    v = _load_tile(None, kv_ptr, row, column + WIDTH, keys, STRIDE, BLOCK_N, HEAD_DIM, PADDED)
-    score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
-    if keys is not None:
-        score = tl.where(tl.arange(0, BLOCK_N) < keys, score, float("-inf"))
-    top = tl.maximum(peak, score)
-    base = tl.where(top == float("-inf"), 0.0, top)  # a slot without a key: -inf - -inf is NaN
-    weight = tl.exp2(score - base)
-    decay = tl.exp2(peak - base)
-    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
-    return acc, top, total * decay + weight
-
-
-@jit()
-def _attention_one_kernel(
-    out_ptr: tl.tensor,  # (B, C)
-    q_ptr: tl.tensor,  # (B, C)
-    kv_ptr: tl.tensor,  # (M, 2 C)
-    cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> None:
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    sequence = tl.program_id(0) // HEADS
-    column = (tl.program_id(0) - sequence * HEADS) * HEAD_DIM
-    start = tl.load(cu_seqlens_ptr + sequence)
-    keys = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    offs_d = tl.arange(0, PADDED)
-    mask = offs_d < HEAD_DIM
-    place = sequence.to(tl.int64) * WIDTH + column + offs_d
-    q = tl.load(q_ptr + place, mask=mask, other=0.0).to(tl.float32)
-
-    # Keys, whole tiles first
-    acc = tl.zeros((BLOCK_N, PADDED), dtype=tl.float32)
-    peak = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    whole = keys // BLOCK_N
-    for j in tl.range(0, whole):
-        acc, peak, total = _add_keys(
-            acc, peak, total, q, kv_ptr, start + j * BLOCK_N, column, None,
-            WIDTH, HEAD_DIM, PADDED, BLOCK_N,
-        )  # fmt: skip
-    partial = keys - whole * BLOCK_N
-    if partial > 0:
-        acc, peak, total = _add_keys(
-            acc, peak, total, q, kv_ptr, start + whole * BLOCK_N, column, partial,
-            WIDTH, HEAD_DIM, PADDED, BLOCK_N,
-        )  # fmt: skip
-
-    # Join the slots, then divide and round; a sequence without keys gives 0
-    top = tl.max(peak, axis=0)
-    decay = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(total * decay, axis=0)
-    out = tl.sum(acc * decay[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def attention_one_cost(
-    out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, lengths: Sequence[int], **_: object
-) -> Cost:
-    """FLOPs of one query against every key of its sequence."""
-    return Cost(4 * out.shape[1] * sum(lengths), traffic(out, q, kv, cu_seqlens))
-
-
-def attention_one_calls(
-    target: Target,
-    out: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    heads: int,
-    max_seqlen: int,
-) -> list[Call]:
-    """The launch of `attention_one_ref`; a sequence without keys gives 0, as there.
-
-    ``max_seqlen`` is not needed. Raises ValueError for a shape, dtype or layout that the kernel
-    does not take.
-    """
-    head_dim = _check_heads("attention_one", "kv", kv, 2, heads)
-    batch = _check_sequences("attention_one", cu_seqlens, kv)
-    for name, tensor in (("out", out), ("q", q)):
-        check_tensor(f"attention_one: {name}", tensor, kv, kv.dtype, (batch, heads * head_dim))
-    padded = max(8, 1 << (head_dim - 1).bit_length())
-    key = f"attention_one|{str(kv.dtype).removeprefix('torch.')}|{heads}x{head_dim}"
-    config = tuned(target.arch).get(key) or KernelConfig(
-        0, 4096 // padded, 0, 4, 1, reason="32 values of K and of V a thread are in flight at once"
-    )
-    arguments = {
-        "out_ptr": out,
-        "q_ptr": q,
-        "kv_ptr": kv,
-        "cu_seqlens_ptr": cu_seqlens,
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "PADDED": padded,
-        "BLOCK_N": config.block_n,
-    }
-    return [Call(_attention_one_kernel, (batch * heads,), arguments, config)]
-
-
-def attention_one(
-    out: Tensor, q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, heads: int, max_seqlen: int
-) -> None:
-    """`attention_one_ref` by the kernel, for the same tensors; see `attention_one_calls`."""
-    calls = attention_one_calls(
-        target_of(out), out, q, kv, cu_seqlens, heads=heads, max_seqlen=max_seqlen
-    )
-    launch(calls)

@@ -29,13 +29,15 @@ from test_operators import (
 )
 from vitrail_kernels.attention import (
     _attention_kernel,
-    _attention_one_kernel,
     attention,
     attention_calls,
+    attention_ref,
+)
+from vitrail_kernels.attention_one import (
+    _attention_one_kernel,
     attention_one,
     attention_one_calls,
     attention_one_ref,
-    attention_ref,
 )
 from vitrail_kernels.launch import INTERPRETED, Target, launch
 
