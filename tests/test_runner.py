@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import HALVES, assert_close
-from vitrail import plans
+from vitrail import plans, runners
+from vitrail.errors import InputError
 from vitrail.files import read_header
 from vitrail.plan import Plan
 from vitrail.runners.reference import ReferenceRunner
@@ -844,3 +845,45 @@ def test_idle_arenas_are_bounded_in_bytes_and_never_empty() -> None:
         pool.give(torch.empty(IDLE_BYTES // 2, dtype=torch.uint8))
     assert sum(arena.numel() for arena in pool._idle) == IDLE_BYTES
     assert len(pool._idle) == 2
+
+
+# -- which runner serves ---------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "runner", "why"),
+    [
+        (torch.float16, (9, 0), "triton", None),
+        (torch.bfloat16, (8, 0), "triton", None),
+        (torch.float32, (9, 0), "reference", "float32 goes through PyTorch"),
+        (torch.float16, (7, 5), "reference", "sm_80 or later, and this is sm_75"),
+    ],
+)
+def test_auto_takes_the_kernels_on_every_gpu_they_serve(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    runner: str,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert runners.choose("auto", dtype, GPU) == runner
+    told = runners.why_not_triton(dtype, GPU)
+    assert (told is None) == (why is None)
+    assert why is None or (told is not None and why in told)
+    if why is not None:
+        with pytest.raises(InputError, match="runner: got 'triton', but"):
+            runners.choose("triton", dtype, GPU)
+    assert runners.choose("reference", dtype, GPU) == "reference"
+
+
+def test_a_cpu_gets_the_reference_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runners.choose("auto", torch.float32, CPU) == "reference"
+    with pytest.raises(InputError, match="the kernels need a CUDA device"):
+        runners.choose("triton", torch.float32, CPU)
+    monkeypatch.setattr(runners, "MISSING", ImportError("triton"))
+    assert runners.choose("auto", torch.float16, GPU) == "reference"
+    with pytest.raises(InputError, match="triton is not installed"):
+        runners.choose("triton", torch.float16, GPU)

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class Runner(ABC):
     def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
         refuse_lost_threads()
-        with plain():
+        with plain(), self._on_device():
             return self._positions.get(self.weights, spec, target, kind)
 
     def run(
@@ -127,7 +128,7 @@ class Runner(ABC):
         stream, and neither waits for it nor for the host.
         """
         refuse_lost_threads()
-        with plain():
+        with plain(), self._on_device():
             tensors = dict(inputs)
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
             arena = self._take(sum(sizes))
@@ -153,6 +154,10 @@ class Runner(ABC):
             arguments = {arg: tensors[name] for arg, name in launch.buffers}
             arguments |= {arg: self.weights[name] for arg, name in launch.weights}
             self.launch(launch, arguments, longest)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels launch on the current device, which need not be the tensors'."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     # PyTorch's own allocator of a GPU gives memory back in the order of a stream; an arena that
     # waits here could be taken by another stream while the first still writes to it

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vitrail.errors import InputError
 from vitrail.plan import Launch
 from vitrail.runners.runner import Runner
 from vitrail_kernels import OPERATORS
@@ -24,17 +24,14 @@ class TritonRunner(Runner):
     @property
     def identity(self) -> str:
         arch = target_of(self.weights.arena).arch
-        return f"triton {metadata.version('triton')} sm_{arch} {config_hash(arch)}"
+        try:
+            configs = config_hash(arch)
+        except ValueError as error:  # a tuned table of the user's own
+            raise InputError(str(error)) from error
+        return f"triton {metadata.version('triton')} sm_{arch} {configs}"
 
     def position(self, *tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].launch(*tensors, **scalars)
 
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
         OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
-
-    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
-        if self.device.type == "cpu":
-            super().walk(launches, tensors, longest)
-            return
-        with torch.cuda.device(self.device):
-            super().walk(launches, tensors, longest)
