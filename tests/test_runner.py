@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -887,3 +890,38 @@ def test_a_cpu_gets_the_reference_and_is_told_why(monkeypatch: pytest.MonkeyPatc
     assert runners.choose("auto", torch.float16, GPU) == "reference"
     with pytest.raises(InputError, match="triton is not installed"):
         runners.choose("triton", torch.float16, GPU)
+
+
+def test_everything_but_the_kernels_works_without_triton(tmp_path: Path) -> None:
+    """Where triton has no wheel the CPU serves all the same, and a kernel says what it lacks."""
+    root = Path(__file__).parents[1]
+    code = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ImportError(f"no module named {{name}}")
+
+sys.meta_path.insert(0, Absent())
+import torch
+import vitrail
+from vitrail_kernels import OPERATORS
+
+model = vitrail.load({str(root / "engine/vitrail/assets/clip")!r})
+print(model.runner, tuple(model.encode_image(torch.zeros(2, 3, 56, 56)).shape))
+try:
+    OPERATORS["linear"].launch(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8, 8))
+except RuntimeError as error:
+    print(error)
+"""
+    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["reference (2, 128)", "kernels: triton is not installed"]
