@@ -48,20 +48,8 @@ def plan_calls(
 
     ``inputs``: those that the plan counts in another shape than they come in, as pixels.
     """
-    kinds = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
-    kinds["compute"] = torch.float16
-
-    def meta(shape: tuple[int, ...], kind: str) -> torch.Tensor:
-        return torch.empty(shape, dtype=kinds[kind], device="meta")
-
-    batch, tokens, longest = len(lengths), sum(lengths), max(lengths)
-    tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in plan.buffers}
-    tensors |= inputs
-    packed = {name: meta(weight.shape, weight.kind) for name, weight in plan.weights}
-    for launch in plan.launches:
-        given = {argument: tensors[name] for argument, name in launch.buffers}
-        given |= {argument: packed[name] for argument, name in launch.weights}
-        yield from OPERATORS[launch.op].calls(target, **given, **launch.resolve(longest))
+    for launch, tensors, scalars in plan.bind(lengths, "float16", **inputs):
+        yield from OPERATORS[launch.op].calls(target, **tensors, **scalars)
 
 
 def every_call(target: Target) -> Iterator[Call]:

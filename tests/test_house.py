@@ -42,6 +42,8 @@ ORDER = (
     "forward",
     "model",
     "info",
+    "workload",
+    "tune",
     "listing",
     "embed",
     "manifest",

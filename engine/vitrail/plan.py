@@ -8,7 +8,7 @@ same time get different slots of one arena. `plans` builds the plans of the towe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -129,26 +129,33 @@ class Plan:
         """FLOPs of all matrix products for sequences of ``lengths`` tokens."""
         return sum(row.flops for row in self.count(lengths))
 
-    def count(self, lengths: Sequence[int], compute: str = "float32") -> list[Counted]:
-        """The cost of every launch, from shapes alone: no kernel runs, no memory is taken."""
+    def bind(
+        self, lengths: Sequence[int], compute: str = "float32", **inputs: torch.Tensor
+    ) -> Iterator[tuple[Launch, dict[str, torch.Tensor], dict[str, Any]]]:
+        """Every launch with its tensors and scalars by argument, for sequences of ``lengths``.
+
+        Meta tensors; one buffer is one tensor. ``inputs`` stand for buffers that come in another
+        shape than they are counted in, as pixels do.
+        """
         kinds = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
         kinds["compute"] = getattr(torch, compute)
         batch, tokens, longest = len(lengths), sum(lengths), max(lengths, default=0)
-        tensors = {
-            b.name: torch.empty(
-                b.shape(batch, tokens, longest), dtype=kinds[b.dtype], device="meta"
-            )
-            for b in self.buffers
-        }
-        packed = {
-            name: torch.empty(weight.shape, dtype=kinds[weight.kind], device="meta")
-            for name, weight in self.weights
-        }
-        rows = []
+
+        def meta(shape: tuple[int, ...], kind: str) -> torch.Tensor:
+            return torch.empty(shape, dtype=kinds[kind], device="meta")
+
+        tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in self.buffers}
+        tensors |= inputs
+        packed = {name: meta(weight.shape, weight.kind) for name, weight in self.weights}
         for launch in self.launches:
             arguments = {arg: tensors[name] for arg, name in launch.buffers}
             arguments |= {arg: packed[name] for arg, name in launch.weights}
-            scalars = launch.resolve(longest)
+            yield launch, arguments, launch.resolve(longest)
+
+    def count(self, lengths: Sequence[int], compute: str = "float32") -> list[Counted]:
+        """The cost of every launch, from shapes alone: no kernel runs, no memory is taken."""
+        rows = []
+        for launch, arguments, scalars in self.bind(lengths, compute):
             cost = OPERATORS[launch.op].cost(**arguments, **scalars, lengths=lengths)
             shapes = " ".join(
                 f"{arg}{tuple(t.shape)}".replace(" ", "") for arg, t in arguments.items()

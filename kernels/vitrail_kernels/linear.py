@@ -303,28 +303,28 @@ ROWS = (64, 256, 1024, 4096, 16384, 65536, 1 << 31)
 """A tuned entry holds for calls of up to this many rows, and more than the one before."""
 
 
-def linear_key(dtype: torch.dtype, m: int, n: int, k: int, residual: bool) -> str:
-    """The key of a tuned configuration."""
+def linear_key(dtype: torch.dtype, m: int, n: int, k: int, form: str) -> str:
+    """The key of a tuned configuration. ``form``: all else that makes another kernel of it."""
     rows = next(rows for rows in ROWS if m <= rows)
-    kind = "linear_residual" if residual else "linear"
-    return f"{kind}|{str(dtype).removeprefix('torch.')}|{rows}x{n}x{k}"
+    return f"linear|{str(dtype).removeprefix('torch.')}|{rows}x{n}x{k} {form}".rstrip()
 
 
 def linear_config(
-    target: Target, dtype: torch.dtype, m: int, n: int, k: int, residual: bool
+    target: Target, dtype: torch.dtype, m: int, n: int, k: int, form: str
 ) -> KernelConfig:
     """The configuration for (m, k) by (n, k): the tuned one where there is one, else by reasons.
 
-    All of an architecture and dtype give the same bits: the same MMA family (64 rows or more make
-    it HGMMA on sm_90), K in the same order, statistics by the same chunks.
+    ``form``: words for what else the kernel does, "residual" among them where there is one. All
+    configurations of an architecture and dtype give the same bits: the same MMA family (64 rows or
+    more make it HGMMA on sm_90), K in the same order, statistics by the same chunks.
     """
-    found = tuned(target.arch).get(linear_key(dtype, m, n, k, residual))
+    found = tuned(target.arch).get(linear_key(dtype, m, n, k, form))
     if found is not None:
         return found
     if dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     if cdiv(m, 128) * cdiv(n, 128) >= target.sms:
-        return _large(target, residual)
+        return _large(target, "residual" in form.split())
     small = 64 if cdiv(m, 64) * cdiv(n, 128) < target.sms else 128
     return KernelConfig(
         64, small, 64, 4, 3, reason="few rows: smaller tiles, so that every SM has one"
@@ -386,7 +386,19 @@ def linear_calls(
         check_tensor(f"linear: {name}", given, x, torch.float32, shape)
     if m == 0 or n == 0:
         return []
-    config = linear_config(target, x.dtype, m, n, k, residual is not None)
+    maps = target.tma and rows is None and residual_rows is None and fits_descriptor(out, x, weight)
+    words = {
+        "pointers": not maps,
+        "norm": norm_eps is not None,
+        "gated": gated,
+        activation or "": activation is not None,
+        "scale": scale is not None,
+        "residual": residual is not None,
+        "stats": stats is not None,
+        f"to {str(out.dtype).removeprefix('torch.')}": out.dtype != x.dtype,
+    }
+    form = " ".join(word for word, there in words.items() if there)
+    config = linear_config(target, x.dtype, m, n, k, form)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     parts = 2 if config.block_n >= 128 else 1
     shared = {
@@ -411,16 +423,15 @@ def linear_calls(
         "GROUP_M": config.group_m,
         "PARTS": parts,
     }
-    plain = rows is None and residual_rows is None
-    if target.tma and plain and fits_descriptor(out, x, weight):
+    if maps:
         columns = config.block_n // parts // (2 if gated else 1)
-        maps = {
+        described = {
             "out_map": descriptor(out, config.block_m, columns),
             "x_map": descriptor(x, config.block_m, config.block_k),
             "weight_map": descriptor(weight, config.block_n, config.block_k),
         }
         grid = (min(tiles, config.ctas * target.sms),)
-        return [Call(_linear_tma_kernel, grid, maps | shared, config)]
+        return [Call(_linear_tma_kernel, grid, described | shared, config)]
     pointers = {
         "depth": k,
         "out_ptr": out,
