@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from vitrail._version import __version__
@@ -153,6 +152,7 @@ def _serving() -> dict[str, str]:
     import torch
 
     from vitrail.runners import choose, why_not_triton
+    from vitrail_kernels.launch import triton_version
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -161,10 +161,8 @@ def _serving() -> dict[str, str]:
         runner = "triton (Vitrail's kernels)"
     else:
         runner = f"reference (PyTorch {torch.__version__}; {why_not_triton(dtype, device)})"
-    try:
-        kernels = f"triton {metadata.version('triton')}"
-    except metadata.PackageNotFoundError:
-        kernels = "triton is not installed"
+    version = triton_version()
+    kernels = "triton is not installed" if version is None else f"triton {version}"
     return {
         "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
         "kernels": kernels,

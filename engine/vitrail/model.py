@@ -578,7 +578,8 @@ class Model:
         interpolated, remainder pixels dropped. ``input_ids`` (B, T) integers; ``attention_mask``
         (B, T) with 1 for the tokens that may be attended to, right padding only. Of a CLIPModel
         either tower alone is allowed. A row of ids without an end token is pooled at its first
-        token, as transformers does.
+        token, as transformers does. Pixels on a GPU are taken without a look at their values, which
+        would wait for it: ``status`` says which items are finite. Ids and masks are looked at.
         """
         if pixel_values is None and input_ids is None:
             raise InputError("forward: got neither pixel_values nor input_ids")
@@ -590,7 +591,7 @@ class Model:
             values = floats(pixel_values)
             if values is None:
                 raise InputError("pixel_values: wanted a float tensor (B, C, height, width)")
-            check_pixels(values, tower.spec, self.spec.image)
+            check_pixels(values, tower.spec, self.spec.image, wait=False)
             vision = forward_vision(tower, self.spec, values, output_hidden_states)
         if input_ids is not None:
             text_tower = self._text_tower("input_ids")
@@ -632,6 +633,10 @@ class Model:
         if list(taps) != sorted(set(taps)):
             raise InputError(f"n: got block numbers {n!r}, wanted them ascending and once each")
         outs = tower.layers(values, taps, norm)
+        for item in range(values.shape[0]):
+            if not all(bool(torch.isfinite(out[item]).all()) for out in outs):
+                where = self._first_bad_block(values[item : item + 1])
+                raise VitrailError(f"get_intermediate_layers: image {item}: {where}")
         patches = [out[:, tower.spec.prefix :] for out in outs]
         if reshape:
             h, w = tower.spec.grid_at(tower.size(values))

@@ -330,7 +330,7 @@ def _first_block(model: Model, oracle: Any, pixels: Tensor) -> str:
         theirs = tower(pixels, output_hidden_states=True).hidden_states
     bound = 1e-4 if model.dtype == torch.float32 else 0.05
     for block, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if float((a - b).abs().max()) > bound * float(b.abs().max()):
+        if float((a.float().cpu() - b).abs().max()) > bound * float(b.abs().max()):
             return f"; first off after {'the patches' if block == 0 else f'block {block}'}"
     return "; no block is off, only what follows them"
 

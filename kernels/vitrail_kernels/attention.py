@@ -355,7 +355,7 @@ def _attention_config(
         reason = "128 rows pad more, or leave multiprocessors idle, or take over 128 registers;"
         reason += " 2 to 4 blocks of a warpgroup overlap softmax with products"
         return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
-    if target.arch == 100:
+    if target.tcgen05:
         reason = "2 to 4 blocks a multiprocessor; 128 rows spill past 96 columns"
         return KernelConfig(64, 64, 0, 4, 2, reason=reason)
     registers = 168 if head_dim <= 64 and not causal else None
@@ -412,6 +412,8 @@ def attention_calls(
     part, more = _parts(head_dim)
     shape = batch, tokens, max_seqlen
     config = _attention_config(target, qkv.dtype, heads, head_dim, causal, shape)
+    if config.block_m % config.block_n:
+        raise ValueError(f"attention: got {config}, wanted key tiles that divide the query tiles")
     block_m, block_n = config.block_m, config.block_n
     # a box starts at whole 16 bytes, in every head
     tma = target.tma and fits_descriptor(qkv) and head_dim * qkv.element_size() % 16 == 0

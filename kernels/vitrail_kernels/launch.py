@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ __all__ = [
     "launch",
     "target_of",
     "tl",
+    "triton_version",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -65,6 +67,11 @@ class Target:
 
     arch: int
     sms: int
+
+    @property
+    def tcgen05(self) -> bool:
+        """Multiplies by datacentre Blackwell's tensor cores, whose sums are not in registers."""
+        return 100 <= self.arch < 120
 
     @property
     def tma(self) -> bool:
@@ -96,6 +103,11 @@ def target_of(tensor: Tensor) -> Target:
     return INTERPRETED
 
 
+def triton_version() -> str | None:
+    """The version of triton, under whatever name it was installed; None without it."""
+    return None if triton is None else str(triton.__version__)
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels of this process."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,15 +123,25 @@ class Call:
     config: KernelConfig
 
     def launch(self) -> None:
-        """Launch on the current stream of the arguments' device; nothing for a grid with a 0."""
+        """Launch on the current stream of the current device; nothing for a grid with a 0."""
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, **self.config.options())
+            with _LAUNCHING:
+                self.kernel[self.grid](**self.arguments, **self.config.options())
+
+
+_LAUNCHING = threading.Lock()
+"""Triton hands a kernel that one thread is still loading to another, which then has no function."""
 
 
 def launch(calls: Sequence[Call]) -> None:
-    """Launch in order."""
+    """Launch in order, on the current stream of the device that holds the arguments."""
     for call in calls:
-        call.launch()
+        tensor = next(a for a in call.arguments.values() if isinstance(a, Tensor))
+        if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                call.launch()
+        else:
+            call.launch()
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:

@@ -288,7 +288,11 @@ def _patch_config(
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     # steps of 64 where two addresses a thread cover them: others, and HMMA's layout, would spill
-    deep = 64 if step == 16 and pixels.dtype == torch.uint8 and target.arch in (90, 100) else 32
+    deep = (
+        64
+        if step == 16 and pixels.dtype == torch.uint8 and (target.arch == 90 or target.tcgen05)
+        else 32
+    )
     if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
     if target.arch not in (80, 90, 100) or step == pixels.element_size():

@@ -109,14 +109,20 @@ def launches(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iter
         return Launch(label, op, given, scalars, times, (shape.tokens,) * b)
 
     def linear(label: str, times: int, rows: int, n: int, k: int, **more: Any) -> Launch:
-        """``more``: norm, residual, and the operator's own scalars."""
+        """``more``: norm, residual, gathered rows of either, and the operator's own scalars."""
         given = {"out": empty(rows, n // 2 if more.get("gated") else n), "x": empty(rows, k)}
         given |= {"weight": empty(n, k), "bias": wide(n)}
         if more.pop("norm", False):
             given |= {"x_stats": wide(*stats_shape(rows, k)), "row_sums": wide(n)}
             more["norm_eps"] = 1e-6
+        if more.pop("gathered", False):
+            whole = empty(m, k if "norm_eps" in more else n)
+            picked = "rows" if "norm_eps" in more else "residual_rows"
+            given |= {"x": whole, "x_stats": stats} if picked == "rows" else {"residual": whole}
+            given[picked] = empty(rows, kind=torch.int32)
         if more.pop("residual", False):
-            given |= {"residual": given["out"], "stats": wide(*stats_shape(rows, n))}
+            given |= {"residual": given.get("residual", given["out"])}
+            given |= {"stats": wide(*stats_shape(rows, n))}
             if shape.layer_scale:
                 given["scale"] = wide(n)
         return launch(label, "linear", times, given, **more)
@@ -145,11 +151,11 @@ def launches(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iter
     yield linear("up", n, m, up, c, **act)
     yield linear("down", n, m, c, f, residual=True)
     yield linear("last kv", 1, m, 2 * c, c, norm=True)
-    yield linear("last q", 1, b, c, c, norm=True)
+    yield linear("last q", 1, b, c, c, norm=True, gathered=True)
     given = {"out": empty(b, c), "q": empty(b, c), "kv": empty(m, 2 * c), "cu_seqlens": lengths}
     scalars = {"heads": shape.heads, "max_seqlen": shape.tokens}
     yield launch("last attention", "attention_one", 1, given, **scalars)
-    yield linear("last out", 1, b, c, c, residual=True)
+    yield linear("last out", 1, b, c, c, residual=True, gathered=True)
     yield linear("last up", 1, b, up, c, **act)
     yield linear("last down", 1, b, c, f, residual=True)
     given = {"out": wide(b, shape.embedding), "status": empty(b, kind=torch.int32)}

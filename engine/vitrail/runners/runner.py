@@ -95,6 +95,9 @@ class Runner(ABC):
     name: str
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            # by number: another thread's current device may be another
+            device = torch.device("cuda", torch.cuda.current_device())
         self.weights, self.dtype, self.device = weights.to(device), dtype, device
         self._arenas = ArenaPool(device)
         self._positions = PositionCache(self.position)
@@ -116,7 +119,10 @@ class Runner(ABC):
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
         refuse_lost_threads()
         with plain(), self._on_device():
-            return self._positions.get(self.weights, spec, target, kind)
+            table = self._positions.get(self.weights, spec, target, kind)
+            if table.is_cuda:  # so that its memory waits for this stream too once it is forgotten
+                table.record_stream(torch.cuda.current_stream(table.device))
+            return table
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int

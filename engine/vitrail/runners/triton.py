@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from vitrail.plan import Launch
 from vitrail.runners.runner import Runner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import config_hash
-from vitrail_kernels.launch import target_of
+from vitrail_kernels.launch import target_of, triton_version
 
 
 class TritonRunner(Runner):
@@ -28,7 +27,7 @@ class TritonRunner(Runner):
             configs = config_hash(arch)
         except ValueError as error:  # a tuned table of the user's own
             raise InputError(str(error)) from error
-        return f"triton {metadata.version('triton')} sm_{arch} {configs}"
+        return f"triton {triton_version()} sm_{arch} {configs}"
 
     def position(self, *tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].launch(*tensors, **scalars)
