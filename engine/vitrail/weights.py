@@ -296,7 +296,7 @@ class _Loader:
     ) -> Tensor | None:
         """Write the rows of ``name`` times ``gamma`` to ``out``; returns ``W beta`` (N,) fp64.
 
-        ``sums`` (N,) get the sums of the rows as they were rounded.
+        ``sums`` (N,), with ``beta``: the sums of the rows as they were rounded to 16 bits.
         """
         shift = None
         if beta is not None:
@@ -304,18 +304,22 @@ class _Loader:
         flat = out if out.dim() == 2 else out.view(1, -1)
         for start, chunk in self.chunks(name, out):
             part = flat[start : start + chunk.shape[0]]
-            if shift is not None and beta is not None:
-                # in double, so that the rounded bias does not depend on how rows were chunked
-                torch.mv(chunk.double(), beta, out=shift[start : start + chunk.shape[0]])
+            some = slice(start, start + len(part))
+            # in double, so that what is rounded does not depend on how rows were chunked
+            exact = chunk.double() if beta is not None else None
+            if shift is not None and exact is not None and beta is not None:
+                torch.mv(exact, beta, out=shift[some])
             if part.data_ptr() == chunk.data_ptr():
                 if gamma is not None:
                     chunk.mul_(gamma)
             else:
                 part.copy_(chunk if gamma is None else chunk * gamma)
                 self.check_rounded(name, part)
-            if sums is not None:  # as a product: ten times faster than a sum in double
-                exact = part if part.dtype == torch.float32 else part.double()
-                sums[start : start + len(part)] = exact.mv(exact.new_ones(exact.shape[1]))
+            if sums is not None and exact is not None and gamma is not None:
+                if part.dtype == torch.float32:  # its rounding is below what a sum shows
+                    sums[some] = exact.mv(gamma.double())
+                else:  # as a product: ten times faster than a sum in double
+                    sums[some] = part.double().mv(exact.new_ones(exact.shape[1]))
         return shift
 
 
