@@ -1,0 +1,80 @@
+"""Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import vitrail_kernels
+from gpu.common import DRY
+from gpu.models import Zoo
+
+if DRY:  # NumPy's products depend on where in a tile a row stands
+    from interpreted.conftest import ordered_dot  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In a dry run there is no GPU, and these tests run all the same."""
+    if DRY:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                marks = item.own_markers
+                marks[:] = [m for m in marks if "no CUDA device" not in m.kwargs.get("reason", "")]
+
+
+@pytest.fixture(scope="session")
+def kernels(request: pytest.FixtureRequest) -> None:
+    """Compile what the chosen modules launch, into Triton's cache, by a process for every core.
+
+    One after the other, when each is first launched, would take many times as long. Whatever fails
+    here fails again in the test that needs it, and says so there.
+    """
+    if DRY:
+        return
+    modules = sorted({item.path.stem for item in request.session.items})
+    card = torch.cuda.get_device_properties()
+    target = [f"{card.major}{card.minor}", str(card.multi_processor_count)]
+    # not the root, in whose kernels/ transformers would see a package
+    paths = [path for path in sys.path if path not in ("", str(request.config.rootpath))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-m", "gpu.precompile", *target, *modules]
+    subprocess.run(command, env=environment, check=False)
+
+
+@pytest.fixture(scope="session")
+def zoo(kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Every kernel, with nothing compiled or loaded: for the test's time it has an empty cache."""
+    from triton.runtime.jit import JITFunction
+
+    found = {
+        id(value): value
+        for module in vars(vitrail_kernels).values()
+        if getattr(module, "__name__", "").startswith("vitrail_kernels.")
+        for value in vars(module).values()
+        if isinstance(value, JITFunction)
+    }
+    torch.cuda.synchronize()
+    for kernel in found.values():
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    yield list(found.values())
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """What a test leaves is given back to the GPU."""
+    yield
+    if not DRY:
+        torch.cuda.empty_cache()
