@@ -19,6 +19,7 @@ from vitrail_kernels import (
     patch_embed,
     pool,
     position,
+    resize,
     text_embed,
 )
 from vitrail_kernels.cost import Cost
@@ -53,6 +54,7 @@ OPERATORS: dict[str, Operator] = {
     "attention_one": _operator(attention_one, "attention_one"),
     "pool": _operator(pool, "pool"),
     "class_mean": _operator(class_mean, "class_mean"),
+    "resize": _operator(resize, "resize"),
 }
 
 __all__ = ["OPERATORS", "Call", "Cost", "Operator"]

@@ -1,0 +1,58 @@
+// The resize and crop of a batch of uint8 images of mixed sizes, bit for bit as Pillow's; see
+// resize.hpp. Kernels alone, to be loaded and launched through the driver; a test builds them by
+//
+//   nvcc -std=c++17 -O3 -Werror all-warnings -fatbin -o resize.fatbin resize.cu
+//       -gencode arch=compute_80,code=sm_80 -gencode arch=compute_86,code=sm_86
+//       -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90,code=sm_90
+//       -gencode arch=compute_100,code=sm_100 -gencode arch=compute_120,code=[sm_120,compute_120]
+#include "resize.hpp"
+
+using vitrail::resize::Image;
+using vitrail::resize::kLines;
+using vitrail::resize::kNumbers;
+using vitrail::resize::kTogether;
+
+constexpr int kLanes = 32;
+constexpr int kThreads = 128;
+
+// A kernel launched to overlap the one before it waits here until that one's writes can be read.
+// Nothing is loaded before; pointers are not __restrict__, or the compiler might do it anyway.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// grid: groups * ceil(width * channels / 32) blocks of 32 x 4 threads, a thread for one number of
+// four lines of a group.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    vitrail_resize_across(uint8_t* middle, const uint8_t* pixels, const Image* images,
+                          const int32_t* groups, const int32_t* taps, int32_t width, int32_t stride,
+                          int32_t channels) {
+    wait_for_the_kernel_before();
+    const int32_t numbers = width * channels;
+    const int32_t tiles = (numbers + kLanes - 1) / kLanes;
+    const int32_t group = static_cast<int32_t>(blockIdx.x) / tiles;
+    const int32_t at = static_cast<int32_t>(blockIdx.x) % tiles * kLanes + threadIdx.x;
+    if (at >= numbers) return;
+    vitrail::resize::across(middle, pixels, images[groups[group]], taps, group,
+                            static_cast<int32_t>(threadIdx.y) * kTogether, at, width, stride,
+                            channels);
+}
+
+// grid: images * ceil(height * stride / 16 / 128) blocks of 128 threads, a thread for 16 bytes of a
+// line of the output; all threads of a line read the same weights.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    vitrail_resize_down(uint8_t* out, const uint8_t* middle, const Image* images,
+                        const int32_t* taps, int32_t height, int32_t numbers, int32_t stride) {
+    wait_for_the_kernel_before();
+    const int32_t chunks = stride / kNumbers;
+    const int32_t blocks = (height * chunks + kThreads - 1) / kThreads;
+    const int32_t image = static_cast<int32_t>(blockIdx.x) / blocks;
+    const int32_t place = static_cast<int32_t>(blockIdx.x) % blocks * kThreads + threadIdx.x;
+    if (place >= height * chunks) return;
+    vitrail::resize::down(out + int64_t{image} * height * numbers, middle, images[image], taps,
+                          place / chunks, place % chunks * kNumbers, height, numbers, stride);
+}
+
+static_assert(kLines / kTogether * kLanes == kThreads, "a block takes the lines of one group");
