@@ -224,3 +224,11 @@ def test_the_sample_photos_serve_where_none_are_given(folders: dict[str, Path]) 
     result = run("--model", folders["ViTModel"])
     assert result.exit_code == 0, result.output
     assert "no images given: the sample photos" in result.stderr
+
+
+def test_the_bundled_model_passes_with_the_captions_of_the_command_itself() -> None:
+    """What a newcomer types first; its texts are of at most 24 tokens."""
+    clip = Path(engine.__file__).parent / "assets/clip"
+    result = run("--model", clip)
+    assert result.exit_code == 0, result.output
+    assert "the ids of 3 texts are equal" in result.output
