@@ -44,7 +44,9 @@ stage_build() { "$python" setup.py build_ext --inplace; }
 stage_precompile() { "$python" benchmarks/precompile.py; }
 
 # -P keeps this folder out of sys.path, where transformers would take kernels/ for a package.
-stage_tests() { "$python" -P -m pytest -m gpu -q -ra --durations=5; }
+stage_tests() {
+    "$python" -P -m pytest -m gpu -q -ra --durations=5 tests/gpu tests/test_tune.py
+}
 
 SMALL='
 import numpy, torch, vitrail

@@ -143,7 +143,8 @@ def _across_kernel(
     weight_ptrs = table_ptr + 2 * width + column
     acc_0 = tl.full((BLOCK_N,), 1 << 21, tl.int32)
     acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
-    for tap in range(tl.load(image_ptr + 5).to(tl.int32)):
+    taps = tl.where(line <= last, tl.load(image_ptr + 5), 0).to(tl.int32)
+    for tap in range(taps):
         used = tap < count
         weight = tl.load(weight_ptrs + tap * width, mask=used, other=0)
         acc_0 += tl.load(line_0 + at, mask=used, other=0).to(tl.int32) * weight

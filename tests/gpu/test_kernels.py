@@ -116,7 +116,8 @@ def test_all_operators_are_met() -> None:
 def test_positions_are_pytorchs_in_fp64(
     grid: tuple[int, int], target: tuple[int, int], antialias: bool
 ) -> None:
-    width, prefix = 768, torch.randn(5, 768, device=DEVICE)
+    width = 64 if DRY else 768
+    prefix = torch.randn(5, width, device=DEVICE)
     table = torch.randn(1 + grid[0] * grid[1], width, device=DEVICE)
     bias = torch.randn(width, device=DEVICE)
     scalars: dict[str, Any] = {"grid": grid, "target": target, "antialias": antialias}

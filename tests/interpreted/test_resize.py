@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_resize_operator import FILTERS, Batch, Run, content, differing, pillow, reference, resized
+from test_resize_operator import Batch, Run, content, differing, pillow, reference, resized
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import Target, launch
 from vitrail_kernels.resize import Tables, resize, resize_calls, resize_tables
@@ -44,26 +44,29 @@ CASES = {  # size, target, corner, window
 }
 
 
-@pytest.mark.parametrize("resample", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("name", CASES)
-def test_it_has_the_bits_of_pillow(name: str, resample: int) -> None:
+def test_it_has_the_bits_of_pillow(name: str) -> None:
+    """Two filters each: tables hold nothing of filters but their weights."""
     size, target, corner, window = CASES[name]
-    channels = (3, 1, 4)[(list(CASES).index(name) + resample) % 3]
-    batch = Batch([photo(*size, channels).numpy()], [target], [corner], window, resample)
-    assert differing(batch, on(TARGETS[resample % 2]), pillow(batch)) == []
+    number = list(CASES).index(name)
+    for resample in (number % 6, (number + 3) % 6):
+        channels = (3, 1, 4)[(number + resample) % 3]
+        batch = Batch([photo(*size, channels).numpy()], [target], [corner], window, resample)
+        assert differing(batch, on(TARGETS[resample // 3]), pillow(batch)) == []
 
 
 def mixed(resample: int = 3, channels: int = 3) -> Batch:
-    """Sizes on both sides of a group of 16 lines, and more numbers than a tile is wide."""
-    sizes = [(15, 20), (16, 33), (1, 1), (17, 60), (49, 9), (33, 40)]
-    targets = [(20, 50), (16, 48), (18, 50), (24, 60), (40, 70), (19, 46)]
-    corners = [(2, 1), (-1, 0), (1, 3), (5, 9), (20, 20), (2, -1)]
+    """One and two groups of 16 lines, whole or not, and more numbers than a tile is wide."""
+    sizes = [(15, 20), (16, 33), (1, 1), (49, 9), (33, 40)]
+    targets = [(20, 50), (16, 48), (18, 50), (40, 70), (19, 46)]
+    corners = [(2, 1), (-1, 0), (1, 3), (20, 20), (4, -1)]
     images = [photo(*size, channels).numpy() for size in sizes]
-    return Batch(images, targets, corners, (17, 46), resample)
+    return Batch(images, targets, corners, (11, 46), resample)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    ("target", "channels"), [(TARGETS[0], 1), (TARGETS[1], 3), (TARGETS[0], 4)], ids=str
+)
 def test_images_of_mixed_sizes_in_one_buffer(target: Target, channels: int) -> None:
     batch = mixed(1, channels)
     assert differing(batch, on(target), pillow(batch)) == []
@@ -88,19 +91,19 @@ def test_the_lines_between_are_those_of_the_reference() -> None:
 def test_no_image_sees_another() -> None:
     batch = mixed()
     clean = resized(batch, on(TARGETS[0]))
-    for number in (0, 2, 5):
+    for number in (2, 4):
         images, targets, corners = ([part[number]] for part in batch[:3])
         alone = batch._replace(images=images, targets=targets, corners=corners)
         assert torch.equal(resized(alone, on(TARGETS[0]))[0], clean[number])
-    for image in (batch.images[1], batch.images[4]):
+    for image in (batch.images[1], batch.images[3]):
         image ^= 255
     now = resized(batch, on(TARGETS[0]))
     changed = (now != clean).flatten(1).any(1)
-    assert changed.tolist() == [False, True, False, False, True, False]
+    assert changed.tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("kernel", ["across", "down"])
-@pytest.mark.parametrize("sides", [(16, 32), (4, 512)], ids=str)
+@pytest.mark.parametrize("sides", [(16, 64), (4, 512)], ids=str)
 def test_every_tile_gives_the_same_bits(kernel: str, sides: tuple[int, int]) -> None:
     batch = mixed()
     config = KernelConfig(*sides, 0, 4, 1)
@@ -163,12 +166,12 @@ def test_no_images_launch_nothing() -> None:
         (
             "out",
             lambda t: t[0],
-            r"resize: out: got shape \(17, 46, 3\), wanted \(B, h, w, channels",
+            r"resize: out: got shape \(11, 46, 3\), wanted \(B, h, w, channels",
         ),
         ("out", lambda t: t[:, :0], "of less than 2\\^31 numbers an image"),
         ("out", lambda t: t.int(), "resize: out: got torch.int32, wanted torch.uint8"),
         ("out", lambda t: t[:, :, :44], "resize: out: got strides"),
-        ("out", lambda t: t[:5], r"resize: images: got shape \(6, 8\), wanted \(5, 8\)"),
+        ("out", lambda t: t[:4], r"resize: images: got shape \(5, 8\), wanted \(4, 8\)"),
         ("middle", lambda t: t[1:], "resize: middle: got shape"),
         ("middle", lambda t: t[:, :138], r"resize: middle: got shape \(\d+, 138\), wanted"),
         ("pixels", lambda t: t[None], "resize: pixels: got shape"),
@@ -183,7 +186,7 @@ def test_what_it_refuses(name: str, change: Callable[[Tensor], Tensor], message:
     batch = mixed()
     tables = batch.tables()
     given = {
-        "out": torch.empty(6, 17, 46, 3).byte(),
+        "out": torch.empty(5, 11, 46, 3).byte(),
         "middle": torch.empty(tables.middle).byte(),
         "pixels": batch.pixels(),
         "images": tables.images,
