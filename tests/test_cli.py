@@ -678,7 +678,8 @@ def test_a_stopped_job_says_what_is_safe_and_leaves_no_draft(
     out = tmp_path / "out"
     process = start("embed", "--list", names, "--model", clip, "--out", out, "--part-size", 16)
     try:
-        while not (out / "_manifest.jsonl").exists():
+        manifest = out / "_manifest.jsonl"
+        while not manifest.exists() or not manifest.stat().st_size:  # made first, then written
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(number)
