@@ -36,7 +36,7 @@ PRODUCTS = {"patch_embed", "linear", "attention", "pool"}
 FULL, OTHERS = (80, 90), (86, 89, 100, 120)
 QUICK = ("ViT-B/16", "CLIP-B text")
 # the ptxas of triton 3.6 keeps one value of 8 bytes in local memory in some kernels, however few
-# registers they take, and touches it at most four times
+# registers they take
 STACK = 8 if triton.__version__.startswith("3.6.") else 0
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -49,7 +49,7 @@ def check(launch: Launch, call: Call, code: Compiled) -> None:
     """What must hold of every kernel of a model."""
     where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
     assert code.stack <= STACK, f"{where}: {code.stack} bytes of stack"
-    assert code.spills <= STACK // 2, f"{where}: {code.spills} spills"
+    assert code.spills == 0 or 0 < code.stack <= STACK, f"{where}: {code.spills} spills"
     assert code.shared <= SHARED_LIMIT[code.arch], f"{where}: {code.shared} bytes shared"
     assert code.blocks >= call.config.ctas, f"{where}: {code.blocks} blocks fit"
     assert not any(name.startswith(("DFMA", "DADD", "DMUL")) for name in code.instructions), where

@@ -337,7 +337,9 @@ def _large(target: Target, residual: bool) -> KernelConfig:
             128, 128, 32, 4, 4, ctas=2, reason="four steps of K in flight, two blocks an SM"
         )
     if target.arch >= 120:
-        return KernelConfig(128, 128, 64, 8, 2, reason="what 99 KiB of shared memory allow")
+        return KernelConfig(
+            128, 64, 64, 4, 2, ctas=2, reason="99 KiB of shared memory; wider, wide rows spill"
+        )
     # two blocks an SM, so that one multiplies while the other finishes its tile; the residual's
     # way through shared memory leaves room for two stages only
     stages = 2 if residual else 3
