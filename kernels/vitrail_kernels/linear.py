@@ -340,6 +340,8 @@ def _large(target: Target, residual: bool) -> KernelConfig:
         return KernelConfig(
             128, 64, 64, 4, 2, ctas=2, reason="99 KiB of shared memory; wider, wide rows spill"
         )
+    if target.tcgen05 and residual:
+        return KernelConfig(128, 128, 64, 8, 3, reason="128 registers spill beside a column scale")
     # two blocks an SM, so that one multiplies while the other finishes its tile; the residual's
     # way through shared memory leaves room for two stages only
     stages = 2 if residual else 3
