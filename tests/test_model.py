@@ -1119,6 +1119,15 @@ def test_forward_marks_the_items_that_are_not_finite(architecture: str, tmp_path
     assert torch.isfinite(out.last_hidden_state[::2]).all()
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_intermediate_layers_name_the_item_that_is_not_finite(norm: bool, tmp_path: Path) -> None:
+    half, pixels = loud(tmp_path, "Dinov2Model")
+    with pytest.raises(VitrailError, match="get_intermediate_layers: image 1: the patch embedding"):
+        half.get_intermediate_layers(pixels, n=2, norm=norm)
+    assert all(p.isfinite().all() for p in half.get_intermediate_layers(pixels[::2], n=2))
+    assert [len(p) for p in half.get_intermediate_layers(pixels[:0], n=2)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("architecture", "prefix"),
     [("ViTForImageClassification", "vit."), ("Dinov2ForImageClassification", "dinov2.")],

@@ -39,7 +39,7 @@ from vitrail.inputs import (
 from vitrail.outputs import Classification, EncodeResult, Output
 from vitrail.plain import plain
 from vitrail.resize import Pixels, spec_at
-from vitrail.runners import choose, make
+from vitrail.runners import RUNNERS, choose
 from vitrail.runners.runner import Runner
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
@@ -83,7 +83,7 @@ def load(
     """
     place = check_device(device)
     kind = _dtype(dtype, place)
-    runner = choose(runner, kind, place)
+    runner_class = RUNNERS[choose(runner, kind, place)]
     if sixteen_bit not in ("scale", "clip"):
         raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
@@ -94,7 +94,7 @@ def load(
         a, b = pixels_of.linear_scale(spec.image, spec.vision.channels)
         scale = torch.from_numpy(a), torch.from_numpy(b)
     weights = load_weights(spec, sources, kind, scale)
-    return Model(checkpoint, spec, sources, make(runner, weights, kind, place), sixteen_bit)
+    return Model(checkpoint, spec, sources, runner_class(weights, kind, place), sixteen_bit)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -633,10 +633,11 @@ class Model:
         if list(taps) != sorted(set(taps)):
             raise InputError(f"n: got block numbers {n!r}, wanted them ascending and once each")
         outs = tower.layers(values, taps, norm)
-        for item in range(values.shape[0]):
-            if not all(bool(torch.isfinite(out[item]).all()) for out in outs):
-                where = self._first_bad_block(values[item : item + 1])
-                raise VitrailError(f"get_intermediate_layers: image {item}: {where}")
+        finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outs]).all(dim=0)
+        if not bool(finite.all()):
+            item = int(finite.logical_not().nonzero()[0])
+            where = self._first_bad_block(values[item : item + 1])
+            raise VitrailError(f"get_intermediate_layers: image {item}: {where}")
         patches = [out[:, tower.spec.prefix :] for out in outs]
         if reshape:
             h, w = tower.spec.grid_at(tower.size(values))

@@ -8,7 +8,6 @@ from vitrail.errors import InputError
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.runners.runner import Runner
 from vitrail.runners.triton import TritonRunner
-from vitrail.weights import Weights
 from vitrail_kernels.launch import MISSING, interpreted
 
 RUNNERS: dict[str, type[Runner]] = {"reference": ReferenceRunner, "triton": TritonRunner}
@@ -43,8 +42,3 @@ def choose(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     if wanted == "auto":
         return "triton" if why is None and device.type == "cuda" else "reference"
     return wanted
-
-
-def make(wanted: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> Runner:
-    """The runner that `choose` names, with the weights on its device."""
-    return RUNNERS[choose(wanted, dtype, device)](weights, dtype, device)
