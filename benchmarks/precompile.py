@@ -7,13 +7,10 @@ are made of meta tensors, by the launchers' own code. Exit code 1 where one does
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from problems import problems
@@ -22,7 +19,7 @@ from shapes import MODEL_CASES, TEXT, VISION, captions
 from vitrail import plans
 from vitrail.plan import Plan
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import compile_call, identity
+from vitrail_kernels.compile import Compiled, compile_each, identity
 from vitrail_kernels.launch import Call, Target
 
 PROPERTIES = """
@@ -30,8 +27,6 @@ import torch
 card = torch.cuda.get_device_properties()
 print(10 * card.major + card.minor, card.multi_processor_count)
 """
-CALLS: list[Call] = []
-"""What the worker processes compile, by position; filled before they fork."""
 
 
 def _target(arch: int | None, sms: int) -> Target:
@@ -71,14 +66,11 @@ def every_call(target: Target) -> Iterator[Call]:
             yield from plan_calls(plan, lengths, target, pixels=pixels)
 
 
-def _compile(position: int, arch: int) -> str:
-    start = time.monotonic()
-    call = CALLS[position]
-    found = compile_call(call, arch)
+def _line(call: Call, found: Compiled) -> str:
     size = f"{call.config.block_m}x{call.config.block_n}x{call.config.block_k}"
     return (
         f"{found.name:28s} {size:12s} {found.registers:4d} registers {found.spills:4d} spills "
-        f"{found.shared:7d} bytes shared {time.monotonic() - start:6.1f} s"
+        f"{found.shared:7d} bytes shared"
     )
 
 
@@ -89,20 +81,16 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--sms", type=int, default=132, help="multiprocessors, with --arch")
     options = parser.parse_args(given)
     target = _target(options.arch, options.sms)
-    CALLS[:] = {identity(call): call for call in every_call(target)}.values()
+    calls = list({identity(call): call for call in every_call(target)}.values())
     start, failed = time.monotonic(), 0
-    workers = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = [pool.submit(_compile, i, target.arch) for i in range(len(CALLS))]
-        for position, one in enumerate(running):
-            try:
-                print(one.result(), flush=True)
-            except Exception as error:  # said, and the others are compiled
-                failed += 1
-                print(f"FAILED {CALLS[position].kernel.__name__}: {error}", file=sys.stderr)
+    for call, found in zip(calls, compile_each(calls, target.arch), strict=True):
+        if isinstance(found, str):  # said, and the others are compiled
+            failed += 1
+            print(f"FAILED {found}", file=sys.stderr)
+        else:
+            print(_line(call, found))
     seconds = time.monotonic() - start
-    print(f"{len(CALLS) - failed} of {len(CALLS)} kernels in {seconds:.0f} s, {workers} at once")
+    print(f"{len(calls) - failed} of {len(calls)} kernels in {seconds:.0f} s")
     return int(failed > 0)
 
 
