@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -23,8 +25,9 @@ from vitrail_kernels.compile import (
     order_of_sums,
 )
 from vitrail_kernels.configs import KernelConfig
-from vitrail_kernels.launch import Call, Target, jit, tl
+from vitrail_kernels.launch import Call, Grid, Target, jit, tl
 from vitrail_kernels.linear import linear_calls
+from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.report import CARDS, SHAPES, Launch, launches, table
 
 pytestmark = pytest.mark.skipif(
@@ -45,9 +48,34 @@ def target(arch: int) -> Target:
     return Target(arch, CARDS[arch].sms)
 
 
+WAIT, NEXT = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
+TOUCHES = re.compile(
+    r"\b(?:(?:ld|st)\.(?:\w+\.)*global|cp\.async|atom|red|mbarrier|ret|bra)\b[\w.:]*"
+)
+"""What no block may do before the kernel before it has ended."""
+
+
+def check_overlap(code: Compiled) -> None:
+    """The wait stands before all that touches memory, branches or returns; the signal after it."""
+    ptx = re.sub(r"//.*", "", code.ptx).partition(".entry")[2]
+    where = f"sm_{code.arch} {code.name}"
+    if code.arch < 90:
+        assert "griddepcontrol" not in ptx, f"{where}: no such instruction there"
+        return
+    assert (ptx.count(WAIT), ptx.count(NEXT)) == (1, 1), f"{where}: {ptx.count(WAIT)} waits"
+    before, _, after = ptx.partition(WAIT)
+    assert TOUCHES.findall(before) == [], f"{where}: before the wait"
+    between, _, rest = after.partition(NEXT)
+    assert TOUCHES.findall(between) == [], f"{where}: between wait and signal"
+    # a block of the next kernel takes tensor memory before it waits, and keeps it: all blocks of
+    # this one must have theirs, or both would wait for ever
+    assert "tcgen05.alloc" not in rest, f"{where}: tensor memory is taken after the signal"
+
+
 def check(launch: Launch, call: Call, code: Compiled) -> None:
     """What must hold of every kernel of a model."""
     where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
+    check_overlap(code)
     assert code.stack <= STACK, f"{where}: {code.stack} bytes of stack"
     assert code.spills == 0 or 0 < code.stack <= STACK, f"{where}: {code.spills} spills"
     assert code.shared <= SHARED_LIMIT[code.arch], f"{where}: {code.shared} bytes shared"
@@ -233,9 +261,43 @@ HALF_TYPE = tl.constexpr(tl.float16)
 def test_a_kernel_that_spills_is_seen() -> None:
     x = torch.empty(128, 128, dtype=HALF, device="meta")
     config = KernelConfig(128, 128, 0, 4, 1, registers=64)
-    code = compile_call(Call(_spilling_kernel, (1,), {"x_ptr": x, "BLOCK": 128}, config), 80)
+    code = compile_call(Call(_spilling_kernel, Grid(1), {"x_ptr": x, "BLOCK": 128}, config), 80)
     assert code.spills > 0
     assert code.stack > 0
+
+
+@jit()
+def _hasty_kernel(x_ptr: tl.tensor, PDL: tl.constexpr, WRONG: tl.constexpr) -> None:
+    """Does before the wait what WRONG says."""
+    x = 1.0
+    if WRONG == "loads":
+        x = tl.load(x_ptr)
+    if WRONG == "stores":
+        tl.store(x_ptr + 1, x)
+    if WRONG == "adds":
+        tl.atomic_add(x_ptr + 1, x)
+    if WRONG == "returns":
+        block = tl.program_id(0)
+        if block > 3:
+            return
+    wait_for_previous(PDL)
+    if WRONG == "waits twice":
+        wait_for_previous(PDL)
+    tl.store(x_ptr, x)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "loads", "stores", "adds", "returns", "waits twice"])
+def test_what_is_done_before_the_wait_is_seen(wrong: str) -> None:
+    x = torch.empty(2, dtype=torch.float32, device="meta")
+    arguments = {"x_ptr": x, "PDL": True, "WRONG": wrong}
+    code = compile_call(Call(_hasty_kernel, Grid(1), arguments, KernelConfig(0, 0, 0, 1, 1)), 90)
+    if wrong == "nothing":
+        check_overlap(code)
+        with pytest.raises(AssertionError, match="no such instruction"):
+            check_overlap(dataclasses.replace(code, arch=80))
+    else:
+        with pytest.raises(AssertionError, match=r"before the wait|2 waits"):
+            check_overlap(code)
 
 
 def test_the_report_says_what_was_compiled_and_what_is_an_estimate() -> None:
@@ -262,7 +324,8 @@ def test_the_report_counts_what_a_plan_counts() -> None:
 
 @pytest.mark.parametrize("arch", FULL)
 def test_heads_and_poolers(arch: int) -> None:
-    """What only dense plans launch: scores in fp32, tanh, masks, LayerNorm by itself."""
+    """What only dense plans launch: scores in fp32, tanh, masks, LayerNorm by itself; and what is
+    launched outside of plans."""
 
     def empty(*shape: int, kind: torch.dtype = HALF) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
@@ -277,6 +340,14 @@ def test_heads_and_poolers(arch: int) -> None:
     head = {"weight": empty(1000, 768), "bias": wide(1000), "row_sums": wide(1000)}
     vectors = {"gamma": wide(768), "beta": wide(768)}
     sequences = {"cu_seqlens": whole(33), "kv_lens": whole(32)}
+    resized = {
+        "out": empty(2, 224, 224, 3, kind=torch.uint8),
+        "middle": empty(16 * 30, 672, kind=torch.uint8),
+        "pixels": empty(1 << 20, kind=torch.uint8),
+        "images": empty(2, 8, kind=torch.int64),
+        "groups": whole(30),
+        "taps": whole(5000),
+    }
     cases: list[tuple[str, dict[str, torch.Tensor], dict[str, object]]] = [
         ("linear", {"out": wide(6304, 1000), "x": x, "x_stats": stats} | head, {"norm_eps": 1e-6}),
         (
@@ -303,6 +374,7 @@ def test_heads_and_poolers(arch: int) -> None:
             {"out": wide(257, 768), "table": wide(1370, 768), "prefix": wide(1, 768)},
             {"grid": (37, 37), "target": (16, 16), "antialias": True},
         ),
+        ("resize", resized, {}),
     ]
     for op, tensors, scalars in cases:
         launch = Launch(op, op, tensors, scalars, 1, ())
@@ -310,3 +382,4 @@ def test_heads_and_poolers(arch: int) -> None:
             code = compile_call(call, arch)
             assert (code.stack, code.spills) == (0, 0), f"{op} {call.config}: {code.stack} bytes"
             assert code.shared <= SHARED_LIMIT[arch]
+            check_overlap(code)

@@ -182,7 +182,7 @@ def _fitting(
         for config in (None, *configs):
             table = {} if config is None else {key: config}
             calls = [call for p in one.problems for call in p.calls(bench.target, table)]
-            code = tuple((identity(call), call.grid) for call in calls)
+            code = tuple((identity(call), call.grid.blocks) for call in calls)
             if code not in seen:
                 tried.append((key, config, calls))
             seen.add(code)

@@ -13,17 +13,20 @@ because a hidden NaN would spread through 0 * NaN.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.launch import (
     Call,
+    Grid,
     Target,
     cdiv,
     check_tensor,
@@ -34,6 +37,7 @@ from vitrail_kernels.launch import (
     target_of,
     tl,
 )
+from vitrail_kernels.overlap import wait_for_previous
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 128
@@ -195,7 +199,7 @@ def _attend(
     return acc, acc_more, top, total
 
 
-@jit(varying=("tiles",))
+@jit(varying=("longest",))
 def _attention_kernel(
     out_ptr: tl.tensor,  # (M, C)
     qkv_ptr: tl.tensor,  # (M, 3 C)
@@ -204,7 +208,7 @@ def _attention_kernel(
     more_desc: tl.tensor,  # of boxes (BLOCK_N, MORE) over qkv, or None
     cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32
     kv_lens_ptr: tl.tensor,  # (B,) int32, or None
-    tiles: int,  # of queries in the longest sequence
+    longest: int,  # of the sequences, in tokens
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART: tl.constexpr,
@@ -212,7 +216,9 @@ def _attention_kernel(
     CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     COLUMNS: tl.constexpr = HEAD_DIM if MORE == 0 else PART
     REST: tl.constexpr = HEAD_DIM - PART
@@ -220,6 +226,7 @@ def _attention_kernel(
 
     # Which queries: a head's tiles side by side share K and V in the L2 cache, a sequence's heads
     # its rows. Causal: the tiles with most keys first.
+    tiles = tl.cdiv(longest, BLOCK_M)
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) - pair * tiles
     if CAUSAL:
@@ -334,21 +341,22 @@ def _attention_config(
     heads: int,
     head_dim: int,
     causal: bool,
-    shape: tuple[int, int, int],
+    longest: int,
+    tokens: int,
 ) -> KernelConfig:
-    """``shape``: sequences, tokens, the longest sequence. They decide BLOCK_M alone, from which no
-    bit follows: a warp holds 16 rows of the same instructions, over the same key tiles in order."""
-    batch, tokens, longest = shape
-    kind = "causal" if causal else "full"
-    key = f"attention|{str(dtype).removeprefix('torch.')}|{heads}x{head_dim}x{longest} {kind}"
+    """For sequences of up to ``longest`` in ``tokens`` rows. Sizes decide BLOCK_M alone, from which
+    no bit follows: a warp holds 16 rows of the same instructions, over the same key tiles in order.
+
+    Causal sequences are captions, few of which pass 64 tokens: one tile serves any length.
+    """
+    sizes = f"{heads}x{head_dim} causal" if causal else f"{heads}x{head_dim}x{longest} full"
+    key = f"attention|{str(dtype).removeprefix('torch.')}|{sizes}"
     if key in tuned(target.arch):
         return tuned(target.arch)[key]
     if target.arch == 90:
-        length = cdiv(tokens, max(batch, 1))
-        padded = 128 * cdiv(length, 128)
-        large = batch * heads * padded // 128 >= 2 * target.sms
+        large = cdiv(tokens, 128) * heads >= 2 * target.sms and not causal
         registers = 128 if head_dim <= 80 else None
-        if registers and large and padded == 64 * cdiv(length, 64):
+        if registers and large and 128 * cdiv(longest, 128) == 64 * cdiv(longest, 64):
             reason = "64 rows read K and V from L2 too often for more than 350 TFLOP/s, and pad no"
             reason += " less here; 2 blocks of 2 warpgroups overlap softmax with products"
             return KernelConfig(128, 64, 0, 8, 2, registers, reason=reason)
@@ -361,6 +369,16 @@ def _attention_config(
     registers = 168 if head_dim <= 64 and not causal else None
     reason = "16 rows a warp, 2 or 3 blocks a multiprocessor; more keys or fewer registers spill"
     return KernelConfig(64, 64 if head_dim <= 80 else 32, 0, 4, 2, registers, reason=reason)
+
+
+def attention_ladder(
+    target: Target, dtype: torch.dtype, heads: int, head_dim: int, causal: bool, longest: int
+) -> Ladder:
+    """The configurations for sequences of up to ``longest`` by how many tokens there are."""
+    # as many as leave less than two blocks of 128 queries for every multiprocessor
+    few = 128 * ((2 * target.sms - 1) // heads)
+    choose = functools.partial(_attention_config, target, dtype, heads, head_dim, causal, longest)
+    return ladder_of([few], choose)
 
 
 def check_heads(op: str, name: str, packed: Tensor, blocks: int, heads: int) -> int:
@@ -396,28 +414,31 @@ def attention_calls(
     heads: int,
     causal: bool,
     max_seqlen: int,
+    config: KernelConfig | None = None,
 ) -> list[Call]:
     """The launch of `attention_ref`. A sequence longer than ``max_seqlen`` is not finished.
 
-    A query that sees no key, where ``kv_lens`` is 0, gives 0, as the reference does. float32 is
-    for the interpreter: machine code of it spills. Raises ValueError for a shape, dtype or layout
-    that the kernel does not take, and for ``kv_lens`` over sequences of several lengths.
+    ``config`` takes the place of the one that the sizes would get. A query that sees no key, where
+    ``kv_lens`` is 0, gives 0, as the reference does. float32 is for the interpreter: machine code
+    of it spills. Raises ValueError for a shape, dtype or layout that the kernel does not take, and
+    for ``kv_lens`` over sequences of several lengths.
     """
     head_dim = check_heads("attention", "qkv", qkv, 3, heads)
     batch, tokens = check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
     check_tensor("attention: out", out, qkv, qkv.dtype, (tokens, heads * head_dim))
     check_tensor("attention: kv_lens", kv_lens, qkv, torch.int32, (batch,))
+    if tokens == 0:
+        return []
     if kv_lens is not None and tokens != batch * max_seqlen:
         raise ValueError("kv_lens: wanted sequences of one length, got a packed batch of several")
     part, more = _parts(head_dim)
-    shape = batch, tokens, max_seqlen
-    config = _attention_config(target, qkv.dtype, heads, head_dim, causal, shape)
+    fixed = target, qkv.dtype, heads, head_dim, causal, max_seqlen
+    config = config or _attention_config(*fixed, tokens)
     if config.block_m % config.block_n:
         raise ValueError(f"attention: got {config}, wanted key tiles that divide the query tiles")
     block_m, block_n = config.block_m, config.block_n
     # a box starts at whole 16 bytes, in every head
     tma = target.tma and fits_descriptor(qkv) and head_dim * qkv.element_size() % 16 == 0
-    tiles = cdiv(max_seqlen, block_m) if tokens else 0
     arguments = {
         "out_ptr": out,
         "qkv_ptr": qkv,
@@ -426,7 +447,7 @@ def attention_calls(
         "more_desc": descriptor(qkv, block_n, more) if tma and more else None,
         "cu_seqlens_ptr": cu_seqlens,
         "kv_lens_ptr": kv_lens,
-        "tiles": tiles,
+        "longest": max_seqlen,
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "PART": part,
@@ -434,8 +455,11 @@ def attention_calls(
         "CAUSAL": causal,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "PDL": target.pdl,
     }
-    return [Call(_attention_kernel, (batch * heads * tiles,), arguments, config)]
+    grid = Grid(max_seqlen, block_m, batch * heads)
+    ladder = functools.partial(attention_ladder, *fixed)
+    return [Call(_attention_kernel, grid, arguments, config, tokens, ladder)]
 
 
 def attention(
@@ -449,5 +473,5 @@ def attention(
     max_seqlen: int,
 ) -> None:
     """`attention_ref` by the kernel, for the same tensors; see `attention_calls` for the errors."""
-    target, shape = target_of(out), {"heads": heads, "max_seqlen": max_seqlen}
-    launch(attention_calls(target, out, qkv, cu_seqlens, kv_lens, causal=causal, **shape))
+    sizes: dict[str, Any] = {"heads": heads, "max_seqlen": max_seqlen}
+    launch(attention_calls(target_of(out), out, qkv, cu_seqlens, kv_lens, causal=causal, **sizes))

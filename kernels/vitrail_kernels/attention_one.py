@@ -15,7 +15,8 @@ from torch import Tensor
 from vitrail_kernels.attention import check_heads, check_sequences, load_tile, softmax2_attention
 from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import Call, Grid, Target, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.overlap import wait_for_previous
 
 
 def attention_one_ref(
@@ -81,7 +82,9 @@ def _attention_one_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     sequence = tl.program_id(0) // HEADS
     column = (tl.program_id(0) - sequence * HEADS) * HEAD_DIM
@@ -157,8 +160,9 @@ def attention_one_calls(
         "HEAD_DIM": head_dim,
         "PADDED": padded,
         "BLOCK_N": config.block_n,
+        "PDL": target.pdl,
     }
-    return [Call(_attention_one_kernel, (batch * heads,), arguments, config)]
+    return [Call(_attention_one_kernel, Grid(batch, times=heads), arguments, config)]
 
 
 def attention_one(

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
 from vitrail_kernels.layernorm import check_rows, config_of
+from vitrail_kernels.overlap import wait_for_previous
 
 
 def class_mean_ref(out: Tensor, x: Tensor, *, tokens: int, prefix: int) -> None:
@@ -33,8 +44,10 @@ def _class_mean_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """BLOCK_N columns of one sequence."""
+    wait_for_previous(PDL)
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     sequence = (tl.program_id(0) // ACROSS).to(tl.int64)
     column = tl.program_id(0) % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,9 +104,10 @@ def class_mean_calls(
         "WIDTH": width,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "PDL": target.pdl,
     }
-    grid = batch * cdiv(width, config.block_n)
-    return [Call(_class_mean_kernel, (grid,), arguments, config)]
+    grid = Grid(batch, times=cdiv(width, config.block_n))
+    return [Call(_class_mean_kernel, grid, arguments, config)]
 
 
 def class_mean(out: Tensor, x: Tensor, *, tokens: int, prefix: int) -> None:

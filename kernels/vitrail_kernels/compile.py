@@ -41,7 +41,7 @@ class Compiled:
 
     ``registers`` and ``stack`` bytes are a thread's, ``shared`` bytes a block's. ``instructions``:
     how often each opcode stands in the code (not how often it runs). ``ttgir``: Triton's own
-    intermediate code, with the layouts it chose.
+    intermediate code, with the layouts it chose. ``ptx``: what ptxas was given.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Compiled:
     warps: int
     instructions: Counter[str]
     ttgir: str
+    ptx: str
 
     @property
     def spills(self) -> int:
@@ -73,15 +74,8 @@ class Compiled:
 
 
 def compile_call(call: Call, arch: int) -> Compiled:
-    """Compile ``call`` for ``arch`` (90 for sm_90). Triton caches it by source and options.
-
-    Raises RuntimeError where triton is missing or its interpreter is on, Triton's own errors where
-    it does not compile.
-    """
-    if MISSING is not None or interpreted():
-        why = "its interpreter is on" if MISSING is None else "it is not installed"
-        raise RuntimeError(f"compile: needs triton's compiler, but {why}") from MISSING
-    kernel = _compile(call, arch)
+    """`compile_kernel`, and what its machine code does."""
+    kernel = compile_kernel(call, arch)
     cubin = kernel.asm["cubin"]
     used = _tool("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
@@ -96,6 +90,7 @@ def compile_call(call: Call, arch: int) -> Compiled:
         warps=call.config.warps,
         instructions=opcodes(_tool("nvdisasm", "-c", cubin)),
         ttgir=kernel.asm["ttgir"],
+        ptx=kernel.asm["ptx"],
     )
 
 
@@ -149,9 +144,29 @@ def identity(call: Call) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _compile(call: Call, arch: int) -> Any:
+def compile_kernel(call: Call, arch: int) -> Any:
+    """Triton's CompiledKernel of ``call`` for ``arch`` (90 for sm_90): ``asm`` and ``metadata``.
+
+    Triton caches it by source and options. Raises RuntimeError where triton is missing or its
+    interpreter is on, Triton's own errors where it does not compile.
+    """
+    source, target, options = source_of(call, arch)
+    from triton.compiler import compile
+
+    return compile(source, target=target, options=options)
+
+
+def source_of(call: Call, arch: int) -> tuple[Any, Any, dict[str, Any]]:
+    """What Triton compiles of ``call`` for ``arch``: its ASTSource, GPUTarget and options.
+
+    The arguments are bound and specialised, no more. Raises RuntimeError where triton is missing or
+    its interpreter is on.
+    """
+    if MISSING is not None or interpreted():
+        why = "its interpreter is on" if MISSING is None else "it is not installed"
+        raise RuntimeError(f"compile: needs triton's compiler, but {why}") from MISSING
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
+    from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", arch, 32)
@@ -162,8 +177,7 @@ def _compile(call: Call, arch: int) -> Any:
     options, signature, constants, attributes = call.kernel._pack_args(
         backend, given, bound, special, options
     )
-    source = ASTSource(call.kernel, signature, constants, attributes)
-    return compile(source, target=target, options=options.__dict__)
+    return ASTSource(call.kernel, signature, constants, attributes), target, dict(vars(options))
 
 
 def opcodes(sass: str) -> Counter[str]:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,6 +46,23 @@ class KernelConfig:
         """As Triton's launch takes them."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
+Ladder = tuple[tuple[int, KernelConfig], ...]
+"""Largest rows and configuration, ascending; the last holds up to `MOST` rows."""
+
+MOST = 1 << 31
+
+
+def ladder_of(limits: Iterable[int], choose: Callable[[int], KernelConfig]) -> Ladder:
+    """``choose`` as a table. ``limits``: every number of rows after which it may change."""
+    found: list[tuple[int, KernelConfig]] = []
+    for limit in sorted({limit for limit in limits if 0 < limit < MOST} | {MOST}):
+        config = choose(limit)
+        if found and found[-1][1] == config:
+            found.pop()
+        found.append((limit, config))
+    return tuple(found)
 
 
 _FORCED: ContextVar[Mapping[str, KernelConfig] | None] = ContextVar("table", default=None)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.configs import KernelConfig, Ladder
 
 try:
     import triton
@@ -33,6 +33,7 @@ __all__ = [
     "INTERPRETED",
     "MISSING",
     "Call",
+    "Grid",
     "Target",
     "cdiv",
     "check_tensor",
@@ -78,6 +79,11 @@ class Target:
         """Loads and stores whole tiles by tensor descriptors (sm_90 and later)."""
         return self.arch >= 90
 
+    @property
+    def pdl(self) -> bool:
+        """Kernels wait for the one before them by an instruction, see `vitrail_kernels.overlap`."""
+        return self.arch >= 90 and not interpreted()
+
 
 INTERPRETED = Target(arch=90, sms=3)
 """Stands for the CPU, where Triton's interpreter runs the kernels."""
@@ -114,19 +120,47 @@ def interpreted() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """Blocks of a launch: times * ceil(rows / block), at most limit where there is one.
+
+    ``rows`` and ``times`` are each affine in sequences, tokens and the longest sequence, so that
+    whoever holds the call knows the grid of any other size.
+    """
+
+    rows: int
+    block: int = 1
+    times: int = 1
+    limit: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are, in one dimension; may be 0."""
+        wanted = self.times * cdiv(self.rows, self.block)
+        return wanted if self.limit is None else min(wanted, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel launch: every parameter of ``kernel`` by name, and how it is configured."""
+    """One kernel launch: every parameter of ``kernel`` by name, and how it is configured.
+
+    Where ``config`` depends on the call's size, ``ladder`` gives all of them, by the tuned table in
+    force when it is asked: (largest rows, configuration), ascending, up to 2^31. A call of ``rows``
+    takes the first that reaches so far.
+    """
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: Grid
     arguments: Mapping[str, Any]
     config: KernelConfig
+    rows: int = 0
+    ladder: Callable[[], Ladder] | None = None
 
     def launch(self) -> None:
-        """Launch on the current stream of the current device; nothing for a grid with a 0."""
-        if 0 not in self.grid:
+        """Launch on the current stream of the current device; nothing for a grid of 0 blocks."""
+        blocks = self.grid.blocks
+        if blocks:
             with _LAUNCHING:
-                self.kernel[self.grid](**self.arguments, **self.config.options())
+                self.kernel[(blocks,)](**self.arguments, **self.config.options())
 
 
 _LAUNCHING = threading.Lock()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import Call, Grid, Target, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.stats import CHUNK, stats_ref, stats_shape, store_stats
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -116,7 +117,9 @@ def _layernorm_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     first = tl.program_id(0) * BLOCK_M
     part = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -245,8 +248,9 @@ def layernorm_calls(
         "WIDTH": width,
         "BLOCK_M": config.block_m,
         "BLOCK_N": padded_width(width),
+        "PDL": target.pdl,
     }
-    return [Call(_layernorm_kernel, (cdiv(count, config.block_m),), arguments, config)]
+    return [Call(_layernorm_kernel, Grid(count, config.block_m), arguments, config)]
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

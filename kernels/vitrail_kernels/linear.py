@@ -12,15 +12,18 @@ of error where the mean is 20 times the deviation, against 2e-4.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail_kernels.activations import ACTIVATIONS, activate_ref_
-from vitrail_kernels.configs import KernelConfig, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.launch import (
     Call,
+    Grid,
     Target,
     cdiv,
     check_tensor,
@@ -31,6 +34,7 @@ from vitrail_kernels.launch import (
     target_of,
     tl,
 )
+from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.stats import load_mean_rstd, stats_ref, stats_shape
 from vitrail_kernels.tile import epilogue, part_of, tile_of
 
@@ -136,9 +140,11 @@ def _linear_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Persistent: each program takes every num_programs-th tile, and the loads of the next tile
     are under way while this one is finished."""
+    wait_for_previous(PDL)
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile_of(tile, m, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -209,8 +215,10 @@ def _linear_pointer_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """A tile a program, by cp.async: for GPUs without tensor maps, gathered rows, odd strides."""
+    wait_for_previous(PDL)
     row, column = tile_of(tl.program_id(0), m, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = column + tl.arange(0, BLOCK_N)
@@ -351,6 +359,14 @@ def _large(target: Target, residual: bool) -> KernelConfig:
     )
 
 
+def linear_ladder(target: Target, dtype: torch.dtype, n: int, k: int, form: str) -> Ladder:
+    """`linear_config` for every m."""
+    across = cdiv(n, 128)
+    # as many rows as leave a multiprocessor without a tile, of 128 rows or 64
+    heuristic = (block_m * ((target.sms - 1) // across) for block_m in (64, 128))
+    return ladder_of((*ROWS, *heuristic), lambda m: linear_config(target, dtype, m, n, k, form))
+
+
 def linear_calls(
     target: Target,
     out: Tensor,
@@ -368,10 +384,12 @@ def linear_calls(
     norm_eps: float | None = None,
     activation: str | None = None,
     gated: bool = False,
+    config: KernelConfig | None = None,
 ) -> list[Call]:
     """The launch of `linear_ref`'s product; with ``norm_eps``, ``x_stats`` and ``row_sums`` count.
 
-    Raises ValueError for a shape, dtype or layout that the kernel does not take.
+    ``config`` takes the place of the one that the size would get. Raises ValueError for a shape,
+    dtype or layout that the kernel does not take.
     """
     n, k = weight.shape
     m = x.shape[0] if rows is None else rows.shape[0]
@@ -403,8 +421,9 @@ def linear_calls(
         f"to {str(out.dtype).removeprefix('torch.')}": out.dtype != x.dtype,
     }
     form = " ".join(word for word, there in words.items() if there)
-    config = linear_config(target, x.dtype, m, n, k, form)
-    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    config = config or linear_config(target, x.dtype, m, n, k, form)
+    ladder = functools.partial(linear_ladder, target, x.dtype, n, k, form)
+    across = cdiv(n, config.block_n)
     parts = 2 if config.block_n >= 128 else 1
     shared = {
         "bias_ptr": bias,
@@ -427,6 +446,7 @@ def linear_calls(
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "PARTS": parts,
+        "PDL": target.pdl,
     }
     if maps:
         columns = config.block_n // parts // (2 if gated else 1)
@@ -435,8 +455,8 @@ def linear_calls(
             "x_map": descriptor(x, config.block_m, config.block_k),
             "weight_map": descriptor(weight, config.block_n, config.block_k),
         }
-        grid = (min(tiles, config.ctas * target.sms),)
-        return [Call(_linear_tma_kernel, grid, described | shared, config)]
+        grid = Grid(m, config.block_m, across, limit=config.ctas * target.sms)
+        return [Call(_linear_tma_kernel, grid, described | shared, config, m, ladder)]
     pointers = {
         "depth": k,
         "out_ptr": out,
@@ -445,7 +465,8 @@ def linear_calls(
         "rows_ptr": rows,
         "residual_rows_ptr": residual_rows,
     }
-    return [Call(_linear_pointer_kernel, (tiles,), pointers | shared, config)]
+    grid = Grid(m, config.block_m, across)
+    return [Call(_linear_pointer_kernel, grid, pointers | shared, config, m, ladder)]
 
 
 def _check(

@@ -17,15 +17,17 @@ among them: their pixels are masked to 0, and table and statistics know no speci
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.launch import (
     Call,
+    Grid,
     Target,
     cdiv,
     check_tensor,
@@ -36,6 +38,7 @@ from vitrail_kernels.launch import (
     target_of,
     tl,
 )
+from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.stats import stats_ref, stats_shape, store_stats
 
 UINT8_UNIT = 256
@@ -176,7 +179,9 @@ def _patch_embed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     # all tiles across of the same tokens are neighbours: their pixels come from the cache
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -273,7 +278,7 @@ def patch_embed_cost(
 
 
 def _patch_config(
-    target: Target, pixels: Tensor, weight: Tensor, rows: int, patch: tuple[int, int], step: int
+    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int, rows: int
 ) -> KernelConfig:
     """The configuration for pixels loaded ``step`` bytes at a time: tuned, else by reasons.
 
@@ -300,6 +305,15 @@ def _patch_config(
         return KernelConfig(64, 128, deep, 4, 3, reason="small blocks, as many as registers allow")
     why = "two blocks an SM: one gathers while one multiplies"
     return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
+
+
+def patch_ladder(
+    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
+) -> Ladder:
+    """`_patch_config` for every number of rows."""
+    # as many as leave a multiprocessor without a tile
+    few = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
+    return ladder_of([few], functools.partial(_patch_config, target, pixels, weight, patch, step))
 
 
 def _strides(pixels: Tensor) -> tuple[int, int, int]:
@@ -370,11 +384,13 @@ def patch_embed_calls(
     patch: tuple[int, int],
     channels: int,
     prefix: int,
+    config: KernelConfig | None = None,
 ) -> list[Call]:
     """The launch of `patch_embed_ref`; ``weight`` is padded with zeros to a multiple of 64 columns.
 
-    Lines of pixels must be contiguous; images, planes and lines may lie apart. Raises ValueError
-    for another shape, dtype or layout, and for images of 2^31 numbers or so.
+    Lines of pixels must be contiguous; images, planes and lines may lie apart. ``config`` takes the
+    place of the one that the size would get. Raises ValueError for another shape, dtype or layout,
+    and for images of 2^31 numbers or so.
     """
     across, values = _check(out, pixels, weight, table, stats, patch, channels, prefix)
     (rows, width), (tokens, _) = out.shape, table.shape
@@ -385,7 +401,8 @@ def patch_embed_calls(
     size = pixels.element_size()
     # what all addresses are multiples of, in numbers: how wide the compiler may load
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
-    config = _patch_config(target, pixels, weight, rows, patch, align * size)
+    fixed = target, pixels, weight, patch, align * size
+    config = config or _patch_config(*fixed, rows)
     extent = 1 + sum(
         (n - 1) * s for n, s in zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
     )
@@ -420,9 +437,11 @@ def patch_embed_calls(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "PDL": target.pdl,
     }
-    tiles = cdiv(rows, config.block_m) * cdiv(width, config.block_n)
-    return [Call(_patch_embed_kernel, (tiles,), arguments, config)]
+    grid = Grid(rows, config.block_m, cdiv(width, config.block_n))
+    ladder = functools.partial(patch_ladder, *fixed)
+    return [Call(_patch_embed_kernel, grid, arguments, config, rows, ladder)]
 
 
 def patch_embed(

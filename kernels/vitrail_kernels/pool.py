@@ -17,8 +17,19 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
 from vitrail_kernels.layernorm import check_rows, config_of, load_row_tile, normalise, row_config
+from vitrail_kernels.overlap import wait_for_previous
 
 
 def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
@@ -71,7 +82,9 @@ def _pool_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     first = tl.program_id(0) * BLOCK_M
     part = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -100,7 +113,9 @@ def _pool_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     ACROSS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     offs_m = tl.program_id(0) // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -163,7 +178,9 @@ def _pool_status_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     first = tl.program_id(0) * BLOCK_M
     part = tl.arange(0, BLOCK_M)
     exists = part < rows - first
@@ -242,12 +259,13 @@ def pool_calls(
         "rows": batch,
         "x_rows": x.shape[0],
         "eps": eps,
+        "PDL": target.pdl,
     }
     if weight is None and bias is None:
         config = row_config("pool", target, x.dtype, width)
         norm = {"status_ptr": status, "gamma_ptr": gamma, "beta_ptr": beta, "WIDTH": width}
         tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        grid = (cdiv(batch, config.block_m),)
+        grid = Grid(batch, config.block_m)
         return [Call(_pool_norm_kernel, grid, {**common, **norm, **tile}, config)]
     if weight is None or gamma is not None or beta is not None:
         given = {"gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
@@ -261,14 +279,14 @@ def pool_calls(
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
     }
-    grid = (cdiv(batch, config.block_m) * cdiv(columns, config.block_n),)
+    grid = Grid(batch, config.block_m, cdiv(columns, config.block_n))
     return [
         Call(_pool_linear_kernel, grid, {**common, **linear, **tile}, config),
-        _status_call(status, out),
+        _status_call(target, status, out),
     ]
 
 
-def _status_call(status: Tensor, out: Tensor) -> Call:
+def _status_call(target: Target, status: Tensor, out: Tensor) -> Call:
     config, (batch, columns) = STATUS_CONFIG, out.shape
     arguments = {
         "status_ptr": status,
@@ -277,8 +295,9 @@ def _status_call(status: Tensor, out: Tensor) -> Call:
         "N": columns,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "PDL": target.pdl,
     }
-    return Call(_pool_status_kernel, (cdiv(batch, config.block_m),), arguments, config)
+    return Call(_pool_status_kernel, Grid(batch, config.block_m), arguments, config)
 
 
 def pool(

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+from vitrail_kernels.overlap import wait_for_previous
 
 COPY, PLAIN, ANTIALIAS = 0, 1, 2
 BLOCK_M, BLOCK_N = 32, 128
@@ -101,7 +112,9 @@ def _position_kernel(
     MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(PDL)
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     AA: tl.constexpr = MODE == 2
     offs_m = tl.program_id(0) // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -176,7 +189,7 @@ def position_calls(
     target: tuple[int, int],
     antialias: bool,
 ) -> list[Call]:
-    """The launch of `position_ref`; the same for every ``gpu``.
+    """The launch of `position_ref`; the same tiles for every ``gpu``.
 
     Raises ValueError for a shape, dtype or layout that the kernel does not take, a grid without
     rows, and tables of 2^31 numbers.
@@ -214,10 +227,9 @@ def position_calls(
         "MODE": COPY if target == grid else mode,
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
+        "PDL": gpu.pdl,
     }
-    return [
-        Call(_position_kernel, (cdiv(rows, BLOCK_M) * cdiv(width, BLOCK_N),), arguments, config)
-    ]
+    return [Call(_position_kernel, Grid(rows, BLOCK_M, cdiv(width, BLOCK_N)), arguments, config)]
 
 
 def position(

@@ -36,7 +36,18 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig, tuned
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+from vitrail_kernels.overlap import wait_for_previous
 
 LINES = 16
 """Lines of ``middle`` in a group, all of one image."""
@@ -109,12 +120,14 @@ def _across_kernel(
     LINES: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """BLOCK_N numbers, (column, channel) in one, of four lines, which share the weights.
 
     Four vectors and no matrix: as one, which lanes of a warp lie side by side is up to the compiler
     and its version, and loads of single bytes are only fast along a line.
     """
+    wait_for_previous(PDL)
     tl.static_assert(TOGETHER == 4, "the lines are written out below")
     PARTS: tl.constexpr = LINES // TOGETHER
     numbers = width * CHANNELS
@@ -173,8 +186,10 @@ def _down_kernel(
     LINES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """BLOCK_N numbers of BLOCK_M lines of one image's output."""
+    wait_for_previous(PDL)
     numbers *= ALIGN
     stride *= 16
     across = (numbers + BLOCK_N - 1) // BLOCK_N
@@ -260,6 +275,7 @@ def resize_calls(
     why = "16 sums a thread, of the 16 bytes that it loads at a time"
     down = _config(target, "down", channels, KernelConfig(8, 256, 0, 4, 1, reason=why))
     shared = {"images_ptr": images, "taps_ptr": taps, "FIELDS": FIELDS, "LINES": LINES}
+    shared["PDL"] = target.pdl
     first = {
         "middle_ptr": middle,
         "pixels_ptr": pixels,
@@ -280,11 +296,11 @@ def resize_calls(
         "BLOCK_M": down.block_m,
         "BLOCK_N": down.block_n,
     }
-    tiles = groups.numel() * (LINES // TOGETHER) * cdiv(numbers, across.block_n)
-    windows = batch * cdiv(height, down.block_m) * cdiv(numbers, down.block_n)
+    tiles = (LINES // TOGETHER) * cdiv(numbers, across.block_n)  # of a group
+    parts = cdiv(height, down.block_m) * cdiv(numbers, down.block_n)  # of a window
     return [
-        Call(_across_kernel, (tiles,), shared | first, across),
-        Call(_down_kernel, (windows,), shared | second, down),
+        Call(_across_kernel, Grid(groups.numel(), times=tiles), shared | first, across),
+        Call(_down_kernel, Grid(batch, times=parts), shared | second, down),
     ]
 
 

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.launch import Call, Target, cdiv, check_tensor, jit, launch, target_of, tl
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
 from vitrail_kernels.layernorm import FLOATS, config_of
+from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.stats import CHUNK, stats_ref, stats_shape, store_stats
 
 
@@ -52,8 +63,10 @@ def _text_embed_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """BLOCK_N columns of BLOCK_M tokens: no value needs another of its row."""
+    wait_for_previous(PDL)
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // ACROSS * BLOCK_M
     start = tl.program_id(0) % ACROSS * BLOCK_N
@@ -160,9 +173,10 @@ def text_embed_calls(
         "WIDTH": width,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "PDL": target.pdl,
     }
-    grid = cdiv(tokens, config.block_m) * cdiv(width, config.block_n)
-    return [Call(_text_embed_kernel, (grid,), arguments, config)]
+    grid = Grid(tokens, config.block_m, cdiv(width, config.block_n))
+    return [Call(_text_embed_kernel, grid, arguments, config)]
 
 
 def text_embed(

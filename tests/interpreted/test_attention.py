@@ -39,6 +39,7 @@ from vitrail_kernels.attention_one import (
     attention_one_calls,
     attention_one_ref,
 )
+from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import INTERPRETED, Target, launch
 
 pytestmark = [
@@ -47,8 +48,7 @@ pytestmark = [
 ]
 
 TARGETS = (Target(90, 3), Target(80, 3))
-SMALL, LARGE = Target(90, 1), Target(90, 10_000)
-"""So few multiprocessors that tiles of 128 queries may be chosen, and so many that none are."""
+WIDE, NARROW = KernelConfig(128, 64, 0, 8, 2), KernelConfig(64, 64, 0, 4, 2)
 DTYPES = (torch.float16, torch.float32)
 HEAD_DIMS = (8, 12, 16, 32, 40, 64, 72, 80, 88, 104, 120, 128)
 LENGTHS = (5, 1, 64, 17, 130, 63, 65, 77)
@@ -71,6 +71,7 @@ def run(
     causal: bool,
     seen: Sequence[int] | None = None,
     target: Target = TARGETS[0],
+    config: KernelConfig | None = None,
 ) -> Tensor:
     """The kernel's output; every input ends at a page that nobody may read."""
     out = Guarded(len(qkv), qkv.shape[1] // 3, dtype=qkv.dtype)
@@ -83,6 +84,7 @@ def run(
         heads=heads,
         causal=causal,
         max_seqlen=max(lengths, default=0),
+        config=config,
     )
     launch(calls)
     return out.done()
@@ -140,20 +142,7 @@ def test_tiles_of_64_and_128_queries_give_the_same_bits(causal: bool) -> None:
     for rows in qkv.split(lengths):
         key = torch.arange(len(rows))
         rows[key, 128 + key % 64] = normal(len(rows), dtype=torch.float16)
-    tiles = []
-    for target in (SMALL, LARGE):
-        (call,) = attention_calls(
-            target,
-            qkv[:, :64].clone(),
-            qkv,
-            offsets(lengths),
-            heads=1,
-            causal=causal,
-            max_seqlen=130,
-        )
-        tiles.append(call.config.block_m)
-    assert tiles == [128, 64]
-    wide, narrow = (run(qkv, lengths, 1, causal, target=target) for target in (SMALL, LARGE))
+    wide, narrow = (run(qkv, lengths, 1, causal, config=config) for config in (WIDE, NARROW))
     assert same_bits(wide, narrow)
     judge(qkv, lengths, 1, causal)
 
@@ -279,14 +268,14 @@ def test_offsets_past_two_to_the_31(target: Target) -> None:
 
 def test_numbers_that_change_between_calls_compile_once() -> None:
     for kernel, names in (
-        (_attention_kernel, ["tiles"]),
+        (_attention_kernel, ["longest"]),
         (_attention_one_kernel, []),
     ):
         parameters = inspect.signature(kernel.fn).parameters.values()
         assert [p.name for p in parameters if p.annotation == "int"] == names
         assert kernel.kwargs["do_not_specialize"] == names
         shapes = {p.name for p in parameters if p.annotation == "tl.constexpr"}
-        assert not shapes & {"tiles", "max_seqlen", "tokens", "batch"}
+        assert not shapes & {"longest", "max_seqlen", "tokens", "batch"}
 
 
 def test_what_it_refuses() -> None:
