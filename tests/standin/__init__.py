@@ -1,0 +1,303 @@
+"""A stand-in for NVIDIA's libcuda.so.1, for tests of the native runtime without a GPU.
+
+Device memory is host memory, every call is checked, and a launch writes a digest of what it was
+given to the start of what its first parameter points to (`launch.hpp` says of what, `control.hpp`
+what may be set). A process that opens the library at `build()`'s path, with ctypes or by dlopen in
+C++, sees one state; a copy of the file has a state of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+BUILT = FOLDER.parents[1] / "build/standin"
+FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
+STICKY = (214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999)
+"""Codes after which every later call fails alike, until `Standin.reset`."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, or None."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+@functools.cache
+def build(flags: tuple[str, ...] = ()) -> Path:
+    """The library, compiled with ``flags`` added (``("-fsanitize=thread", "-g")``), and kept for
+    the next session while its sources stay as they are.
+
+    Raises RuntimeError without a compiler or with what it says.
+    """
+    if (program := compiler()) is None:
+        raise RuntimeError("the driver stand-in: got no C++ compiler, wanted c++ or $CXX")
+    sources = sorted(FOLDER.glob("*.[ch]pp"))
+    key = hashlib.sha256(repr((program, FLAGS, flags)).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    library = BUILT / key.hexdigest()[:16] / "libcuda.so.1"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_name(f"{os.getpid()}.so")  # others may build it too
+        units = [source for source in sources if source.suffix == ".cpp"]
+        command: list[str | Path] = [program, *FLAGS, *flags, "-o", unfinished, *units]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"the driver stand-in does not compile:\n{run.stderr}")
+        unfinished.replace(library)
+    return library
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """What cuTensorMapEncodeTiled was given. Dimensions from the innermost; strides in bytes, of
+    all dimensions but the innermost; the rest as the numbers of cuda.h."""
+
+    base: int
+    type: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    element_strides: tuple[int, ...]
+    interleave: int
+    swizzle: int
+    promotion: int
+    fill: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a launch: ``offset`` and ``size`` in bytes as the cubin has them, ``raw``
+    the bytes that were passed, ``map`` what they are where they are a tensor map."""
+
+    offset: int
+    size: int
+    raw: bytes
+    map: TensorMap | None
+
+    @property
+    def value(self) -> int:
+        """The bytes as an unsigned number."""
+        return int.from_bytes(self.raw, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: ``grid`` and ``block`` as x, y, z, ``shared`` bytes of dynamic shared memory,
+    ``stream`` the handle, ``pdl`` whether it may overlap the launch before it, ``digest`` what it
+    wrote (0 where computing is off)."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    pdl: bool
+    digest: int
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Objects that live: device allocations and their bytes, pinned allocations, modules, streams,
+    events, and retains of the primary context."""
+
+    allocations: int
+    bytes: int
+    pinned: int
+    modules: int
+    streams: int
+    events: int
+    retains: int
+
+
+class _Live(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in Live.__slots__]
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_uint32), ("size", ctypes.c_uint32)]
+
+
+class _Record(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("pdl", ctypes.c_uint32),
+        ("stream", ctypes.c_uint64),
+        ("digest", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+        ("parameters", ctypes.POINTER(_Parameter)),
+        ("bytes", ctypes.POINTER(ctypes.c_uint8)),
+    ]
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("dims", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5),
+        ("steps", ctypes.c_uint32 * 5),
+        ("rank", ctypes.c_uint32),
+        ("type", ctypes.c_uint32),
+        ("interleave", ctypes.c_uint32),
+        ("swizzle", ctypes.c_uint32),
+        ("promotion", ctypes.c_uint32),
+        ("fill", ctypes.c_uint32),
+    ]
+
+
+_INT, _SIZE = ctypes.c_int, ctypes.c_uint64
+_SIGNATURES = {
+    "device": ((_INT, _INT, _INT), _INT),
+    "memory": ((_SIZE,), None),
+    "checks": ((_INT,), None),
+    "compute": ((_INT,), None),
+    "rows_off": ((_INT,), None),
+    "record": ((_INT,), None),
+    "register": ((_SIZE, _SIZE), _INT),
+    "unregister": ((_SIZE,), _INT),
+    "fail": ((_SIZE, _INT), None),
+    "fail_launch": ((_SIZE, _INT), None),
+    "calls": ((), _SIZE),
+    "launches": ((), _SIZE),
+    "live": ((ctypes.POINTER(_Live),), None),
+    "complaint": ((), ctypes.c_char_p),
+    "reset": ((), None),
+    "records": ((), _SIZE),
+    "record_at": ((_SIZE, ctypes.POINTER(_Record)), _INT),
+    "tensor_map": ((ctypes.c_char_p, ctypes.POINTER(_TensorMap)), _INT),
+}
+
+
+class Standin:
+    """The library at ``path``, and its functions beside the driver's; ``driver`` is the library
+    itself, for calls of the driver. What is set is set for the whole process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.driver = ctypes.CDLL(str(path))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(self.driver, f"standin_{name}")
+            function.argtypes, function.restype = arguments, result
+
+    def device(self, major: int = 9, minor: int = 0, multiprocessors: int = 132) -> None:
+        """Raises ValueError while the context is retained."""
+        if self.driver.standin_device(major, minor, multiprocessors) != 0:
+            raise ValueError("standin: the device is in use, it cannot become another")
+
+    def memory(self, size: int) -> None:
+        """Device memory in all, bytes: allocations past it give 2."""
+        self.driver.standin_memory(size)
+
+    def checks(self, on: bool) -> None:
+        """Checks of handles, contexts, shapes, parameters and addresses; on at the start."""
+        self.driver.standin_checks(on)
+
+    def compute(self, on: bool) -> None:
+        """Copies and digests; on at the start. Off, with checks off too, the driver does nothing,
+        and counts nothing."""
+        self.driver.standin_compute(on)
+
+    def rows_off(self, on: bool) -> None:
+        """Whether digests leave out tensor maps' outermost dimension; on at the start."""
+        self.driver.standin_rows_off(on)
+
+    def record(self, on: bool) -> None:
+        """Whether launches are kept, for `launched`; off at the start."""
+        self.driver.standin_record(on)
+
+    def register(self, start: int, size: int) -> None:
+        """Lets launches use ``size`` bytes of host memory. Raises ValueError for an overlap."""
+        if self.driver.standin_register(start, size) != 0:
+            raise ValueError(self.complaint())
+
+    def unregister(self, start: int) -> None:
+        """Raises ValueError where no registered range begins."""
+        if self.driver.standin_unregister(start) != 0:
+            raise ValueError(self.complaint())
+
+    def fail(self, n: int, code: int) -> None:
+        """The ``n``-th call from now returns ``code``; for `STICKY` ones all later calls too."""
+        self.driver.standin_fail(n, code)
+
+    def fail_launch(self, n: int, code: int) -> None:
+        """`fail`, counting launches alone."""
+        self.driver.standin_fail_launch(n, code)
+
+    def calls(self) -> int:
+        """Calls so far, but for those that ask an error's name."""
+        return int(self.driver.standin_calls())
+
+    def launches(self) -> int:
+        """Launches so far, failed ones too."""
+        return int(self.driver.standin_launches())
+
+    def live(self) -> Live:
+        """What lives now."""
+        found = _Live()
+        self.driver.standin_live(ctypes.byref(found))
+        return Live(*(getattr(found, name) for name in Live.__slots__))
+
+    def complaint(self) -> str:
+        """The latest complaint; empty without one since `reset`."""
+        return str(self.driver.standin_complaint().decode())
+
+    def reset(self) -> None:
+        """Forgets faults, records and the complaint; objects, counts and settings stay."""
+        self.driver.standin_reset()
+
+    def tensor_map(self, raw: bytes) -> TensorMap | None:
+        """What 128 bytes mean, None where no call of cuTensorMapEncodeTiled made them."""
+        found = _TensorMap()
+        if self.driver.standin_tensor_map(raw, ctypes.byref(found)) != 0:
+            return None
+        rank = found.rank
+        return TensorMap(
+            base=found.base,
+            type=found.type,
+            dims=tuple(found.dims[:rank]),
+            strides=tuple(found.strides[: rank - 1]),
+            box=tuple(found.box[:rank]),
+            element_strides=tuple(found.steps[:rank]),
+            interleave=found.interleave,
+            swizzle=found.swizzle,
+            promotion=found.promotion,
+            fill=found.fill,
+        )
+
+    def launched(self) -> list[Launch]:
+        """What was launched while `record` was on, since the last `reset`. No other thread may
+        `reset` meanwhile."""
+        found = []
+        for index in range(self.driver.standin_records()):
+            record = _Record()
+            self.driver.standin_record_at(index, ctypes.byref(record))
+            parameters = []
+            for one in record.parameters[: record.count]:
+                raw = bytes(record.bytes[one.offset : one.offset + one.size])
+                decoded = self.tensor_map(raw) if one.size == 128 else None
+                parameters.append(Parameter(one.offset, one.size, raw, decoded))
+            found.append(
+                Launch(
+                    name=record.name.decode(),
+                    grid=tuple(record.grid),
+                    block=tuple(record.block),
+                    shared=record.shared,
+                    stream=record.stream,
+                    pdl=bool(record.pdl),
+                    digest=record.digest,
+                    parameters=tuple(parameters),
+                )
+            )
+        return found

@@ -1,0 +1,77 @@
+// What tests set and ask beside the driver's own functions. Any thread may call any of them, but
+// what they set is for all threads. At the start: checks and compute on, rows off, nothing
+// recorded, 80 GiB of memory, compute capability 9.0 with 132 multiprocessors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "state.hpp"
+#include "tensor_map.hpp"
+
+namespace standin {
+
+// Live objects, as `standin_live` gives them.
+struct Live {
+    uint64_t allocations;  // of device memory
+    uint64_t bytes;        // in them
+    uint64_t pinned;       // allocations of host memory
+    uint64_t modules;
+    uint64_t streams;
+    uint64_t events;
+    uint64_t retains;  // of the primary context, less releases
+};
+
+}  // namespace standin
+
+#pragma GCC visibility push(default)
+extern "C" {
+// The device. 1 where the context is retained, which is too late; 0 where it was set.
+int standin_device(int major, int minor, int multiprocessors);
+// Device memory in all; allocations past it give 2.
+void standin_memory(uint64_t bytes);
+
+// Checks of handles, contexts, shapes, parameters and addresses.
+void standin_checks(int on);
+// Copies and digests. Without them, and without checks, records and faults, the driver does
+// nothing: no call that a warmed runtime makes locks, allocates or is counted, and cuMemAlloc gives
+// addresses that are not mapped. Loading modules and pinned memory work as ever.
+void standin_compute(int on);
+// Whether digests leave out the outermost dimension of tensor maps: 1 at the start, for runtimes
+// that encode maps over capacities.
+void standin_rows_off(int on);
+// Whether waiting for a stream takes back what launches on it wrote: each forward then finds memory
+// as if it were the first, so that its digests follow from its own calls alone. 0 at the start. New
+// memory is then alike in every byte.
+void standin_undo(int on);
+// Keeps what is launched, until standin_reset().
+void standin_record(int on);
+
+// Memory that a launch may use beside what was allocated: a CPU tensor's. 0; 1 and a complaint
+// where it overlaps another range, or was not registered. The same start again replaces the range.
+int standin_register(uint64_t start, uint64_t bytes);
+int standin_unregister(uint64_t start);
+
+// The n-th call from now (1: the next), or the n-th launch, returns `code`. After 214, 700, 702,
+// 710, 714..719 and 999 every later call does, until standin_reset(). n = 0 takes it back. Calls
+// that give something back do so even then: nobody can call them again.
+void standin_fail(uint64_t n, int code);
+void standin_fail_launch(uint64_t n, int code);
+
+// Calls and launches so far. cuGetErrorName and cuGetErrorString do not count.
+uint64_t standin_calls(void);
+uint64_t standin_launches(void);
+void standin_live(standin::Live* live);
+// The latest complaint, a sentence with the call's name; "" where there is none. The text is the
+// thread's until it asks again.
+const char* standin_complaint(void);
+// Forgets faults, records and the complaint. Objects, counts and settings stay.
+void standin_reset(void);
+
+uint64_t standin_records(void);
+// 1 where there is no such record.
+int standin_record_at(uint64_t index, standin::Record* record);
+// Decodes 128 bytes; 1 where they are no map that cuTensorMapEncodeTiled made.
+int standin_tensor_map(const void* bytes, standin::TensorMap* map);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,176 @@
+// Device memory that is host memory: live ranges, ranges a test registered, and those freed.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <iterator>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace standin {
+
+struct Range {
+    uint64_t start = 0;
+    uint64_t bytes = 0;
+    bool registered = false;
+    bool holds(uint64_t address, uint64_t size) const {
+        return address >= start && address - start <= bytes && size <= bytes - (address - start);
+    }
+};
+
+class Memory {
+  public:
+    static constexpr uint64_t kAlignment = 256;  // of what the driver gives
+    static constexpr uint8_t kFresh = 0xa5;      // new memory is not zero
+
+    bool undo = false;  // see standin_undo
+    uint64_t limit = uint64_t{80} << 30;
+    uint64_t live = 0;   // allocations
+    uint64_t bytes = 0;  // in them
+
+    // 0 where it does not fit.
+    uint64_t allocate(uint64_t size) {
+        if (size > limit || bytes > limit - size) return 0;
+        const uint64_t whole = (size + kAlignment - 1) / kAlignment * kAlignment;
+        void* block = std::aligned_alloc(kAlignment, whole);
+        if (block == nullptr) return 0;
+        // Only the first page, so that an arena of gigabytes costs none.
+        std::memset(block, kFresh, size < 4096 || undo ? size : 4096);
+        const auto start = reinterpret_cast<uint64_t>(block);
+        ranges_[start] = {start, size, false};
+        ++live;
+        bytes += size;
+        return start;
+    }
+
+    // Before a launch on `stream` writes `size` bytes, at most 8.
+    void note(void* stream, uint64_t address, size_t size) {
+        if (!undo) return;
+        Written& one = written_[stream].emplace_back(Written{address, size, {}});
+        std::memcpy(one.before, reinterpret_cast<const void*>(address), size);
+    }
+    void take_back(void* stream) {
+        std::vector<Written>& log = written_[stream];
+        for (; !log.empty(); log.pop_back()) {
+            const Written& one = log.back();
+            if (find(one.address, one.size) == nullptr) continue;
+            std::memcpy(reinterpret_cast<void*>(one.address), one.before, one.size);
+        }
+    }
+
+    // False where `start` begins no live allocation.
+    bool release(uint64_t start) {
+        const auto found = ranges_.find(start);
+        if (found == ranges_.end() || found->second.registered) return false;
+        --live;
+        bytes -= found->second.bytes;
+        freed_.push_back(found->second);
+        held_ += found->second.bytes;
+        ranges_.erase(found);
+        // Blocks wait, so that an address is not at once another allocation's.
+        while (held_ > kHeld || freed_.size() > kHeldBlocks) {
+            held_ -= freed_.front().bytes;
+            std::free(reinterpret_cast<void*>(freed_.front().start));
+            freed_.pop_front();
+        }
+        return true;
+    }
+
+    // False where it overlaps another range; the same start again replaces it.
+    bool enlist(uint64_t start, uint64_t size) {
+        const auto same = ranges_.find(start);
+        if (same != ranges_.end() && same->second.registered) ranges_.erase(same);
+        const auto next = ranges_.lower_bound(start);
+        if (next != ranges_.end() && next->first - start < size) return false;
+        if (next != ranges_.begin() && std::prev(next)->second.holds(start, 1)) return false;
+        ranges_[start] = {start, size, true};
+        return true;
+    }
+
+    bool delist(uint64_t start) {
+        const auto found = ranges_.find(start);
+        if (found == ranges_.end() || !found->second.registered) return false;
+        ranges_.erase(found);
+        return true;
+    }
+
+    // The range that holds all of it, or null.
+    const Range* find(uint64_t address, uint64_t size = 1) const {
+        auto next = ranges_.upper_bound(address);
+        if (next == ranges_.begin()) return nullptr;
+        const Range& range = std::prev(next)->second;
+        return range.holds(address, size) ? &range : nullptr;
+    }
+
+    // Why nothing live holds it.
+    std::string why(uint64_t address, uint64_t size = 1) const {
+        const std::string name = name_of(address, size);
+        for (const Range& range : freed_)
+            if (range.holds(address, 1)) return name + " lies in memory that was freed";
+        if (const Range* range = find(address))
+            return name + " runs past the end of its range, " +
+                   std::to_string(range->start + range->bytes - address) + " bytes further";
+        return name + " lies in no live allocation and no registered range";
+    }
+
+  private:
+    static constexpr uint64_t kHeld = uint64_t{64} << 20;
+    static constexpr size_t kHeldBlocks = 4096;
+
+    static std::string name_of(uint64_t address, uint64_t size) {
+        char text[64];
+        std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(address));
+        return std::string(text) + (size == 1 ? "" : " of " + std::to_string(size) + " bytes");
+    }
+
+    struct Written {
+        uint64_t address;
+        size_t size;
+        uint8_t before[8];
+    };
+
+    std::map<void*, std::vector<Written>> written_;  // by stream, the latest last
+    std::map<uint64_t, Range> ranges_;
+    std::deque<Range> freed_;
+    uint64_t held_ = 0;
+};
+
+// Addresses for the driver that does nothing: nobody reads or writes there, so they come round
+// again. Reserved once, never mapped.
+class Pretended {
+  public:
+    void reserve() {
+        if (base_.load() != 0) return;
+        void* space = mmap(nullptr, kSpace, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                           -1, 0);
+        if (space != MAP_FAILED) base_.store(reinterpret_cast<uint64_t>(space));
+    }
+    uint64_t allocate(uint64_t size) {
+        if (size == 0 || size > kSpace / 2 || base_.load() == 0) return 0;
+        const uint64_t whole = (size + Memory::kAlignment - 1) / Memory::kAlignment;
+        uint64_t place;
+        do {
+            place = next_.fetch_add(whole) * Memory::kAlignment % kSpace;
+        } while (place > kSpace - size);
+        return base_.load() + place;
+    }
+    bool holds(uint64_t address) const {
+        const uint64_t base = base_.load();
+        return base != 0 && address >= base && address - base < kSpace;
+    }
+
+  private:
+    static constexpr uint64_t kSpace = uint64_t{1} << 36;
+    std::atomic<uint64_t> base_{0}, next_{0};
+};
+
+inline Pretended pretended;
+
+}  // namespace standin
