@@ -21,7 +21,7 @@ TEST_WORKERS ?= 2
 py := .venv/bin/python
 pip := -m pip --disable-pip-version-check --no-input
 say := @printf '\n==> %s\n'
-packaging := setup.py pyproject.toml constraints.txt engine/vitrail/_version.py $(wildcard csrc/*)
+packaging := setup.py pyproject.toml constraints.txt engine/vitrail/_version.py $(wildcard csrc/*.*)
 
 # One process with every core, or several with a core each: torch's threads would fight otherwise.
 pytest := $(py) -m pytest
@@ -76,6 +76,7 @@ install: .venv/dev.stamp ## .venv with Vitrail (editable) and the development to
 bench: .venv/dev.stamp ## the CPU benchmarks against transformers
 	$(say) 'CPU benchmarks'
 	$(py) benchmarks/cpu.py
+	$(py) benchmarks/host.py --device cpu
 
 gpu: ## the GPU tests and benchmarks (benchmarks/gpu.sh)
 	@bash benchmarks/gpu.sh
@@ -92,8 +93,9 @@ wheel: .venv/dev.stamp ## dist/vitrail-*.whl
 
 clean: ## remove .venv and everything built
 	rm -rf .venv .venv-pillow12 .venv-triton36 build dist *.egg-info engine/vitrail/_C.*.so
+	rm -rf kernels/vitrail_kernels/images
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find engine kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	find csrc engine kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set-up
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
+sys.path.insert(0, "csrc")
+from cuda_images import BuildCudaImages
+
+LIBRARY = ("csrc/Makefile", "csrc/vitrail.h")
 VERSION = runpy.run_path("engine/vitrail/_version.py")["__version__"]
 
 
@@ -37,6 +43,8 @@ class OptionalExtension(build_ext):
         )
 
 
+build.sub_commands.append(("build_cuda_images", None))
+
 setup(
     version=VERSION,
     packages=find_packages("engine") + find_packages("kernels"),
@@ -51,14 +59,15 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "vitrail._C",
-            ["csrc/module.cpp"],
-            depends=["csrc/driver.hpp"],
+            [f"csrc/{name}.cpp" for name in ("cuda_image", "driver", "executor", "module", "plan")],
+            # libvitrail's files are none of the extension's, but an sdist's
+            depends=[*map(str, sorted(Path("csrc").glob("*.[ch]pp"))), *LIBRARY],
             cxx_std=17,
             define_macros=[("VITRAIL_VERSION", f'"{VERSION}"')],
             libraries=["dl"] if sys.platform == "linux" else [],
             optional=True,
         )
     ],
-    cmdclass={"build_ext": OptionalExtension},
+    cmdclass={"build_ext": OptionalExtension, "build_cuda_images": BuildCudaImages},
     zip_safe=False,
 )

@@ -43,16 +43,16 @@ def plan_calls(
 
     ``inputs``: those that the plan counts in another shape than they come in, as pixels.
     """
-    for launch, tensors, scalars in plan.bind(lengths, "float16", **inputs):
+    for launch, tensors, scalars in plan.bind(lengths, "float16", inputs):
         yield from OPERATORS[launch.op].calls(target, **tensors, **scalars)
 
 
 def every_call(target: Target) -> Iterator[Call]:
-    """The kernels suite's calls, then the models suite's."""
+    """The kernels suite's calls, then those of the models and latency suites."""
     for build in problems().values():
         problem = build("meta")
         yield from OPERATORS[problem.op].calls(target, **problem.tensors, **problem.scalars)
-    for model, batch in MODEL_CASES:
+    for model, batch in (*MODEL_CASES, ("B/32", 1)):
         if model in TEXT:
             yield from plan_calls(plans.text_pooled(TEXT[model]), captions(batch), target)
             continue

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -11,7 +12,71 @@
 
 namespace vitrail {
 
-struct Device {
+namespace cu {
+
+using Result = int;  // CUresult; 0 is CUDA_SUCCESS
+using Device = int;
+using Pointer = uint64_t;
+using Context = struct ContextOpaque*;
+using Module = struct ModuleOpaque*;
+using Function = struct FunctionOpaque*;
+using Stream = struct StreamOpaque*;
+
+constexpr Result kInvalidValue = 1;
+constexpr Result kOutOfMemory = 2;
+constexpr Result kNoDevice = 100;
+constexpr Result kInvalidDevice = 101;
+
+constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+
+constexpr int kMaxThreads = 0;          // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
+constexpr int kMaxDynamicShared = 8;    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kSharedCarveout = 9;      // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+constexpr int kSharedWithoutAsking = 48 << 10;
+
+constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+constexpr int kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING
+constexpr int kL2Promotion = 2;  // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+struct LaunchAttribute {
+    int id;
+    int padding;
+    union {
+        char bytes[64];
+        int overlap;
+        uint64_t align;
+    } value;
+};
+
+struct LaunchConfig {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned shared;
+    Stream stream;
+    LaunchAttribute* attributes;
+    unsigned count;
+};
+
+}  // namespace cu
+
+// What the driver answered, and to which call.
+class DriverError : public std::runtime_error {
+  public:
+    DriverError(const std::string& what, cu::Result code)
+        : std::runtime_error(what), code_(code) {}
+    cu::Result code() const { return code_; }
+
+  private:
+    cu::Result code_;
+};
+
+struct DeviceInfo {
     std::string name;
     std::pair<int, int> capability;  // compute capability: major, minor
 };
@@ -22,117 +87,139 @@ struct DriverInfo {
     bool available = false;
     std::string reason;
     int version = 0;  // highest CUDA version the driver serves: 1000 * major + 10 * minor
-    std::vector<Device> devices;
+    std::vector<DeviceInfo> devices;
 };
 
 // A shared library, closed with its owner.
 class Library {
   public:
     explicit Library(const char* name) : handle_(dlopen(name, RTLD_NOW | RTLD_LOCAL)) {
-        if (handle_ == nullptr) throw std::runtime_error(last_error(name));
+        if (handle_ == nullptr) {
+            const char* text = dlerror();
+            throw std::runtime_error(text != nullptr ? text : std::string(name) + ": not found");
+        }
     }
     ~Library() { dlclose(handle_); }
     Library(const Library&) = delete;
     Library& operator=(const Library&) = delete;
 
-    // The function `name`, whose type the caller vouches for.
-    template <typename Function>
-    Function* function(const char* name) const {
-        void* symbol = dlsym(handle_, name);
-        if (symbol == nullptr) throw std::runtime_error(last_error(name));
-        return reinterpret_cast<Function*>(symbol);
-    }
+    void* find(const char* name) const { return dlsym(handle_, name); }
 
   private:
-    static std::string last_error(const char* name) {
-        const char* text = dlerror();
-        return text != nullptr ? text : std::string(name) + ": not found";
-    }
-
     void* handle_;
 };
 
+// A function of the driver, whose type the declaration vouches for. An older driver may lack it.
+template <typename... Parameters>
+struct Function {
+    Function(const Library& library, const char* name)
+        : name(name), call(reinterpret_cast<cu::Result (*)(Parameters...)>(library.find(name))) {}
+
+    const char* const name;
+    cu::Result (*const call)(Parameters...);
+};
+
 class Driver {
+    const Library library_;  // before the functions, which are found in it
+
+    Function<cu::Result, const char**> error_name_{library_, "cuGetErrorName"};
+    Function<cu::Result, const char**> error_text_{library_, "cuGetErrorString"};
+
   public:
     // Opens the library and finds the functions; starts nothing.
     explicit Driver(const char* library = "libcuda.so.1") : library_(library) {}
 
-    int version() const {
-        int version = 0;
-        check(version_(&version), "cuDriverGetVersion");
-        return version;
+    // Calls `function`. A failure says what it was for, which call, and the driver's own words.
+    template <typename... Parameters, typename... Arguments>
+    void operator()(const char* where, const Function<Parameters...>& function,
+                    Arguments... arguments) const {
+        if (function.call == nullptr) {
+            throw std::runtime_error(std::string(function.name) + ": this driver is too old for it");
+        }
+        const cu::Result result = function.call(arguments...);
+        if (result != 0) fail(result, function.name, where);
     }
 
-    std::vector<Device> devices() const {
-        check(init_(0), "cuInit");
-        int count = 0;
-        check(count_(&count), "cuDeviceGetCount");
-        std::vector<Device> devices;
-        for (int ordinal = 0; ordinal < count; ++ordinal) devices.push_back(device(ordinal));
-        return devices;
-    }
+    [[noreturn]] void fail(cu::Result result, const char* name, const std::string& where) const;
+
+    Function<int*> version{library_, "cuDriverGetVersion"};
+    Function<unsigned> init{library_, "cuInit"};
+    Function<int*> device_count{library_, "cuDeviceGetCount"};
+    Function<cu::Device*, int> device_get{library_, "cuDeviceGet"};
+    Function<char*, int, cu::Device> device_name{library_, "cuDeviceGetName"};
+    Function<int*, int, cu::Device> device_attribute{library_, "cuDeviceGetAttribute"};
+    Function<cu::Context*, cu::Device> context_retain{library_, "cuDevicePrimaryCtxRetain"};
+    Function<cu::Device> context_release{library_, "cuDevicePrimaryCtxRelease_v2"};
+    Function<cu::Context*> context_current{library_, "cuCtxGetCurrent"};
+    Function<cu::Context> context_push{library_, "cuCtxPushCurrent_v2"};
+    Function<cu::Context*> context_pop{library_, "cuCtxPopCurrent_v2"};
+    Function<cu::Module*, const void*> module_load{library_, "cuModuleLoadData"};
+    Function<cu::Module> module_unload{library_, "cuModuleUnload"};
+    Function<cu::Function*, cu::Module, const char*> module_function{library_,
+                                                                     "cuModuleGetFunction"};
+    Function<cu::Function, int, int> function_set{library_, "cuFuncSetAttribute"};
+    Function<int*, int, cu::Function> function_get{library_, "cuFuncGetAttribute"};
+    // CUDA 12.4
+    Function<cu::Function, size_t, size_t*, size_t*> function_parameter{library_,
+                                                                        "cuFuncGetParamInfo"};
+    Function<cu::TensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*,
+             const uint32_t*, const uint32_t*, int, int, int, int>
+        tensor_map{library_, "cuTensorMapEncodeTiled"};
+    Function<const cu::LaunchConfig*, cu::Function, void**, void**> launch{library_,
+                                                                          "cuLaunchKernelEx"};
+    Function<cu::Pointer*, size_t> allocate{library_, "cuMemAlloc_v2"};
+    Function<cu::Pointer> free{library_, "cuMemFree_v2"};
+    Function<cu::Pointer*, size_t, cu::Stream> allocate_async{library_, "cuMemAllocAsync"};
+    Function<cu::Pointer, cu::Stream> free_async{library_, "cuMemFreeAsync"};
+    Function<void**, size_t, unsigned> host_allocate{library_, "cuMemHostAlloc"};
+    Function<void*> host_free{library_, "cuMemFreeHost"};
+    Function<cu::Pointer, const void*, size_t, cu::Stream> copy_in{library_,
+                                                                   "cuMemcpyHtoDAsync_v2"};
+    Function<void*, cu::Pointer, size_t, cu::Stream> copy_out{library_, "cuMemcpyDtoHAsync_v2"};
+    Function<cu::Stream*, unsigned> stream_create{library_, "cuStreamCreate"};
+    Function<cu::Stream> stream_destroy{library_, "cuStreamDestroy_v2"};
+    Function<cu::Stream> stream_wait{library_, "cuStreamSynchronize"};
+};
+
+// Bytes of each parameter of a kernel, for a driver that has function_parameter. The driver copies
+// each to where its kernel has it: sizes must agree, no more.
+std::vector<size_t> parameter_sizes(const Driver& driver, cu::Function function, const char* name);
+
+// A device and its primary context, which torch uses too.
+class Gpu {
+  public:
+    explicit Gpu(const char* library = "libcuda.so.1", int ordinal = 0);
+    ~Gpu();
+    Gpu(const Gpu&) = delete;
+    Gpu& operator=(const Gpu&) = delete;
+
+    const Driver& driver() const { return driver_; }
+    const DeviceInfo& info() const { return info_; }
+    int multiprocessors() const { return multiprocessors_; }
+
+    // Makes the context current on this thread for as long as it lives.
+    class Current {
+      public:
+        explicit Current(const Gpu& gpu);
+        ~Current();
+        Current(const Current&) = delete;
+        Current& operator=(const Current&) = delete;
+
+      private:
+        const Gpu& gpu_;
+        bool pushed_ = false;
+    };
 
   private:
-    using Result = int;  // CUresult; 0 is CUDA_SUCCESS
-    using Handle = int;  // CUdevice
-    static constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    static constexpr int kCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-
-    Device device(int ordinal) const {
-        Handle handle = 0;
-        check(get_(&handle, ordinal), "cuDeviceGet");
-        char name[256] = {};
-        check(name_(name, sizeof name - 1, handle), "cuDeviceGetName");
-        Device device{name, {0, 0}};
-        check(attribute_(&device.capability.first, kCapabilityMajor, handle),
-              "cuDeviceGetAttribute");
-        check(attribute_(&device.capability.second, kCapabilityMinor, handle),
-              "cuDeviceGetAttribute");
-        return device;
-    }
-
-    // Every call goes through here, so that a failure names the call and the driver's own words.
-    void check(Result result, const char* call) const {
-        if (result == 0) return;
-        const char* text = nullptr;
-        error_name_(result, &text);
-        throw std::runtime_error(std::string(call) + ": " +
-                                 (text != nullptr ? text : "error " + std::to_string(result)));
-    }
-
-    template <typename... Arguments>
-    using Call = Result(Arguments...);
-
-    Library library_;
-    Call<Result, const char**>* error_name_ = find<Result, const char**>("cuGetErrorName");
-    Call<int*>* version_ = find<int*>("cuDriverGetVersion");
-    Call<unsigned>* init_ = find<unsigned>("cuInit");
-    Call<int*>* count_ = find<int*>("cuDeviceGetCount");
-    Call<Handle*, int>* get_ = find<Handle*, int>("cuDeviceGet");
-    Call<char*, int, Handle>* name_ = find<char*, int, Handle>("cuDeviceGetName");
-    Call<int*, int, Handle>* attribute_ = find<int*, int, Handle>("cuDeviceGetAttribute");
-
-    template <typename... Arguments>
-    Call<Arguments...>* find(const char* name) const {
-        return library_.function<Call<Arguments...>>(name);
-    }
+    const Driver& driver_;
+    cu::Device device_ = 0;
+    cu::Context context_ = nullptr;
+    DeviceInfo info_;
+    int multiprocessors_ = 0;
 };
 
 // The driver of this machine. Never throws: where a step fails, `reason` says which and why.
 // Starts the driver, so a process forked afterwards cannot use CUDA.
-inline DriverInfo probe() {
-    DriverInfo info;
-    try {
-        // Never closed: a driver that has been started must stay loaded until the process ends.
-        static const Driver* const driver = new Driver();
-        info.version = driver->version();
-        info.devices = driver->devices();
-        info.available = !info.devices.empty();
-        if (!info.available) info.reason = "the driver knows no device";
-    } catch (const std::exception& error) {
-        info.reason = error.what();
-    }
-    return info;
-}
+DriverInfo probe();
 
 }  // namespace vitrail

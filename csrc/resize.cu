@@ -1,10 +1,6 @@
 // The resize and crop of a batch of uint8 images of mixed sizes, bit for bit as Pillow's; see
-// resize.hpp. Kernels alone, to be loaded and launched through the driver; a test builds them by
-//
-//   nvcc -std=c++17 -O3 -Werror all-warnings -fatbin -o resize.fatbin resize.cu
-//       -gencode arch=compute_80,code=sm_80 -gencode arch=compute_86,code=sm_86
-//       -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90,code=sm_90
-//       -gencode arch=compute_100,code=sm_100 -gencode arch=compute_120,code=[sm_120,compute_120]
+// resize.hpp. Kernels alone, to be loaded and launched through the driver; cuda_images.py builds
+// them when Vitrail is installed.
 #include "resize.hpp"
 
 using vitrail::resize::Image;

@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,27 @@ import torch
 import transformers
 
 import checkpoints
+import standin
 from vitrail import plans
+from vitrail.runners import native
 from vitrail.spec import BlockSpec, TextSpec, VisionSpec
 from vitrail.zoo import read_spec
-from vitrail_kernels.launch import Target
+from vitrail_kernels.launch import MISSING, Target, interpreted
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-harness, compare, environment, shapes, problems, operators, models, precompile, report = map(
+(
+    harness,
+    compare,
+    environment,
+    shapes,
+    problems,
+    operators,
+    models,
+    precompile,
+    report,
+    latency,
+) = map(
     importlib.import_module,
     (
         "harness",
@@ -38,6 +52,7 @@ harness, compare, environment, shapes, problems, operators, models, precompile, 
         "models",
         "precompile",
         "report",
+        "latency",
     ),
 )
 
@@ -243,6 +258,90 @@ def test_captions_agree_with_padded_peers() -> None:
         case.check("vitrail", case.variants["vitrail"]().roll(1, 0))
 
 
+# -- host time and latency -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forward() -> Iterator[Any]:
+    """A small ViT on the stand-in; Triton's driver is put back afterwards."""
+    if not native_can_run():
+        pytest.skip("needs triton's compiler, vitrail._C and a C++ compiler")
+    host = importlib.import_module("host")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.triton_driver, "_active", None)
+        yield host.Forward(TOWERS["ViT"], "cpu")
+
+
+def native_can_run() -> bool:
+    ready = MISSING is None and native.MISSING is None and not interpreted()
+    return ready and standin.compiler() is not None
+
+
+def test_host_time_is_of_the_same_launches(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runners get as far as the launcher with the same grids in the same order."""
+    host, grids = sys.modules["host"], list[Any]()
+    monkeypatch.setattr(host.NoLauncher, "__call__", lambda _, *given: grids.append(given[:3]))
+    for batch in (2, 40):
+        case = forward.case(batch)
+        assert case.variants.keys() == {"vitrail", "vitrail C++", "triton"}
+        grids.clear()
+        case.variants["triton"]()
+        for name in ("vitrail", "vitrail C++"):
+            forward.driver.record(True)
+            case.variants[name]()
+            launched = [launch.grid for launch in forward.driver.launched()]
+            forward.driver.record(False)
+            forward.driver.reset()
+            assert launched == grids
+            assert len(launched) == len(forward.plan.launches)
+    nothing = dict.fromkeys(case.variants, lambda: None)
+    with pytest.raises(AssertionError, match="vitrail: got 0 launches"):
+        forward.check(nothing)
+    found = harness.measure(forward.case(2), host.sample(2, time.thread_time), rounds=2)
+    assert all("median_ms" in variant for variant in found["variants"].values()), found
+
+
+def test_a_warm_call_allocates_nothing_in_cpp(forward: Any) -> None:
+    found = sys.modules["host"].counts(forward, (1, 40))
+    assert found.keys() == {"batch 1", "batch 40"}
+    for counted in found.values():
+        assert counted["first"] > len(forward.plan.launches), "the program counts nothing"
+        assert counted["later"] == 0
+        assert 0 < counted["us"] < 1000
+
+
+def test_host_samples_are_means_of_warm_calls() -> None:
+    host, clock = importlib.import_module("host"), Clock()
+    order: list[str] = []
+    work = clock.work(0.5)
+    timer = host.sample(4, clock, lambda: order.append("before"))
+    assert timer(lambda: (order.append("run"), work())) == 0.5
+    assert order == ["run", "before", *["run"] * 4]
+
+
+def test_latency_agrees_with_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_OVERLAP", "kept")
+    for case in (latency.image_case(TOWERS["CLIP"], "cpu"), latency.text_case(CAPTIONS, "cpu")):
+        assert case.variants.keys() == {"vitrail", "vitrail overlap", "eager"}
+        found = harness.measure(case, rounds=1)
+        assert all("median_ms" in variant for variant in found["variants"].values()), found
+        with pytest.raises(AssertionError):
+            case.check("vitrail", case.variants["vitrail"]().roll(1, 1))
+    assert os.environ["VITRAIL_OVERLAP"] == "kept"
+    with latency.overlapping(True):
+        assert os.environ["VITRAIL_OVERLAP"] == "1"
+
+
+def test_a_first_embedding_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "PROCESSES", 1)
+    found = latency.load(TOWERS["ViT"], "cpu")["variants"]["vitrail"]
+    assert found["rounds"] == 1
+    assert 0 <= found["gpu_start_ms"] < found["median_ms"]
+    monkeypatch.setattr(latency, "FIRST", "raise SystemExit('no such device')")
+    with pytest.raises(RuntimeError, match="no such device"):
+        latency.load(TOWERS["ViT"], "cpu")
+
+
 # -- slower results --------------------------------------------------------------------------------
 
 
@@ -319,7 +418,7 @@ def test_other_devices_are_compared_by_their_peers(
 def test_committed_results_are_not_slower_than_themselves() -> None:
     results = ROOT / "benchmarks" / "results" / "cpu"
     cases = compare.ours(compare.records(results), ratios=False)
-    assert len(cases) == 8
+    assert len(cases) == 17
     assert all(isinstance(value, float) for value in cases.values())
     assert _compare(results, results) == 0
 
@@ -482,6 +581,17 @@ def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
     assert sum("vitrail WRONG: off by 0.3" in line for line in lines) == 2
     assert any("eager 2.00x, compile 1.50x" in line for line in lines)
 
+    times = {"vitrail": {"median_ms": 0.0512}, "triton": {"median_ms": 7.5}}
+    bad = {"variants": {"vitrail": {"wrong": "off by 0.3"}}}
+    for suite in ("host", "latency"):
+        results = {"batch 1": {"variants": times, "goal_ms": 0.45}, "batch 8": bad}
+        record = {"environment": found, "results": results}
+        (tmp_path / "card" / f"{suite}.json").write_text(json.dumps(record))
+    lines = [" ".join(line.split()) for line in report.render(tmp_path)]
+    assert "batch 1 vitrail 51.2, triton 7500.0" in lines
+    assert "batch 1 vitrail 0.051, triton 7.500 (goal 0.45)" in lines
+    assert lines.count("batch 8 vitrail WRONG: off by 0.3") == 2
+
 
 # -- shapes ----------------------------------------------------------------------------------------
 
@@ -628,7 +738,11 @@ def test_gpu_stages_run_in_order_once(gpu: Stage) -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
     code, asked, said = gpu()
     assert code == 0, said
-    wanted = "-c|setup.py build_ext --inplace|benchmarks/precompile.py|-P -m pytest -m gpu|"
+    tests = "-P -m pytest -m gpu -q -ra --durations=5"
+    wanted = "-c|setup.py build_ext --inplace|setup.py build_cuda_images --editable-mode|"
+    wanted += "-P -c import vitrail._C|benchmarks/precompile.py|"
+    wanted += f"{tests} tests/gpu/test_native.py|benchmarks/host.py --resume|"
+    wanted += f"benchmarks/latency.py --resume|{tests} --ignore=tests/gpu/test_native.py tests/gpu|"
     wanted += "benchmarks/ceilings.py --resume|benchmarks/operators.py --resume --seconds 480|"
     wanted += "benchmarks/models.py --resume|benchmarks/report.py"
     for line, start in zip(asked, wanted.split("|"), strict=True):
@@ -643,15 +757,15 @@ def test_gpu_stages_run_in_order_once(gpu: Stage) -> None:
     assert (code, len(asked)) == (0, 1), "only the table again"
     assert "kernels      ok, earlier" in said
     (gpu.folder / "engine" / "a.py").write_text("changed = True")
-    assert len(gpu(ALLOW_DIRTY="1")[1]) == 8, "other files, nothing is known of them"
-    assert len(gpu(FRESH="1")[1]) == 8
+    assert len(gpu(ALLOW_DIRTY="1")[1]) == 13, "other files, nothing is known of them"
+    assert len(gpu(FRESH="1")[1]) == 13
 
 
 def test_a_failed_stage_is_told_and_the_others_run(gpu: Stage) -> None:
     code, asked, said = gpu(STUB_KERNELS="1", STUB_MODELS="3", ALLOW_DIRTY="1")
     assert code == 1
-    assert len(asked) == 8
-    assert asked[5].endswith("--allow-dirty")
+    assert len(asked) == 13
+    assert asked[10].endswith("--allow-dirty")
     assert "kernels      FAILED with 1" in said
     assert "models       unfinished" in said
     code, asked, said = gpu(STAGES="kernels models")
@@ -661,6 +775,21 @@ def test_a_failed_stage_is_told_and_the_others_run(gpu: Stage) -> None:
         "benchmarks/models.py",
         "benchmarks/report.py",
     ]
+
+
+def test_the_sanitizer_looks_at_overlapped_launches_too(gpu: Stage) -> None:
+    """Each tool, with and without; what passed is not run again."""
+    noted = f"""#!/bin/sh
+echo "$2 $VITRAIL_OVERLAP $VITRAIL_GPU_TESTS_RUNNER" >>"{gpu.log}"
+case "$2 $VITRAIL_OVERLAP" in "racecheck 1") exit "${{STUB_RACE:-0}}" ;; esac
+"""
+    (gpu.folder / "bin" / "compute-sanitizer").write_text(noted)
+    code, asked, said = gpu(STAGES="sanitizer", STUB_RACE="9")
+    assert (code, "sanitizer    FAILED with 1" in said) == (1, True)
+    tools = ("memcheck", "racecheck")
+    assert asked[:4] == [f"{tool} {overlap} native" for tool in tools for overlap in "01"]
+    code, asked, said = gpu(STAGES="sanitizer")
+    assert (code, asked[0], len(asked)) == (0, "racecheck 1 native", 2)
 
 
 def test_a_stage_that_hangs_is_ended(gpu: Stage) -> None:
@@ -675,7 +804,7 @@ def test_nothing_starts_without_a_gpu_or_time(gpu: Stage) -> None:
     code, asked, said = gpu(STUB_ENV="1")
     assert code == 1
     assert len(asked) == 2, "the look at the GPU, and the table"
-    assert said.count("not started: env failed") == 7
+    assert said.count("not started: env failed") == 10
     code, asked, said = gpu(LIMIT="80")
     assert (code, len(asked)) == (1, 1)
     assert "not started: LIMIT is near" in said

@@ -398,6 +398,27 @@ def test_options_come_from_the_environment(clip: Path, photos: Path) -> None:
     assert run("embed", photos, VITRAIL_OVERWRITE="1", **env).exit_code == 3
 
 
+@pytest.mark.parametrize("command", ["embed", "classify"])
+def test_where_images_are_resized_is_an_option(
+    command: str, clip: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, load = list[object](), model.load
+
+    def kept(*args: Any, **options: Any) -> Any:
+        places.append(options["resize"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(model, "load", kept)
+    arguments = [command, photos / "cat.jpg", "--model", clip]
+    arguments += ["--out", photos.parent / "out"] if command == "embed" else ["--labels", "a,b"]
+    assert run(*arguments).exit_code == 0
+    assert run(*arguments, "--resize-on", "device").exit_code == 0
+    assert run(*arguments, VITRAIL_RESIZE_ON="device").exit_code == 0
+    assert places == ["host", "device", "device"]
+    refused = run(*arguments, "--resize-on", "gpu")
+    assert "resize: got 'gpu', wanted 'host' or 'device'" in one_line_error(refused)
+
+
 def test_embed_writes_embeddings_npy_here_by_default(
     clip: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,12 +26,11 @@ from transformers import image_transforms
 
 from pixels import cases
 from pixels.theirs import processor
-from vitrail import formats, images
+from vitrail import decoding, formats
+from vitrail.decoding import Limits, decode
 from vitrail.errors import ImageError, InputError
 from vitrail.images import (
-    Limits,
     crop_pixels,
-    decode,
     linear_scale,
     normalise,
     preprocess_float,
@@ -40,10 +39,10 @@ from vitrail.images import (
 from vitrail.resize import (
     _axis,
     _nearest,
-    _rows_reached,
     _window_pass,
     geometry,
     resize_window,
+    rows_reached,
     spec_at,
 )
 from vitrail.spec import ImageSpec
@@ -210,14 +209,14 @@ def test_a_window_of_many_lines_is_cut_from_the_whole(resample: int) -> None:
 def test_rows_that_reach_the_crop_hold_every_row_used() -> None:
     for source, full, crop in [(480, 298, 224), (1000, 224, 10), (7, 900, 3), (500, 256, 224)]:
         axis = _axis(source, full, crop)
-        top, bottom = _rows_reached(axis, 0)
+        top, bottom = rows_reached(axis, 0)
         used = _nearest(axis)
         assert top <= used.min()
         assert used.max() < bottom
         for resample in range(1, 6):
             image = cases.picture("reach", "L", 1, source)
             changed = np.array(image)
-            top, bottom = _rows_reached(axis, resample)
+            top, bottom = rows_reached(axis, resample)
             changed[:top] ^= 255
             changed[bottom:] ^= 255
             two = [
@@ -580,7 +579,7 @@ def test_the_orientation_is_read_where_pillow_reads_it() -> None:
 def test_other_content_is_refused_by_its_first_bytes(
     data: bytes, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(images, "_PLUGINS", {})
+    monkeypatch.setattr(decoding, "_PLUGINS", {})
     text = refusal(data)
     assert hint in text
     assert f"image of {len(data)} bytes" in text
@@ -639,7 +638,7 @@ HUGE = {
 def test_a_size_over_the_limit_is_refused_from_the_header(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_PLUGINS", {})
+    monkeypatch.setattr(decoding, "_PLUGINS", {})
     spent = []
     for _ in range(5):
         start = time.perf_counter()
@@ -915,7 +914,7 @@ def test_whatever_pillow_raises_becomes_an_image_error(
 
     path = tmp_path / "photo.png"
     path.write_bytes(encode(photo(), "PNG"))
-    monkeypatch.setitem(images._PLUGINS, "PNG", fails)
+    monkeypatch.setitem(decoding._PLUGINS, "PNG", fails)
     assert refusal(path).startswith(f"{path}: ")
     (kept,) = preprocess_uint8([path], CLIP, 3)
     assert isinstance(kept, ImageError)

@@ -418,8 +418,8 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 KERNELS = ("vitrail_resize_across", "vitrail_resize_down")
 
 
-def nvcc(folder: Path, *options: str) -> str:
-    """What the CUDA compiler says of resize.cu, built in ``folder``."""
+def nvcc(folder: Path, *options: str) -> None:
+    """Run the CUDA compiler on resize.cu in ``folder``; what is installed: test_packaging.py."""
     home = os.environ.get("CUDA_HOME")
     compiler = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if compiler is None:
@@ -430,12 +430,12 @@ def nvcc(folder: Path, *options: str) -> str:
         [compiler, *options], cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def test_the_cuda_kernels_wait_first_and_load_16_bytes(tmp_path: Path) -> None:
     """In PTX: no load of memory before the kernel before is done, and no floating point."""
-    nvcc(tmp_path, "-std=c++17", "-O3", "-ptx", "-arch=compute_90", "resize.cu")
+    warnings = ("-Werror", "all-warnings")
+    nvcc(tmp_path, "-std=c++17", "-O3", *warnings, "-ptx", "-arch=compute_90", "resize.cu")
     kernels = (tmp_path / "resize.ptx").read_text().split(".visible .entry ")[1:]
     assert [kernel.partition("(")[0] for kernel in kernels] == list(KERNELS)
     for kernel in kernels:
@@ -447,27 +447,6 @@ def test_the_cuda_kernels_wait_first_and_load_16_bytes(tmp_path: Path) -> None:
     assert "ld.global.u8" in across
     assert re.search(r"ld\.global\.v(2\.[ub]64|4\.[ub]32)", down)
     assert "ld.global.u8" not in down
-
-
-@pytest.mark.slow
-def test_the_cuda_kernels_spill_nothing_anywhere(tmp_path: Path) -> None:
-    """By the command that resize.cu gives."""
-    text = (CSRC / "resize.cu").read_text()
-    command = " ".join(re.findall(r"^//   +(.*)", text, re.M)).split()
-    assert command[0] == "nvcc"
-    said = nvcc(tmp_path, *command[1:], "-Xptxas", "-v")
-    assert (tmp_path / "resize.fatbin").stat().st_size > 0
-    assert any(word.endswith("code=[sm_120,compute_120]") for word in command), "no PTX"
-    found = re.findall(
-        r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
-        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        said,
-        re.S,
-    )
-    assert {one[:2] for one in found} == {(name, str(arch)) for name in KERNELS for arch in ARCHS}
-    for name, arch, *bytes_of, registers in found:
-        assert bytes_of == ["0", "0", "0"], f"{name} sm_{arch}: stack and spills of {bytes_of}"
-        assert int(registers) <= 64, f"{name} sm_{arch}: {registers}: fewer than 8 blocks fit"
 
 
 def meta_calls(arch: int, batch: int, width: int, channels: int = 3, groups: int = 0) -> list[Call]:

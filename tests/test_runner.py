@@ -858,8 +858,8 @@ GPU = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("dtype", "capability", "runner", "why"),
     [
-        (torch.float16, (9, 0), "triton", None),
-        (torch.bfloat16, (8, 0), "triton", None),
+        (torch.float16, (9, 0), "native", None),
+        (torch.bfloat16, (8, 0), "native", None),
         (torch.float32, (9, 0), "reference", "float32 goes through PyTorch"),
         (torch.float16, (7, 5), "reference", "sm_80 or later, and this is sm_75"),
     ],
@@ -872,7 +872,14 @@ def test_auto_takes_the_kernels_on_every_gpu_they_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(runners.native, "MISSING", None)
     assert runners.choose("auto", dtype, GPU) == runner
+    assert runners.why_not_native(dtype, GPU) == runners.why_not_triton(dtype, GPU)
+    monkeypatch.setattr(runners.native, "MISSING", ImportError("vitrail._C"))
+    fallback = "triton" if runner == "native" else runner
+    assert runners.choose("auto", dtype, GPU) == fallback
+    with pytest.raises(InputError, match="runner: got 'native', but "):
+        runners.choose("native", dtype, GPU)
     told = runners.why_not_triton(dtype, GPU)
     assert (told is None) == (why is None)
     assert why is None or (told is not None and why in told)

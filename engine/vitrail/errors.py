@@ -15,3 +15,11 @@ class ImageError(VitrailError):
 
 class InputError(VitrailError, ValueError):
     """An argument has the wrong type, shape, range or value."""
+
+
+class DeviceError(VitrailError):
+    """The GPU or its driver failed; the message names the launch where there was one."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The GPU has too little memory left, even for one item."""

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+EXPORT = "vitrail.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -153,6 +154,9 @@ def _mode(path: Path) -> int | None:
 
 def _open(folder: Path, source: str, revision: str | None, weights: str | None) -> Checkpoint:
     names = _names(folder)
+    if EXPORT in names:
+        wanted = "a checkpoint: this was made of one by vitrail export, and only loads"
+        raise refusal(place(folder / EXPORT), "an exported folder", wanted)
     if CONFIG not in names:
         raise refusal(place(folder), f"no {CONFIG}", "a checkpoint folder as transformers saves it")
     config = read_json(_inside(folder, CONFIG))

@@ -1,124 +1,65 @@
 """Images in, pixels out: decode, resize, crop and normalise as the model family's processor does.
 
 The result is bit for bit that of transformers' PIL processors under Pillow 12, whichever Pillow is
-installed. Decoding is strict: five formats, sizes checked before pixels, and never half an image.
+installed. One step decodes and says what is wanted of the resized image, another resamples, here or
+on a device.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import stat
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from functools import lru_cache
-from types import FunctionType
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image
 
-from vitrail.errors import ImageError, InputError, VitrailError
-from vitrail.formats import Refused, check_png, read_header, read_orientation
-from vitrail.resize import Pixels, crop_image, spec_at
+from vitrail.decoding import (
+    LIMITS,
+    Limits,
+    PixelInput,
+    SixteenBit,
+    as_array,
+    check_arguments,
+    open_image,
+)
+from vitrail.errors import InputError, VitrailError
+from vitrail.resize import Axis, Pixels, crop_at, down_first, frame, rows_reached, spec_at
 from vitrail.spec import ImageSpec
 
-
-@runtime_checkable
-class Readable(Protocol):
-    """Encoded bytes somewhere: a `TarMember`, a ``zipfile.Path``, a resource of a package."""
-
-    def read_bytes(self) -> bytes: ...
-
-
-PixelInput = (
-    (str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any])
-    | torch.Tensor
-    | Readable
-)
-SixteenBit = Literal["scale", "clip"]
 Floats = npt.NDArray[np.float32]
 Result = TypeVar("Result")
+Opened = TypeVar("Opened", bound=Image.Image | Pixels)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest image that is taken: pixels in all, pixels a side, encoded bytes."""
+class Framed(NamedTuple, Generic[Opened]):
+    """A decoded image, "RGB", "L" or uint8 (H, W, channels), and which rows and columns of it, once
+    it is resized, are wanted."""
 
-    max_pixels: int = 50_000_000
-    max_side: int = 65_535
-    max_bytes: int = 256 << 20
-
-
-_PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "PNG": PngImagePlugin.PngImageFile,
-    "WEBP": WebPImagePlugin.WebPImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
-}
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_DAMAGED = "damaged, or of a kind that Pillow does not read"
-_LOADING = tuple(threading.Lock() for _ in range(16))
+    opened: Opened
+    rows: Axis
+    columns: Axis
+    resample: int
 
 
-def decode(
-    image: PixelInput,
-    *,
-    channels: int,
-    limits: Limits = Limits(),
-    sixteen_bit: SixteenBit = "scale",
-) -> Pixels:
-    """One image as contiguous uint8 (height, width, channels), upright, before any resize.
+def _framed(where: str, opened: Opened, spec: ImageSpec) -> Framed[Opened]:
+    height, width = (
+        (opened.height, opened.width) if isinstance(opened, Image.Image) else opened.shape[:2]
+    )
+    return Framed(opened, *frame(height, width, spec, where), spec.resample)
 
-    ``channels`` is the model's: 3 makes RGB and 1 grey, whatever the image holds and whatever the
-    processor's ``do_convert_rgb`` says (without it, transformers fails on all but RGB images).
 
-    * A path, bytes, or an object with ``read_bytes()``: JPEG, PNG, WEBP, BMP or GIF, told by
-      content; the first frame; turned upright by EXIF orientation, where values other than 1..8
-      count as 1.
-    * A PIL image of any mode that Pillow converts to RGB: taken as it is, not turned. One whose
-      pixels fail to load is closed, since Pillow's second load would give wrong pixels in silence.
-    * uint8 (height, width, channels) or (height, width), numpy or a CPU tensor of any strides; one
-      channel is repeated for RGB. The result may share the array's memory. Channel counts other
-      than 1 and 3 come only this way.
-
-    Transparency is laid over white and palettes are looked up, as transformers' ``convert_to_rgb``
-    does. 16-bit grey (modes "I;16" and "I") is ``round(value * 255 / 65535)``, or with
-    ``sixteen_bit="clip"`` ``min(value, 255)``, as Pillow's own conversion. Mode "F" is refused.
-
-    A sound decode is no proof of an undamaged file: JPEG has no checksum, so damage that still
-    parses shows as wrong pixels in every decoder.
-
-    Raises ImageError for an image that cannot be read, is damaged, empty or over ``limits``, and
-    InputError for the wrong type, dtype or layout. Both name the file.
-    """
-    _check_arguments(channels, sixteen_bit)
-    where, opened = _opened(image, channels, limits, sixteen_bit)
-    if isinstance(opened, np.ndarray):
-        return opened
-    pixels = _guarded(where, lambda: np.array(opened))
-    return pixels.reshape(*pixels.shape[:2], channels)
+def _cropped(framed: Framed[Opened]) -> Pixels:
+    opened, axes = framed.opened, framed[1:]
+    if isinstance(opened, Image.Image):
+        return crop_at(opened, *axes)
+    if opened.shape[2] == 3:
+        return crop_at(Image.fromarray(opened), *axes)
+    planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(np.moveaxis(opened, 2, 0))]
+    return np.concatenate([crop_at(plane, *axes) for plane in planes], axis=2)
 
 
 def crop_pixels(decoded: Pixels, spec: ImageSpec, size: tuple[int, int] | None = None) -> Pixels:
@@ -133,16 +74,7 @@ def crop_pixels(decoded: Pixels, spec: ImageSpec, size: tuple[int, int] | None =
         raise InputError(
             f"decoded: got {decoded.dtype} {decoded.shape}, wanted uint8 (height, width, channels)"
         )
-    return _cropped("image", decoded, spec_at(spec, size))
-
-
-def _cropped(where: str, opened: Image.Image | Pixels, spec: ImageSpec) -> Pixels:
-    if isinstance(opened, Image.Image):
-        return crop_image(opened, spec, where)
-    if opened.shape[2] == 3:
-        return crop_image(Image.fromarray(opened), spec, where)
-    planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(np.moveaxis(opened, 2, 0))]
-    return np.concatenate([crop_image(plane, spec, where) for plane in planes], axis=2)
+    return _cropped(_framed("image", decoded, spec_at(spec, size)))
 
 
 def normalise(pixels: Pixels, spec: ImageSpec) -> Floats:
@@ -213,7 +145,7 @@ def preprocess_uint8(
     *,
     size: tuple[int, int] | None = None,
     executor: Executor | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Pixels | VitrailError]:
     """``decode`` and ``crop_pixels`` for each image, in order, on the threads of ``executor``.
@@ -223,11 +155,11 @@ def preprocess_uint8(
     thread for every core the process may use. One image is done in the calling thread. Raises
     InputError only for arguments that no image could meet.
     """
-    _check_arguments(channels, sixteen_bit)
+    check_arguments(channels, sixteen_bit)
     sized = spec_at(spec, size)
 
     def work(image: PixelInput) -> Pixels:
-        return _cropped(*_opened(image, channels, limits, sixteen_bit), sized)
+        return _cropped(_framed(*open_image(image, channels, limits, sixteen_bit), sized))
 
     return _each(work, images, executor)
 
@@ -239,36 +171,83 @@ def preprocess_float(
     *,
     size: tuple[int, int] | None = None,
     executor: Executor | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Floats | VitrailError]:
     """``preprocess_uint8`` followed by ``normalise``: float32 (channels, h, w) for each image."""
-    _check_arguments(channels, sixteen_bit)
+    check_arguments(channels, sixteen_bit)
     _table(spec.rescale, spec.mean, spec.std, channels)
     sized = spec_at(spec, size)
 
     def work(image: PixelInput) -> Floats:
-        return normalise(_cropped(*_opened(image, channels, limits, sixteen_bit), sized), sized)
+        framed = _framed(*open_image(image, channels, limits, sixteen_bit), sized)
+        return normalise(_cropped(framed), sized)
 
     return _each(work, images, executor)
+
+
+def preprocess_framed(
+    images: Sequence[PixelInput],
+    spec: ImageSpec,
+    channels: int,
+    *,
+    enough: int,
+    size: tuple[int, int] | None = None,
+    limits: Limits = LIMITS,
+    sixteen_bit: SixteenBit = "scale",
+) -> list[Framed[Pixels] | VitrailError]:
+    """The first step of ``preprocess_uint8``, for the operator ``resize`` to do the other.
+
+    Of the first images only, one or more: no further one is begun once they hold ``enough`` bytes.
+    What the operator leaves to its caller is cropped here, and then framed as it is.
+    """
+    check_arguments(channels, sixteen_bit)
+    sized = spec_at(spec, size)
+
+    def work(image: PixelInput) -> Framed[Pixels]:
+        where, opened = open_image(image, channels, limits, sixteen_bit)
+        framed = _framed(where, opened, sized)
+        if _for_operator(framed.rows, framed.columns, channels):
+            return Framed(as_array(where, opened), *framed[1:])
+        crop = _cropped(framed)
+        down, across = (Axis(side, side, 0, side, 0, side) for side in crop.shape[:2])
+        return Framed(crop, down, across, framed.resample)
+
+    return _first_of(work, images, enough)
+
+
+def held_bytes(framed: Framed[Pixels]) -> int:
+    """About what the operator holds for an image: source, lines between the passes, and output."""
+    top, bottom = rows_reached(framed.rows, framed.resample)
+    height, width, channels = framed.opened.shape
+    made = (bottom - top + framed.rows.out) * framed.columns.out
+    return int((height * width + made) * channels)
+
+
+def _for_operator(rows: Axis, columns: Axis, channels: int) -> bool:
+    """Whether the operator takes such an image: by the rules in the head of its file, and
+    `resize_tables` and `resize_calls`."""
+    line, out = max(columns.source, columns.out) * channels, rows.out * columns.out * channels
+    return not down_first(rows, columns) and line < 1 << 27 and out < 1 << 31
+
+
+def _tried(work: Callable[[PixelInput], Result], image: PixelInput) -> Result | VitrailError:
+    try:
+        return work(image)
+    except VitrailError as error:
+        # A kept traceback would keep the failed image's pixels alive.
+        return error.with_traceback(None)
 
 
 def _each(
     work: Callable[[PixelInput], Result], images: Sequence[PixelInput], executor: Executor | None
 ) -> list[Result | VitrailError]:
-    def one(image: PixelInput) -> Result | VitrailError:
-        try:
-            return work(image)
-        except VitrailError as error:
-            # A kept traceback would keep the failed image's pixels alive.
-            return error.with_traceback(None)
-
     if len(images) < 2:
-        return [one(image) for image in images]
+        return [_tried(work, image) for image in images]
     if executor is None:
         with ThreadPoolExecutor(min(len(images), _cores()), "vitrail-images") as threads:
             return _each(work, images, threads)
-    futures = [executor.submit(one, image) for image in images]
+    futures = [executor.submit(_tried, work, image) for image in images]
     try:
         return [future.result() for future in futures]
     finally:
@@ -276,243 +255,29 @@ def _each(
             future.cancel()
 
 
+def _first_of(
+    work: Callable[[PixelInput], Framed[Pixels]], images: Sequence[PixelInput], enough: int
+) -> list[Framed[Pixels] | VitrailError]:
+    """As `_each`, until there are ``enough`` bytes: what is under way by then is finished."""
+    if len(images) < 2:
+        return [_tried(work, image) for image in images]
+    done: dict[int, Framed[Pixels] | VitrailError] = {}
+    running: dict[Future[Framed[Pixels] | VitrailError], int] = {}
+    held = begun = 0
+    count = min(len(images), _cores())
+    with ThreadPoolExecutor(count, "vitrail-images") as threads:
+        while True:
+            while len(running) < count and begun < len(images) and held < enough:
+                running[threads.submit(_tried, work, images[begun])] = begun
+                begun += 1
+            if not running:
+                return [done[number] for number in range(begun)]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                found = done[running.pop(future)] = future.result()
+                held += 0 if isinstance(found, VitrailError) else held_bytes(found)
+
+
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _check_arguments(channels: int, sixteen_bit: str) -> None:
-    if type(channels) is not int or channels < 1:
-        raise InputError(f"channels: got {channels!r}, wanted an integer of at least 1")
-    if sixteen_bit not in ("scale", "clip"):
-        raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
-
-
-def _opened(
-    image: PixelInput, channels: int, limits: Limits, sixteen_bit: SixteenBit
-) -> tuple[str, Image.Image | Pixels]:
-    """What to call the image in a message, and it as "RGB", "L" or uint8 (H, W, channels)."""
-    if isinstance(image, torch.Tensor | np.ndarray):
-        return "image array", _from_array(image, channels, limits)
-    if isinstance(image, Image.Image):
-        where, opened = _name(image), image
-    elif isinstance(image, bytes | bytearray | memoryview):
-        where = f"image of {memoryview(image).nbytes} bytes"
-        opened = _from_bytes(where, image, limits)
-    elif isinstance(image, str | os.PathLike):
-        where = os.fsencode(image).decode("utf-8", "backslashreplace")
-        opened = _from_bytes(where, _read_file(where, image, limits), limits)
-    elif isinstance(image, Readable):
-        where = str(image).encode("utf-8", "backslashreplace").decode()
-        opened = _from_bytes(where, _read_object(where, image), limits)
-    else:
-        raise InputError(
-            f"image: got {type(image).__name__}, wanted a path, bytes, a PIL image, an object "
-            "with read_bytes(), or a uint8 array or tensor (height, width, channels)"
-        )
-    if channels not in (1, 3):
-        raise InputError(
-            f"{where}: this model takes {channels} channels, which only a uint8 array "
-            f"(height, width, {channels}) can give"
-        )
-    if opened is image:
-        _check_size(where, opened.width, opened.height, limits)
-        _load_shared(where, opened)
-    return where, _converted(where, opened, "RGB" if channels == 3 else "L", sixteen_bit)
-
-
-def _name(image: Image.Image) -> str:
-    name = getattr(image, "filename", "")
-    if not isinstance(name, str | bytes | os.PathLike) or not name:
-        return "PIL image"
-    return "PIL image " + os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _check_size(where: str, width: int, height: int, limits: Limits) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"{where}: got {width} x {height} pixels, wanted at least 1 x 1")
-    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
-        raise ImageError(
-            f"{where}: got {width} x {height} pixels, wanted at most {limits.max_side} a side and "
-            f"{limits.max_pixels} in all"
-        )
-
-
-def _read_file(where: str, path: str | os.PathLike[str], limits: Limits) -> bytes:
-    """Every byte of a regular file. A pipe or device is refused without waiting for it."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-        try:
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
-                _check_bytes(where, status.st_size, limits)
-                with open(descriptor, "rb", closefd=False) as file:
-                    return file.read(status.st_size)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise ImageError(f"{where}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
-        raise ImageError(f"{where}: cannot be read: {reason}") from None
-    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-    raise ImageError(f"{where}: is {kind}, wanted a regular file")
-
-
-def _read_object(where: str, image: Readable) -> bytes:
-    try:
-        data = image.read_bytes()
-    except Exception as error:  # whatever a storage library raises costs this image only
-        raise ImageError(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise InputError(f"{where}: read_bytes() gave {type(data).__name__}, wanted bytes")
-    return bytes(data)
-
-
-def _check_bytes(where: str, count: int, limits: Limits) -> None:
-    if count > limits.max_bytes:
-        raise ImageError(f"{where}: got {count} bytes, wanted at most {limits.max_bytes}")
-
-
-def _from_bytes(where: str, data: bytes | bytearray | memoryview, limits: Limits) -> Image.Image:
-    """The first frame, every pixel loaded, turned upright. Pillow sees a sniffed format only."""
-    _check_bytes(where, memoryview(data).nbytes, limits)
-    data = bytes(data)
-    try:
-        header = read_header(data)
-        _check_size(where, header.width, header.height, limits)
-        if header.format == "PNG":
-            check_png(data)
-    except Refused as refused:
-        raise ImageError(f"{where}: {refused}") from None
-
-    def load() -> Image.Image:
-        image = _PLUGINS[header.format](io.BytesIO(data))
-        if image.size != (header.width, header.height):
-            raise ValueError("the decoder and the header disagree on the size")
-        _load(image)
-        turn = _UPRIGHT.get(read_orientation(image.info))
-        return image if turn is None else image.transpose(turn)
-
-    return _guarded(where, load)
-
-
-def _load_shared(where: str, image: Image.Image) -> None:
-    """Load a caller's image, which other threads may hold too: Pillow's lazy load is not safe.
-
-    The images have no hash and no weak set will take them, hence a few locks for all of them.
-    """
-
-    def load() -> None:
-        try:
-            _load(image)
-        except Exception:
-            Image.Image.close(image)
-            raise
-
-    with _LOADING[id(image) // 16 % len(_LOADING)]:
-        _guarded(where, load)
-
-
-def _load(image: Image.Image) -> None:
-    """Load every pixel or raise, even where ``ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
-
-    That switch of the whole process makes Pillow fill what is missing with grey. It is left alone;
-    the image is loaded by Pillow's own function, bound to a copy of its globals with the switch
-    off. Formats with a load of their own (WEBP, TIFF) get no such copy: WEBP does not need it.
-    """
-    base = ImageFile.ImageFile.load
-    if not ImageFile.LOAD_TRUNCATED_IMAGES or type(image).load is not base:
-        image.load()
-        return
-    strict = FunctionType(
-        base.__code__,
-        {**base.__globals__, "LOAD_TRUNCATED_IMAGES": False},
-        base.__name__,
-        base.__defaults__,
-        base.__closure__,
-    )
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:
-        # Its own reader, under the switch, makes up an end marker for libjpeg.
-        vars(image)["load_read"] = image.fp.read
-    strict(image)
-
-
-def _converted(
-    where: str, image: Image.Image, mode: Literal["RGB", "L"], sixteen_bit: SixteenBit
-) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError(f"{where}: got 32-bit float pixels (mode F), wanted 8-bit or 16-bit ones")
-
-    def convert() -> Image.Image:
-        key = image.info.get("transparency")
-        if image.mode.startswith("I"):
-            return _from_sixteen_bit(image, key, sixteen_bit).convert(mode)
-        if "A" in image.getbands() or key is not None:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
-        return image if image.mode == mode else image.convert(mode)
-
-    return _guarded(where, convert)
-
-
-def _from_sixteen_bit(image: Image.Image, key: Any, sixteen_bit: SixteenBit) -> Image.Image:
-    """8-bit grey of modes "I;16", "I;16B" and "I"; the transparent value ``key`` becomes white."""
-    values = np.asarray(image).astype(np.int64)
-    if sixteen_bit == "clip":
-        grey = values.clip(0, 255)
-    elif values.min() < 0 or values.max() > 65_535:
-        raise ImageError("32-bit integer pixels beyond 0..65535")
-    else:
-        # 65535 = 255 * 257, and with 257 odd no value lies half way: 128 rounds to nearest.
-        grey = (values + 128) // 257
-    if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.fromarray(grey.astype(np.uint8))
-
-
-def _guarded(where: str, step: Callable[[], Result]) -> Result:
-    """``step()``; whatever Pillow raises on hostile bytes becomes an ImageError from a fixed table.
-
-    Raised outside the handler, so that the error, which a batch keeps, holds no frame of Pillow's.
-    """
-    try:
-        return step()
-    except ImageError as error:
-        reason = str(error)
-    except (MemoryError, RecursionError):
-        reason = "not enough memory to decode it"
-    except EOFError:
-        reason = "truncated: the image data ends early"
-    except Exception as error:
-        early = "truncated" in str(error)
-        reason = "truncated: the image data ends early" if early else _DAMAGED
-    raise ImageError(f"{where}: {reason}")
-
-
-def _from_array(image: npt.NDArray[Any] | torch.Tensor, channels: int, limits: Limits) -> Pixels:
-    wanted = f"wanted uint8 (height, width, {channels}) on the CPU"
-    if isinstance(image, torch.Tensor):
-        if image.device.type != "cpu" or image.dtype != torch.uint8:
-            raise InputError(f"image array: got {image.dtype} on {image.device}, {wanted}")
-        try:
-            image = image.detach().numpy()
-        except (RuntimeError, TypeError):
-            raise InputError(f"image array: got a tensor without plain memory, {wanted}") from None
-    array = np.asarray(image)
-    got = f"image array: got {array.dtype} {array.shape}"
-    if array.dtype != np.uint8:
-        raise InputError(f"{got}, {wanted}")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3:
-        raise InputError(f"{got}, {wanted}")
-    if array.shape[2] == 1 and channels == 3:
-        array = np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.shape[2] != channels:
-        first = array.shape[0] in (1, 3, 4, channels)
-        raise InputError(f"{got}{', which looks like channels first' if first else ''}, {wanted}")
-    _check_size("image array", array.shape[1], array.shape[0], limits)
-    return np.ascontiguousarray(array)

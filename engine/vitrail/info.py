@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from vitrail._version import __version__
+from vitrail.exported import Exported, open_exported
 from vitrail.files import Checkpoint, open_checkpoint
+from vitrail.package import WEIGHTS
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
@@ -21,6 +23,9 @@ def read(
 
     Raises CheckpointError, as loading would, where the checkpoint is not one Vitrail can serve.
     """
+    exported = open_exported(name, revision)
+    if exported is not None:
+        return exported.spec, _exported(exported)
     checkpoint = open_checkpoint(name, revision=revision, local_files_only=local_files_only)
     spec = read_spec(checkpoint)
     map_tensors(checkpoint, spec)
@@ -40,6 +45,24 @@ def read(
     }
 
 
+def _exported(exported: Exported) -> dict[str, Any]:
+    """`read` of an exported folder, whose weights are packed into one tensor."""
+    checkpoint, spec = exported.checkpoint(), exported.spec
+    return {
+        "source": checkpoint.source,
+        "folder": str(checkpoint.folder),
+        "revision": None,
+        "parameters": spec.parameters,
+        "files": [WEIGHTS],
+        "bytes": exported.arena_bytes,
+        "tensors": {str(exported.dtype).removeprefix("torch."): 1},
+        "tokenizer": _tokenizer_files(checkpoint),
+        "serving": _serving(exported),
+        "spec": spec.to_dict(),
+        "exported": f"from {exported.origin} for {exported.architectures}: {exported.extent}",
+    }
+
+
 def describe(spec: ModelSpec, facts: dict[str, Any]) -> str:
     """The same in words, a line a topic."""
     lines = list(_lines(spec, facts))
@@ -54,6 +77,8 @@ def _lines(spec: ModelSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     stored = ", ".join(f"{count} {dtype}" for dtype, count in facts["tensors"].items())
     size = facts["bytes"] / 1e6
     yield "weights", f"{', '.join(facts['files'])}: {size:,.1f} MB, tensors: {stored}; complete"
+    if "exported" in facts:
+        yield "exported", facts["exported"]
     if spec.vision is not None:
         yield from _vision_lines(spec.vision)
         yield "images", _contract(spec.image)
@@ -147,7 +172,7 @@ def _tokenizer_files(checkpoint: Checkpoint) -> str | None:
     return "vocab.json and merges.txt" if both else None
 
 
-def _serving() -> dict[str, str]:
+def _serving(exported: Exported | None = None) -> dict[str, str]:
     """Which runner and device would serve, and what of the faster parts is installed."""
     import torch
 
@@ -157,17 +182,36 @@ def _serving() -> dict[str, str]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.float16 if cuda else torch.float32
-    if choose("auto", dtype, device) == "triton":
-        runner = "triton (Vitrail's kernels)"
-    else:
+    dtype = dtype if exported is None else exported.dtype
+    name = choose("auto", dtype, device, exported)
+    if name == "reference":
         runner = f"reference (PyTorch {torch.__version__}; {why_not_triton(dtype, device)})"
+    else:
+        runner = f"{name} (Vitrail's kernels)"
     version = triton_version()
     kernels = "triton is not installed" if version is None else f"triton {version}"
     return {
         "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
-        "kernels": kernels,
+        "kernels": f"{kernels}; resize: {_resize(name)}",
         "native": _native(),
     }
+
+
+def _resize(runner: str, library: str | None = None) -> str:
+    """What resizes images on a device; a driver is asked whether it takes the CUDA image."""
+    from vitrail.runners.cuda_resize import CudaResize, open_resize
+    from vitrail.runners.native import DRIVER
+    from vitrail_kernels.cuda_image import cuda_image
+
+    if runner != "native":
+        return str(cuda_image("resize") or "Triton, no CUDA image was built")
+    from vitrail import _C
+
+    try:
+        found = open_resize(_C.Gpu(library or DRIVER, 0))
+    except RuntimeError as error:
+        return f"not known: {error}"
+    return str(found.image) if isinstance(found, CudaResize) else f"Triton, since {found}"
 
 
 def _native() -> str:

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitrail.decoding import PixelInput, Readable
 from vitrail.errors import InputError, VitrailError
-from vitrail.images import PixelInput, Readable, linear_scale
+from vitrail.images import linear_scale
 from vitrail.spec import ImageSpec, VisionSpec
 
 Images = PixelInput | Sequence[PixelInput]

@@ -8,9 +8,9 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, cast, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -18,10 +18,18 @@ from torch import Tensor
 
 from vitrail import images as pixels_of
 from vitrail._version import __version__
-from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
+from vitrail.crops import Batch, device_batch, host_batch
+from vitrail.decoding import PixelInput, SixteenBit
+from vitrail.errors import (
+    CheckpointError,
+    ImageError,
+    InputError,
+    OutOfMemoryError,
+    VitrailError,
+)
+from vitrail.exported import Exported, open_exported
 from vitrail.files import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from vitrail.forward import forward_pair, forward_text, forward_vision, unit
-from vitrail.images import PixelInput, SixteenBit
 from vitrail.inputs import (
     Images,
     OnError,
@@ -36,16 +44,18 @@ from vitrail.inputs import (
     listed,
     mask_lengths,
 )
+from vitrail.module import ImageModule, TextModule
 from vitrail.outputs import Classification, EncodeResult, Output
 from vitrail.plain import plain
-from vitrail.resize import Pixels, spec_at
+from vitrail.resize import spec_at
 from vitrail.runners import RUNNERS, choose
+from vitrail.runners.native import NativeRunner
 from vitrail.runners.runner import Runner
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.text import Overflow, Tokenizer, load_tokenizer, pad
 from vitrail.towers import TextTower, VisionTower
-from vitrail.weights import hash_weights, load_weights
-from vitrail.zoo import Source, map_tensors, read_spec
+from vitrail.weights import Weights, hash_weights, load_weights
+from vitrail.zoo import map_tensors, read_spec
 
 DTYPES = {
     "float32": torch.float32,
@@ -56,7 +66,11 @@ ACTIVATION_BYTES = 256 << 20
 """The activation arena of a call where the caller names no batch size."""
 DECODED_IMAGES = 64
 """Images decoded ahead at once where the caller names no batch size."""
+DECODED_BYTES = 256 << 20
+"""Bytes of decoded images, and of what they become, that a device resizes at once."""
 LABEL_SETS = 16
+
+Resize = Literal["host", "device"]
 
 
 def load(
@@ -68,24 +82,61 @@ def load(
     local_files_only: bool = False,
     sixteen_bit: SixteenBit = "scale",
     runner: str = "auto",
+    resize: Resize = "host",
 ) -> Model:
-    """Open a checkpoint folder, or a hub id such as ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``.
+    """Open a checkpoint folder, a hub id such as ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``, or a
+    folder that ``vitrail export`` wrote, whose dtype is fixed.
 
     ``device``: "auto" is CUDA where there is one, else the CPU. ``dtype``: "float32", "float16",
     "bfloat16" or the torch dtype; "auto" is float32 on the CPU and float16 on CUDA. ``revision``
     and ``local_files_only`` are the hub's. A folder is read without any network. ``sixteen_bit``:
     16-bit greys are scaled to 8 bits, or clipped ("clip") as transformers does. ``runner``: "auto"
-    is Vitrail's own kernels ("triton") in float16 and bfloat16 on CUDA, else PyTorch's operators
-    ("reference"); ``Model.runner`` says which serves.
+    is Vitrail's own kernels in float16 and bfloat16 on CUDA, launched from C++ ("native") or, where
+    the extension is not built, from Python ("triton"), else PyTorch's operators ("reference");
+    ``Model.runner`` says which serves. ``resize``: images are decoded on the host's threads, and
+    resized and cropped there ("host") or by the runner on its device ("device"), to the same bits;
+    which is faster has not been measured on a GPU.
 
     Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
-    InputError: an unknown device, dtype or runner, or one that cannot serve here.
+    InputError: an unknown device, dtype, runner or place to resize, or one that cannot serve here.
     """
     place = check_device(device)
     kind = _dtype(dtype, place)
-    runner_class = RUNNERS[choose(runner, kind, place)]
     if sixteen_bit not in ("scale", "clip"):
         raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
+    if resize not in ("host", "device"):
+        raise InputError(f"resize: got {resize!r}, wanted 'host' or 'device'")
+    exported = open_exported(path_or_id, revision)
+    if exported is not None:
+        if dtype != "auto" and kind != exported.dtype:
+            raise InputError(
+                f"dtype: got {_name(kind)}, wanted {_name(exported.dtype)}, in which "
+                f"{exported.folder} was exported; load the checkpoint itself, or export it again"
+            )
+        return _load_exported(exported, place, sixteen_bit, runner, resize)
+    runner_class = RUNNERS[choose(runner, kind, place)]
+    found = read_model(path_or_id, kind, revision=revision, local_files_only=local_files_only)
+    serving = runner_class(found.weights, kind, place)
+    return Model(found.checkpoint, found.spec, found.hash_weights, serving, sixteen_bit, resize)
+
+
+class Found(NamedTuple):
+    """A checkpoint as read: its weights are packed, on the CPU, and not yet hashed."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    weights: Weights
+    hash_weights: Callable[[], str]
+
+
+def read_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Found:
+    """All of a checkpoint that a model is made of. Arguments and errors as of `load`."""
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
     spec = read_spec(checkpoint)
     sources = map_tensors(checkpoint, spec)
@@ -93,8 +144,57 @@ def load(
     if spec.vision is not None and spec.image is not None:
         a, b = pixels_of.linear_scale(spec.image, spec.vision.channels)
         scale = torch.from_numpy(a), torch.from_numpy(b)
-    weights = load_weights(spec, sources, kind, scale)
-    return Model(checkpoint, spec, sources, runner_class(weights, kind, place), sixteen_bit)
+    weights = load_weights(spec, sources, dtype, scale)
+    return Found(checkpoint, spec, weights, functools.partial(hash_weights, spec, sources))
+
+
+def _load_exported(
+    exported: Exported,
+    place: torch.device,
+    sixteen_bit: SixteenBit,
+    wanted: str,
+    resize: Resize,
+) -> Model:
+    name, kind = choose(wanted, exported.dtype, place, exported), exported.dtype
+    weights = exported.load()
+    runner = (
+        NativeRunner(weights, kind, place, exported=exported)
+        if name == NativeRunner.name
+        else RUNNERS[name](weights, kind, place)
+    )
+    digest = exported.weights_hash
+    return Model(exported.checkpoint(), exported.spec, lambda: digest, runner, sixteen_bit, resize)
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    weights: str,
+    dtype: torch.dtype,
+    runner: str,
+    sixteen_bit: SixteenBit = "scale",
+) -> str:
+    """64 hex digits: see `Model.fingerprint`. ``weights``: their hash; ``runner``: its identity."""
+    files = {name: checkpoint.file(name) for name in TOKENIZER_FILES}
+    tokenizer = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+        if path is not None and spec.text is not None
+    }
+    parts = {
+        "weights": weights,
+        "spec": spec.to_dict(),
+        "tokenizer": tokenizer,
+        "sixteen_bit": sixteen_bit,
+        "dtype": str(dtype),
+        "runner": runner,
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -111,24 +211,28 @@ class Model:
 
     ``spec`` says what the checkpoint is, ``source`` what it was loaded from and ``folder`` where
     its files are, ``device`` and ``dtype`` where and in what it computes, ``runner`` which runner
-    serves it, ``weight_bytes`` what its weights take up there.
+    serves it, ``weight_bytes`` what its weights take up there, ``resize`` where its images are
+    resized, and by what.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         spec: ModelSpec,
-        sources: Mapping[str, Source],
+        hash_weights: Callable[[], str],
         runner: Runner,
         sixteen_bit: SixteenBit = "scale",
+        resize: Resize = "host",
     ) -> None:
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
         self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
         self._identity = runner.identity
         self.weight_bytes = runner.weights.arena.numel()
-        self._checkpoint, self._sources = checkpoint, sources
+        self._checkpoint, self._hash_weights = checkpoint, hash_weights
         self._sixteen_bit: SixteenBit = sixteen_bit
+        self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
+        self._resizer = None if resize == "host" else runner
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
         self._text = TextTower(spec.text, runner) if spec.text else None
         self._logit_scale = runner.weights.logit_scale
@@ -151,22 +255,14 @@ class Model:
 
         Equal where all of these are. Reads all weights on first use.
         """
-        files = {name: self._checkpoint.file(name) for name in TOKENIZER_FILES}
-        tokenizer = {
-            name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in files.items()
-            if path is not None and self._text is not None
-        }
-        parts = {
-            "weights": hash_weights(self.spec, self._sources),
-            "spec": self.spec.to_dict(),
-            "tokenizer": tokenizer,
-            "sixteen_bit": self._sixteen_bit,
-            "dtype": str(self.dtype),
-            "runner": self._identity,
-            "version": __version__,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return fingerprint(
+            self._checkpoint,
+            self.spec,
+            self._hash_weights(),
+            self.dtype,
+            self._identity,
+            self._sixteen_bit,
+        )
 
     def _vision_tower(self, call: str) -> VisionTower:
         if self._vision is None:
@@ -235,18 +331,19 @@ class Model:
         ids = self._tokenizer.encode(texts, overflow)
         return torch.from_numpy(pad(ids, tower.spec, self._tokenizer.pad_id)[0])
 
-    def _crops(
-        self, items: Sequence[PixelInput], size: tuple[int, int] | None
-    ) -> list[Pixels | VitrailError]:
-        """uint8 (h, w, channels) for each item, or why there is none."""
-        tower = self._vision_tower("images")
-        return pixels_of.preprocess_uint8(
-            items,
-            spec=self._image_spec("images"),
-            channels=tower.spec.channels,
-            size=size,
-            sixteen_bit=self._sixteen_bit,
+    def _crops(self, items: Sequence[PixelInput], size: tuple[int, int] | None) -> Batch:
+        """uint8 crops of the first items, one or more: for the device as many as
+        `DECODED_BYTES` allow."""
+        spec, channels = self._image_spec("images"), self._vision_tower("images").spec.channels
+        kind: SixteenBit = self._sixteen_bit
+        if self._resizer is None:
+            return host_batch(
+                pixels_of.preprocess_uint8(items, spec, channels, size=size, sixteen_bit=kind)
+            )
+        framed = pixels_of.preprocess_framed(
+            items, spec, channels, enough=DECODED_BYTES, size=size, sixteen_bit=kind
         )
+        return device_batch(framed, self._resizer, DECODED_BYTES)
 
     # -- embeddings --------------------------------------------------------------------------------
 
@@ -359,55 +456,65 @@ class Model:
         step = batch_size or min(fitting, DECODED_IMAGES)
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
-        for start, crops in self._batches(items, step, size):
-            shapes: dict[tuple[int, ...], dict[int, Pixels]] = {}
-            for position, crop in enumerate(crops, start):
-                if isinstance(crop, VitrailError):
-                    errors[position] = _at(position, crop)
-                else:
-                    shapes.setdefault(crop.shape, {})[position] = crop
-            for shape, group in shapes.items():
+        for start, ready in self._batches(items, step, size):
+            errors |= {start + i: _at(start + i, error) for i, error in ready.errors.items()}
+            for crops in ready.crops:
+                positions = [start + member for member in crops.members]
                 down, across = tower.spec.patch
-                if shape[0] < down or shape[1] < across:
-                    got = f"got {shape[1]}x{shape[0]} pixels after preprocessing"
-                    reason = f"{got}, wanted at least one patch of {across}x{down}"
-                    errors |= {position: _at(position, ImageError(reason)) for position in group}
+                if crops.size[0] < down or crops.size[1] < across:
+                    got = f"got {crops.size[1]}x{crops.size[0]} pixels after preprocessing"
+                    bad = ImageError(f"{got}, wanted at least one patch of {across}x{down}")
+                    errors |= {position: _at(position, bad) for position in positions}
                     continue
                 # a processor without a crop gives sizes that were not known before
-                most = batch_size or tower.batch((shape[0], shape[1]), ACTIVATION_BYTES)
-                positions = list(group)
+                most = batch_size or tower.batch(crops.size, ACTIVATION_BYTES)
                 for first in range(0, len(positions), most):
-                    chosen = positions[first : first + most]
-                    batch = torch.from_numpy(np.stack([group[p] for p in chosen]))
-                    good, bad = self._compute(batch, chosen, logits)
+                    part = slice(first, first + most)
+                    good, failed = self._compute(crops[part], positions[part], logits)
                     rows |= good
-                    errors |= bad
+                    errors |= failed
             _raise_first(errors, strict)
         return rows, errors
 
     def _batches(
         self, items: Sequence[PixelInput], step: int, size: tuple[int, int] | None
-    ) -> Iterator[tuple[int, list[Pixels | VitrailError]]]:
-        """Preprocessed batches, the next one in the making while the caller works on this one."""
-        starts = range(0, len(items), step)
-        if len(starts) == 1:
-            yield 0, self._crops(items, size)
-            return
+    ) -> Iterator[tuple[int, Batch]]:
+        """Crops of ``step`` items or fewer, the next ones in the making while the caller works on
+        these."""
         # a pool of the call's own: one kept in the model would be dead in a forked process
         pool = ThreadPoolExecutor(1, "vitrail-prefetch")
+        start, ready = 0, self._crops(items[:step], size)
         try:
-            ahead = pool.submit(self._crops, items[:step], size)
-            for start in starts:
-                crops = ahead.result()
-                if start + step < len(items):
-                    following = items[start + step : start + 2 * step]
-                    ahead = pool.submit(self._crops, following, size)
-                yield start, crops
+            while True:
+                following = start + ready.taken
+                ahead = None
+                if following < len(items):
+                    ahead = pool.submit(self._crops, items[following : following + step], size)
+                yield start, ready
+                if ahead is None:
+                    return
+                start, ready = following, ahead.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _compute(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
-        """Rows of one batch of pixels by input position, and the items that are not finite."""
+        """Rows of one batch of pixels by input position, and the items that are not finite.
+
+        A batch that the GPU has no memory for goes through in halves, to the same bits.
+        """
+        try:
+            return self._compute_at_once(batch, positions, logits)
+        except OutOfMemoryError:
+            half = len(positions) // 2
+            if half == 0:
+                raise
+        left, right = (
+            self._compute(batch[part], positions[part], logits)
+            for part in (slice(half), slice(half, None))
+        )
+        return left[0] | right[0], left[1] | right[1]
+
+    def _compute_at_once(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
         tower = self._vision_tower("images")
         if logits and tower.head is not None and tower.head.features == "class_mean":
             found = tower.dense(batch)["vision.logits"]
@@ -466,14 +573,28 @@ class Model:
         errors: dict[int, VitrailError] = {}
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
-            out = tower.embed([ids[i] for i in chosen])
-            status = out["text.status"].tolist()
-            for i, row, bad in zip(chosen, out["text.embedding"], status, strict=True):
+            for i, row, bad in self._embed_ids(ids, chosen):
                 rows[i] = row
                 if bad:
                     errors[i] = VitrailError(f"text {i}: the embedding {self._not_finite()}")
             _raise_first(errors, strict=True)
         return _in_order(rows, tower.spec.embedding, normalize).to(place)
+
+    def _embed_ids(
+        self, ids: Sequence[Sequence[int]], chosen: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor, int]]:
+        """(position, embedding, status) of the texts ``chosen``: in halves where memory lacks."""
+        try:
+            out = self._text_tower("encode_text").embed([ids[i] for i in chosen])
+        except OutOfMemoryError:
+            half = len(chosen) // 2
+            if half == 0:
+                raise
+        else:
+            yield from zip(chosen, out["text.embedding"], out["text.status"].tolist(), strict=True)
+            return
+        for part in (chosen[:half], chosen[half:]):
+            yield from self._embed_ids(ids, part)
 
     def _cut_ids(self, texts: Texts, overflow: Overflow) -> list[list[int]]:
         """Id lists that end at the pooled token."""
@@ -648,6 +769,19 @@ class Model:
         if return_class_token:
             return tuple((p, out[:, 0]) for p, out in zip(patches, outs, strict=True))
         return tuple(patches)
+
+    def as_module(self, tower: Literal["image", "text"] = "image") -> ImageModule | TextModule:
+        """A tower as a torch.nn.Module, to stand inside a model that is compiled by torch.compile
+        or captured into a CUDA graph; see `vitrail.module`.
+
+        The text module takes every token that it is given, where `encode_text` takes those up to
+        the pooled one. Raises InputError for a tower that the checkpoint has not.
+        """
+        if tower == "image":
+            return ImageModule(self._vision_tower("as_module"))
+        if tower == "text":
+            return TextModule(self._text_tower("as_module"))
+        raise InputError(f"tower: got {tower!r}, wanted 'image' or 'text'")
 
 
 _Rows = tuple[dict[int, Tensor], dict[int, VitrailError]]

@@ -130,12 +130,16 @@ class Plan:
         return sum(row.flops for row in self.count(lengths))
 
     def bind(
-        self, lengths: Sequence[int], compute: str = "float32", **inputs: torch.Tensor
+        self,
+        lengths: Sequence[int],
+        compute: str = "float32",
+        inputs: Mapping[str, torch.Tensor] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Iterator[tuple[Launch, dict[str, torch.Tensor], dict[str, Any]]]:
         """Every launch with its tensors and scalars by argument, for sequences of ``lengths``.
 
         Meta tensors; one buffer is one tensor. ``inputs`` stand for buffers that come in another
-        shape than they are counted in, as pixels do.
+        shape than they are counted in, as pixels do; ``weights`` for new ones of the same shapes.
         """
         kinds = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
         kinds["compute"] = getattr(torch, compute)
@@ -145,8 +149,8 @@ class Plan:
             return torch.empty(shape, dtype=kinds[kind], device="meta")
 
         tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in self.buffers}
-        tensors |= inputs
-        packed = {name: meta(weight.shape, weight.kind) for name, weight in self.weights}
+        tensors |= inputs or {}
+        packed = weights or {name: meta(weight.shape, weight.kind) for name, weight in self.weights}
         for launch in self.launches:
             arguments = {arg: tensors[name] for arg, name in launch.buffers}
             arguments |= {arg: packed[name] for arg, name in launch.weights}

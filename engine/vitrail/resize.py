@@ -122,18 +122,28 @@ def _scaled(value: int, numerator: int, denominator: int) -> int:
     return scaled
 
 
+def frame(height: int, width: int, spec: ImageSpec, where: str) -> tuple[Axis, Axis]:
+    """`geometry`. Raises ImageError where the resized image would be over 100 million pixels."""
+    rows, columns = geometry(height, width, spec)
+    if max(columns.made * rows.source, columns.kept * rows.made) > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"{where}: {width} x {height} pixels would be resized to {columns.full} x "
+            f"{rows.full}, over the limit of {MAX_RESIZED_PIXELS} pixels"
+        )
+    return rows, columns
+
+
 def crop_image(image: Image.Image, spec: ImageSpec, where: str = "image") -> Pixels:
     """Resize and crop an "RGB" or "L" image to uint8 (height, width, channels).
 
     Raises ImageError where the resized image would be over 100 million pixels.
     """
-    rows, columns = geometry(image.height, image.width, spec)
-    if max(columns.made * rows.source, columns.kept * rows.made) > MAX_RESIZED_PIXELS:
-        raise ImageError(
-            f"{where}: {image.width} x {image.height} pixels would be resized to {columns.full} x "
-            f"{rows.full}, over the limit of {MAX_RESIZED_PIXELS} pixels"
-        )
-    pixels = np.array(resize_window(image, rows, columns, spec.resample))
+    return crop_at(image, *frame(image.height, image.width, spec, where), spec.resample)
+
+
+def crop_at(image: Image.Image, rows: Axis, columns: Axis, resample: int) -> Pixels:
+    """`crop_image` to a `frame`."""
+    pixels = np.array(resize_window(image, rows, columns, resample))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if (rows.kept, columns.kept) == (rows.out, columns.out):
         return pixels
@@ -144,15 +154,20 @@ def crop_image(image: Image.Image, spec: ImageSpec, where: str = "image") -> Pix
     return padded
 
 
+def down_first(rows: Axis, columns: Axis) -> bool:
+    """Whether Pillow 12 takes such an image down before it takes it across."""
+    return rows.source > 100 * columns.source and rows.full < rows.source
+
+
 def resize_window(image: Image.Image, rows: Axis, columns: Axis, resample: int) -> Image.Image:
     """The kept window of ``image`` resized across and then down; mode "RGB" or "L".
 
     Only the source rows which reach the window are resized across. As in Pillow 12, an image over
     100 times taller than wide that loses height goes down first.
     """
-    if image.height > 100 * image.width and rows.full < image.height:
+    if down_first(rows, columns):
         return _across(_down(image, rows, 0, resample), columns, resample)
-    top, bottom = _rows_reached(rows, resample)
+    top, bottom = rows_reached(rows, resample)
     if 8 * (bottom - top) > 7 * rows.source:
         top, bottom = 0, rows.source
     if bottom - top < rows.source:
@@ -188,7 +203,7 @@ def _down(image: Image.Image, axis: Axis, top: int, resample: int) -> Image.Imag
     return image
 
 
-def _rows_reached(axis: Axis, resample: int) -> tuple[int, int]:
+def rows_reached(axis: Axis, resample: int) -> tuple[int, int]:
     """Source rows [top, bottom) that the kept rows are made of, with a row to spare."""
     if axis.full == axis.source:
         return axis.start, axis.stop

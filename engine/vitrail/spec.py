@@ -407,3 +407,37 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, lists and values, ready for JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
+        """The spec whose `to_dict` went through JSON. Raises CheckpointError for anything else."""
+        try:
+            made = cls(**{name: _part(name, value) for name, value in values.items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"spec: got {error}, wanted a spec's own fields") from error
+        if _tuples(values) != _tuples(made.to_dict()):
+            raise CheckpointError("spec: got fields left out, wanted every one")
+        return made
+
+
+_PARTS = {
+    "vision": VisionSpec,
+    "text": TextSpec,
+    "head": HeadSpec,
+    "image": ImageSpec,
+    "blocks": BlockSpec,
+    "pooler": PoolerSpec,
+}
+
+
+def _part(name: str, value: Any) -> Any:
+    """A field's value from JSON's: lists become tuples, objects the part of the spec they are."""
+    if isinstance(value, dict):
+        return _PARTS[name](**{inner: _part(inner, one) for inner, one in value.items()})
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(one) for name, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitrail import images as pixels_of
+from vitrail import decoding
 from vitrail.agreement import CORPUS, Agreement, agree
 from vitrail.errors import ImageError, InputError
+from vitrail.files import EXPORT
 from vitrail.listing import Source, path_text
 from vitrail.model import Model, load
 
@@ -74,6 +75,9 @@ def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) ->
 
     Raises InputError where no image can be read, or texts are given to a model that takes none.
     """
+    if (model.folder / EXPORT).is_file():
+        wanted = "the checkpoint that it was made of, which transformers reads"
+        raise InputError(f"verify: got the exported folder {model.folder}, wanted {wanted}")
     theirs = _transformers()
     checks: list[Check] = []
     oracle = None if theirs is None else _oracle(theirs, model)
@@ -168,7 +172,7 @@ def _readable(
     names, kept, bad = [], [], []
     for image in images:
         try:
-            pixels = pixels_of.decode(image, channels=model.spec.vision.channels)
+            pixels = decoding.decode(image, channels=model.spec.vision.channels)
         except ImageError as error:
             bad.append(str(error))
             continue

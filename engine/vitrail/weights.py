@@ -156,31 +156,49 @@ class Weights:
         return Weights(moved, arena, self.logit_scale)
 
 
-def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """One arena, not yet written, and a view of it for every packed tensor."""
-    layout = packed_layout(spec)
+def _places(spec: ModelSpec, dtype: torch.dtype) -> tuple[dict[str, tuple[int, int]], int]:
+    """First and last byte in the arena of every tensor that has its own, and the arena's bytes."""
     places: dict[str, tuple[int, int]] = {}
     total = 0
     kinds = {"compute": dtype, "float32": torch.float32}
-    for name, packed in layout.items():
+    for name, packed in packed_layout(spec).items():
         if packed.rows_of is None:
             nbytes = math.prod(packed.shape) * kinds[packed.kind].itemsize
             places[name] = (total, total + nbytes)
             total += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    try:
-        arena = torch.empty(total, dtype=torch.uint8, device="cpu")
-    except RuntimeError as error:
-        raise CheckpointError(f"weights: got no memory, wanted {total} bytes of it") from error
+    return places, total
+
+
+def arena_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of a model's packed weights, a multiple of `ALIGNMENT`."""
+    return _places(spec, dtype)[1]
+
+
+def arena_views(spec: ModelSpec, dtype: torch.dtype, arena: Tensor) -> dict[str, Tensor]:
+    """Every packed tensor as a view of ``arena``, `arena_bytes` of uint8."""
+    places, _ = _places(spec, dtype)
+    kinds = {"compute": dtype, "float32": torch.float32}
     tensors: dict[str, Tensor] = {}
-    for name, packed in layout.items():
+    for name, packed in packed_layout(spec).items():
         if packed.rows_of is None:
             start, stop = places[name]
-            arena[stop : -(-stop // ALIGNMENT) * ALIGNMENT] = 0  # the arena's bytes are repeatable
             tensors[name] = arena[start:stop].view(kinds[packed.kind]).view(packed.shape)
         else:
             last = packed.first_row + packed.shape[0]
             tensors[name] = tensors[packed.rows_of][packed.first_row : last]
-    return arena, tensors
+    return tensors
+
+
+def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """One arena, not yet written, and a view of it for every packed tensor."""
+    places, total = _places(spec, dtype)
+    try:
+        arena = torch.empty(total, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise CheckpointError(f"weights: got no memory, wanted {total} bytes of it") from error
+    for _, stop in places.values():
+        arena[stop : -(-stop // ALIGNMENT) * ALIGNMENT] = 0  # the arena's bytes are repeatable
+    return arena, arena_views(spec, dtype, arena)
 
 
 def _memory(raw: Tensor) -> memoryview:

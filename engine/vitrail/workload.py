@@ -49,7 +49,7 @@ def problems(
     found: dict[Any, Problem] = {}
     for batch in batches:
         for plan, lengths, inputs in _plans(spec, batch, size):
-            for made, tensors, scalars in plan.bind(lengths, dtype, **inputs):
+            for made, tensors, scalars in plan.bind(lengths, dtype, inputs):
                 if made.op not in TUNED:
                     continue
                 shapes = tuple((name, t.shape, t.dtype) for name, t in tensors.items())
@@ -64,7 +64,7 @@ def _plans(
     spec: ModelSpec, batch: int, size: tuple[int, int] | None
 ) -> Iterator[tuple[Plan, tuple[int, ...], dict[str, Tensor]]]:
     if (vision := spec.vision) is not None:
-        height, width = size or _served(spec) or vision.image
+        height, width = size or served(spec) or vision.image
         lengths = (vision.tokens_at((height, width)),) * batch
         head = spec.head if spec.head and spec.head.features == "class" else None
         for uint8 in (True, False):
@@ -77,7 +77,7 @@ def _plans(
         yield plans.text_pooled(text), lengths, {}
 
 
-def _served(spec: ModelSpec) -> tuple[int, int] | None:
+def served(spec: ModelSpec) -> tuple[int, int] | None:
     """What the preprocessor makes of every image, if it makes one size."""
     image = spec.image
     if image is not None and image.crop is None and image.resize and image.resize[0] == "exact":

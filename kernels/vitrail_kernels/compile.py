@@ -6,6 +6,7 @@ meta tensors. Machine code is read with cuobjdump and nvdisasm, which triton's w
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from vitrail_kernels.launch import MISSING, Call, interpreted
+from vitrail_kernels.launch import MISSING, Call, interpreted, triton_version
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory one block may use, by architecture (CUDA C++ guide, compute capabilities,
@@ -165,19 +166,35 @@ def source_of(call: Call, arch: int) -> tuple[Any, Any, dict[str, Any]]:
     if MISSING is not None or interpreted():
         why = "its interpreter is on" if MISSING is None else "it is not installed"
         raise RuntimeError(f"compile: needs triton's compiler, but {why}") from MISSING
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.compiler import ASTSource
 
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    target, backend, bind = _binder(call.kernel, arch)
     given = dict(call.config.options(), debug=False)
     bound, special, options = bind(**call.arguments, **given)
     options, signature, constants, attributes = call.kernel._pack_args(
         backend, given, bound, special, options
     )
     return ASTSource(call.kernel, signature, constants, attributes), target, dict(vars(options))
+
+
+@functools.cache  # Triton writes the binder as source and evaluates it: milliseconds each time
+def _binder(kernel: Any, arch: int) -> tuple[Any, Any, Any]:
+    """GPUTarget, backend, and the function that specialises the arguments of ``kernel``."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+@functools.cache
+def compilers(arch: int) -> tuple[str, str]:
+    """The versions of triton, and of the ptxas that it takes for ``arch``."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(triton_version()), str(get_ptxas(arch).version)
 
 
 def opcodes(sass: str) -> Counter[str]:

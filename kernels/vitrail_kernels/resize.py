@@ -234,7 +234,7 @@ def _config(target: Target, kernel: str, channels: int, heuristic: KernelConfig)
     return tuned(target.arch).get(f"resize|uint8|{kernel} {channels}", heuristic)
 
 
-def _check(
+def check_resize(
     out: Tensor, middle: Tensor, pixels: Tensor, images: Tensor, groups: Tensor, taps: Tensor
 ) -> None:
     """Raises ValueError for what the kernels cannot take."""
@@ -266,7 +266,7 @@ def resize_calls(
 
     What the tables say is taken as it is: ``pixels`` holds as many bytes as they were made for.
     """
-    _check(out, middle, pixels, images, groups, taps)
+    check_resize(out, middle, pixels, images, groups, taps)
     batch, height, width, channels = out.shape
     numbers, stride = width * channels, middle.shape[1]
     align = math.gcd(numbers, 16) if out.data_ptr() % 16 == 0 else 1
@@ -364,8 +364,8 @@ def resize_tables(
         start += height * width * channels
     taps = np.concatenate([axis.table.ravel() for axis in axes.values()] or [_NONE])
     return Tables(
-        torch.tensor(images, dtype=torch.int64).view(-1, FIELDS),
-        torch.tensor(owners, dtype=torch.int32),
+        torch.tensor(images, dtype=torch.int64, device="cpu").view(-1, FIELDS),
+        torch.tensor(owners, dtype=torch.int32, device="cpu"),
         torch.from_numpy(taps),
         (LINES * group, 16 * cdiv(window[1] * channels, 16)),
         start,

@@ -179,7 +179,7 @@ def calls_of(work: Work, dtype: torch.dtype, target: Target) -> Iterator[Call]:
         for buffer in work.plan.buffers
         if buffer.name == "pixels" and work.pixels is not None
     }
-    for launch, tensors, scalars in work.plan.bind(work.lengths, NAMES[dtype], **inputs):
+    for launch, tensors, scalars in work.plan.bind(work.lengths, NAMES[dtype], inputs):
         yield from OPERATORS[launch.op].calls(target, **tensors, **scalars)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from helpers import make, save, texts_with_end, with_outliers
 from test_parity_full import CLIP_B32, CLIP_L14, DINOV2_B, VIT_B16
 
 HALF = torch.float16
-RUNNER = "triton" if DRY else "auto"
+RUNNER = "triton" if DRY else os.environ.get("VITRAIL_GPU_TESTS_RUNNER", "auto")
+SERVES = "native" if RUNNER == "auto" else RUNNER
+"""What ``RUNNER`` comes to where the extension is built, as it is to be for these tests."""
 
 
 class Recipe(NamedTuple):
@@ -115,15 +118,22 @@ class Zoo:
         model.set_attn_implementation("sdpa")
         return model
 
-    def ours(self, name: str, dtype: torch.dtype = HALF, outliers: bool = False) -> vitrail.Model:
+    def ours(
+        self,
+        name: str,
+        dtype: torch.dtype = HALF,
+        outliers: bool = False,
+        runner: str = RUNNER,
+    ) -> vitrail.Model:
         """The same by Vitrail's kernels."""
-        return self._opened(name, dtype, outliers)
+        return self._opened(name, dtype, outliers, runner)
 
-    def _open(self, name: str, dtype: torch.dtype, outliers: bool) -> vitrail.Model:
+    def _open(self, name: str, dtype: torch.dtype, outliers: bool, runner: str) -> vitrail.Model:
         stored = HALF if dtype == torch.float32 else dtype
         folder = self.folder(name, stored, outliers)
-        model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=RUNNER)
-        assert model.runner == "triton", f"{model.runner} serves {dtype}"
+        model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=runner)
+        wanted = SERVES if runner == "auto" else runner
+        assert model.runner == wanted, f"{model.runner} serves {dtype}"
         return model
 
 

@@ -67,8 +67,9 @@ MODELS = {
     "test_compiling": (VIT, TEXT),
     "test_loading": (VIT,),
     "test_large": (VIT, TEXT),
+    "test_native": (VIT, CLIP._replace(dtypes=HALVES, batches=(1, 8, 64)), TEXT, DINO),
 }
-SMALL_ONES = ("test_small", "test_isolation", "test_batches")
+SMALL_ONES = ("test_small", "test_isolation", "test_batches", "test_native", "test_resize")
 """Modules that use the small models, or the bundled one."""
 
 

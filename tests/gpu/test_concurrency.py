@@ -67,8 +67,8 @@ def test_threads_give_the_serial_bits(streams: bool, zoo: Zoo) -> None:
 
 @pytest.mark.usefixtures("cold")
 def test_threads_that_are_first_to_launch_give_the_serial_bits(zoo: Zoo) -> None:
-    """All at once, when no kernel is loaded yet."""
-    model, pixels = zoo.ours("ViT-B/16"), images(4)
+    """All at once, when Triton has loaded no kernel yet; `test_native` has the same of C++."""
+    model, pixels = zoo.ours("ViT-B/16", runner="triton"), images(4)
     start = Barrier(THREADS)
 
     def work(_: int) -> Tensor:

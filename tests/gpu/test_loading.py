@@ -7,7 +7,7 @@ import torch
 
 import vitrail
 from gpu.common import DEVICE, DRY, same_bits
-from gpu.models import Zoo, images
+from gpu.models import RUNNER, SERVES, Zoo, images
 from vitrail import info
 from vitrail.errors import InputError
 
@@ -19,20 +19,20 @@ pytestmark = [
 
 
 def test_auto_is_cuda_fp16_and_our_kernels(zoo: Zoo) -> None:
-    model = vitrail.load(zoo.folder("ViT-B/16"))
+    model = vitrail.load(zoo.folder("ViT-B/16"), runner=RUNNER)
     assert model.device.type == "cuda"
     assert model.dtype == torch.float16
-    assert model.runner == "triton"
+    assert model.runner == SERVES
     assert "float16 on cuda" in repr(model)
-    assert "triton runner" in repr(model)
+    assert f"{SERVES} runner" in repr(model)
     pixels = images(2)
     assert same_bits(model.encode_image(pixels), zoo.ours("ViT-B/16").encode_image(pixels))
 
 
 def test_info_says_so(zoo: Zoo) -> None:
     spec, facts = info.read(str(zoo.folder("ViT-B/16")))
-    assert facts["serving"]["runner"] == "triton (Vitrail's kernels) on CUDA, float16"
-    assert "triton (Vitrail's kernels) on CUDA, float16" in info.describe(spec, facts)
+    assert facts["serving"]["runner"] == "native (Vitrail's kernels) on CUDA, float16"
+    assert "native (Vitrail's kernels) on CUDA, float16" in info.describe(spec, facts)
 
 
 def test_fp32_goes_through_pytorch_and_says_so(zoo: Zoo) -> None:
@@ -44,7 +44,7 @@ def test_fp32_goes_through_pytorch_and_says_so(zoo: Zoo) -> None:
 
 def test_a_device_may_be_named(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
-    assert vitrail.load(folder, device="cuda:0").runner == "triton"
+    assert vitrail.load(folder, device="cuda:0").runner == "native"
     assert vitrail.load(folder, device="cpu").runner == "reference"
     with pytest.raises(InputError, match="device: got 'cuda:99'"):
         vitrail.load(folder, device="cuda:99")
@@ -63,7 +63,7 @@ def test_the_fingerprint_tells_runners_and_dtypes_apart(zoo: Zoo) -> None:
     ]
     prints = [model.fingerprint for model in models]
     assert len(set(prints)) == len(prints)
-    assert vitrail.load(folder).fingerprint == prints[0]
+    assert vitrail.load(folder, runner="native").fingerprint == prints[0], "the same bits"
 
 
 def test_results_go_where_they_are_wanted(zoo: Zoo) -> None:

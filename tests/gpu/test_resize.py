@@ -7,7 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import vitrail
 from gpu.common import DEVICE, DRY, Guarded, same_bits
+from gpu.models import BUNDLED, HALF, RUNNER
+from vitrail import model
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.resize import resize_tables
 
@@ -72,6 +75,25 @@ def test_resized_and_cropped_bytes_are_the_references(resample: int, channels: i
     past = tuple((-20, w - side // 2) for _, w in targets)
     for corners in (centre, past):
         assert_same_bytes(Batch(sizes, targets, corners, (side, side), resample), channels)
+
+
+@pytest.mark.usefixtures("kernels", *(["ordered_dot"] if DRY else []))
+@pytest.mark.parametrize("runner", [RUNNER] if DRY else ["native", "triton"])
+def test_a_model_that_resizes_here_gives_the_bits_of_the_host(
+    runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a batch at once, and a few at a time."""
+    sizes = ((70, 90), (64, 64), (9, 1200)) if DRY else SIZES
+    images = [torch.randint(256, (*size, 3), dtype=torch.uint8) for size in sizes]
+    host, there = (
+        vitrail.load(BUNDLED, device=DEVICE, dtype=HALF, runner=runner, resize=place)
+        for place in ("host", "device")
+    )
+    assert there.resize.startswith("device, by ")
+    wanted = host.encode_image(images)
+    for limit in (model.DECODED_BYTES, 1):
+        monkeypatch.setattr(model, "DECODED_BYTES", limit)
+        assert same_bits(there.encode_image(images, batch_size=None if DRY else 3), wanted)
 
 
 def test_another_filter_gives_other_bytes() -> None:

@@ -15,9 +15,11 @@ import torch
 import vitrail
 import vitrail_kernels
 from gpu.common import DEVICE, sync
-from gpu.models import BUNDLED, HALF, RUNNER, SMALL
+from gpu.models import BUNDLED, HALF, RUNNER, SERVES, SMALL
 from gpu.test_resize import Batch, assert_same_bytes
 from helpers import arguments, assert_close, make, save
+from vitrail.program import Program
+from vitrail.runners.native import NativeRunner
 from vitrail_kernels.launch import Call
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
@@ -28,14 +30,20 @@ LAUNCHED: set[str] = set()
 
 @pytest.fixture(autouse=True)
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    launch = Call.launch
+    launch, load = Call.launch, NativeRunner._load
 
     def note(call: Call) -> None:
         if call.grid.blocks:
             LAUNCHED.add(call.kernel.__name__)
         launch(call)
 
+    def note_loaded(runner: NativeRunner, key: str, program: Program) -> None:
+        """C++ is given a kernel for the call that launches it."""
+        LAUNCHED.add(program.calls[key].kernel.__name__)
+        load(runner, key, program)
+
     monkeypatch.setattr(Call, "launch", note)
+    monkeypatch.setattr(NativeRunner, "_load", note_loaded)
     yield
     sync()
 
@@ -43,7 +51,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def opened(folder: Path) -> tuple[vitrail.Model, vitrail.Model, vitrail.Model]:
     """In fp16 by our kernels; on the CPU by PyTorch, in fp32 and fp16: R and P."""
     ours = vitrail.load(folder, device=DEVICE, dtype=HALF, runner=RUNNER)
-    assert ours.runner == "triton"
+    assert ours.runner == SERVES
     exact, peer = (
         vitrail.load(folder, device="cpu", dtype=dtype, runner="reference")
         for dtype in (torch.float32, HALF)

@@ -115,6 +115,14 @@ def test_uint8_images_give_what_the_reference_gives(clip: Path) -> None:
     assert ours.fingerprint != reference.fingerprint
 
 
+def test_images_resized_on_the_device_have_the_bits_of_the_host(clip: Path) -> None:
+    images = [torch.randint(256, (40 + 9 * i, 50, 3), dtype=torch.uint8) for i in range(2)]
+    host = opened(clip, "float32")
+    there = vitrail.load(clip, dtype="float32", runner="triton", resize="device")
+    assert there.resize == "device, by Triton kernels"
+    assert torch.equal(there.encode_image(images), host.encode_image(images))
+
+
 @pytest.mark.usefixtures("ordered_dot")
 def test_an_image_and_a_text_have_the_same_bits_in_any_company(clip: Path) -> None:
     ours = opened(clip, "float16")

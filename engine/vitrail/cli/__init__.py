@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from vitrail._version import __version__
-from vitrail.cli import classify, demo, embed, info, tune, verify
+from vitrail.cli import classify, demo, embed, export, info, tune, verify
 from vitrail.cli.options import say
 from vitrail.errors import VitrailError
 
@@ -67,6 +67,7 @@ for command in (
     classify.classify,
     verify.verify,
     tune.tune,
+    export.export,
     demo.demo,
 ):  # the order of --help
     app.command()(command)

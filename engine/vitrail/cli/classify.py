@@ -15,6 +15,7 @@ from vitrail.cli.options import (
     Dtype,
     Local,
     ModelName,
+    ResizeOn,
     Revision,
     Size,
     load,
@@ -61,6 +62,7 @@ def classify(
     size: Size = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    resize_on: ResizeOn = "host",
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
@@ -79,7 +81,7 @@ def classify(
     listing = find_images(images)
     tell_unread(listing.unread)
     paths = listing.sources
-    loaded = load(name, device, dtype, revision, local_files_only)
+    loaded = load(name, device, dtype, revision, local_files_only, resize_on)
     failed: list[tuple[Source, str]] = []
     width = max(len(shown(path)) for path in paths)
     titled = False

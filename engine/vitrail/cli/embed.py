@@ -14,6 +14,7 @@ from vitrail.cli.options import (
     Dtype,
     Local,
     ModelName,
+    ResizeOn,
     Revision,
     Size,
     load,
@@ -81,6 +82,7 @@ def embed(
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    resize_on: ResizeOn = "host",
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
@@ -111,7 +113,7 @@ def embed(
         job.check_folder(out)
     found = find_images(inputs or [], lists or [])
     tell_unread(found.unread)
-    loaded = load(name, device, dtype, revision, local_files_only)
+    loaded = load(name, device, dtype, revision, local_files_only, resize_on)
     precision: Any = "float16" if fp16_output else "float32"
     start = time.monotonic()
     with progress(len(found.sources)) as tell:

@@ -48,6 +48,14 @@ Size = Annotated[
         help="Height x width in pixels, such as 448x672 or 336; else the checkpoint's own.",
     ),
 ]
+ResizeOn = Annotated[
+    str,
+    typer.Option(
+        "--resize-on",
+        envvar="VITRAIL_RESIZE_ON",
+        help="Where decoded images are resized: host, or device. The same bits.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", envvar="VITRAIL_JSON", help="Print JSON.")]
 
 
@@ -55,11 +63,23 @@ def say(message: str) -> None:
     print(f"vitrail: {message}", file=sys.stderr, flush=True)
 
 
-def load(name: str, device: str, dtype: str, revision: str | None, local_files_only: bool) -> Model:
+def load(
+    name: str,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    local_files_only: bool,
+    resize: str = "host",
+) -> Model:
     from vitrail import model
 
     return model.load(
-        name, device=device, dtype=dtype, revision=revision, local_files_only=local_files_only
+        name,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        local_files_only=local_files_only,
+        resize=resize,  # type: ignore[arg-type]  # load checks it
     )
 
 
@@ -107,12 +127,12 @@ def report(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> N
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
+def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
     """A bar where stderr is a terminal, else a line every few seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, unit=" images", file=sys.stderr) as bar:
+        with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
             yield lambda done: bar.update(done - bar.n)
         return
     start = last = time.monotonic()
@@ -122,6 +142,6 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - last >= LOG_SECONDS:
             last = now
-            say(f"{done} of {total} images, {done / (now - start):.1f}/s")
+            say(f"{done} of {total} {unit}, {done / (now - start):.1f}/s")
 
     yield log

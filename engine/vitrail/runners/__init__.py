@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 
 from vitrail.errors import InputError
+from vitrail.exported import Exported
+from vitrail.runners import native
+from vitrail.runners.native import NativeRunner
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.runners.runner import Runner
 from vitrail.runners.triton import TritonRunner
 from vitrail_kernels.launch import MISSING, interpreted
 
-RUNNERS: dict[str, type[Runner]] = {"reference": ReferenceRunner, "triton": TritonRunner}
+RUNNERS: dict[str, type[Runner]] = {
+    "reference": ReferenceRunner,
+    "triton": TritonRunner,
+    "native": NativeRunner,
+}
 ARCHITECTURE = (8, 0)
 """The oldest CUDA capability that the kernels are compiled for."""
 
@@ -29,16 +36,50 @@ def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def choose(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The runner for "auto", "triton" or "reference": auto is Triton on every GPU it serves.
+def why_not_native(
+    dtype: torch.dtype, device: torch.device, exported: Exported | None = None
+) -> str | None:
+    """Why the native runner cannot serve ``dtype`` on ``device``; None where it can, which takes
+    no triton for an architecture that was ``exported``."""
+    if device.type == "cpu":
+        return "the native runner needs a CUDA device"
+    if native.MISSING is not None:
+        return "vitrail._C is not built"
+    if exported is not None and dtype == exported.dtype and _arch(device) in exported.builds:
+        return None
+    return why_not_triton(dtype, device)
 
-    Raises InputError for another name, and where Triton is asked for and cannot serve.
+
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(
+    wanted: str, dtype: torch.dtype, device: torch.device, exported: Exported | None = None
+) -> str:
+    """The runner for "auto" or by name: auto is the first of native, Triton and reference that
+    serves, and on the CPU the reference.
+
+    Raises InputError for another name, and where the one asked for cannot serve; CheckpointError
+    where that is because ``exported`` has nothing for this GPU, and triton is missing.
     """
     if wanted not in ("auto", *RUNNERS):
-        raise InputError(f"runner: got {wanted!r}, wanted 'auto', 'triton' or 'reference'")
-    why = why_not_triton(dtype, device)
-    if wanted == "triton" and why is not None:
-        raise InputError(f"runner: got 'triton', but {why}")
+        names = ", ".join(repr(name) for name in RUNNERS)
+        raise InputError(f"runner: got {wanted!r}, wanted 'auto' or one of {names}")
+    reasons = {
+        "native": why_not_native(dtype, device, exported),
+        "triton": why_not_triton(dtype, device),
+        "reference": None,
+    }
     if wanted == "auto":
-        return "triton" if why is None and device.type == "cuda" else "reference"
+        if device.type == "cpu":
+            return "reference"
+        return next(name for name, why in reasons.items() if why is None)
+    why = reasons[wanted]
+    if why is not None:
+        reached = wanted == "native" and device.type == "cuda" and native.MISSING is None
+        if reached and exported is not None and MISSING is not None:
+            raise exported.lacks(_arch(device))
+        raise InputError(f"runner: got {wanted!r}, but {why}")
     return wanted

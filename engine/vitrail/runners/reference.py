@@ -23,6 +23,13 @@ class ReferenceRunner(Runner):
     def position(self, *tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].reference(*tensors, **scalars)
 
+    @property
+    def resizer(self) -> str:
+        return "PyTorch"
+
+    def _resize(self, *tensors: Tensor) -> None:
+        OPERATORS["resize"].reference(*tensors)
+
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
         wanted = {name: tensor for name, tensor in tensors.items() if name not in STATISTICS}
         OPERATORS[launch.op].reference(**wanted, **launch.resolve(longest))

@@ -111,6 +111,33 @@ class Runner(ABC):
     def position(self, *tensors: Tensor, **scalars: Any) -> None:
         """The operator `position`."""
 
+    @property
+    @abstractmethod
+    def resizer(self) -> str:
+        """What does `resize`, in words. Raises InputError where nothing can."""
+
+    @abstractmethod
+    def _resize(self, *tensors: Tensor) -> None:
+        """The operator `resize`, on the current device."""
+
+    def resize(
+        self,
+        out: Tensor,
+        middle: Tensor,
+        pixels: Tensor,
+        images: Tensor,
+        groups: Tensor,
+        taps: Tensor,
+    ) -> None:
+        """The operator `resize`: write ``out`` (B, h, w, channels) and ``middle`` from ``pixels``.
+
+        All are on the runner's device; shapes, dtypes and tables: `vitrail_kernels.resize`. On a
+        GPU the work is left on the current stream. Raises DeviceError where the driver fails.
+        """
+        refuse_lost_threads()
+        with plain(), self._on_device():
+            self._resize(out, middle, pixels, images, groups, taps)
+
     @abstractmethod
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
         """One launch of a plan; ``tensors``: its arguments by name."""

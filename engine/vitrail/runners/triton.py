@@ -32,5 +32,12 @@ class TritonRunner(Runner):
     def position(self, *tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].launch(*tensors, **scalars)
 
+    @property
+    def resizer(self) -> str:
+        return "Triton kernels"
+
+    def _resize(self, *tensors: Tensor) -> None:
+        OPERATORS["resize"].launch(*tensors)
+
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
         OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))

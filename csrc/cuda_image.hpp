@@ -1,0 +1,52 @@
+// Kernels written in CUDA C++, as cuda_images.py built them: loaded whole, launched by name. Any
+// number of threads may use one at once.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "driver.hpp"
+
+namespace vitrail {
+
+class CudaImage {
+  public:
+    // A parameter of a kernel: an integer or an address, and its size of 1, 2, 4 or 8 bytes.
+    using Argument = std::pair<int64_t, int>;
+
+    // `code`: a fatbin or a cubin. Throws std::invalid_argument for what is neither, or is cut
+    // short, DriverError where the driver has no use for it.
+    CudaImage(std::shared_ptr<const Gpu> gpu, std::string_view code);
+    ~CudaImage();
+    CudaImage(const CudaImage&) = delete;
+    CudaImage& operator=(const CudaImage&) = delete;
+
+    // Puts a launch of `blocks` blocks of `threads` (x, y) on `stream`; of 0 blocks nothing but
+    // the checks. `overlap`: it may begin before the kernel before it has ended. Throws
+    // std::invalid_argument for arguments, blocks or threads that the kernel does not take,
+    // DriverError where the driver refuses, naming the function.
+    void launch(const std::string& name, int64_t blocks, std::pair<int, int> threads,
+                const std::vector<Argument>& arguments, cu::Stream stream, bool overlap);
+
+  private:
+    struct Kernel {
+        cu::Function function = nullptr;
+        int threads = 0;                 // the most of a block
+        std::vector<size_t> parameters;  // bytes of each
+        bool known = false;              // the parameters: an old driver does not say
+    };
+
+    const Kernel& kernel(const std::string& name);
+
+    std::shared_ptr<const Gpu> gpu_;
+    cu::Module module_ = nullptr;
+    std::mutex mutex_;
+    std::map<std::string, Kernel> kernels_;  // looked up so far
+};
+
+}  // namespace vitrail

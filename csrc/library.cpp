@@ -1,0 +1,147 @@
+// libvitrail's C functions: arguments, status codes and messages; model and session do the rest.
+#include <cstdio>
+#include <new>
+
+#include "session.hpp"
+#include "vitrail.h"
+
+struct vitrail_model {
+    std::shared_ptr<const vitrail::Model> model;
+    bool overlap;
+};
+
+struct vitrail_session {
+    vitrail::Session session;
+};
+
+namespace {
+
+using vitrail::What;
+
+// Fixed, so that saying why memory lacks needs none.
+thread_local char message[2048] = "";
+
+vitrail_status fail(vitrail_status status, const char* what) noexcept {
+    std::snprintf(message, sizeof message, "%s", what);
+    return status;
+}
+
+// Runs `work`; nothing that it throws leaves.
+template <typename Work>
+vitrail_status guarded(Work work) noexcept {
+    try {
+        work();
+        return VITRAIL_OK;
+    } catch (const vitrail::DriverError& error) {
+        const bool memory = error.code() == vitrail::cu::kOutOfMemory;
+        return fail(memory ? VITRAIL_OUT_OF_MEMORY : VITRAIL_DEVICE, error.what());
+    } catch (const vitrail::FormatError& error) {
+        return fail(VITRAIL_BAD_FOLDER, error.what());
+    } catch (const vitrail::NoDevice& error) {
+        return fail(VITRAIL_NO_DEVICE, error.what());
+    } catch (const vitrail::NotFinite& error) {
+        return fail(VITRAIL_NOT_FINITE, error.what());
+    } catch (const std::invalid_argument& error) {
+        return fail(VITRAIL_INVALID, error.what());
+    } catch (const std::bad_alloc&) {
+        return fail(VITRAIL_OUT_OF_MEMORY, "the host's memory: got none, wanted more");
+    } catch (const std::exception& error) {
+        return fail(VITRAIL_FAILED, error.what());
+    } catch (...) {
+        return fail(VITRAIL_FAILED, "got an unknown error");
+    }
+}
+
+void want(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+void want_call(const vitrail_session* session, const void* items, size_t n, const float* out) {
+    want(session != nullptr, "session: got NULL");
+    want(n == 0 || items != nullptr, "pixels or ids: got NULL, wanted n items");
+    want(n == 0 || out != nullptr, "embeddings: got NULL, wanted room for n");
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* vitrail_version(void) { return VITRAIL_VERSION; }
+
+const char* vitrail_error(void) { return message; }
+
+vitrail_status vitrail_load(const char* folder, const vitrail_options* options,
+                            vitrail_model** model) {
+    return guarded([&] {
+        want(model != nullptr, "model: got NULL, wanted where it goes");
+        *model = nullptr;
+        want(folder != nullptr, "folder: got NULL, wanted a path");
+        const vitrail_options given = options != nullptr ? *options : vitrail_options{};
+        want(given.device >= 0, "device: got a number below 0");
+        auto loaded = std::make_shared<const vitrail::Model>(folder, given.driver, given.device);
+        *model = new vitrail_model{std::move(loaded), given.overlap != 0};
+    });
+}
+
+void vitrail_free(vitrail_model* model) { delete model; }
+
+vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* facts) {
+    return guarded([&] {
+        want(model != nullptr && facts != nullptr, "model or facts: got NULL");
+        const vitrail::Package& package = model->model->package();
+        *facts = {};
+        if (package.vision) {
+            facts->image_height = package.vision->height;
+            facts->image_width = package.vision->width;
+            facts->image_channels = package.vision->channels;
+            facts->image_embedding = package.vision->embedding;
+        }
+        if (package.text) {
+            facts->text_vocab = package.text->vocab;
+            facts->text_context = package.text->context;
+            facts->text_embedding = package.text->embedding;
+            facts->text_end = package.text->eos;
+        }
+        facts->architecture = model->model->arch();
+        facts->device = model->model->gpu().info().name.c_str();
+        facts->fingerprint = package.fingerprint.c_str();
+    });
+}
+
+vitrail_status vitrail_session_create(const vitrail_model* model, vitrail_session** session) {
+    return guarded([&] {
+        want(session != nullptr, "session: got NULL, wanted where it goes");
+        *session = nullptr;
+        want(model != nullptr, "model: got NULL");
+        *session = new vitrail_session{{model->model, model->overlap}};
+    });
+}
+
+void vitrail_session_free(vitrail_session* session) { delete session; }
+
+vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
+                                   float* embeddings, int32_t* status) {
+    return guarded([&] {
+        want_call(session, pixels, n, embeddings);
+        session->session.embed_pixels(What::kUint8, pixels, n, embeddings, status);
+    });
+}
+
+vitrail_status vitrail_embed_float(vitrail_session* session, const float* pixels, size_t n,
+                                   float* embeddings, int32_t* status) {
+    return guarded([&] {
+        want_call(session, pixels, n, embeddings);
+        session->session.embed_pixels(What::kFloat, pixels, n, embeddings, status);
+    });
+}
+
+vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids, size_t stride,
+                                  const int32_t* lengths, size_t n, float* embeddings,
+                                  int32_t* status) {
+    return guarded([&] {
+        want_call(session, ids, n, embeddings);
+        session->session.embed_texts(ids, lengths, stride, n, embeddings, status);
+    });
+}
+
+}  // extern "C"

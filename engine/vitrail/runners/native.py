@@ -1,0 +1,260 @@
+"""Hands whole plans to C++: one call a forward, with the kernels and the bits of the Triton runner.
+
+A plan becomes a `Program` for the GPU, and with a size of images one program serves any batch. C++
+packs and launches it (csrc/executor.hpp); memory is PyTorch's, in the order of the current stream.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.errors import DeviceError, InputError, OutOfMemoryError
+from vitrail.exported import Exported
+from vitrail.plain import plain, refuse_lost_threads
+from vitrail.plan import Buffer, Plan
+from vitrail.program import Program, image_record, lower
+from vitrail.runners.cuda_resize import CudaResize, open_resize
+from vitrail.runners.triton import TritonRunner
+from vitrail.spec import VisionSpec
+from vitrail.weights import Weights
+from vitrail_kernels.launch import MISSING as NO_TRITON
+from vitrail_kernels.launch import Target
+
+try:
+    from vitrail import _C
+except ImportError as error:  # installed without a C++ compiler
+    MISSING: ImportError | None = error
+else:
+    MISSING = None
+
+DRIVER = "libcuda.so.1"
+OVERLAP = "VITRAIL_OVERLAP"
+"""Set to 1: each kernel is launched before the one before it has ended (sm_90 and later)."""
+
+PROGRAMS, SIZES = 64, 256
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+Size = tuple[int, int, int]
+"""Sequences, tokens in all, tokens of the longest."""
+
+
+class _Sized(NamedTuple):
+    """What calls of one size share, besides the kernels that are loaded for it."""
+
+    capacity: Size
+    arena: tuple[int]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class _Ready(NamedTuple):
+    """A program whose executable C++ holds. ``plan`` is kept so that its id stays its own."""
+
+    plan: Plan
+    program: Program
+    executable: _C.Executable
+    external: tuple[Buffer, ...]
+    sizes: dict[Size, _Sized]
+
+
+class NativeRunner(TritonRunner):
+    """Runs plans in fp16 or bf16 by `vitrail._C`.
+
+    ``driver``: the NVIDIA driver's library. ``exported``: a folder whose programs, kernels and
+    position tables are taken where it has them; without triton it takes no others. Raises
+    RuntimeError where the extension is missing, DeviceError where the driver refuses.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        driver: str = DRIVER,
+        exported: Exported | None = None,
+    ) -> None:
+        if MISSING is not None:
+            raise RuntimeError("native runner: vitrail._C is not built") from MISSING
+        super().__init__(weights, dtype, device)
+        self._gpu = _C.Gpu(driver, self.device.index or 0)
+        major, minor = self._gpu.capability
+        self.target = Target(10 * major + minor, self._gpu.multiprocessors)
+        self._kernels = _C.Kernels(self._gpu)
+        if exported is not None and self.target.arch not in exported.builds:
+            exported = None
+        self._exported = exported
+        tables = {} if exported is None else exported.tables
+        self._tables = {kind: table.to(self.device) for kind, table in tables.items()}
+        self._overlap = os.environ.get(OVERLAP) == "1"
+        self._programs: OrderedDict[tuple[Any, ...], _Ready] = OrderedDict()
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+        self._cuda_resize: CudaResize | str | None = None
+
+    @property
+    def resizer(self) -> str:
+        kernels = self._resize_by()
+        if isinstance(kernels, CudaResize):
+            return str(kernels.image)
+        if NO_TRITON is not None:
+            raise InputError(f"resize: got 'device', but {kernels}, and triton is not installed")
+        return f"Triton kernels, since {kernels}"
+
+    def _resize_by(self) -> CudaResize | str:
+        """The CUDA kernels, looked for once, or why Triton's serve."""
+        with self._compiling:
+            if self._cuda_resize is None:
+                try:
+                    self._cuda_resize = open_resize(self._gpu, self._overlap)
+                except _C.DriverError as error:
+                    raise self._failed("resize", error) from error
+            return self._cuda_resize
+
+    def _resize(self, *tensors: Tensor) -> None:
+        kernels = self._resize_by()
+        if isinstance(kernels, str):
+            super()._resize(*tensors)
+            return
+        try:
+            kernels(self._stream(), *tensors)
+        except _C.DriverError as error:
+            raise self._failed("resize", error) from error
+
+    @property
+    def identity(self) -> str:
+        if self._exported is None:
+            return super().identity
+        stored = self._exported.builds[self.target.arch]
+        own = stored if NO_TRITON is not None else super().identity
+        return own if own == stored else f"{stored}; plans that are not exported: {own}"
+
+    def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
+        """As `Runner.table`; an export's own table for its size."""
+        if self._exported is not None:
+            size = self._exported.size
+            if size is not None and target == spec.grid_at(size) and kind in self._tables:
+                return self._tables[kind]
+            self._need_triton(self._exported, f"{target[0]}x{target[1]} patches")
+        return super().table(spec, target, kind)
+
+    def run(
+        self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
+    ) -> dict[str, Tensor]:
+        """As `Runner.run`. Raises DeviceError where the driver fails, naming the launch."""
+        refuse_lost_threads()
+        with plain(), self._on_device():
+            ready = self._ready(plan, inputs)
+            size = batch, tokens, longest
+            sized = ready.sizes.get(size) or self._sized(ready, size)
+            held: dict[str, Tensor] = {}
+            for buffer, shape in zip(ready.external, sized.shapes, strict=True):
+                if buffer.name in plan.inputs:
+                    held[buffer.name] = self._input(buffer, inputs[buffer.name], shape)
+                else:
+                    held[buffer.name] = self._empty(shape, self._dtypes[buffer.dtype])
+            if tokens:
+                self._execute(ready, held.values(), size, sized)
+            return {name: held[name] for name in plan.outputs}
+
+    def _execute(
+        self, ready: _Ready, external: Iterable[Tensor], size: Size, sized: _Sized
+    ) -> None:
+        arena = self._empty(sized.arena, torch.uint8)  # held until all is launched
+        addresses = [tensor.data_ptr() for tensor in external]
+        try:
+            ready.executable.run(
+                size, sized.capacity, arena.data_ptr(), addresses, self._stream(), self._overlap
+            )
+        except _C.DriverError as error:
+            raise self._failed(ready.plan.name, error) from error
+
+    def _sized(self, ready: _Ready, size: Size) -> _Sized:
+        """For the first call of a size, for which its kernels are loaded."""
+        executable, (_, tokens, _) = ready.executable, size
+        try:
+            for key in executable.missing(size) if tokens else ():
+                self._load(key, ready.program)
+        except _C.DriverError as error:
+            raise self._failed(ready.plan.name, error) from error
+        capacity = executable.capacity(size)
+        shapes = tuple(buffer.shape(*size) for buffer in ready.external)
+        if len(ready.sizes) >= SIZES:  # texts come in more sizes than are worth keeping
+            ready.sizes.clear()
+        sized = _Sized(capacity, (executable.arena_bytes(capacity),), shapes)
+        return ready.sizes.setdefault(size, sized)
+
+    def _failed(self, what: str, error: _C.DriverError) -> DeviceError:
+        kind = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
+        return kind(f"{what} on {self.device}: {error}")
+
+    def _load(self, key: str, program: Program) -> None:
+        with self._compiling:
+            arch = self.target.arch
+            stored = None if self._exported is None else self._exported.image(arch, key)
+            self._kernels.load(stored or image_record(key, program.calls[key], arch))
+
+    def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:
+        """The program of ``plan`` for images of this size, made at the first call."""
+        pixels = inputs.get("pixels")
+        key = (id(plan), None if pixels is None else (pixels.shape[1:], pixels.dtype))
+        with self._lock:
+            found = self._programs.get(key)
+            if found is not None:
+                self._programs.move_to_end(key)
+                return found
+        program = self._program(plan, pixels)
+        executable = _C.Executable(self._kernels, program.record, self.weights.arena.data_ptr())
+        buffers = {buffer.name: buffer for buffer in plan.buffers}
+        external = tuple(buffers[name] for name in program.externals)
+        made = _Ready(plan, program, executable, external, {})
+        with self._lock:
+            self._programs[key] = made
+            while len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
+        return made
+
+    def _program(self, plan: Plan, pixels: Tensor | None) -> Program:
+        if self._exported is not None:
+            stored = self._exported.program(self.target.arch, plan, pixels)
+            if stored is not None:
+                return stored
+            self._need_triton(self._exported, plan.name)
+        return lower(plan, self.target, self.dtype, self.weights, pixels)
+
+    def _need_triton(self, exported: Exported, what: str) -> None:
+        if NO_TRITON is not None:
+            raise InputError(
+                f"{exported.folder}: got a call of {what}, which needs triton, and it is not "
+                f"installed; wanted what was exported: pooled embeddings of {exported.extent}"
+            )
+
+    def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """``tensor`` as C++ takes it: contiguous, at a multiple of 16 bytes."""
+        if buffer.name != "pixels":  # whose size is the program's own
+            wanted = shape, self._dtypes[buffer.dtype]
+            got = tuple(tensor.shape), tensor.dtype
+            assert got == wanted, f"{buffer.name}: got {got}, wanted {wanted}"
+        assert tensor.device == self.device, f"{buffer.name}: got a tensor on {tensor.device}"
+        tensor = tensor.contiguous()
+        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{self.device}: {error}") from error
+
+    def _stream(self) -> int:
+        """The current stream, as the driver's handle; the default one in tests without a GPU."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream)

@@ -1,0 +1,65 @@
+// The driver stand-in's own functions (tests/standin/control.hpp), found in the library that
+// libvitrail opens too, and what tests here share.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#define CHECK(good)                                                                 \
+    do {                                                                            \
+        if (!(good)) {                                                              \
+            std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #good); \
+            std::fprintf(stderr, "  vitrail_error: %s\n", vitrail_error());         \
+            std::abort();                                                           \
+        }                                                                           \
+    } while (false)
+
+extern thread_local uint64_t allocations;  // allocations.cpp
+
+struct Live {
+    uint64_t allocations, bytes, pinned, modules, streams, events, retains;
+
+    bool operator==(const Live& o) const {
+        return allocations == o.allocations && bytes == o.bytes && pinned == o.pinned &&
+               modules == o.modules && streams == o.streams && events == o.events &&
+               retains == o.retains;
+    }
+};
+
+class Standin {
+  public:
+    explicit Standin(const char* path) : handle_(dlopen(path, RTLD_NOW)) {
+        if (handle_ != nullptr) return;
+        std::fprintf(stderr, "%s\n", dlerror());
+        std::exit(2);
+    }
+
+    void fail(uint64_t n, int code) const { find<void(uint64_t, int)>("standin_fail")(n, code); }
+    void fail_launch(uint64_t n, int code) const {
+        find<void(uint64_t, int)>("standin_fail_launch")(n, code);
+    }
+    void reset() const { find<void()>("standin_reset")(); }
+    void undo(bool on) const { find<void(int)>("standin_undo")(on); }
+    void checks(bool on) const { find<void(int)>("standin_checks")(on); }
+    void compute(bool on) const { find<void(int)>("standin_compute")(on); }
+    void memory(uint64_t bytes) const { find<void(uint64_t)>("standin_memory")(bytes); }
+    uint64_t calls() const { return find<uint64_t()>("standin_calls")(); }
+    uint64_t launches() const { return find<uint64_t()>("standin_launches")(); }
+    const char* complaint() const { return find<const char*()>("standin_complaint")(); }
+    Live live() const {
+        Live live{};
+        find<void(Live*)>("standin_live")(&live);
+        return live;
+    }
+
+  private:
+    template <typename Function>
+    Function* find(const char* name) const {
+        return reinterpret_cast<Function*>(dlsym(handle_, name));
+    }
+
+    void* handle_;
+};

@@ -1,0 +1,489 @@
+// libvitrail against the driver stand-in, whose launches compute digests of what they are given:
+// another pointer, size or order is another embedding. An embedding therefore says what went
+// through together, and which halves did where memory lacked.
+//
+//     test_library CLIP VIT DRIVER THREADS CALLS FAULTS
+//
+// CLIP, VIT: folders of tests/export_folder.py. Ends with 0 and a line per test, or aborts.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "driver.hpp"
+#include "sha256.hpp"
+#include "vitrail.h"
+
+namespace {
+
+enum Kind { kUint8, kFloat, kText, kKinds };
+
+// Items of one kind, the same for the same numbers.
+struct Call {
+    Kind kind;
+    size_t n;
+    unsigned seed;
+
+    bool operator<(const Call& other) const {
+        return std::tie(kind, n, seed) < std::tie(other.kind, other.n, other.seed);
+    }
+};
+
+struct Items {
+    std::vector<uint8_t> bytes;
+    std::vector<float> floats;
+    std::vector<int32_t> ids, lengths;
+};
+
+struct Result {
+    vitrail_status code = VITRAIL_OK;
+    std::vector<float> embeddings;
+    std::vector<int32_t> status;
+
+    bool operator==(const Result& other) const {
+        const size_t bytes = embeddings.size() * sizeof(float);
+        return code == other.code && status == other.status &&
+               embeddings.size() == other.embeddings.size() &&
+               (bytes == 0 || std::memcmp(embeddings.data(), other.embeddings.data(), bytes) == 0);
+    }
+};
+
+vitrail_facts facts_of(const vitrail_model* model) {
+    vitrail_facts facts;
+    CHECK(vitrail_model_facts(model, &facts) == VITRAIL_OK);
+    return facts;
+}
+
+Items make(const vitrail_facts& facts, const Call& call) {
+    Items items;
+    std::mt19937 dice(call.seed * 1000 + call.kind);
+    const size_t image =
+        size_t{facts.image_height} * facts.image_width * facts.image_channels * call.n;
+    if (call.kind == kUint8) {
+        items.bytes.resize(image);
+        for (uint8_t& byte : items.bytes) byte = static_cast<uint8_t>(dice());
+    }
+    if (call.kind == kFloat) {
+        items.floats.resize(image);
+        for (float& number : items.floats) number = static_cast<float>(dice() % 1000) / 500 - 1;
+    }
+    for (size_t i = 0; call.kind == kText && i < call.n; ++i) {
+        const auto length = static_cast<int32_t>(1 + dice() % facts.text_context);
+        items.lengths.push_back(length);
+        for (uint32_t at = 0; at < facts.text_context; ++at) {
+            items.ids.push_back(static_cast<int32_t>(dice() % facts.text_vocab));
+        }
+    }
+    return items;
+}
+
+// Items `first` and on of those that were made.
+Result embed(vitrail_session* session, const vitrail_facts& facts, const Call& call,
+             const Items& items, size_t first, size_t n) {
+    const bool text = call.kind == kText;
+    const size_t width = text ? facts.text_embedding : facts.image_embedding;
+    const size_t image = size_t{facts.image_height} * facts.image_width * facts.image_channels;
+    Result result{VITRAIL_OK, std::vector<float>(n * width, -1), std::vector<int32_t>(n, -1)};
+    float* out = result.embeddings.data();
+    int32_t* status = result.status.data();
+    if (call.kind == kUint8) {
+        const uint8_t* from = items.bytes.data() + first * image;
+        result.code = vitrail_embed_uint8(session, from, n, out, status);
+    } else if (call.kind == kFloat) {
+        const float* from = items.floats.data() + first * image;
+        result.code = vitrail_embed_float(session, from, n, out, status);
+    } else {
+        result.code =
+            vitrail_embed_text(session, items.ids.data() + first * facts.text_context,
+                               facts.text_context, items.lengths.data() + first, n, out, status);
+    }
+    return result;
+}
+
+class Bench {
+  public:
+    Bench(const char* folder, const char* driver) : folder_(folder), driver_(driver) { load(); }
+    ~Bench() { vitrail_free(model); }
+
+    void load() {
+        const vitrail_options options{0, driver_, 0};
+        CHECK(vitrail_load(folder_, &options, &model) == VITRAIL_OK);
+        facts = facts_of(model);
+    }
+    void unload() {
+        vitrail_free(model);
+        model = nullptr;
+    }
+    vitrail_status try_load() {
+        const vitrail_options options{0, driver_, 0};
+        return vitrail_load(folder_, &options, &model);
+    }
+    vitrail_session* session() const {
+        vitrail_session* made = nullptr;
+        CHECK(vitrail_session_create(model, &made) == VITRAIL_OK);
+        return made;
+    }
+    Result run(vitrail_session* session, const Call& call) const {
+        return embed(session, facts, call, make(facts, call), 0, call.n);
+    }
+
+    // What a call gives when nothing else goes on, and nothing fails.
+    const Result& expected(const Call& call) {
+        const auto found = expected_.find(call);
+        if (found != expected_.end()) return found->second;
+        vitrail_session* own = session();
+        const Result result = run(own, call);
+        vitrail_session_free(own);
+        CHECK(result.code == VITRAIL_OK);
+        return expected_[call] = result;
+    }
+
+    // The same where memory lacked once.
+    Result in_halves(const Call& call) {
+        vitrail_session* own = session();
+        const Items items = make(facts, call);
+        const size_t half = (call.n + 1) / 2;
+        Result whole = embed(own, facts, call, items, 0, half);
+        const Result rest = embed(own, facts, call, items, half, call.n - half);
+        CHECK(whole.code == VITRAIL_OK && rest.code == VITRAIL_OK);
+        whole.embeddings.insert(whole.embeddings.end(), rest.embeddings.begin(),
+                                rest.embeddings.end());
+        whole.status.insert(whole.status.end(), rest.status.begin(), rest.status.end());
+        vitrail_session_free(own);
+        return whole;
+    }
+
+    vitrail_model* model = nullptr;
+    vitrail_facts facts{};
+
+  private:
+    const char* const folder_;
+    const char* const driver_;
+    std::map<Call, Result> expected_;
+};
+
+// -- one thread
+
+void test_sha256() {
+    using namespace vitrail;
+    std::mt19937 dice(1);
+    std::vector<uint8_t> bytes(64 * 33);
+    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(dice());
+    sha256_detail::State a{1, 2, 3, 4, 5, 6, 7, 8}, b = a;
+    sha256_detail::portable(a, bytes.data(), 33);
+    if (sha256_detail::has_instructions()) {
+        sha256_detail::by_instructions(b, bytes.data(), 33);
+        CHECK(a == b);
+    }
+    CHECK(a[0] != 1);
+    const Digest abc = sha256("abc", 3);  // FIPS 180-4's example
+    CHECK(abc[0] == 0xba && abc[1] == 0x78 && abc[30] == 0x15 && abc[31] == 0xad);
+}
+
+void test_arguments(const Bench& clip, const Bench& vit) {
+    vitrail_session* session = clip.session();
+    vitrail_session* images = vit.session();
+    const vitrail_facts& facts = clip.facts;
+    std::vector<float> out(4 * facts.text_embedding);
+    std::vector<int32_t> status(4), ids(2 * facts.text_context + 2, 5);
+    ids[3] = 600;  // the highest
+    const size_t context = facts.text_context;
+    const auto says = [](vitrail_status code, vitrail_status wanted, const char* words) {
+        CHECK(code == wanted);
+        CHECK(std::strstr(vitrail_error(), words) != nullptr);
+    };
+    const auto embed_text = [&](size_t stride, const int32_t* lengths, size_t n) {
+        return vitrail_embed_text(session, ids.data(), stride, lengths, n, out.data(),
+                                  status.data());
+    };
+    says(vitrail_embed_uint8(nullptr, nullptr, 0, nullptr, nullptr), VITRAIL_INVALID, "session");
+    says(vitrail_embed_uint8(session, nullptr, 1, out.data(), nullptr), VITRAIL_INVALID, "pixels");
+    CHECK(vitrail_embed_uint8(session, nullptr, 0, nullptr, nullptr) == VITRAIL_OK);
+    CHECK(vitrail_embed_text(session, nullptr, 0, nullptr, 0, nullptr, nullptr) == VITRAIL_OK);
+    says(vitrail_embed_text(images, ids.data(), 4, nullptr, 1, out.data(), nullptr),
+         VITRAIL_INVALID, "text");
+    const int32_t none[] = {2, 0}, long_one[] = {2, 9}, negative[] = {2, -1};
+    says(embed_text(4, none, 2), VITRAIL_INVALID, "text 1: got 0 ids");
+    says(embed_text(4, long_one, 2), VITRAIL_INVALID, "text 1: got 9 ids in a row of 4");
+    says(embed_text(4, negative, 2), VITRAIL_INVALID, "text 1: got -1 ids");
+    says(embed_text(context + 1, nullptr, 1), VITRAIL_INVALID, "wanted 1 to 40");
+    ids[2] = static_cast<int32_t>(facts.text_vocab);
+    says(embed_text(4, nullptr, 1), VITRAIL_INVALID, "got id 700 at 2, wanted 0 to 699");
+    ids[2] = -1;
+    says(embed_text(4, nullptr, 1), VITRAIL_INVALID, "got id -1 at 2");
+    ids[2] = 5;
+    // what follows the end token, the first of the highest id, does not count
+    const int32_t four[] = {4}, nine[] = {9};
+    CHECK(embed_text(context, four, 1) == VITRAIL_OK);
+    const std::vector<float> cut(out.begin(), out.begin() + facts.text_embedding);
+    ids[7] = 600;
+    CHECK(embed_text(context, nine, 1) == VITRAIL_OK);
+    CHECK(std::equal(cut.begin(), cut.end(), out.begin()));
+    ids[7] = 601;
+    CHECK(embed_text(context, nine, 1) == VITRAIL_OK);
+    CHECK(!std::equal(cut.begin(), cut.end(), out.begin()));
+    vitrail_session_free(images);
+    vitrail_session_free(session);
+}
+
+// The stand-in's status is a digest where a kernel of its own writes it, and 0 where none does.
+void test_status(const Bench& clip, const Bench& vit) {
+    vitrail_session* session = clip.session();
+    vitrail_session* images = vit.session();
+    const Call call{kUint8, 3, 0};
+    const Items items = make(clip.facts, call), others = make(vit.facts, call);
+    std::vector<float> out(3 * clip.facts.image_embedding), same(3 * vit.facts.image_embedding);
+    CHECK(vitrail_embed_uint8(session, items.bytes.data(), 3, out.data(), nullptr) ==
+          VITRAIL_NOT_FINITE);
+    CHECK(std::strstr(vitrail_error(), "image 0: the embedding is not finite") != nullptr);
+    const Result asked = clip.run(session, call);
+    CHECK(asked.code == VITRAIL_OK && asked.status[0] != 0 && asked.status[2] == 0);
+    CHECK(asked.embeddings == out);
+    CHECK(vitrail_embed_uint8(images, others.bytes.data(), 3, same.data(), nullptr) == VITRAIL_OK);
+    CHECK(vit.run(images, call).embeddings == same);
+    vitrail_session_free(images);
+    vitrail_session_free(session);
+}
+
+// Sizes up and down in one session: what a call gives does not depend on those before it, and one
+// that is not larger than an earlier one allocates nothing.
+void test_sizes(Bench& bench, const Standin& driver, const std::vector<Kind>& kinds) {
+    vitrail_session* session = bench.session();
+    for (const Kind kind : kinds) {
+        for (const size_t n : {1, 2, 3, 7, 16, 40}) {
+            CHECK(bench.run(session, {kind, n, 0}) == bench.expected({kind, n, 0}));
+        }
+    }
+    for (const size_t n : {40, 33, 1, 17, 5}) {
+        for (const Kind kind : kinds) {
+            const Call call{kind, n, 0};
+            const Items items = make(bench.facts, call);
+            bench.expected(call);
+            const Live before = driver.live();
+            CHECK(embed(session, bench.facts, call, items, 0, n) == bench.expected(call));
+            CHECK(driver.live() == before);
+            driver.checks(false);  // the stand-in, which does nothing now, allocates nothing either
+            driver.compute(false);
+            const uint64_t allocated = allocations;
+            CHECK(embed(session, bench.facts, call, items, 0, n).code == VITRAIL_OK);
+            CHECK(allocations == allocated + 2);  // the two vectors of the result
+            driver.compute(true);
+            driver.checks(true);
+        }
+    }
+    vitrail_session_free(session);
+}
+
+// -- many threads
+
+void test_threads(Bench& bench, unsigned threads, unsigned calls) {
+    std::vector<Call> all;
+    for (const Kind kind : {kUint8, kFloat, kText}) {
+        for (const size_t n : {0, 1, 2, 3, 5, 8, 13, 30}) {
+            for (const unsigned seed : {1u, 2u}) {
+                all.push_back({kind, n, seed});
+                bench.expected(all.back());
+            }
+        }
+    }
+    std::vector<vitrail_session*> sessions;  // fewer than threads: some are shared
+    for (unsigned i = 0; i < std::max(1u, threads * 3 / 4); ++i) {
+        sessions.push_back(bench.session());
+    }
+    std::vector<std::thread> running;
+    for (unsigned i = 0; i < threads; ++i) {
+        running.emplace_back([&, i] {
+            std::mt19937 dice(i);
+            for (unsigned j = 0; j < calls; ++j) {
+                const Call& call = all[dice() % all.size()];
+                CHECK(bench.run(sessions[i % sessions.size()], call) == bench.expected(call));
+            }
+        });
+    }
+    for (std::thread& thread : running) thread.join();
+    for (vitrail_session* session : sessions) vitrail_session_free(session);
+}
+
+// -- faults
+
+constexpr int kLost[] = {700, 719, 999};
+constexpr int kOnce[] = {46, 701};
+constexpr int kMemory = 2;
+constexpr int kCodes[] = {719, kMemory, 46, 700, kMemory, 999, kMemory, 701};
+
+bool one_of(int code, const int* first, size_t n) {
+    return std::find(first, first + n, code) != first + n;
+}
+bool lost(int code) { return one_of(code, kLost, std::size(kLost)); }
+
+// One call while its n-th call of the driver fails; then calls that must work again.
+void test_fault(Bench& bench, const Standin& driver, vitrail_session* session, const Call& call,
+                uint64_t n, int code, bool launch) {
+    const Result& wanted = bench.expected(call);
+    const Result halves = call.n > 1 ? bench.in_halves(call) : wanted;
+    CHECK(lost(code) || code == kMemory || one_of(code, kOnce, std::size(kOnce)));
+    launch ? driver.fail_launch(n, code) : driver.fail(n, code);
+    const Result result = bench.run(session, call);
+    if (code == kMemory && call.n > 1) {
+        CHECK(result == wanted || result == halves);
+        CHECK(!launch || result == halves);
+    } else if (code == kMemory) {
+        CHECK(result.code == VITRAIL_OUT_OF_MEMORY || (!launch && result == wanted));
+    } else if (result.code == VITRAIL_OK) {
+        CHECK(!launch && result == wanted);  // the failure of a call that gives something back
+    } else {
+        CHECK(result.code == VITRAIL_DEVICE);
+        CHECK(std::strstr(vitrail_error(), ": cu") != nullptr);  // which call, after where
+    }
+    if (lost(code)) CHECK(bench.run(session, call).code == VITRAIL_DEVICE);
+    driver.reset();
+    CHECK(bench.run(session, call) == wanted);
+}
+
+// Every call of a forward in turn, in a session that is new and in one that is warm.
+unsigned test_faults(Bench& bench, const Standin& driver, unsigned most) {
+    unsigned done = 0;
+    const std::vector<Call> calls = {{kUint8, 5, 3}, {kText, 4, 3}, {kFloat, 1, 3}, {kText, 1, 4}};
+    for (const Call& call : calls) bench.expected(call);
+    for (unsigned round = 0; done < most; ++round) {
+        const Call& call = calls[round % calls.size()];
+        const bool warm = round / 4 % 2 == 0;
+        vitrail_session* session = bench.session();
+        if (warm) bench.run(session, call);
+        const uint64_t calls_before = driver.calls(), launches_before = driver.launches();
+        bench.run(session, call);
+        const uint64_t count = driver.calls() - calls_before;
+        const uint64_t launches = driver.launches() - launches_before;
+        CHECK(count > launches && launches > 5);
+        const unsigned step = most > 400 ? 1 : 7;  // of the calls, each round begins elsewhere
+        for (uint64_t n = 1 + round % step; n <= count && done < most; n += step) {
+            if (!warm) {
+                vitrail_session_free(session);
+                session = bench.session();
+            }
+            test_fault(bench, driver, session, call, n, kCodes[(n + round) % 8], false);
+            ++done;
+        }
+        for (uint64_t n = 1 + round % 3; n <= launches && done < most; n += 5) {
+            test_fault(bench, driver, session, call, n, kCodes[(n + round) % 8], true);
+            ++done;
+        }
+        vitrail_session_free(session);
+    }
+    return done;
+}
+
+void test_load_faults(Bench& bench, const Standin& driver, unsigned most) {
+    bench.unload();
+    const Live nothing{};
+    CHECK(driver.live() == nothing);
+    const uint64_t before = driver.calls();
+    bench.load();
+    const uint64_t count = driver.calls() - before;
+    bench.unload();
+    CHECK(count > 50);
+    const uint64_t step = std::max<uint64_t>(1, count / most);
+    unsigned round = 0, failed = 0;
+    for (uint64_t n = 1; n <= count; n += step) {
+        const int code = kCodes[round++ % 8];
+        driver.fail(n, code);
+        const vitrail_status status = bench.try_load();
+        if (status == VITRAIL_OK) {  // struck where something is given back
+            bench.unload();
+        } else {
+            const bool memory = code == kMemory;
+            CHECK(status == (memory ? VITRAIL_OUT_OF_MEMORY : VITRAIL_DEVICE));
+            CHECK(bench.model == nullptr && std::strlen(vitrail_error()) > 10);
+            ++failed;
+        }
+        driver.reset();
+        CHECK(driver.live() == nothing);
+    }
+    CHECK(failed > round / 2);
+    bench.load();
+}
+
+// A device with little memory, instead of one call that fails.
+void test_little_memory(Bench& bench, const Standin& driver) {
+    const Call call{kUint8, 40, 5};
+    const Result& wanted = bench.expected(call);
+    const Result halves = bench.in_halves(call);
+    CHECK(!(wanted == halves));
+    const uint64_t weights = driver.live().bytes;
+    vitrail_session* session = bench.session();
+    bench.run(session, call);
+    const uint64_t needed = driver.live().bytes - weights;
+    vitrail_session_free(session);
+    session = bench.session();
+    driver.memory(weights + needed - 1);
+    CHECK(bench.run(session, call) == halves);
+    CHECK(bench.run(session, call) == halves);  // and again, now that it knows
+    driver.memory(weights + 1000);
+    vitrail_session* other = bench.session();
+    CHECK(bench.run(other, call).code == VITRAIL_OUT_OF_MEMORY);
+    CHECK(driver.live().bytes == weights + needed - 1 || driver.live().bytes > weights);
+    driver.memory(uint64_t{80} << 30);
+    CHECK(bench.run(other, call) == wanted);
+    CHECK(bench.run(session, call) == wanted);
+    vitrail_session_free(other);
+    vitrail_session_free(session);
+}
+
+void test_lifetimes(Bench& bench, const Standin& driver) {
+    const Call call{kText, 6, 6};
+    const Result wanted = bench.expected(call);
+    vitrail_session* session = bench.session();
+    bench.unload();  // the session keeps what it needs
+    CHECK(bench.run(session, call) == wanted);
+    vitrail_session_free(session);
+    CHECK(driver.live() == Live{});
+    vitrail_free(nullptr);
+    vitrail_session_free(nullptr);
+    bench.load();
+}
+
+void say(const char* line) {
+    std::printf("%s\n", line);
+    std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 7) {
+        std::fprintf(stderr, "test_library CLIP VIT DRIVER THREADS CALLS FAULTS\n");
+        return 2;
+    }
+    const auto number = [&](int i) { return static_cast<unsigned>(std::stoul(arguments[i])); };
+    alarm(3000);  // a hang ends
+    const Standin driver(arguments[3]);
+    driver.undo(true);
+    {
+        test_sha256();
+        Bench clip(arguments[1], arguments[3]), vit(arguments[2], arguments[3]);
+        test_arguments(clip, vit);
+        test_status(clip, vit);
+        say("arguments");
+        test_sizes(clip, driver, {kUint8, kFloat, kText});
+        test_sizes(vit, driver, {kUint8, kFloat});
+        say("sizes");
+        test_threads(clip, number(4), number(5));
+        say("threads");
+        vit.unload();
+        test_lifetimes(clip, driver);
+        test_little_memory(clip, driver);
+        say("memory");
+        CHECK(driver.complaint()[0] == '\0');
+        std::printf("%u faults\n", test_faults(clip, driver, number(6)));
+        test_load_faults(clip, driver, number(6));
+        say("load");
+    }
+    CHECK(driver.live() == Live{});
+    return 0;
+}
