@@ -2,8 +2,7 @@
 # The GPU tests and benchmarks, on a machine that has CUDA and PyTorch; nothing is downloaded.
 # `make gpu` is this.
 #
-#   STAGES="kernels models"  only these, of: env build precompile tests sanitizer ceilings kernels
-#                            models; the table comes last whatever runs
+#   STAGES="kernels models"  only these, of those below; the table comes last whatever runs
 #   OUT=folder               takes <gpu>/<suite>.json, gpu.log, gpu-table.txt (benchmarks/results)
 #   LIMIT=seconds            the whole call ends by then
 #   ALLOW_DIRTY=1            measure a tree with uncommitted changes
@@ -11,13 +10,21 @@
 #   VITRAIL_COMMIT=hash      whose files these are, in a copy without git; "-dirty" behind it says so
 #   PYTHON=program           the Python that has torch (python3)
 #
+# Minutes of each stage on one H100 with 16 cores; estimates, none was run yet:
+#
+#   env build precompile      4   versions; the extension and CUDA images; kernels, by all cores
+#   native host latency       6   native == triton bits, graphs, threads, memory, export, C++; host
+#                                 time of a forward; batch 1, and a process's first embedding
+#   tests sanitizer          11   the other GPU tests; memcheck and racecheck of small models
+#   ceilings kernels models   9   matmul and copy at best; kernels and models against PyTorch
+#
 # A stage takes at most 9 minutes. Call again to go on: what passed with the same files on the same
 # GPU is not run again, and a suite that ran out of time goes on with its next case. The exit code is
 # 1 where a stage failed or is not finished; the stages after it run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-ALL='env build precompile tests sanitizer ceilings kernels models'
+ALL='env build precompile native host latency tests sanitizer ceilings kernels models'
 STAGE_LIMIT=${STAGE_LIMIT:-540}
 NOT_RUN=4 UNFINISHED=3 # exit codes of a stage
 python=${PYTHON:-python3}
@@ -39,41 +46,44 @@ if not torch.cuda.is_available():
 print(json.dumps(environment("cuda"), indent=1))'
 }
 
-stage_build() { "$python" setup.py build_ext --inplace; }
+# setup.py goes on where there is no compiler; here nothing would be measured without it.
+stage_build() {
+    "$python" setup.py build_ext --inplace &&
+        "$python" setup.py build_cuda_images --editable-mode &&
+        "$python" -P -c 'import vitrail._C; print(vitrail._C.version(), vitrail._C.driver().devices)'
+}
 
 stage_precompile() { "$python" benchmarks/precompile.py; }
 
 # -P keeps this folder out of sys.path, where transformers would take kernels/ for a package.
 stage_tests() {
-    "$python" -P -m pytest -m gpu -q -ra --durations=5 tests/gpu tests/test_tune.py
+    "$python" -P -m pytest -m gpu -q -ra --durations=5 --ignore=tests/gpu/test_native.py \
+        tests/gpu tests/test_tune.py
 }
 
-SMALL='
-import numpy, torch, vitrail
-model = vitrail.load("engine/vitrail/assets/clip", device="cuda", dtype="float16")
-random = numpy.random.default_rng(0)
-images = [random.integers(0, 256, (56, 56, 3)).astype("uint8") for _ in range(3)]
-results = [model.encode_image(images), model.encode_text(["a red star", "a circle on the left"])]
-floats = torch.randn(3, 3, 56, 56)
-results += [model.encode_image(floats), model.forward(pixel_values=floats).image_embeds]
-torch.cuda.synchronize()
-assert all(bool(torch.isfinite(x).all()) for x in results), "not finite"
-print("runner:", model.runner, *(tuple(x.shape) for x in results))'
+stage_native() { "$python" -P -m pytest -m gpu -q -ra --durations=5 tests/gpu/test_native.py; }
 
-# Without torch's cache every tensor is an allocation of its own, whose end the tool knows.
+# Every kernel at small sizes, launched from C++, in turn and overlapped. Without torch's cache every
+# tensor is an allocation of its own, whose end the tool knows. What passed is not run again.
 stage_sanitizer() {
     command -v compute-sanitizer || { echo 'NOT RUN: no compute-sanitizer here'; return $NOT_RUN; }
-    local tool code status=0
+    local tool overlap name code status=0
     for tool in memcheck racecheck; do
-        echo "---- $tool"
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-            "$python" -c "$SMALL" 2>&1 | tee "$state/$tool.txt"
-        code=$?
-        if grep -q 'Device not supported' "$state/$tool.txt"; then
-            echo "NOT RUN: compute-sanitizer does not support this device"
-            return $NOT_RUN
-        fi
-        [ $code = 0 ] || status=1
+        for overlap in 0 1; do
+            name=$tool-overlap$overlap
+            [ ! -e "$state/$name.ok" ] || continue
+            echo "---- $name"
+            VITRAIL_OVERLAP=$overlap VITRAIL_GPU_TESTS_RUNNER=native \
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
+                --error-exitcode 9 "$python" -P -m pytest -m gpu -q tests/gpu/test_small.py 2>&1 |
+                tee "$state/$name.txt"
+            code=${PIPESTATUS[0]}
+            if grep -q 'Device not supported' "$state/$name.txt"; then
+                echo "NOT RUN: compute-sanitizer does not support this device"
+                return $NOT_RUN
+            fi
+            if [ "$code" = 0 ]; then touch "$state/$name.ok"; else status=1; fi
+        done
     done
     return $status
 }
@@ -83,6 +93,8 @@ suite() {
     "$python" "benchmarks/$1.py" --resume --seconds $seconds ${ALLOW_DIRTY:+--allow-dirty}
 }
 
+stage_host() { suite host "$1"; }
+stage_latency() { suite latency "$1"; }
 stage_ceilings() { suite ceilings "$1"; }
 stage_kernels() { suite operators "$1"; }
 stage_models() { suite models "$1"; }

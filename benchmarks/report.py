@@ -91,7 +91,39 @@ def ceiling_lines(results: Record) -> Iterator[str]:
             yield f"ceiling, {name}: {_rate(timed[best], 'tflops', 'gbs').strip()} ({best})"
 
 
-LINES = {"ceilings": ceiling_lines, "kernels": kernel_lines, "models": model_lines}
+def host_lines(results: Record) -> Iterator[str]:
+    """A line a batch: microseconds of the host, of every variant."""
+    yield f"{'host time of a forward':26s} microseconds"
+    for name, result in results.items():
+        yield f"{name:26s} {_each(result, 1e3, '.1f')}"
+
+
+def latency_lines(results: Record) -> Iterator[str]:
+    """A line a case: milliseconds of every variant, and the goal."""
+    yield f"{'latency, one item':26s} milliseconds"
+    for name, result in results.items():
+        goal = f"  (goal {result['goal_ms']:g})" if "goal_ms" in result else ""
+        yield f"{name:26s} {_each(result, 1, '.3f')}{goal}"
+
+
+def _each(result: Record, scale: float, form: str) -> str:
+    """Every variant's median, and what is wrong."""
+    variants = result.get("variants", {})
+    said = [
+        f"{name} {format(scale * found['median_ms'], form)}"
+        for name, found in variants.items()
+        if "median_ms" in found
+    ]
+    return ", ".join([*said, *filter(None, [_faults(variants)])])
+
+
+LINES = {
+    "ceilings": ceiling_lines,
+    "host": host_lines,
+    "latency": latency_lines,
+    "kernels": kernel_lines,
+    "models": model_lines,
+}
 
 
 def render(root: Path) -> Iterator[str]:

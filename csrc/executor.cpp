@@ -44,7 +44,9 @@ Kernel::Kernel(const Gpu& owner, const Image& wanted) : gpu(owner), image(wanted
     const Gpu::Current current(gpu);
     const Driver& driver = gpu.driver();
     const char* name = image.function.c_str();
-    driver(name, driver.module_load, &module, static_cast<const void*>(image.machine.data()));
+    // an ELF file: at an address as malloc gives it, not wherever it stands in the record
+    const std::vector<char> machine(image.machine.begin(), image.machine.end());
+    driver(name, driver.module_load, &module, static_cast<const void*>(machine.data()));
     image.machine = {};
     try {
         driver(name, driver.module_function, &function, module, name);

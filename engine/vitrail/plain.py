@@ -16,15 +16,14 @@ _first_process: list[int] = []
 @contextmanager
 def plain() -> Iterator[None]:
     """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    with torch.inference_mode(False), torch.no_grad():
-        if not kinds:
-            yield
-            return
-        with ExitStack() as stack:
-            for kind in kinds:
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # leaving it costs 20 us a forward: not for nothing
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+        yield
 
 
 def refuse_lost_threads() -> None:

@@ -1,0 +1,341 @@
+"""What the host spends on a forward: `python benchmarks/host.py --device cpu` writes host.json.
+
+ViT-B/16, pooled, fp16, uint8 224 x 224. On the CPU a stand-in takes the driver's place that does
+nothing, and tensors on the CPU the device's:
+
+* "vitrail" is `NativeRunner.run`, plan and tensors in, tensors out; "vitrail C++" its one call of
+  C++, bindings included.
+* "triton" is the Triton runner over the same plan up to Triton's launcher, which does nothing: no
+  parameter is packed and no tensor map made. What it really costs is more.
+
+"allocations" are counted in a C++ program (host.cpp). With ``--device cuda`` all is real, and a
+sample is one call on an idle GPU, until it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from environment import ROOT
+from harness import (
+    OURS,
+    Case,
+    Results,
+    Run,
+    arguments,
+    measure,
+    results_folder,
+    rotate,
+    run_suite,
+    tolerances,
+)
+from shapes import VISION
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import GPUDriver
+from triton.runtime import driver as triton_driver
+
+from vitrail import plans
+from vitrail.plan import Launch, Plan
+from vitrail.program import image_record
+from vitrail.runners.native import DRIVER, NativeRunner, Size
+from vitrail.runners.triton import TritonRunner
+from vitrail.spec import ModelSpec, VisionSpec
+from vitrail.weights import Weights, arena_bytes, arena_views
+from vitrail_kernels import OPERATORS
+from vitrail_kernels.launch import Target, launch
+
+BATCHES = (1, 8, 64, 256)
+TARGET = Target(90, 132)
+CALLS, ROUNDS = 20, 100
+"""Calls of a sample on the CPU, where one is too short for the clock; and samples."""
+CPP = f"{OURS} C++"
+
+# -- drivers that do nothing -----------------------------------------------------------------------
+
+
+def standin_package() -> Any:
+    """tests/standin."""
+    tolerances()  # puts tests/ on the path
+    return importlib.import_module("standin")
+
+
+def standin() -> Any:
+    """A driver stand-in of this process's own, told to do nothing."""
+    package = standin_package()
+    library = Path(tempfile.mkdtemp()) / "libcuda.so.1"
+    shutil.copy(package.build(), library)
+    found = package.Standin(library)
+    found.device(TARGET.arch // 10, TARGET.arch % 10, TARGET.sms)
+    found.checks(False)
+    found.compute(False)
+    return found
+
+
+class NoLauncher:
+    """Where Triton's own work ends."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __call__(self, *_: Any) -> None: ...
+
+
+class NoDriver(GPUDriver):  # type: ignore[misc]  # triton has no types
+    """A GPU for Triton, whose binder, specialisation and cache look-up are the real ones."""
+
+    launcher_cls = NoLauncher
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (0, 0, 0, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 232_448},
+    )
+
+    def __init__(self) -> None:
+        self.get_current_device = self.get_current_stream = lambda *_: 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", TARGET.arch, 32)
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+
+class IdleTriton(TritonRunner):
+    """The Triton runner on CPU tensors, as if they were a GPU's."""
+
+    def launch(self, launch_: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+        scalars = launch_.resolve(longest)
+        launch(OPERATORS[launch_.op].calls(TARGET, **tensors, **scalars))
+
+
+class IdleNative(NativeRunner):
+    """Arenas at the same place again, as from a GPU's allocator; the CPU's would ask the system."""
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if dtype != torch.uint8:
+            return super()._empty(shape, dtype)
+        super()._empty((256,), dtype)  # what asking costs
+        return _arena(shape[0])
+
+
+@functools.cache
+def _arena(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+# -- what is timed ---------------------------------------------------------------------------------
+
+
+def weights_of(spec: ModelSpec, device: str) -> Weights:
+    """Zeros, which launch the same kernels as any others."""
+    arena = torch.zeros(arena_bytes(spec, torch.float16), dtype=torch.uint8, device=device)
+    return Weights(arena_views(spec, torch.float16, arena), arena, None)
+
+
+class Forward:
+    """One plan, and both runners over it."""
+
+    def __init__(self, spec: VisionSpec, device: str) -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.plan: Plan = plans.vision_pooled(spec, uint8=True)
+        self.tokens = spec.tokens_at(spec.image)
+        self.kept = list[Tensor]()  # what C++ has addresses of
+        weights = weights_of(ModelSpec("vit", "ViTModel", vision=spec), device)
+        given = weights, torch.float16, self.device
+        if device == "cuda":
+            self.driver = None
+            self.native, self.triton = NativeRunner(*given, DRIVER), TritonRunner(*given)
+        else:
+            self.driver = standin()
+            triton_driver.set_active(NoDriver())
+            self.native = IdleNative(*given, str(self.driver.path))
+            self.triton = IdleTriton(*given)
+
+    @functools.cache  # noqa: B019  one object a process
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        tokens, new = self.tokens, functools.partial(torch.zeros, device=self.device)
+        offsets = torch.arange(
+            0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=self.device
+        )
+        return {
+            "pixels": new(batch, *self.spec.image, self.spec.channels, dtype=torch.uint8),
+            "table": new(tokens, self.spec.blocks.width),
+            "cu_seqlens": offsets,
+            "rows": offsets[:-1],
+        }
+
+    def whole(self, runner: TritonRunner, batch: int) -> Run:
+        """`Runner.run` on a batch."""
+        sizes = dict(zip(("batch", "tokens", "longest"), self.size(batch), strict=True))
+        return functools.partial(runner.run, self.plan, self.inputs(batch), **sizes)
+
+    def size(self, batch: int) -> Size:
+        return batch, batch * self.tokens, self.tokens
+
+    def alone(self, *batches: int) -> Run:
+        """`_C.Executable.run` alone, of each batch in turn, in the arena of the largest."""
+        native = self.native
+        for batch in batches:
+            self.whole(native, batch)()  # loads the kernels of this size
+        ready = native._ready(self.plan, self.inputs(batches[0]))
+        largest = ready.sizes[self.size(max(batches))]
+        arena = native._empty(largest.arena, torch.uint8)
+
+        def one(batch: int) -> Run:
+            size = self.size(batch)
+            held = self.inputs(batch) | {
+                buffer.name: native._empty(shape, native._dtypes[buffer.dtype])
+                for buffer, shape in zip(ready.external, ready.sizes[size].shapes, strict=True)
+                if buffer.name in self.plan.outputs
+            }
+            self.kept += [arena, *held.values()]
+            addresses = [held[buffer.name].data_ptr() for buffer in ready.external]
+            return functools.partial(
+                ready.executable.run,
+                size,
+                largest.capacity,
+                arena.data_ptr(),
+                addresses,
+                native._stream(),
+                False,
+            )
+
+        return rotate([one(batch) for batch in batches])
+
+    def case(self, batch: int) -> Case:
+        variants = {
+            OURS: self.whole(self.native, batch),
+            CPP: self.alone(batch),
+            "triton": self.whole(self.triton, batch),
+        }
+        self.check(variants)
+        return Case(variants, lambda *_: None)
+
+    def check(self, variants: Mapping[str, Run]) -> None:
+        """Ours launch what the Triton runner does: as many kernels, by the stand-in's count."""
+        if self.driver is None:
+            return
+        expected = sum(1 for _ in self.calls(1))
+        for name in (OURS, CPP):
+            self.driver.record(True)
+            variants[name]()
+            found = len(self.driver.launched())
+            self.driver.record(False)
+            self.driver.reset()
+            assert found == expected, f"{name}: got {found} launches, wanted {expected}"
+
+    def calls(self, batch: int) -> Iterator[Any]:
+        lengths = [self.tokens] * batch
+        pixels = self.inputs(batch)["pixels"].to("meta")
+        for step, tensors, scalars in self.plan.bind(lengths, "float16", {"pixels": pixels}):
+            yield from OPERATORS[step.op].calls(TARGET, **tensors, **scalars)
+
+
+def sample(
+    calls: int, clock: Callable[[], float], before: Callable[[], Any] | None = None
+) -> Callable[[Run], float]:
+    """A timer of one call, the mean of ``calls``; ``before``: done first, and not timed."""
+
+    def seconds(run: Run) -> float:
+        run()  # what ran before has left other things in the caches
+        if before is not None:
+            before()
+        start = clock()
+        for _ in range(calls):
+            run()
+        return (clock() - start) / calls
+
+    return seconds
+
+
+# -- allocations -----------------------------------------------------------------------------------
+
+PROGRAM = Path(__file__).with_suffix(".cpp")
+SOURCES = ("driver.cpp", "plan.cpp", "executor.cpp")
+
+
+def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
+    """What host.cpp says: C++'s allocations and microseconds, without Python, at each batch.
+
+    Built as setup.py builds the extension. Raises RuntimeError without a compiler, or with what a
+    failed step says.
+    """
+    if (compiler := standin_package().compiler()) is None:
+        raise RuntimeError("host.cpp: got no C++ compiler, wanted c++ or $CXX")
+    native = forward.native
+    ready = native._ready(forward.plan, forward.inputs(batches[0]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "plan").write_bytes(ready.program.record)
+        for number, (key, call) in enumerate(ready.program.calls.items()):
+            record = image_record(key, call, TARGET.arch)
+            (folder / f"image{number}").write_bytes(record)
+        csrc, program = ROOT / "csrc", folder / "host"
+        sources = [PROGRAM, *(csrc / source for source in SOURCES)]
+        built = ["-std=c++17", "-O2", f"-I{csrc}", "-rdynamic", "-o", program, *sources, "-ldl"]
+        sizes = [str(number) for batch in batches for number in forward.size(batch)]
+        assert forward.driver is not None, "counted with the stand-in alone"
+        for command in ([compiler, *built], [program, forward.driver.path, folder, *sizes]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"host.cpp: {done.stderr or done.stdout}")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {
+        f"batch {row[0]}": {"first": int(row[1]), "later": int(row[2]), "us": float(row[3])}
+        for row in rows
+    }
+
+
+# -- the suite -------------------------------------------------------------------------------------
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print, and write ``host.json``."""
+    names = [f"batch {batch}" for batch in BATCHES]
+    turns, allocations = "batches 63 and 64 in turn", "allocations"
+    options = arguments(__doc__, [*names, turns, allocations], given)
+    torch.set_num_threads(1)
+    forward = Forward(VISION["B/16"], options.device)
+    cuda = options.device == "cuda"
+    # nothing waits for a driver that does nothing: the thread's own time, whoever else runs
+    timer = sample(CALLS, time.thread_time)
+    if cuda:
+        timer = sample(1, time.perf_counter, torch.cuda.synchronize)
+
+    def run(name: str) -> Results:
+        if name == allocations:
+            return counts(forward)
+        if name == turns:  # both fit one arena: every call writes its sizes anew
+            case = Case({CPP: forward.alone(63, 64)}, lambda *_: None)
+        else:
+            case = forward.case(int(name.split()[1]))
+        return measure(case, timer, ROUNDS)
+
+    chosen = [name for name in options.cases if not (cuda and name == allocations)]
+    cases = {name: functools.partial(run, name) for name in chosen}
+    path = results_folder(options.device) / "host.json"
+    return run_suite(path, cases, options.device, options.resume, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""One item at a time, and a process's first: `python benchmarks/latency.py` writes latency.json.
+
+fp16, wall clock until the GPU is done. Peers are PyTorch's: eager, and compiled with
+reduce-overhead, which is a CUDA graph for this one shape. "vitrail overlap" has VITRAIL_OVERLAP=1;
+"graph" is ours in a caller's own CUDA graph. "load" is a fresh process with its kernels in Triton's
+cache, from after the imports to the first embedding, the GPU's start included.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import transformers
+from harness import (
+    OURS,
+    Case,
+    Results,
+    Run,
+    arguments,
+    host_timer,
+    measure,
+    results_folder,
+    run_suite,
+    summary,
+)
+from models import _called, _ids, _numbers, _ours, checkpoint, graphed
+from shapes import TEXT, VISION, captions
+from torch import Tensor
+
+import vitrail
+from vitrail.runners.native import OVERLAP
+from vitrail.spec import TextSpec, VisionSpec
+
+GOALS = {"B/16": 0.45, "load": 1000.0}
+"""Milliseconds; the bar for B/16 is 0.28."""
+OVERLAPPED = f"{OURS} overlap"
+PROCESSES = 5
+
+
+@contextmanager
+def overlapping(on: bool) -> Iterator[None]:
+    """Runners that are made inside overlap their launches, or do not."""
+    before = os.environ.pop(OVERLAP, None)
+    os.environ[OVERLAP] = str(int(on))
+    try:
+        yield
+    finally:
+        del os.environ[OVERLAP]
+        if before is not None:
+            os.environ[OVERLAP] = before
+
+
+def _variants(
+    spec: VisionSpec | TextSpec, device: str, run: Callable[..., Tensor]
+) -> dict[str, Run]:
+    """``run`` of our model, in turn and overlapped; and the first in a graph."""
+    variants: dict[str, Run] = {}
+    for name, on in ((OURS, False), (OVERLAPPED, True)):
+        with overlapping(on):
+            variants[name] = functools.partial(run, _ours(spec, device))
+    return variants
+
+
+def _peers(theirs: torch.nn.Module, given: dict[str, Tensor], device: str) -> dict[str, Run]:
+    peers = {"eager": _called(theirs, given)}
+    if device == "cuda":
+        compiled = torch.compile(theirs, mode="reduce-overhead", dynamic=False)
+        peers["reduce-overhead"] = _called(compiled, given)
+    return peers
+
+
+def image_case(spec: VisionSpec, device: str) -> Case:
+    """Pixels of one image on the device to its embedding."""
+    torch.manual_seed(1)
+    pixels = torch.randn(1, spec.channels, *spec.image, device=device)
+    theirs, check = _numbers(spec, {"pixel_values": pixels}, device)
+
+    def run(model: vitrail.Model) -> Tensor:
+        assert model._vision is not None, "the checkpoint has an image tower"
+        return model._vision.embed(pixels)["vision.embedding"]
+
+    variants = _variants(spec, device, run)
+    if device == "cuda":
+        variants["graph"] = graphed(variants[OURS])
+    given = pixels.half() if device == "cuda" else pixels
+    variants |= _peers(theirs, {"pixel_values": given}, device)
+    return Case(variants, check, frozenset({"graph"}))
+
+
+def text_case(spec: TextSpec, device: str) -> Case:
+    """Ids of one caption on the host to its embedding; the peers have theirs on the device."""
+    ids = _ids(spec, captions(1))
+    rows = torch.tensor(ids, device=device)
+    theirs, check = _numbers(spec, {"input_ids": rows}, device)
+
+    def run(model: vitrail.Model) -> Tensor:
+        assert model._text is not None, "the checkpoint has a text tower"
+        return model._text.embed(ids)["text.embedding"]
+
+    variants = _variants(spec, device, run) | _peers(theirs, {"input_ids": rows}, device)
+    return Case(variants, check)
+
+
+FIRST = """
+import json, sys, time
+import torch, PIL.Image, vitrail.model
+start = time.perf_counter()
+if sys.argv[2] == "cuda":
+    torch.zeros(1, device="cuda")
+begun = time.perf_counter()
+model = vitrail.load(sys.argv[1], device=sys.argv[2])
+model.encode_image(PIL.Image.new("RGB", (640, 480)))
+print(json.dumps([time.perf_counter() - start, begun - start, model.runner]))
+"""
+
+
+def load(spec: VisionSpec, device: str) -> Results:
+    """Seconds to the first embedding, by processes of their own; the first fills the caches."""
+    command = [sys.executable, "-c", FIRST, checkpoint(spec).name, device]
+    whole, started = [], []
+    for number in range(1 + PROCESSES):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        seconds, start, runner = json.loads(done.stdout.splitlines()[-1])
+        if device == "cuda" and runner != "native":
+            raise RuntimeError(f"got the {runner} runner, wanted the native one")
+        if number:
+            whole.append(seconds)
+            started.append(start)
+    parts = {"gpu_start_ms": summary(started)["median_ms"]}
+    return {"variants": {OURS: {**summary(whole), **parts}}}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print, and write ``latency.json``."""
+    builds: dict[str, Callable[[str], Case]] = {
+        "B/16": functools.partial(image_case, VISION["B/16"]),
+        "B/32": functools.partial(image_case, VISION["B/32"]),
+        "CLIP-B text": functools.partial(text_case, TEXT["CLIP-B text"]),
+    }
+    options = arguments(__doc__, [*builds, "load"], given)
+    transformers.logging.disable_progress_bar()
+    cuda = options.device == "cuda"
+
+    def run(name: str) -> Results:
+        if name == "load":
+            found = load(VISION["B/16"], options.device)
+        else:
+            timer = host_timer(torch.cuda.synchronize) if cuda else host_timer()
+            found = measure(builds[name](options.device), timer, 200 if cuda else 3, 10)
+        return found | ({"goal_ms": GOALS[name]} if name in GOALS else {})
+
+    cases = {name: functools.partial(run, name) for name in options.cases}
+    path = results_folder(options.device) / "latency.json"
+    return run_suite(path, cases, options.device, options.resume, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
