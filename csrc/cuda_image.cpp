@@ -37,6 +37,7 @@ CudaImage::CudaImage(std::shared_ptr<const Gpu> gpu, std::string_view code)
     : gpu_(std::move(gpu)) {
     check_whole(code);
     const Gpu::Current current(*gpu_);
+    const Gpu::Relaxed relaxed(*gpu_);
     gpu_->driver()("CUDA image", gpu_->driver().module_load, &module_,
                    static_cast<const void*>(code.data()));
 }
@@ -50,6 +51,7 @@ const CudaImage::Kernel& CudaImage::kernel(const std::string& name) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = kernels_.find(name);
     if (found != kernels_.end()) return found->second;
+    const Gpu::Relaxed relaxed(*gpu_);
     const Driver& driver = gpu_->driver();
     const char* text = name.c_str();
     Kernel made;

@@ -75,6 +75,15 @@ Gpu::Current::~Current() {
     if (pushed_) gpu_.driver_.context_pop.call(&popped);
 }
 
+// Where it fails, whatever is called next says why.
+Gpu::Relaxed::Relaxed(const Gpu& gpu) noexcept : exchange_(gpu.driver_.capture_mode) {
+    exchanged_ = exchange_.call != nullptr && exchange_.call(&before_) == 0;
+}
+
+Gpu::Relaxed::~Relaxed() {
+    if (exchanged_) exchange_.call(&before_);
+}
+
 DriverInfo probe() {
     DriverInfo info;
     try {

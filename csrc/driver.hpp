@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,7 @@ constexpr Result kInvalidValue = 1;
 constexpr Result kOutOfMemory = 2;
 constexpr Result kNoDevice = 100;
 constexpr Result kInvalidDevice = 101;
+constexpr Result kNotSupported = 801;
 
 constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
@@ -39,6 +41,7 @@ constexpr int kSharedWithoutAsking = 48 << 10;
 constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING
 constexpr int kL2Promotion = 2;  // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+constexpr int kRelaxed = 2;      // CU_STREAM_CAPTURE_MODE_RELAXED
 
 struct alignas(64) TensorMap {
     uint64_t words[16];
@@ -134,7 +137,8 @@ class Driver {
     void operator()(const char* where, const Function<Parameters...>& function,
                     Arguments... arguments) const {
         if (function.call == nullptr) {
-            throw std::runtime_error(std::string(function.name) + ": this driver is too old for it");
+            throw std::runtime_error(std::string(function.name) +
+                                     ": this driver is too old for it");
         }
         const cu::Result result = function.call(arguments...);
         if (result != 0) fail(result, function.name, where);
@@ -179,6 +183,8 @@ class Driver {
     Function<cu::Stream*, unsigned> stream_create{library_, "cuStreamCreate"};
     Function<cu::Stream> stream_destroy{library_, "cuStreamDestroy_v2"};
     Function<cu::Stream> stream_wait{library_, "cuStreamSynchronize"};
+    // CUDA 10.1
+    Function<int*> capture_mode{library_, "cuThreadExchangeStreamCaptureMode"};
 };
 
 // Bytes of each parameter of a kernel, for a driver that has function_parameter. The driver copies
@@ -197,6 +203,11 @@ class Gpu {
     const DeviceInfo& info() const { return info_; }
     int multiprocessors() const { return multiprocessors_; }
 
+    // Whether the device has stream-ordered memory, as far as is known: some virtual ones do not,
+    // and say so when asked for it.
+    bool pools() const { return pools_; }
+    void without_pools() const { pools_ = false; }
+
     // Makes the context current on this thread for as long as it lives.
     class Current {
       public:
@@ -210,12 +221,29 @@ class Gpu {
         bool pushed_ = false;
     };
 
+    // Lets this thread load kernels and take memory while any thread captures a CUDA graph, for as
+    // long as it lives. Without it the driver refuses, and the capture, which is not ours, breaks
+    // too. Neither is part of a graph. The context must be current.
+    class Relaxed {
+      public:
+        explicit Relaxed(const Gpu& gpu) noexcept;
+        ~Relaxed();
+        Relaxed(const Relaxed&) = delete;
+        Relaxed& operator=(const Relaxed&) = delete;
+
+      private:
+        const Function<int*>& exchange_;
+        int before_ = cu::kRelaxed;
+        bool exchanged_ = false;
+    };
+
   private:
     const Driver& driver_;
     cu::Device device_ = 0;
     cu::Context context_ = nullptr;
     DeviceInfo info_;
     int multiprocessors_ = 0;
+    mutable std::atomic<bool> pools_{true};
 };
 
 // The driver of this machine. Never throws: where a step fails, `reason` says which and why.

@@ -42,6 +42,7 @@ uint32_t lay_out(const std::vector<Argument>& arguments, Use use) {
 
 Kernel::Kernel(const Gpu& owner, const Image& wanted) : gpu(owner), image(wanted) {
     const Gpu::Current current(gpu);
+    const Gpu::Relaxed relaxed(gpu);
     const Driver& driver = gpu.driver();
     const char* name = image.function.c_str();
     // an ELF file: at an address as malloc gives it, not wherever it stands in the record

@@ -104,7 +104,7 @@ vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* fa
         }
         facts->architecture = model->model->arch();
         facts->device = model->model->gpu().info().name.c_str();
-        facts->fingerprint = package.fingerprint.c_str();
+        facts->fingerprint = package.build(facts->architecture).fingerprint.c_str();
     });
 }
 

@@ -14,6 +14,7 @@ template <typename Back>
 void give_back(const Gpu& gpu, Back back) noexcept {
     try {
         const Gpu::Current current(gpu);
+        const Gpu::Relaxed relaxed(gpu);
         back(gpu.driver());
         return;
     } catch (...) {
@@ -25,6 +26,7 @@ class Stream {
   public:
     explicit Stream(const Gpu& gpu) : gpu_(gpu) {
         const Gpu::Current current(gpu);
+        const Gpu::Relaxed relaxed(gpu);
         const auto flags = static_cast<unsigned>(cu::kNonBlocking);
         gpu.driver()("a stream", gpu.driver().stream_create, &stream_, flags);
     }
@@ -38,8 +40,11 @@ class Stream {
     cu::Stream get() const { return stream_; }
 
     // The context must be current.
-    void wait(const char* where) const { gpu_.driver()(where, gpu_.driver().stream_wait, stream_); }
-    void settle() const noexcept {  // after a failure: whatever it is, it ends
+    void wait(const char* where) const {
+        const Gpu::Relaxed relaxed(gpu_);
+        gpu_.driver()(where, gpu_.driver().stream_wait, stream_);
+    }
+    void settle() const noexcept {  // whatever is on it, and whether it fails: it ends
         give_back(gpu_, [this](const Driver& driver) { driver.stream_wait.call(stream_); });
     }
 
@@ -53,6 +58,7 @@ class Fixed {
   public:
     Fixed(const Gpu& gpu, const char* where, size_t bytes) : gpu_(gpu) {
         const Gpu::Current current(gpu);
+        const Gpu::Relaxed relaxed(gpu);
         gpu.driver()(where, gpu.driver().allocate, &address_, bytes);
     }
     ~Fixed() {
@@ -68,8 +74,8 @@ class Fixed {
     cu::Pointer address_ = 0;
 };
 
-// Device memory in the order of a stream, which grows and never shrinks but by `release`. The
-// context must be current for `reserve`.
+// Device memory in the order of a stream, where the device has that; it grows and never shrinks but
+// by `release`. The context must be current for `reserve`.
 class Growing {
   public:
     Growing(const Stream& stream, const char* where) : stream_(stream), where_(where) {}
@@ -82,26 +88,49 @@ class Growing {
     // Whether it had to grow, and so holds nothing that was there before.
     bool reserve(size_t bytes) {
         if (bytes <= bytes_) return false;
-        release();  // first, so that there are never two
-        const Driver& driver = stream_.gpu().driver();
-        driver(where_, driver.allocate_async, &address_, bytes, stream_.get());
+        if (bytes_ != 0) {
+            release();         // first, so that there are never two
+            stream_.settle();  // until then the memory is held all the same
+        }
+        const Gpu::Relaxed relaxed(stream_.gpu());
+        allocate(bytes);
         bytes_ = bytes;
         return true;
     }
     void release() noexcept {
         if (bytes_ == 0) return;
         give_back(stream_.gpu(), [this](const Driver& driver) {
-            driver.free_async.call(address_, stream_.get());
+            if (pooled_) {
+                driver.free_async.call(address_, stream_.get());
+                return;
+            }
+            driver.stream_wait.call(stream_.get());  // nothing else orders the two
+            driver.free.call(address_);
         });
         address_ = 0;
         bytes_ = 0;
     }
 
   private:
+    void allocate(size_t bytes) {
+        const Gpu& gpu = stream_.gpu();
+        const Driver& driver = gpu.driver();
+        pooled_ = gpu.pools();
+        try {
+            if (pooled_) driver(where_, driver.allocate_async, &address_, bytes, stream_.get());
+        } catch (const DriverError& error) {
+            if (error.code() != cu::kNotSupported) throw;
+            gpu.without_pools();
+            pooled_ = false;
+        }
+        if (!pooled_) driver(where_, driver.allocate, &address_, bytes);
+    }
+
     const Stream& stream_;
     const char* const where_;
     cu::Pointer address_ = 0;
     size_t bytes_ = 0;
+    bool pooled_ = true;
 };
 
 // Pinned host memory. Nothing on the stream may use it when it grows or is released.
@@ -117,6 +146,7 @@ class Pinned {
     void reserve(size_t bytes) {
         if (bytes <= bytes_) return;
         release();
+        const Gpu::Relaxed relaxed(gpu_);
         const Driver& driver = gpu_.driver();
         driver(where_, driver.host_allocate, &data_, bytes, 0u);
         bytes_ = bytes;

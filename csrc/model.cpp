@@ -88,6 +88,7 @@ void Model::upload() {
         chunk.remove_prefix(static_cast<size_t>(before));
         const cu::Pointer to = weights_->address() + (at + before - package_.arena_offset);
         const Gpu::Current current(gpu);
+        const Gpu::Relaxed relaxed(gpu);  // memory that is not pinned is copied at once
         driver("the weights", driver.copy_in, to, static_cast<const void*>(chunk.data()),
                chunk.size(), stream.get());
         stream.wait("the weights");  // `chunk` is the next one's from here on

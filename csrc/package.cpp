@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cerrno>
 #include <exception>
-#include <mutex>
 #include <system_error>
 #include <thread>
 
@@ -25,36 +24,34 @@ constexpr uint32_t kMostSide = 1 << 20;  // of what an image, text or embedding 
     throw FormatError(where + ": " + why);
 }
 
-// A file opened for reading, its size known. Throws FormatError where it cannot be.
+[[noreturn]] void refuse_errno(const std::string& path) {
+    refuse(path, std::system_category().message(errno));
+}
+
+// Throws FormatError where there is no file.
+uint64_t file_bytes(const std::string& path) {
+    struct stat status {};
+    if (stat(path.c_str(), &status) != 0) refuse_errno(path);
+    if (!S_ISREG(status.st_mode)) refuse(path, "got something else, wanted a file");
+    return static_cast<uint64_t>(status.st_size);
+}
+
+// A file opened for reading. Throws FormatError where it cannot be.
 class Opened {
   public:
     explicit Opened(std::string path)
         : path_(std::move(path)), handle_(open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        if (handle_ < 0) fail();
-        struct stat status {};
-        if (fstat(handle_, &status) != 0) {
-            const int code = errno;
-            close(handle_);
-            errno = code;
-            fail();
-        }
-        if (!S_ISREG(status.st_mode)) {
-            close(handle_);
-            refuse(path_, "got something else, wanted a file");
-        }
-        bytes_ = static_cast<uint64_t>(status.st_size);
+        if (handle_ < 0) refuse_errno(path_);
     }
     ~Opened() { close(handle_); }
     Opened(const Opened&) = delete;
     Opened& operator=(const Opened&) = delete;
 
-    uint64_t bytes() const { return bytes_; }
-
     void read(char* to, uint64_t at, size_t bytes) const {
         while (bytes > 0) {
             const ssize_t got = pread(handle_, to, bytes, static_cast<off_t>(at));
             if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail();
+            if (got < 0) refuse_errno(path_);
             if (got == 0) refuse(path_, "got an end at byte " + std::to_string(at));
             to += got;
             at += static_cast<uint64_t>(got);
@@ -63,21 +60,18 @@ class Opened {
     }
 
   private:
-    [[noreturn]] void fail() const { refuse(path_, std::system_category().message(errno)); }
-
     const std::string path_;
     const int handle_;
-    uint64_t bytes_ = 0;
 };
 
 std::string read_whole(const std::string& path, uint64_t most) {
-    const Opened file(path);
-    if (file.bytes() > most) {
-        refuse(path, "got " + std::to_string(file.bytes()) + " bytes, wanted at most " +
-                         std::to_string(most));
+    const uint64_t size = file_bytes(path);
+    if (size > most) {
+        refuse(path,
+               "got " + std::to_string(size) + " bytes, wanted at most " + std::to_string(most));
     }
-    std::string bytes(static_cast<size_t>(file.bytes()), '\0');
-    file.read(bytes.data(), 0, bytes.size());
+    std::string bytes(static_cast<size_t>(size), '\0');
+    Opened(path).read(bytes.data(), 0, bytes.size());
     return bytes;
 }
 
@@ -135,6 +129,7 @@ uint32_t side(Reader& in) {
 Build read_build(Reader& in) {
     Build build;
     build.arch = in.number<uint32_t>();
+    build.fingerprint = in.string();
     build.programs = in.list([](Reader& reader) {
         ProgramFile program;
         program.name = reader.string();
@@ -154,9 +149,7 @@ std::string arch_name(uint32_t arch) { return "sm_" + std::to_string(arch); }
 
 Package::Package(std::string from, const std::string& version) : folder(std::move(from)) {
     struct stat status {};
-    if (stat(folder.c_str(), &status) != 0) {
-        refuse(folder, std::system_category().message(errno));
-    }
+    if (stat(folder.c_str(), &status) != 0) refuse_errno(folder);
     if (!S_ISDIR(status.st_mode)) refuse(folder, "got a file, wanted an exported folder");
     const std::string path = folder + "/model.vitrail", manifest = folder + "/vitrail.json";
     for (const std::string& wanted : {path, manifest}) {
@@ -174,7 +167,6 @@ void Package::parse(Reader& in, const std::string& version) {
     if (theirs != version) {
         in.fail("got an export by Vitrail " + theirs + ", wanted one by " + version);
     }
-    fingerprint = in.string();
     files = in.list(read_file);
     weights = in.number<uint32_t>();
     arena_offset = in.number<uint64_t>();
@@ -266,13 +258,13 @@ class Reading {
         : use_(use) {
         for (const uint32_t number : numbers) {
             const File& file = package.files[number];
-            const std::string path = package.folder + "/" + file.path;
-            opened_.push_back(std::make_unique<Opened>(path));
-            const uint64_t bytes = opened_.back()->bytes();
+            const std::string& path = paths_.emplace_back(package.folder + "/" + file.path);
+            const uint64_t bytes = file_bytes(path);
             if (bytes != file.bytes) {
                 refuse(path, "got " + std::to_string(bytes) + " bytes, wanted " +
                                  std::to_string(file.bytes));
             }
+            bytes_.push_back(bytes);
             digests_.emplace_back(chunks(bytes));
             for (size_t i = 0; i < chunks(bytes); ++i) jobs_.emplace_back(digests_.size() - 1, i);
         }
@@ -283,8 +275,9 @@ class Reading {
         const size_t wanted = std::min({kMostThreads, cores, jobs_.size()});
         std::vector<std::thread> others;
         try {
+            others.reserve(wanted);
             while (others.size() + 1 < wanted) others.emplace_back([this] { work(); });
-        } catch (const std::system_error&) {  // no more threads: those that there are do it
+        } catch (...) {  // no more threads, or no memory for them: those that there are do it
         }
         work();
         for (std::thread& other : others) other.join();
@@ -294,32 +287,36 @@ class Reading {
     Digest digest(size_t which) const { return digest_of(digests_[which]); }
 
   private:
-    void work() {
+    void work() noexcept {
         try {
             std::vector<char> buffer(jobs_.empty() ? 0 : kChunkBytes);
+            std::optional<Opened> file;  // of the job before
+            size_t opened = 0;
             for (size_t next; (next = next_.fetch_add(1)) < jobs_.size();) {
                 const auto [which, chunk] = jobs_[next];
                 const uint64_t at = uint64_t{chunk} * kChunkBytes;
-                const uint64_t left = opened_[which]->bytes() - at;
+                const uint64_t left = bytes_[which] - at;
                 const auto bytes = static_cast<size_t>(std::min<uint64_t>(left, kChunkBytes));
-                opened_[which]->read(buffer.data(), at, bytes);
+                if (!file || opened != which) file.emplace(paths_[which]);
+                opened = which;
+                file->read(buffer.data(), at, bytes);
                 digests_[which][chunk] = sha256(buffer.data(), bytes);
                 use_(which, at, {buffer.data(), bytes});
             }
         } catch (...) {
             next_ = jobs_.size();  // the others stop too
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (!error_) error_ = std::current_exception();
+            if (!failed_.exchange(true)) error_ = std::current_exception();
         }
     }
 
     const Package::Use& use_;
-    std::vector<std::unique_ptr<Opened>> opened_;
+    std::vector<std::string> paths_;
+    std::vector<uint64_t> bytes_;
     std::vector<std::vector<Digest>> digests_;     // by file and chunk
     std::vector<std::pair<size_t, size_t>> jobs_;  // file, chunk
     std::atomic<size_t> next_{0};
-    std::mutex mutex_;
-    std::exception_ptr error_;
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;  // of the first that failed; read once all have ended
 };
 
 }  // namespace
@@ -340,7 +337,7 @@ std::vector<std::string> Package::read(const std::vector<uint32_t>& numbers) con
     for (size_t which = 0; which < numbers.size(); ++which) {
         const File& file = files[numbers[which]];
         // the size is believed only once the file has been seen to have it
-        const uint64_t there = Opened(folder + "/" + file.path).bytes();
+        const uint64_t there = file_bytes(folder + "/" + file.path);
         whole[which].resize(static_cast<size_t>(std::min(there, file.bytes)));
     }
     read(numbers, [&](size_t which, uint64_t at, std::string_view bytes) {

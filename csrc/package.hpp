@@ -44,6 +44,7 @@ struct ProgramFile {
 // What runs on one architecture, 10 * major + minor.
 struct Build {
     uint32_t arch = 0;
+    std::string fingerprint;  // of the model with these kernels: see vitrail.h
     std::vector<ProgramFile> programs;
     std::vector<uint32_t> images;  // numbers in Package::files
 };
@@ -57,10 +58,10 @@ class Package {
     // Throws FormatError, naming what was exported, where `arch` was not.
     const Build& build(uint32_t arch) const;
 
-    // Reads files by their numbers, each once, with up to 16 threads. `use` is called from any of
-    // them with every chunk: which of `numbers`, where in the file, the bytes. Throws what it
-    // throws, and FormatError for a file that is missing or not what was exported, maybe only
-    // after its chunks were used.
+    // Reads files by their numbers, each once, with up to 16 threads, each of which has one open.
+    // `use` is called from any of them with every chunk: which of `numbers`, where in the file,
+    // the bytes. Throws what it throws, and FormatError for a file that is missing or not what
+    // was exported, maybe only after its chunks were used.
     using Use = std::function<void(size_t which, uint64_t at, std::string_view bytes)>;
     void read(const std::vector<uint32_t>& numbers, const Use& use) const;
 
@@ -72,7 +73,6 @@ class Package {
     void check_header(std::string_view first) const;
 
     std::string folder;
-    std::string fingerprint;
     std::vector<File> files;
     uint32_t weights = 0;       // a number in `files`
     uint64_t arena_offset = 0;  // in that file, to its end

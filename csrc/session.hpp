@@ -32,6 +32,9 @@ class Items {
 class Session {
   public:
     Session(std::shared_ptr<const Model> model, bool overlap);
+    ~Session() { release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
 
     // `pixels`: (n, H, W, C) uint8 or (n, C, H, W) float. `out`: (n, D). `status`: (n,), 0 where an
     // item is finite, or null. Throws NotFinite, std::invalid_argument, and DriverError with

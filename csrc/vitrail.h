@@ -58,7 +58,8 @@ typedef struct vitrail_facts {
     int32_t text_end;         /* id that ends a text; -1: the first of its highest */
     uint32_t architecture;    /* in use, 10 * major + minor: 90 for sm_90 */
     const char* device;       /* its name */
-    const char* fingerprint;  /* of the model: equal numbers follow from equal fingerprints */
+    const char* fingerprint;  /* equal numbers follow from equal fingerprints; of the model with the
+                                 kernels of this architecture, as Python's Model.fingerprint */
 } vitrail_facts;
 
 /* Of this library; exported folders of another are refused. */

@@ -37,3 +37,11 @@ def export_vit(folder: Path) -> None:
         size = {"height": 32, "width": 32}
         ViTImageProcessorPil(size=size).save_pretrained(checkpoint)
         export_model(checkpoint, folder, [ARCH])
+
+
+def export_two(folder: Path) -> None:
+    """One block without an image processor, for sm_80 and sm_90."""
+    with tempfile.TemporaryDirectory() as checkpoint:
+        config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+        save(make("ViTModel", **config), checkpoint)
+        export_model(checkpoint, folder, [80, ARCH])

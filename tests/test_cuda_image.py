@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
@@ -161,6 +162,41 @@ def test_an_image_is_unloaded_with_its_owner(driver: standin.Standin, gpu: Any) 
     assert driver.live().modules == 1
     del image
     assert driver.live().modules == 0
+
+
+@pytest.fixture
+def capturing(driver: standin.Standin) -> Iterator[None]:
+    driver.capturing(True)
+    yield
+    driver.capturing(False)
+
+
+@pytest.mark.usefixtures("capturing")
+def test_an_image_loads_and_goes_while_another_thread_captures_a_graph(
+    driver: standin.Standin, gpu: Any
+) -> None:
+    image = load(gpu, cubin({"kernel": [4]}))
+    image.launch("kernel", 1, (1, 1), [(5, 4)], 0, False)
+    del image
+    assert (driver.live().modules, driver.complaint()) == (0, "")
+    mode = ctypes.c_int(0)
+    assert driver.driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)) == 0
+    assert mode.value == 0, "wanted the thread's mode as it was"
+
+
+def test_a_driver_without_capture_modes_serves(tmp_path: Path) -> None:
+    name = b"cuThreadExchangeStreamCaptureMode"
+    code = standin.build().read_bytes()
+    assert name in code
+    library = tmp_path / "libcuda.so.1"
+    library.write_bytes(code.replace(name, name[:-1] + b"X"))  # not found by its name
+    driver = standin.Standin(library)
+    driver.record(True)
+    image = load(native._C.Gpu(str(library), 0), cubin({"kernel": [4]}))
+    image.launch("kernel", 1, (1, 1), [(5, 4)], 0, False)
+    assert [one.name for one in driver.launched()] == ["kernel"]
+    del image
+    assert (driver.live().modules, driver.complaint()) == (0, "")
 
 
 # -- resize by the native runner -------------------------------------------------------------------

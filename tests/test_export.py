@@ -38,7 +38,7 @@ from vitrail.files import open_checkpoint
 from vitrail.model import Model, read_model
 from vitrail.package import COPIED, manifest_bytes, pixel_batch, pooled_plans
 from vitrail.program import image_record, lower
-from vitrail.runners import native
+from vitrail.runners import native, triton
 from vitrail.runners.native import NativeRunner
 from vitrail.runners.runner import PositionCache
 from vitrail_kernels import OPERATORS
@@ -71,6 +71,7 @@ TEXT_KEYS = (
 )
 CPU = torch.device("cpu")
 KINDS: Any = ("scale", "clip")
+BUILD = {"runner": "x", "fingerprint": "x"}
 MAGIC = {"plan": b"vitrail plan 1\n", "image": b"vitrail image 1\n"}
 
 
@@ -217,7 +218,7 @@ class Record:
     def __init__(self, raw: bytes) -> None:
         self.raw, self.at = raw, 0
         assert self.take(16) == b"vitrail model 1\n"
-        self.version, self.fingerprint = self.string(), self.string()
+        self.version = self.string()
         self.files = [
             (self.string(), *self.numbers("<Q"), self.take(32)) for _ in range(*self.numbers("<I"))
         ]
@@ -227,10 +228,11 @@ class Record:
         self.builds = [self.build() for _ in range(*self.numbers("<I"))]
         assert self.at == len(raw)
 
-    def build(self) -> tuple[int, dict[str, tuple[int, int]], list[int]]:
-        (arch,) = self.numbers("<I")
+    def build(self) -> tuple[int, str, dict[str, tuple[int, int]], list[int]]:
+        (arch,), fingerprint = self.numbers("<I"), self.string()
         programs = {self.string(): self.numbers("<Iq") for _ in range(*self.numbers("<I"))}
-        return arch, programs, [self.numbers("<I")[0] for _ in range(*self.numbers("<I"))]
+        images = [self.numbers("<I")[0] for _ in range(*self.numbers("<I"))]
+        return arch, fingerprint, programs, images
 
     def take(self, count: int) -> bytes:
         self.at += count
@@ -279,7 +281,7 @@ def test_the_manifest_knows_every_other_file(clip: Path, whole: Path) -> None:
 def test_the_record_for_cpp_says_the_same(whole: Path) -> None:
     files, model = contents(whole), vitrail.load(whole, device="cpu")
     manifest, record = json.loads(files["vitrail.json"]), Record(files["model.vitrail"])
-    assert (record.version, record.fingerprint) == (vitrail.__version__, manifest["fingerprint"])
+    assert record.version == vitrail.__version__
     names = [name for name, _, _ in record.files]
     assert sorted(names) == sorted(
         name for name in files if name.endswith((".plan", ".image", ".safetensors"))
@@ -293,8 +295,9 @@ def test_the_record_for_cpp_says_the_same(whole: Path) -> None:
     assert record.vision == (32, 32, 3, spec.vision.embedding, tokens)
     eos = spec.text.eos
     assert record.text == (spec.text.vocab, spec.text.context, spec.text.embedding, eos)
-    [(arch, programs, images)] = record.builds
+    [(arch, fingerprint, programs, images)] = record.builds
     assert arch == 90
+    assert fingerprint == manifest["builds"]["90"]["fingerprint"]
     assert {name: names[number] for name, (number, _) in programs.items()} == {
         name: f"sm_90/{name}.plan" for name in ("image.uint8", "image.float", "text")
     }
@@ -322,7 +325,7 @@ def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: 
     vision = found.spec.vision
     assert vision is not None
     cache = PositionCache(OPERATORS["position"].reference)
-    [(_, programs, _)] = record.builds
+    [(_, _, programs, _)] = record.builds
     assert programs["text"][1] == -1
     for kind in ("uint8", "float"):
         at = programs[f"image.{kind}"][1]
@@ -511,7 +514,7 @@ def test_the_fingerprint_is_of_the_kernels_that_serve(
     driver: standin.Standin, clip: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, found = natively(driver, whole), opened(whole)
-    manifest = json.loads((whole / "vitrail.json").read_text())
+    manifest = json.loads((whole / "vitrail.json").read_text())["builds"]["90"]
     stored = found.builds[90]
     monkeypatch.setattr(runners.TritonRunner, "identity", stored)  # with the triton that made it
     runner = OnCpu(found.load(), found.dtype, CPU, str(driver.path), exported=found)
@@ -525,6 +528,30 @@ def test_the_fingerprint_is_of_the_kernels_that_serve(
     assert runner.identity == f"{stored}; plans that are not exported: triton 9"
     monkeypatch.setattr(native, "NO_TRITON", ImportError())
     assert runner.identity == stored
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_each_architecture_has_the_fingerprint_of_its_own_runner(
+    library: standin.Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, folder = tmp_path / "vit", tmp_path / "out"
+    save(make("ViTModel", **BLOCK), checkpoint)
+    export_model(checkpoint, folder, [80, 90])
+    builds = json.loads((folder / "vitrail.json").read_text())["builds"]
+    record = Record((folder / "model.vitrail").read_bytes())
+    original = read_model(checkpoint, torch.float16)
+    wanted = {}
+    for arch in (80, 90):
+        path = Path(shutil.copy(library.path, tmp_path / f"sm_{arch}.so"))
+        standin.Standin(path).device(*divmod(arch, 10))
+        monkeypatch.setattr(triton, "target_of", lambda _, arch=arch: Target(arch, 132))
+        fresh = OnCpu(original.weights, torch.float16, CPU, str(path))
+        assert fresh.target.arch == arch
+        model = Model(original.checkpoint, original.spec, original.hash_weights, fresh)
+        wanted[arch] = model.fingerprint
+    assert {int(arch): build["fingerprint"] for arch, build in builds.items()} == wanted
+    assert {arch: fingerprint for arch, fingerprint, _, _ in record.builds} == wanted
+    assert len(set(wanted.values())) == 2
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -639,7 +666,10 @@ def test_a_rewritten_manifest_is_itself_no_damage(copy: Path) -> None:
         "type": ({"logit_scale": "100"}, "logit_scale: got '100'"),
         "dtype": ({"dtype": "float32"}, "dtype: got 'float32', wanted one of"),
         "no build": ({"builds": {}}, "builds: got none"),
-        "odd build": ({"builds": {"sm_90": "x"}}, "builds: got"),
+        "odd build": ({"builds": {"sm_90": BUILD}}, "builds: got"),
+        "another build": ({"builds": {"90": "x"}}, "builds: got"),
+        "part of a build": ({"builds": {"90": {"runner": "x"}}}, "builds: got"),
+        "a build of numbers": ({"builds": {"90": {**BUILD, "runner": 1}}}, "builds: got"),
         "size": ({"size": [32]}, "size: got"),
         "no size": ({"size": None}, "size: got None"),
         "small size": ({"size": [32, 4]}, "size: got"),
@@ -654,7 +684,7 @@ def test_a_rewritten_manifest_is_itself_no_damage(copy: Path) -> None:
             {"spec": lambda spec: {**spec, "text": None}},
             r"weights\.safetensors: got [\d,]+ bytes, wanted",
         ),
-        "another architecture": ({"builds": {"80": "x"}}, "wanted only what an export holds"),
+        "another architecture": ({"builds": {"80": BUILD}}, "wanted only what an export holds"),
         "above": ({"files": with_file("../model.safetensors")}, "only what an export holds"),
         "above, by way": ({"files": with_file("sm_90/../../x.image")}, "only what an export"),
         "absolute": ({"files": with_file("/etc/passwd")}, "only what an export holds"),

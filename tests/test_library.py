@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import random
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,6 +61,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "vit"
     export_folder.export_vit(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "two"
+    export_folder.export_two(folder)
     return folder
 
 
@@ -194,8 +203,52 @@ def test_facts(library: Library, clip: Path, vit: Path) -> None:
         found = [getattr(facts, name) for name, _ in Facts._fields_]
         assert tuple(found[:9]) == wanted
         assert found[9] == b"stand-in sm_90"
-        assert found[10].decode() in (folder / MANIFEST).read_text()
+        assert found[10].decode() == fingerprints(folder)["90"]
         library.free(model)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    builds = json.loads((folder / MANIFEST).read_text())["builds"]
+    return {arch: build["fingerprint"] for arch, build in builds.items()}
+
+
+def test_the_fingerprint_is_of_the_architecture_in_use(library: Library, two: Path) -> None:
+    assert list(fingerprints(two)) == ["80", "90"]
+    assert len(set(fingerprints(two).values())) == 2
+    for arch, wanted in fingerprints(two).items():
+        library.driver.device(int(arch) // 10, int(arch) % 10)
+        try:
+            code, model = library.load(two)
+            assert code == OK, library.error
+            facts = Facts()
+            assert library.c.vitrail_model_facts(model, ctypes.byref(facts)) == OK
+            assert (str(facts.architecture), facts.fingerprint.decode()) == (arch, wanted)
+            library.free(model)
+        finally:
+            library.driver.device()
+
+
+FEW_FILES = """
+import ctypes, resource, sys
+library, folder, driver, most = sys.argv[1:]
+class Options(ctypes.Structure):
+    _fields_ = [("device", ctypes.c_int), ("driver", ctypes.c_char_p), ("overlap", ctypes.c_int)]
+c, model = ctypes.CDLL(library), ctypes.c_void_p()
+c.vitrail_error.restype = ctypes.c_char_p
+options = Options(0, driver.encode(), 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
+code = c.vitrail_load(folder.encode(), ctypes.byref(options), ctypes.byref(model))
+sys.exit(c.vitrail_error().decode() if code else 0)
+"""
+
+
+def test_few_files_are_open_at_once(library: Library, clip: Path) -> None:
+    most = 3 + 16 + 1  # the standard ones, a thread's each, the driver's while it is opened
+    assert len(list(clip.rglob("*.image"))) > most
+    path = build("csrc") / "libvitrail.so"
+    command = [sys.executable, "-c", FEW_FILES, path, clip, library.driver.path, str(most)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def pointed_at(library: Library, wanted: np.ndarray) -> bool:
@@ -483,10 +536,9 @@ def test_a_family_member_is_no_match(library: Library, copied: Path) -> None:
 
 
 def replace_last(record: bytes, old: int, new: int) -> bytes:
-    """The architecture of the one build, which stands before its three programs."""
-    packed = struct.pack("<II", old, 3)
-    at = record.rindex(packed)
-    return record[:at] + struct.pack("<II", new, 3) + record[at + 8 :]
+    """The architecture of the one build, which stands before its fingerprint."""
+    at = record.rindex(struct.pack("<IQ", old, 64))
+    return record[:at] + struct.pack("<I", new) + record[at + 4 :]
 
 
 def mutations(record: bytes, dice: random.Random) -> Iterator[bytes]:

@@ -58,7 +58,8 @@ def undisturbed(driver: standin.Standin) -> Iterator[None]:
 class Runner(NativeRunner):
     """On the CPU, which is the stand-in's device; tables are the reference's, which needs none."""
 
-    def position(self, *tensors: Tensor, **scalars: Any) -> None:
+    @staticmethod
+    def position(*tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].reference(*tensors, **scalars)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -413,5 +414,5 @@ def test_any_call_that_fails_is_a_typed_error(
 
 def test_a_driver_that_is_not_there_is_said(tmp_path: Path) -> None:
     _, reference = open_runner(tmp_path, None, TEXT, None, torch.float16)
-    with pytest.raises(RuntimeError, match="no-such-driver"):
+    with pytest.raises(DeviceError, match="no-such-driver"):
         NativeRunner(reference.weights, torch.float16, CPU, "no-such-driver.so")

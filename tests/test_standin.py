@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from standin.calls import FUNCTIONS, Cuda, cubin
 compiled = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
 )
-INVALID, NO_MEMORY, NO_CONTEXT, BAD_HANDLE, ILLEGAL = 1, 2, 201, 400, 700
+INVALID, NO_MEMORY, NO_CONTEXT, BAD_HANDLE, ILLEGAL, CAPTURED = 1, 2, 201, 400, 700, 900
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,7 @@ def test_types_and_signatures_are_those_of_cuda_h(library: Path, tmp_path: Path)
         "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": "kSharedOptin",
         "CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED": "kMemoryPools",
         "CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR": "kThreadsPerMultiprocessor",
+        "CU_STREAM_CAPTURE_MODE_RELAXED": "kRelaxed",
     }
     errors = (standin.FOLDER / "errors.hpp").read_text()
     for code, name in re.findall(r'\{(\w+), "(CUDA_\w+)"', errors):
@@ -111,7 +113,7 @@ def test_types_and_signatures_are_those_of_cuda_h(library: Path, tmp_path: Path)
     command = [program, "-std=c++17", "-fsyntax-only", f"-I{header}", f"-I{standin.FOLDER}"]
     run = subprocess.run([*command, source], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert len(FUNCTIONS) == 39
+    assert len(FUNCTIONS) == 40
 
 
 def test_errors_have_the_drivers_names(cuda: Cuda) -> None:
@@ -647,9 +649,14 @@ def test_memory_is_counted_and_ends(cuda: Cuda) -> None:
     second = cuda.made("cuMemAllocAsync", 400, None)
     pinned = cuda.made("cuMemHostAlloc", 5000, 0)
     assert cuda.standin.live() == Live(2, 1000, 1, 0, 0, 0, 1)
-    cuda.ok("cuMemFree_v2", second)
-    cuda.ok("cuMemFreeAsync", first, None)
+    cuda.ok("cuMemFreeAsync", second, None)
+    cuda.refused(INVALID, "of no stream", "cuMemFreeAsync", first, None)
     cuda.ok("cuMemFreeHost", pinned)
+    assert cuda.standin.live() == Live(1, 1000, 0, 0, 0, 0, 1)
+    assert cuda("cuMemAlloc_v2", space, 1) == NO_MEMORY
+    cuda.ok("cuStreamSynchronize", None)
+    assert cuda.standin.live() == Live(1, 600, 0, 0, 0, 0, 1)
+    cuda.ok("cuMemFree_v2", first)
     assert cuda.standin.live() == Live(0, 0, 0, 0, 0, 0, 1)
     cuda.refused(INVALID, "not allocated", "cuMemFreeHost", pinned)
     cuda.refused(INVALID, "0 bytes", "cuMemAlloc_v2", space, 0)
@@ -696,6 +703,55 @@ def test_without_checks_a_wrong_call_passes(cuda: Cuda) -> None:
     cuda.standin.checks(False)
     assert cuda.launch(function, (out, 1 << 40, 1), grid=(0, 1, 1), shared=1 << 20) == 0
     assert cuda.read(out) != bytes(8)
+
+
+# -- while a graph is captured ---------------------------------------------------------------------
+
+
+def exchange(cuda: Cuda, mode: int) -> int:
+    found = ctypes.c_int(mode)
+    cuda.ok("cuThreadExchangeStreamCaptureMode", ctypes.byref(found))
+    return found.value
+
+
+def unsafe(cuda: Cuda) -> list[Callable[[], int]]:
+    """A call each that CUDA refuses while a graph is captured, in the order to make them."""
+    space, stream = ctypes.byref(ctypes.c_uint64()), cuda.made("cuStreamCreate", 1)
+    module = cuda.made("cuModuleLoadData", PLAIN)
+    fixed, pooled = cuda.made("cuMemAlloc_v2", 8), cuda.made("cuMemAllocAsync", 8, stream)
+    pinned = cuda.made("cuMemHostAlloc", 8, 0)
+    calls: list[tuple[Any, ...]] = [
+        ("cuModuleLoadData", space, PLAIN),
+        ("cuModuleGetFunction", space, module, b"plain"),
+        ("cuModuleUnload", module),
+        ("cuMemAlloc_v2", space, 8),
+        ("cuMemFree_v2", fixed),
+        ("cuMemAllocAsync", space, 8, stream),
+        ("cuMemFreeAsync", pooled, stream),
+        ("cuMemHostAlloc", space, 8, 0),
+        ("cuMemFreeHost", pinned),
+    ]
+    return [lambda one=one: cuda(*one) for one in calls]
+
+
+def test_while_a_graph_is_captured_only_a_relaxed_thread_loads_and_allocates(cuda: Cuda) -> None:
+    assert exchange(cuda, 0) == 0
+    for mode, code in ((0, CAPTURED), (1, CAPTURED), (2, 0)):
+        calls = unsafe(cuda)
+        exchange(cuda, mode)
+        cuda.standin.capturing(True)
+        for call in calls:
+            cuda.standin.reset()
+            assert call() == code
+            assert ("a graph is captured" in cuda.standin.complaint()) == (code != 0)
+        cuda.standin.capturing(False)
+        assert exchange(cuda, 0) == mode
+    with ThreadPoolExecutor(1) as pool:  # a thread's mode is its own
+        exchange(cuda, 2)
+        pool.submit(cuda.ok, "cuCtxSetCurrent", cuda.context).result()
+        assert pool.submit(exchange, cuda, 2).result() == 0
+    mode = ctypes.c_int(3)
+    assert cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode)) == INVALID
 
 
 # -- the driver that does nothing, and threads -----------------------------------------------------

@@ -801,10 +801,11 @@ blocks = BlockSpec(1024, 4, 16, 4096, "gelu", 1e-6)
 spec = ModelSpec("vit", "ViTModel", VisionSpec(blocks, (224, 224), (14, 14)))
 sources = {name: Source(entry) for name, entry in read_header(Path(sys.argv[1])).items()}
 torch.ones(64, 64) @ torch.ones(64)  # what a first product allocates is not the loader's
-before, peak = status("VmRSS"), status("VmHWM")
+before, peak, code = status("VmRSS"), status("VmHWM"), status("RssFile")
 weights = load_weights(spec, sources, getattr(torch, sys.argv[2]))
 after = status("VmHWM")
 assert after > peak, "the peak was reached before loading"
+after -= status("RssFile") - code  # pages of libraries come and go as the kernel likes
 print((after - before) / weights.arena.numel(), weights.arena.numel())
 """
 

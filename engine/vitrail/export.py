@@ -207,18 +207,19 @@ class _Package:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        runners = {arch: self._identity(arch) for arch in self.builds}
         checkpoint, weights = self.found.checkpoint, self.found.hash_weights()
-        print_of = fingerprint(
-            checkpoint, self.spec, weights, self.dtype, "; ".join(runners.values())
-        )
-        _put(folder / NATIVE, self._native(print_of, files))
+        built = {}
+        for arch in self.builds:
+            runner = self._identity(arch)
+            print_of = fingerprint(checkpoint, self.spec, weights, self.dtype, runner)
+            built[arch] = {"runner": runner, "fingerprint": print_of}
+        prints = {arch: one["fingerprint"] for arch, one in built.items()}
+        _put(folder / NATIVE, self._native(prints, files))
         files[NATIVE] = read_digest(folder / NATIVE)
         local = checkpoint.revision is None
         content = {
             "format": FORMAT,
             "version": __version__,
-            "fingerprint": print_of,
             # no folder of this machine
             "source": checkpoint.folder.resolve().name if local else checkpoint.source,
             "revision": checkpoint.revision,
@@ -227,7 +228,7 @@ class _Package:
             "size": self.size,
             "weights": weights,
             "logit_scale": self.found.weights.logit_scale,
-            "builds": {str(arch): runner for arch, runner in runners.items()},
+            "builds": {str(arch): one for arch, one in built.items()},
             "files": {name: digest for name, (digest, _) in files.items()},
         }
         _put(folder / EXPORT, manifest_bytes(content))
@@ -258,12 +259,13 @@ class _Package:
         parts = weights_header(total), weights.arena.numpy().data, tables.numpy().data
         _put(path, *parts)
 
-    def _native(self, print_of: str, files: Mapping[str, tuple[str, int]]) -> bytes:
-        kernels = {
-            arch: (list(build.programs), list(build.calls)) for arch, build in self.builds.items()
+    def _native(self, prints: Mapping[int, str], files: Mapping[str, tuple[str, int]]) -> bytes:
+        builds = {
+            arch: (prints[arch], list(build.programs), list(build.calls))
+            for arch, build in self.builds.items()
         }
         files = {name: file for name, file in files.items() if name not in COPIED}
-        return native_record(self.spec, self.dtype, self.size, print_of, files, kernels)
+        return native_record(self.spec, self.dtype, self.size, files, builds)
 
 
 # -- compiling -------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ MOST_BYTES = 1 << 26
 _FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "format": int,
     "version": str,
-    "fingerprint": str,
     "source": str,
     "revision": (str, type(None)),
     "spec": dict,
@@ -274,12 +273,15 @@ def _content(path: Path, where: str) -> dict[str, Any]:
 
 
 def _builds(given: Mapping[str, Any], where: str) -> dict[int, str]:
-    for arch, identity in given.items():
-        if not re.fullmatch(r"[1-9][0-9]{1,2}", arch) or not isinstance(identity, str):
-            raise refusal(f"{where}: builds", show({arch: identity}), "runners by architecture")
+    for arch, build in given.items():
+        good = isinstance(build, dict) and build.keys() == {"runner", "fingerprint"}
+        good = good and all(isinstance(value, str) for value in build.values())
+        if not re.fullmatch(r"[1-9][0-9]{1,2}", arch) or not good:
+            wanted = "a runner and a fingerprint by architecture"
+            raise refusal(f"{where}: builds", show({arch: build}), wanted)
     if not given:
         raise refusal(f"{where}: builds", "none", "one architecture at least")
-    return {arch: given[str(arch)] for arch in sorted(map(int, given))}
+    return {arch: given[str(arch)]["runner"] for arch in sorted(map(int, given))}
 
 
 def _size(given: Any, spec: ModelSpec, where: str) -> tuple[int, int] | None:

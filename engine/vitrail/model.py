@@ -504,7 +504,7 @@ class Model:
         """
         try:
             return self._compute_at_once(batch, positions, logits)
-        except OutOfMemoryError:
+        except (OutOfMemoryError, torch.OutOfMemoryError):
             half = len(positions) // 2
             if half == 0:
                 raise
@@ -586,7 +586,7 @@ class Model:
         """(position, embedding, status) of the texts ``chosen``: in halves where memory lacks."""
         try:
             out = self._text_tower("encode_text").embed([ids[i] for i in chosen])
-        except OutOfMemoryError:
+        except (OutOfMemoryError, torch.OutOfMemoryError):
             half = len(chosen) // 2
             if half == 0:
                 raise

@@ -137,14 +137,13 @@ def native_record(
     spec: ModelSpec,
     dtype: torch.dtype,
     size: tuple[int, int] | None,
-    fingerprint: str,
     files: Mapping[str, tuple[str, int]],
-    builds: Mapping[int, tuple[Sequence[str], Sequence[str]]],
+    builds: Mapping[int, tuple[str, Sequence[str], Sequence[str]]],
 ) -> bytes:
     """model.vitrail, in the encoding of csrc/reader.hpp.
 
-    ``files``: digest and bytes of all that C++ reads; ``builds``: names of programs and keys of
-    images by architecture.
+    ``files``: digest and bytes of all that C++ reads; ``builds``: fingerprint, names of programs
+    and keys of images by architecture.
     """
     numbers = {name: number for number, name in enumerate(files)}
     places, total = table_places(spec, dtype, size)
@@ -153,7 +152,7 @@ def native_record(
         for name, (digest, nbytes) in files.items()
     ]
     built = []
-    for arch, (programs, keys) in builds.items():
+    for arch, (fingerprint, programs, keys) in builds.items():
         named = []
         for name in programs:
             table = places.get(name.partition(".")[2], (-1, 0))[0]
@@ -161,12 +160,12 @@ def native_record(
                 _string(name) + struct.pack("<Iq", numbers[f"sm_{arch}/{name}.plan"], table)
             )
         images = [struct.pack("<I", numbers[f"sm_{arch}/{key}.image"]) for key in keys]
-        built.append(struct.pack("<I", arch) + _list(named) + _list(images))
+        head = struct.pack("<I", arch) + _string(fingerprint)
+        built.append(head + _list(named) + _list(images))
     arena = len(weights_header(total)), total, arena_bytes(spec, dtype)
     return (
         NATIVE_MAGIC
         + _string(__version__)
-        + _string(fingerprint)
         + _list(listed)
         + struct.pack("<IQQQ", numbers[WEIGHTS], *arena)
         + _towers(spec, size)

@@ -9,6 +9,7 @@ reads it; what it means: docs/runtime.md.
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
+from vitrail.errors import VitrailError
 from vitrail.plan import Launch, Plan, Rows
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
@@ -323,12 +325,32 @@ def image_key(call: Call, arch: int) -> str:
     return hashlib.sha256(repr((__version__, *parts)).encode()).hexdigest()
 
 
+_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.([bfsu])(\d+) [^\[\],()]*(?:\[(\d+)\])?[,\n)]")
+
+
+def _check_parameters(call: Call, arch: int, ptx: str) -> None:
+    """Raises VitrailError where the code takes its parameters otherwise than they are packed, which
+    another triton may bring about, and an older driver would not notice."""
+    sizes = {"i32": [4], "fp32": [4], "tensordesc": [128, 4, 4, 8, 8]}
+    source, _, _ = source_of(call, arch)
+    kinds = [k.partition("<")[0] for k in source.signature.values() if k != "constexpr"]
+    wanted = [size for kind in kinds for size in sizes.get(kind, [8])] + [8, 8]
+    entry = ptx.partition(".visible .entry")[2].partition("{")[0]
+    got = [int(bits) // 8 * int(n or 1) for _, bits, n in _PARAMETER.findall(entry)]
+    if got != wanted:
+        raise VitrailError(
+            f"{call.kernel.__name__}: got parameters of {got} bytes from triton "
+            f"{compilers(arch)[0]}, wanted {wanted}; load with runner='triton'"
+        )
+
+
 def image_record(key: str, call: Call, arch: int) -> bytes:
     """Compile ``call`` (Triton's cache has it from the second time on) into an image for C++."""
     kernel = compile_kernel(call, arch)
     meta = kernel.metadata
     scratch = meta.global_scratch_size, meta.profile_scratch_size, meta.num_ctas
     assert scratch == (0, 0, 1), f"{meta.name}: got scratch or clusters {scratch}"
+    _check_parameters(call, arch, kernel.asm["ptx"])
     bases = [value.base for value in call.arguments.values() if hasattr(value, "block_shape")]
     boxes = [
         struct.pack(

@@ -43,8 +43,9 @@ class KernelConfig:
     reason: str = ""
 
     def options(self) -> dict[str, int]:
-        """As Triton's launch takes them."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        """As Triton's launch takes them. Fusion too: bits follow from it, and its default from
+        Triton's environment."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 

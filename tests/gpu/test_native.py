@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 import vitrail
 from gpu.common import DEVICE, DRY, HALVES, NAMES, gpu_alone, same_bits
 from gpu.models import BUNDLED, HALF, Zoo, images, padded, texts
+from vitrail import plans
 from vitrail.errors import OutOfMemoryError
 from vitrail.plan import Plan
 from vitrail.program import Program
@@ -203,6 +205,82 @@ def test_a_callers_graph_replays_to_the_same_bits(batch: int, overlap: bool, zoo
             assert not same_bits(wanted[0], wanted[1])
             for number, found in enumerate(captured(run, inputs)):
                 assert same_bits(found, wanted[number]), f"{run.__name__}, replay {number}"
+
+
+@gpu_alone
+def test_a_replay_keeps_its_positions_whatever_was_asked_since(zoo: Zoo) -> None:
+    """Tables past the cache's limit are forgotten, but not those that a graph knows."""
+    model = opened(zoo.folder("ViT-B/16"), HALF)
+    vision, pixels = model._vision, images(1, (512, 512), seed=1)
+    assert vision is not None
+
+    def embedding(given: Tensor) -> Tensor:
+        return vision.embed(given)["vision.embedding"]
+
+    wanted, given = embedding(pixels), pixels.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = embedding(given)
+    for side in range(528, 1040, 32):
+        embedding(images(1, (side, side)))
+    graph.replay()
+    assert same_bits(result, wanted)
+
+
+@gpu_alone
+def test_a_cold_model_compiles_with_reduce_overhead(zoo: Zoo) -> None:
+    """Where torch.compile warms up, memory comes from the pool of the graph to be."""
+    model = opened(zoo.folder("ViT-B/16"), HALF)
+    module, pixels = model.as_module("image"), images(2)
+    net = torch.compile(lambda x: module(x) * 2.0, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        found = [net(pixels).clone() for _ in range(4)]
+        wanted = module(pixels) * 2.0
+    assert all(same_bits(one, wanted) for one in found)
+
+
+@gpu_alone
+def test_kernels_are_loaded_while_another_thread_captures(zoo: Zoo) -> None:
+    model, pixels = opened(zoo.folder("ViT-B/16"), HALF), images(1)
+    vision, cold = model._vision, opened(BUNDLED, HALF)
+    assert vision is not None
+    wanted, graph, started, loaded = vision.embed(pixels), torch.cuda.CUDAGraph(), Barrier(2), []
+    assert cold._vision is not None
+    plan = plans.vision_pooled(cold._vision.spec, uint8=False)
+    tokens, floats = cold._vision.spec.tokens_at((56, 56)), torch.empty(1, 3, 56, 56, device=DEVICE)
+
+    def load() -> None:
+        runner = runner_of(cold)
+        started.wait(timeout=60)
+        runner._sized(runner._ready(plan, {"pixels": floats}), (1, tokens, tokens))
+        loaded.append(True)
+
+    thread = Thread(target=load)
+    thread.start()
+    with torch.cuda.graph(graph):
+        result = vision.embed(pixels)
+        started.wait(timeout=60)
+        thread.join(timeout=120)
+    assert loaded == [True]
+    graph.replay()
+    assert same_bits(result["vision.embedding"], wanted["vision.embedding"])
+
+
+@gpu_alone
+def test_memory_goes_with_the_model_and_waits_for_no_collector(zoo: Zoo) -> None:
+    pixels = images(2)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        model = opened(zoo.folder("ViT-B/16"), HALF)
+        model.encode_image(pixels)
+        assert torch.cuda.memory_allocated() > before + model.weight_bytes // 2
+        del model
+        assert torch.cuda.memory_allocated() <= before + (1 << 20)
+    finally:
+        gc.enable()
 
 
 # -- threads, streams and devices ------------------------------------------------------------------

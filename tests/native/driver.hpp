@@ -17,7 +17,9 @@
         }                                                                           \
     } while (false)
 
-extern thread_local uint64_t allocations;  // allocations.cpp
+// allocations.cpp. Of the thread, by the program's own code, the `allocation_fault`-th from now
+// fails; 0: none.
+extern thread_local uint64_t allocations, allocation_fault;
 
 struct Live {
     uint64_t allocations, bytes, pinned, modules, streams, events, retains;
@@ -45,6 +47,11 @@ class Standin {
     void undo(bool on) const { find<void(int)>("standin_undo")(on); }
     void checks(bool on) const { find<void(int)>("standin_checks")(on); }
     void compute(bool on) const { find<void(int)>("standin_compute")(on); }
+    void capturing(bool on) const { find<void(int)>("standin_capturing")(on); }
+    int exchange_mode(int mode) const {
+        find<int(int*)>("cuThreadExchangeStreamCaptureMode")(&mode);
+        return mode;
+    }
     void memory(uint64_t bytes) const { find<void(uint64_t)>("standin_memory")(bytes); }
     uint64_t calls() const { return find<uint64_t()>("standin_calls")(); }
     uint64_t launches() const { return find<uint64_t()>("standin_launches")(); }

@@ -14,6 +14,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "driver.hpp"
@@ -435,6 +436,131 @@ void test_little_memory(Bench& bench, const Standin& driver) {
     vitrail_session_free(session);
 }
 
+// A session that ends leaves nothing behind, and one that grows holds nothing twice.
+void test_memory_goes_back(Bench& bench, const Standin& driver) {
+    const Call small{kUint8, 16, 5}, large{kUint8, 40, 5};
+    const Result& wanted = bench.expected(large);
+    const Live before = driver.live();
+    vitrail_session* session = bench.session();
+    CHECK(bench.run(session, large) == wanted);
+    const uint64_t needed = driver.live().bytes;
+    vitrail_session_free(session);
+    CHECK(driver.live() == before);
+    session = bench.session();
+    bench.run(session, small);
+    driver.memory(needed);
+    CHECK(bench.run(session, large) == wanted);  // at once, not in halves
+    driver.memory(uint64_t{80} << 30);
+    vitrail_session_free(session);
+    CHECK(driver.live() == before);
+}
+
+// Of a device that has no stream-ordered memory: found out once, and done without.
+void test_no_pools(Bench& bench, const Standin& driver) {
+    constexpr int kNotSupported = 801;
+    const Call small{kUint8, 3, 7}, large{kUint8, 20, 7};
+    const Result wanted = bench.expected(small), more = bench.expected(large);
+    const Live before = driver.live();
+    const auto run = [&](uint64_t n) {  // in a new session, whose n-th call says so
+        vitrail_session* session = bench.session();
+        driver.fail(n, kNotSupported);
+        const Result result = bench.run(session, small);
+        driver.fail(0, 0);
+        CHECK(bench.run(session, large) == more);
+        CHECK(bench.run(session, small) == wanted);
+        vitrail_session_free(session);
+        CHECK(driver.live() == before);
+        return result;
+    };
+    vitrail_session* session = bench.session();
+    const uint64_t first = driver.calls();
+    bench.run(session, small);
+    const uint64_t count = driver.calls() - first;
+    vitrail_session_free(session);
+    unsigned found = 0;
+    for (uint64_t n = 1; n <= count; ++n) {
+        const Result result = run(n);
+        CHECK(result.code == VITRAIL_DEVICE || result == wanted);
+        // the same call is now another, which every device has
+        if (result.code == VITRAIL_OK && run(n).code == VITRAIL_DEVICE) ++found;
+    }
+    CHECK(found == 1);
+    CHECK(driver.complaint()[0] == '\0');
+    bench.unload();
+    bench.load();
+}
+
+// While another thread captures a CUDA graph, which is nobody's here.
+void test_capturing(Bench& bench, const Standin& driver) {
+    constexpr int kGlobal = 0;
+    const Call call{kText, 9, 8};
+    const Result wanted = bench.expected(call);
+    bench.unload();
+    driver.capturing(true);
+    bench.load();
+    driver.capturing(false);
+    vitrail_session* session = bench.session();
+    driver.capturing(true);
+    CHECK(bench.run(session, {kText, 2, 8}).code == VITRAIL_OK);
+    CHECK(bench.run(session, call) == wanted);
+    vitrail_session_free(session);
+    bench.unload();
+    driver.capturing(false);
+    CHECK(driver.complaint()[0] == '\0');
+    CHECK(driver.live() == Live{});
+    CHECK(driver.exchange_mode(kGlobal) == kGlobal);  // as it was
+    bench.load();
+}
+
+// The host's memory lacks, at each of many allocations in turn: said, and nothing stays behind.
+void test_no_host_memory(Bench& bench, const Standin& driver, unsigned most) {
+    const Call call{kText, 6, 9};
+    const Result wanted = bench.expected(call);
+    const Items items = make(bench.facts, call);
+    Result result = wanted;
+    const auto forward = [&](vitrail_session* session) {
+        return vitrail_embed_text(session, items.ids.data(), bench.facts.text_context,
+                                  items.lengths.data(), call.n, result.embeddings.data(),
+                                  result.status.data());
+    };
+    unsigned failed = 0;
+    const auto sweep = [&](const auto& work) {  // `work` says whether all went well
+        constexpr uint64_t kNever = uint64_t{1} << 60;
+        allocation_fault = kNever;
+        CHECK(work());
+        const uint64_t count = kNever - allocation_fault;
+        CHECK(count > 10 && count < kNever);
+        const uint64_t step = std::max<uint64_t>(1, count / most);  // less than there are threads
+        for (uint64_t n = 1; n <= count; n += step) {
+            allocation_fault = n;
+            const bool good = work();
+            allocation_fault = 0;
+            if (good) continue;  // with fewer threads
+            CHECK(std::strstr(vitrail_error(), "the host's memory") != nullptr);
+            ++failed;
+        }
+    };
+    sweep([&] {
+        vitrail_session* session = nullptr;
+        if (vitrail_session_create(bench.model, &session) != VITRAIL_OK) return false;
+        const bool good = forward(session) == VITRAIL_OK;
+        const uint64_t left = std::exchange(allocation_fault, 0);
+        CHECK(forward(session) == VITRAIL_OK && result == wanted);
+        allocation_fault = left;
+        vitrail_session_free(session);
+        return good;
+    });
+    bench.unload();
+    sweep([&] {
+        const bool good = bench.try_load() == VITRAIL_OK;
+        bench.unload();
+        CHECK(driver.live() == Live{});
+        return good;
+    });
+    CHECK(failed > 100);
+    bench.load();
+}
+
 void test_lifetimes(Bench& bench, const Standin& driver) {
     const Call call{kText, 6, 6};
     const Result wanted = bench.expected(call);
@@ -478,7 +604,13 @@ int main(int count, char** arguments) {
         vit.unload();
         test_lifetimes(clip, driver);
         test_little_memory(clip, driver);
+        test_memory_goes_back(clip, driver);
+        test_no_pools(clip, driver);
         say("memory");
+        test_capturing(clip, driver);
+        say("capturing");
+        test_no_host_memory(clip, driver, 2 * number(6));
+        say("host memory");
         CHECK(driver.complaint()[0] == '\0');
         std::printf("%u faults\n", test_faults(clip, driver, number(6)));
         test_load_faults(clip, driver, number(6));

@@ -106,8 +106,9 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Objects that live: device allocations and their bytes, pinned allocations, modules, streams,
-    events, and retains of the primary context."""
+    """Objects that live: device allocations and the bytes they hold (those freed on a stream too,
+    until one is waited for), pinned allocations, modules, streams, events, and retains of the
+    primary context."""
 
     allocations: int
     bytes: int
@@ -165,6 +166,7 @@ _SIGNATURES = {
     "compute": ((_INT,), None),
     "rows_off": ((_INT,), None),
     "record": ((_INT,), None),
+    "capturing": ((_INT,), None),
     "register": ((_SIZE, _SIZE), _INT),
     "unregister": ((_SIZE,), _INT),
     "fail": ((_SIZE, _INT), None),
@@ -217,6 +219,11 @@ class Standin:
         """Whether launches are kept, for `launched`; off at the start."""
         self.driver.standin_record(on)
 
+    def capturing(self, on: bool) -> None:
+        """Whether some thread captures a CUDA graph; off at the start. Functions for modules and
+        memory then give 900 to threads that cuThreadExchangeStreamCaptureMode has not relaxed."""
+        self.driver.standin_capturing(on)
+
     def register(self, start: int, size: int) -> None:
         """Lets launches use ``size`` bytes of host memory. Raises ValueError for an overlap."""
         if self.driver.standin_register(start, size) != 0:
@@ -236,7 +243,7 @@ class Standin:
         self.driver.standin_fail_launch(n, code)
 
     def calls(self) -> int:
-        """Calls so far, but for those that ask an error's name."""
+        """Calls so far, but for those that ask an error's name or set a thread's mode."""
         return int(self.driver.standin_calls())
 
     def launches(self) -> int:

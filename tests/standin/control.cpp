@@ -43,6 +43,7 @@ void standin_compute(int on) { Settings()->compute = on != 0; }
 void standin_rows_off(int on) { Settings()->rows_off = on != 0; }
 void standin_undo(int on) { Settings()->memory.undo = on != 0; }
 void standin_record(int on) { Settings()->record = on != 0; }
+void standin_capturing(int on) { Settings()->capturing = on != 0; }
 
 int standin_register(uint64_t start, uint64_t bytes) {
     Settings s;

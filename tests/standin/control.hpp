@@ -14,7 +14,7 @@ namespace standin {
 // Live objects, as `standin_live` gives them.
 struct Live {
     uint64_t allocations;  // of device memory
-    uint64_t bytes;        // in them
+    uint64_t bytes;        // in them, and freed on streams since one was waited for
     uint64_t pinned;       // allocations of host memory
     uint64_t modules;
     uint64_t streams;
@@ -46,6 +46,9 @@ void standin_rows_off(int on);
 void standin_undo(int on);
 // Keeps what is launched, until standin_reset().
 void standin_record(int on);
+// Whether some thread captures a CUDA graph: functions for modules and memory then give 900 to
+// threads that cuThreadExchangeStreamCaptureMode has not relaxed, and give back what they should.
+void standin_capturing(int on);
 
 // Memory that a launch may use beside what was allocated: a CPU tensor's. 0; 1 and a complaint
 // where it overlaps another range, or was not registered. The same start again replaces the range.
@@ -58,7 +61,8 @@ int standin_unregister(uint64_t start);
 void standin_fail(uint64_t n, int code);
 void standin_fail_launch(uint64_t n, int code);
 
-// Calls and launches so far. cuGetErrorName and cuGetErrorString do not count.
+// Calls and launches so far. cuGetErrorName, cuGetErrorString and
+// cuThreadExchangeStreamCaptureMode do not count.
 uint64_t standin_calls(void);
 uint64_t standin_launches(void);
 void standin_live(standin::Live* live);

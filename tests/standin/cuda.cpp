@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <utility>
 
 #include "abi.hpp"
 #include "errors.hpp"
@@ -199,8 +200,15 @@ int cuCtxPopCurrent_v2(void** context) {
     return call.complain(kInvalidContext, "no context is on the stack");
 }
 
+// Of the thread alone: no call that is counted, or that can be made to fail.
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+    if (*mode < 0 || *mode > kRelaxed) return kInvalidValue;
+    std::swap(*mode, capture_mode);
+    return kSuccess;
+}
+
 int cuModuleLoadData(void** module, const void* image) {
-    Call call("cuModuleLoadData", kContext);
+    Call call("cuModuleLoadData", kUnsafe);
     if (call.failed()) return call.code;
     auto made = std::make_unique<Module>();
     try {
@@ -220,7 +228,7 @@ int cuModuleLoadData(void** module, const void* image) {
 }
 
 int cuModuleUnload(void* module) {
-    Call call("cuModuleUnload", kContext);
+    Call call("cuModuleUnload", kUnsafe);
     auto* found = static_cast<Module*>(module);
     if (call->modules.erase(found) == 0)
         return call.failed() ? call.code : call.complain(kInvalidHandle, "it is not loaded");
@@ -229,7 +237,7 @@ int cuModuleUnload(void* module) {
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-    Call call("cuModuleGetFunction", kContext);
+    Call call("cuModuleGetFunction", kUnsafe);
     if (call.failed()) return call.code;
     auto* found = static_cast<Module*>(module);
     if (call->modules.count(found) == 0)

@@ -40,6 +40,8 @@ constexpr Error kErrors[] = {
     {kInvalidPc, "CUDA_ERROR_INVALID_PC", "invalid program counter"},
     {kLaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
     {kUnknown, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 

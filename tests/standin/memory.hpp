@@ -12,6 +12,7 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace standin {
@@ -20,6 +21,7 @@ struct Range {
     uint64_t start = 0;
     uint64_t bytes = 0;
     bool registered = false;
+    bool pooled = false;  // allocated on a stream
     bool holds(uint64_t address, uint64_t size) const {
         return address >= start && address - start <= bytes && size <= bytes - (address - start);
     }
@@ -33,10 +35,10 @@ class Memory {
     bool undo = false;  // see standin_undo
     uint64_t limit = uint64_t{80} << 30;
     uint64_t live = 0;   // allocations
-    uint64_t bytes = 0;  // in them
+    uint64_t bytes = 0;  // in them, and in those freed on a stream that was not waited for yet
 
     // 0 where it does not fit.
-    uint64_t allocate(uint64_t size) {
+    uint64_t allocate(uint64_t size, bool pooled = false) {
         if (size > limit || bytes > limit - size) return 0;
         const uint64_t whole = (size + kAlignment - 1) / kAlignment * kAlignment;
         void* block = std::aligned_alloc(kAlignment, whole);
@@ -44,7 +46,7 @@ class Memory {
         // Only the first page, so that an arena of gigabytes costs none.
         std::memset(block, kFresh, size < 4096 || undo ? size : 4096);
         const auto start = reinterpret_cast<uint64_t>(block);
-        ranges_[start] = {start, size, false};
+        ranges_[start] = {start, size, false, pooled};
         ++live;
         bytes += size;
         return start;
@@ -65,12 +67,19 @@ class Memory {
         }
     }
 
-    // False where `start` begins no live allocation.
-    bool release(uint64_t start) {
+    // False where `start` begins no live allocation, or none of a stream where it is freed on one.
+    // Such memory is nobody's from then on, but the device has it back only when a stream is waited
+    // for, as from a pool that keeps nothing.
+    bool release(uint64_t start, bool on_stream = false) {
         const auto found = ranges_.find(start);
         if (found == ranges_.end() || found->second.registered) return false;
+        if (on_stream && !found->second.pooled) return false;
         --live;
-        bytes -= found->second.bytes;
+        if (on_stream) {
+            pooled_ += found->second.bytes;
+        } else {
+            bytes -= found->second.bytes;
+        }
         freed_.push_back(found->second);
         held_ += found->second.bytes;
         ranges_.erase(found);
@@ -83,6 +92,8 @@ class Memory {
         return true;
     }
 
+    void wait() { bytes -= std::exchange(pooled_, 0); }
+
     // False where it overlaps another range; the same start again replaces it.
     bool enlist(uint64_t start, uint64_t size) {
         const auto same = ranges_.find(start);
@@ -90,7 +101,7 @@ class Memory {
         const auto next = ranges_.lower_bound(start);
         if (next != ranges_.end() && next->first - start < size) return false;
         if (next != ranges_.begin() && std::prev(next)->second.holds(start, 1)) return false;
-        ranges_[start] = {start, size, true};
+        ranges_[start] = {start, size, true, false};
         return true;
     }
 
@@ -140,6 +151,7 @@ class Memory {
     std::map<uint64_t, Range> ranges_;
     std::deque<Range> freed_;
     uint64_t held_ = 0;
+    uint64_t pooled_ = 0;  // bytes freed on streams since the last wait
 };
 
 // Addresses for the driver that does nothing: nobody reads or writes there, so they come round

@@ -11,17 +11,18 @@ using namespace standin;
 
 namespace {
 
-int allocate(Call& call, uint64_t* address, size_t bytes) {
+int allocate(Call& call, uint64_t* address, size_t bytes, bool pooled = false) {
     if (call.failed()) return call.code;
     if (address == nullptr || bytes == 0) return call.complain(kInvalidValue, "0 bytes were asked");
-    *address = call->memory.allocate(bytes);
+    *address = call->memory.allocate(bytes, pooled);
     return *address != 0 ? kSuccess : kOutOfMemory;
 }
 
-int release(Call& call, uint64_t address) {
-    if (call->memory.release(address) || pretended.holds(address)) return call.code;
+int release(Call& call, uint64_t address, bool on_stream = false) {
+    if (call->memory.release(address, on_stream) || pretended.holds(address)) return call.code;
     if (call.failed()) return call.code;
-    return call.complain(kInvalidValue, call->memory.why(address) + ", or does not begin one");
+    return call.complain(kInvalidValue, call->memory.why(address) +
+                                            ", does not begin one, or is of no stream");
 }
 
 int copy(Call& call, uint64_t device, size_t bytes, void* stream, void* to, const void* from) {
@@ -50,33 +51,33 @@ extern "C" {
 
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
     if (noop()) return (*address = pretended.allocate(bytes)) != 0 ? kSuccess : kOutOfMemory;
-    Call call("cuMemAlloc", kContext);
+    Call call("cuMemAlloc", kUnsafe);
     return allocate(call, address, bytes);
 }
 
 int cuMemFree_v2(uint64_t address) {
     if (noop() && pretended.holds(address)) return kSuccess;
-    Call call("cuMemFree", kContext);
+    Call call("cuMemFree", kUnsafe);
     return release(call, address);
 }
 
 int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
     if (noop()) return (*address = pretended.allocate(bytes)) != 0 ? kSuccess : kOutOfMemory;
-    Call call("cuMemAllocAsync", kContext);
+    Call call("cuMemAllocAsync", kUnsafe);
     if (call.failed() || call.wrong_stream(stream)) return call.code;
-    return allocate(call, address, bytes);
+    return allocate(call, address, bytes, true);
 }
 
 int cuMemFreeAsync(uint64_t address, void* stream) {
     if (noop() && pretended.holds(address)) return kSuccess;
-    Call call("cuMemFreeAsync", kContext);
+    Call call("cuMemFreeAsync", kUnsafe);
     if (!call.failed() && call.wrong_stream(stream)) return call.code;
-    return release(call, address);
+    return release(call, address, true);
 }
 
 // Host memory is the caller's to write, so it is real whatever the settings.
 int cuMemHostAlloc(void** address, size_t bytes, uint32_t flags) {
-    Call call("cuMemHostAlloc", kContext);
+    Call call("cuMemHostAlloc", kUnsafe);
     if (call.failed()) return call.code;
     if (bytes == 0 || flags > 7)
         return call.complain(kInvalidValue, "0 bytes, or flags that are none");
@@ -87,7 +88,7 @@ int cuMemHostAlloc(void** address, size_t bytes, uint32_t flags) {
 }
 
 int cuMemFreeHost(void* address) {
-    Call call("cuMemFreeHost", kContext);
+    Call call("cuMemFreeHost", kUnsafe);
     if (call->pinned.erase(address) != 0) return std::free(address), call.code;
     return call.failed() ? call.code : call.complain(kInvalidValue, "it is not allocated");
 }
@@ -123,6 +124,7 @@ int cuStreamSynchronize(void* stream) {
     if (noop()) return kSuccess;
     Call call("cuStreamSynchronize", kContext);
     call->memory.take_back(stream);  // even where it fails: nobody waits again
+    call->memory.wait();
     if (!call.failed()) call.wrong_stream(stream);
     return call.code;
 }

@@ -99,7 +99,7 @@ struct State {
     std::atomic<bool> started{false};
     std::atomic<uint64_t> retains{0};
 
-    bool checks = true, compute = true, record = false, rows_off = true;
+    bool checks = true, compute = true, record = false, rows_off = true, capturing = false;
     uint64_t calls = 0, launches = 0;
     uint64_t fail_call = 0, fail_launch = 0;  // the count at which a fault is due; 0: none
     int call_code = 0, launch_code = 0;
@@ -127,8 +127,8 @@ inline bool noop() { return doing_nothing.load(std::memory_order_relaxed); }
 
 // After every change of a setting, under the mutex. A fault or a record needs the other driver.
 inline void settle(State& s) {
-    const bool idle = !s.checks && !s.compute && !s.record && s.sticky == 0 && s.fail_call == 0 &&
-                      s.fail_launch == 0;
+    const bool idle = !s.checks && !s.compute && !s.record && !s.capturing && s.sticky == 0 &&
+                      s.fail_call == 0 && s.fail_launch == 0;
     if (idle) pretended.reserve();
     doing_nothing.store(idle);
 }
@@ -143,6 +143,7 @@ struct Contexts {
     void* current() const { return depth == 0 ? nullptr : stack[depth - 1]; }
 };
 inline thread_local Contexts contexts;
+inline thread_local int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
 
 // After these a context is lost: the real driver fails every later call with the same code.
 inline bool is_sticky(int code) {
@@ -151,7 +152,8 @@ inline bool is_sticky(int code) {
            code == kUnknown;
 }
 
-enum Need { kNothing, kStarted, kContext };
+// kUnsafe: a context, and in modes other than relaxed that nobody captures a graph.
+enum Need { kNothing, kStarted, kContext, kUnsafe };
 
 // A call of the driver: holds the mutex, counts, and is where faults strike. Its code says whether
 // the function goes on; functions that give something back do so in any case, as a caller that
@@ -162,9 +164,11 @@ class Call {
         : name_(name), state_(state()), lock_(state_.mutex) {
         code = fault(launch);
         if (code == 0 && need != kNothing && !state_.started) code = kNotInitialized;
-        if (code == 0 && need == kContext && state_.checks &&
+        if (code == 0 && need >= kContext && state_.checks &&
             (contexts.current() == nullptr || state_.retains == 0))
             complain(kInvalidContext, "the thread has no current context");
+        if (code == 0 && need == kUnsafe && state_.capturing && capture_mode != kRelaxed)
+            complain(kCaptureUnsupported, "a graph is captured, and this thread is not relaxed");
     }
 
     State* operator->() { return &state_; }

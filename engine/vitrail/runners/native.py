@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.errors import DeviceError, InputError, OutOfMemoryError
+from vitrail.errors import CheckpointError, DeviceError, InputError, OutOfMemoryError
 from vitrail.exported import Exported
 from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Buffer, Plan
@@ -85,7 +85,10 @@ class NativeRunner(TritonRunner):
         if MISSING is not None:
             raise RuntimeError("native runner: vitrail._C is not built") from MISSING
         super().__init__(weights, dtype, device)
-        self._gpu = _C.Gpu(driver, self.device.index or 0)
+        try:
+            self._gpu = _C.Gpu(driver, self.device.index or 0)
+        except RuntimeError as error:
+            raise DeviceError(f"native runner on {self.device}: {error}") from error
         major, minor = self._gpu.capability
         self.target = Target(10 * major + minor, self._gpu.multiprocessors)
         self._kernels = _C.Kernels(self._gpu)
@@ -152,18 +155,29 @@ class NativeRunner(TritonRunner):
         """As `Runner.run`. Raises DeviceError where the driver fails, naming the launch."""
         refuse_lost_threads()
         with plain(), self._on_device():
-            ready = self._ready(plan, inputs)
-            size = batch, tokens, longest
-            sized = ready.sizes.get(size) or self._sized(ready, size)
-            held: dict[str, Tensor] = {}
-            for buffer, shape in zip(ready.external, sized.shapes, strict=True):
-                if buffer.name in plan.inputs:
-                    held[buffer.name] = self._input(buffer, inputs[buffer.name], shape)
-                else:
-                    held[buffer.name] = self._empty(shape, self._dtypes[buffer.dtype])
-            if tokens:
-                self._execute(ready, held.values(), size, sized)
-            return {name: held[name] for name in plan.outputs}
+            ready, size = self._ready(plan, inputs), (batch, tokens, longest)
+            try:
+                return self._outputs(ready, inputs, size)
+            except OutOfMemoryError:
+                # the driver lacks what PyTorch may hold in its cache, and does not ask for
+                if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+                    raise
+                torch.cuda.empty_cache()
+            return self._outputs(ready, inputs, size)
+
+    def _outputs(
+        self, ready: _Ready, inputs: Mapping[str, Tensor], size: Size
+    ) -> dict[str, Tensor]:
+        sized = ready.sizes.get(size) or self._sized(ready, size)
+        held: dict[str, Tensor] = {}
+        for buffer, shape in zip(ready.external, sized.shapes, strict=True):
+            if buffer.name in ready.plan.inputs:
+                held[buffer.name] = self._input(buffer, inputs[buffer.name], shape)
+            else:
+                held[buffer.name] = self._empty(shape, self._dtypes[buffer.dtype])
+        if size[1]:
+            self._execute(ready, held.values(), size, sized)
+        return {name: held[name] for name in ready.plan.outputs}
 
     def _execute(
         self, ready: _Ready, external: Iterable[Tensor], size: Size, sized: _Sized
@@ -183,8 +197,11 @@ class NativeRunner(TritonRunner):
         try:
             for key in executable.missing(size) if tokens else ():
                 self._load(key, ready.program)
+            executable.missing(size)  # looks at how what was loaded takes its parameters
         except _C.DriverError as error:
             raise self._failed(ready.plan.name, error) from error
+        except ValueError as error:
+            raise DeviceError(f"{ready.plan.name} on {self.device}: {error}") from error
         capacity = executable.capacity(size)
         shapes = tuple(buffer.shape(*size) for buffer in ready.external)
         if len(ready.sizes) >= SIZES:  # texts come in more sizes than are worth keeping
@@ -199,8 +216,13 @@ class NativeRunner(TritonRunner):
     def _load(self, key: str, program: Program) -> None:
         with self._compiling:
             arch = self.target.arch
-            stored = None if self._exported is None else self._exported.image(arch, key)
-            self._kernels.load(stored or image_record(key, program.calls[key], arch))
+            record = None if self._exported is None else self._exported.image(arch, key)
+            if record is None and key not in program.calls:
+                where = self._exported.folder if self._exported is not None else "program"
+                raise CheckpointError(f"{where}: got no kernel {key} for sm_{arch}, wanted it")
+            if record is None:
+                record = image_record(key, program.calls[key], arch)
+            self._kernels.load(record)
 
     def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:
         """The program of ``plan`` for images of this size, made at the first call."""

@@ -20,7 +20,8 @@ class ReferenceRunner(Runner):
 
     name = "reference"
 
-    def position(self, *tensors: Tensor, **scalars: Any) -> None:
+    @staticmethod
+    def position(*tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].reference(*tensors, **scalars)
 
     @property

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,43 +24,67 @@ IDLE_ARENAS, IDLE_BYTES = 4, 1 << 30
 
 
 class PositionCache:
-    """Position tables by (grid, kind of pixels), the oldest forgotten past a byte limit."""
+    """Position tables by (grid, kind of pixels): the latest, and others within a byte limit.
+
+    A table that a CUDA graph was captured with is never forgotten: the graph knows its address.
+    """
 
     def __init__(self, position: Callable[..., None], limit: int = POSITION_CACHE_BYTES) -> None:
         self._position, self._limit, self._bytes = position, limit, 0
         self._tables: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
+        self._captured: dict[tuple[int, int, str], Tensor] = {}
         self._lock = threading.Lock()
 
     def get(self, weights: Weights, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
         """The (T, C) fp32 table for ``target`` patches down and across; kind "float" or "uint8"."""
         key = (*target, kind)
         with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
-        prefix = weights["vision.prefix"]
-        rows = prefix.shape[0] + target[0] * target[1]
-        table = torch.empty(rows, prefix.shape[1], dtype=torch.float32, device=prefix.device)
-        self._position(
-            table,
-            weights["vision.position"],
-            prefix,
-            weights[f"vision.patch.{kind}.bias"],
-            grid=spec.grid,
-            target=target,
-            antialias=spec.position_antialias,
-        )
-        if table.device.type == "cuda":  # it is for any stream from now on
-            torch.cuda.current_stream(table.device).synchronize()
-        size = table.numel() * table.element_size()
+            table = self._captured.get(key, self._tables.get(key))
+            if table is not None:
+                if key in self._tables:
+                    self._tables.move_to_end(key)
+                if table.is_cuda and torch.cuda.is_current_stream_capturing():
+                    self._captured[key] = table
+                return table
+        if weights["vision.prefix"].is_cuda:
+            # on a thread of its own: a caller's may take its memory from the pool of a CUDA graph,
+            # as torch.compile's does while it warms up, and the table outlives that
+            with ThreadPoolExecutor(1, "vitrail-positions") as pool:
+                table = pool.submit(self._made, weights, spec, target, kind).result()
+        else:
+            table = self._made(weights, spec, target, kind)
         with self._lock:
-            if key not in self._tables and size <= self._limit:
+            if key not in self._tables:
                 self._tables[key] = table
-                self._bytes += size
-                while self._bytes > self._limit:
+                self._bytes += _bytes(table)
+                while self._bytes > self._limit and len(self._tables) > 1:
                     _, dropped = self._tables.popitem(last=False)
-                    self._bytes -= dropped.numel() * dropped.element_size()
+                    self._bytes -= _bytes(dropped)
         return table
+
+    def _made(
+        self, weights: Weights, spec: VisionSpec, target: tuple[int, int], kind: str
+    ) -> Tensor:
+        prefix = weights["vision.prefix"]
+        rows, device = prefix.shape[0] + target[0] * target[1], prefix.device
+        with plain(), torch.cuda.device(device) if prefix.is_cuda else nullcontext():
+            table = torch.empty(rows, prefix.shape[1], dtype=torch.float32, device=device)
+            self._position(
+                table,
+                weights["vision.position"],
+                prefix,
+                weights[f"vision.patch.{kind}.bias"],
+                grid=spec.grid,
+                target=target,
+                antialias=spec.position_antialias,
+            )
+            if prefix.is_cuda:  # it is for any stream from now on
+                torch.cuda.current_stream(device).synchronize()
+        return table
+
+
+def _bytes(table: Tensor) -> int:
+    return table.numel() * table.element_size()
 
 
 class ArenaPool:
@@ -107,9 +132,11 @@ class Runner(ABC):
     def identity(self) -> str:
         return self.name
 
+    @staticmethod
     @abstractmethod
-    def position(self, *tensors: Tensor, **scalars: Any) -> None:
-        """The operator `position`."""
+    def position(*tensors: Tensor, **scalars: Any) -> None:
+        """The operator `position`. Static: a runner that its own cache holds would live on, with
+        its weights, until the garbage collector comes by."""
 
     @property
     @abstractmethod

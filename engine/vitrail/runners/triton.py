@@ -29,7 +29,8 @@ class TritonRunner(Runner):
             raise InputError(str(error)) from error
         return f"triton {triton_version()} sm_{arch} {configs}"
 
-    def position(self, *tensors: Tensor, **scalars: Any) -> None:
+    @staticmethod
+    def position(*tensors: Tensor, **scalars: Any) -> None:
         OPERATORS["position"].launch(*tensors, **scalars)
 
     @property

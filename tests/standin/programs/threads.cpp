@@ -46,6 +46,7 @@ uint64_t chain(void* context, const std::string& image) {
     CHECK(cuMemcpyDtoHAsync_v2(&digest, out, sizeof digest, stream));
     CHECK(cuEventSynchronize(event));
     CHECK(cuMemFreeAsync(out, stream));
+    CHECK(cuStreamSynchronize(stream));
     CHECK(cuEventDestroy_v2(event));
     CHECK(cuStreamDestroy_v2(stream));
     CHECK(cuModuleUnload(module));
