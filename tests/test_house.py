@@ -30,6 +30,7 @@ ORDER = (
     "plan",
     "plans",
     "_C",
+    "record",
     "program",
     "package",
     "exported",

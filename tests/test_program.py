@@ -100,7 +100,8 @@ def test_code_that_takes_other_parameters_is_refused(
     def other(call: Call, arch: int) -> SimpleNamespace:
         kernel = compiled(call, arch)
         ptx = kernel.asm["ptx"].replace(".param .align 64", ".param .u64 extra,\n.param .align 64")
-        return SimpleNamespace(metadata=kernel.metadata, asm={**kernel.asm, "ptx": ptx})
+        asm = {**kernel.asm, "ptx": ptx}
+        return SimpleNamespace(src=kernel.src, metadata=kernel.metadata, asm=asm)
 
     key, call = next((k, c) for k, c in text.calls.items() if "map" in str(c.arguments.keys()))
     assert image_record(key, call, 90).startswith(program.IMAGE_MAGIC)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vitrail._version import __version__
 from vitrail.errors import InputError
+from vitrail.files import sync
 from vitrail.listing import Source, path_text
 
 if TYPE_CHECKING:
@@ -209,14 +210,6 @@ def _drafts(targets: Sequence[Path]) -> Iterator[_Drafts]:
     finally:
         for name in names:
             name.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -7,23 +7,20 @@ killed export leaves behind does not load. Needs no GPU.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from vitrail._version import __version__
 from vitrail.errors import InputError, VitrailError
-from vitrail.files import EXPORT
+from vitrail.files import EXPORT, sync
 from vitrail.model import Found, fingerprint, read_model
 from vitrail.package import (
     COPIED,
@@ -45,6 +42,7 @@ from vitrail.runners.runner import PositionCache
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.workload import served
 from vitrail_kernels import OPERATORS
+from vitrail_kernels.compile import in_forks
 from vitrail_kernels.configs import config_hash
 from vitrail_kernels.launch import MISSING, Call, Target, interpreted, triton_version
 
@@ -175,19 +173,28 @@ class _Package:
         self.builds[target.arch] = _Build(programs, calls)
 
     def compile(self, progress: Progress) -> None:
-        kernels = [
-            _Kernel(key, call, arch)
-            for arch, build in self.builds.items()
-            for key, call in build.calls.items()
-        ]
-        with progress(len(kernels)) as tell:
-            for done, (kernel, record) in enumerate(
-                zip(kernels, _compiled(kernels), strict=True), 1
-            ):
-                if isinstance(record, str):
-                    raise VitrailError(f"export: sm_{kernel.arch}: {record}")
-                self.images[f"sm_{kernel.arch}/{kernel.key}.image"] = record
-                tell(done)
+        with progress(sum(len(build.calls) for build in self.builds.values())) as tell:
+            try:
+                for arch, build in self.builds.items():
+                    self._compile(arch, build.calls, tell)
+            except BrokenProcessPool as error:
+                raise VitrailError(
+                    "export: a compiler process was killed, by lack of memory?"
+                ) from error
+
+    def _compile(self, arch: int, calls: Mapping[str, Call], tell: Callable[[int], None]) -> None:
+        keys = {id(call): key for key, call in calls.items()}
+
+        def image(call: Call) -> bytes:
+            # lines of source, and with them where on this machine it lies, stay out of the code
+            os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+            return image_record(keys[id(call)], call, arch)
+
+        for key, record in zip(calls, in_forks(image, list(calls.values())), strict=True):
+            if isinstance(record, str):
+                raise VitrailError(f"export: sm_{arch}: {record}")
+            self.images[f"sm_{arch}/{key}.image"] = record
+            tell(len(self.images))
 
     def write(self, folder: Path) -> None:
         """Every file, and vitrail.json after all others are on the disk."""
@@ -268,44 +275,6 @@ class _Package:
         return native_record(self.spec, self.dtype, self.size, files, builds)
 
 
-# -- compiling -------------------------------------------------------------------------------------
-
-
-class _Kernel(NamedTuple):
-    key: str
-    call: Call
-    arch: int
-
-
-_PENDING: list[_Kernel] = []
-"""What the worker processes compile, by place; filled before they fork: kernels do not pickle."""
-
-
-def _compiled(kernels: Sequence[_Kernel]) -> Iterator[bytes | str]:
-    """The image of each in order, by a process for every core; or why there is none."""
-    _PENDING[:] = kernels
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
-        try:
-            yield from pool.map(_compile_pending, range(len(kernels)))
-        except BrokenProcessPool as error:
-            raise VitrailError(
-                "export: a compiler process was killed, by lack of memory?"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _compile_pending(place: int) -> bytes | str:
-    key, call, arch = _PENDING[place]
-    # lines of source, and with them where on this machine it lies, stay out of the machine code
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-    try:
-        return image_record(key, call, arch)
-    except Exception as error:  # said by whoever asked; Triton's own errors do not pickle
-        return f"{call.kernel.__name__}: {type(error).__name__}: {error}"
-
-
 # -- the folder ------------------------------------------------------------------------------------
 
 
@@ -341,11 +310,11 @@ def _written(out: Path) -> Iterator[Path]:
             partial.chmod(0o777 & ~mask)  # mkdtemp's are private
             yield partial
             for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
-                _sync(folder)
+                sync(folder)
             if out.exists() and any(out.iterdir()):
                 out.rename(old)
             partial.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             if old.exists() and not out.exists():
@@ -362,11 +331,3 @@ def _put(path: Path, *parts: bytes | memoryview) -> None:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -370,6 +370,15 @@ def _hub_reason(error: Exception, revision: str | None) -> str:
     )
 
 
+def sync(path: Path) -> None:
+    """What a file, or the list of names in a folder, holds is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class TensorReader:
     """Reads tensor bytes into memory the caller owns; a context manager, safe to share by threads.
 

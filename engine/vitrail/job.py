@@ -36,11 +36,11 @@ from vitrail.embed import (
     embed_images,
     narrow,
     pyarrow_modules,
-    sync,
     table_rows,
     table_schema,
 )
 from vitrail.errors import InputError
+from vitrail.files import sync
 from vitrail.listing import Source, path_text
 from vitrail.manifest import DRAFT, FORMAT, MANIFEST, PLAN, Part, commit, parse, put, read_manifest
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.embed import pyarrow_modules, sync
+from vitrail.embed import pyarrow_modules
 from vitrail.errors import InputError
+from vitrail.files import sync
 
 FORMAT = 1
 PLAN, MANIFEST, DRAFT = "_plan.json", "_manifest.jsonl", "_draft-"

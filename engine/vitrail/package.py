@@ -30,6 +30,7 @@ from vitrail._version import __version__
 from vitrail.files import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
 from vitrail.header import open_regular, place, read_exactly, reading, refusal
 from vitrail.plan import Plan
+from vitrail.record import items, string
 from vitrail.spec import ModelSpec, VisionSpec
 from vitrail.weights import ALIGNMENT, arena_bytes
 
@@ -148,7 +149,7 @@ def native_record(
     numbers = {name: number for number, name in enumerate(files)}
     places, total = table_places(spec, dtype, size)
     listed = [
-        _string(name) + struct.pack("<Q", nbytes) + bytes.fromhex(digest)
+        string(name) + struct.pack("<Q", nbytes) + bytes.fromhex(digest)
         for name, (digest, nbytes) in files.items()
     ]
     built = []
@@ -157,19 +158,19 @@ def native_record(
         for name in programs:
             table = places.get(name.partition(".")[2], (-1, 0))[0]
             named.append(
-                _string(name) + struct.pack("<Iq", numbers[f"sm_{arch}/{name}.plan"], table)
+                string(name) + struct.pack("<Iq", numbers[f"sm_{arch}/{name}.plan"], table)
             )
         images = [struct.pack("<I", numbers[f"sm_{arch}/{key}.image"]) for key in keys]
-        head = struct.pack("<I", arch) + _string(fingerprint)
-        built.append(head + _list(named) + _list(images))
+        head = struct.pack("<I", arch) + string(fingerprint)
+        built.append(head + items(named) + items(images))
     arena = len(weights_header(total)), total, arena_bytes(spec, dtype)
     return (
         NATIVE_MAGIC
-        + _string(__version__)
-        + _list(listed)
+        + string(__version__)
+        + items(listed)
         + struct.pack("<IQQQ", numbers[WEIGHTS], *arena)
         + _towers(spec, size)
-        + _list(built)
+        + items(built)
     )
 
 
@@ -182,11 +183,3 @@ def _towers(spec: ModelSpec, size: tuple[int, int] | None) -> bytes:
         return found + b"\0"
     eos = -1 if text.eos is None else text.eos
     return found + b"\1" + struct.pack("<IIIi", text.vocab, text.context, text.embedding, eos)
-
-
-def _string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def _list(items: Sequence[bytes]) -> bytes:
-    return struct.pack("<I", len(items)) + b"".join(items)

@@ -21,14 +21,14 @@ from torch import Tensor
 from vitrail._version import __version__
 from vitrail.errors import VitrailError
 from vitrail.plan import Launch, Plan, Rows
+from vitrail.record import items, string
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels.compile import compile_kernel, compilers, identity, source_of
-from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.configs import MOST, KernelConfig
 from vitrail_kernels.launch import Target
 
 PLAN_MAGIC, IMAGE_MAGIC = b"vitrail plan 1\n", b"vitrail image 1\n"
-MOST_ROWS = 1 << 31
 
 INT32, INT64, FLOAT, POINTER, MAP, NULL = range(6)
 """Kinds of kernel parameters, as in csrc/plan.hpp."""
@@ -48,18 +48,6 @@ class Program:
     record: bytes
     calls: Mapping[str, Call]
     externals: tuple[str, ...]
-
-
-# -- bytes -----------------------------------------------------------------------------------------
-
-
-def _text(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _list(items: Sequence[bytes]) -> bytes:
-    return struct.pack("<I", len(items)) + b"".join(items)
 
 
 def _affine(rows: Rows) -> bytes:
@@ -132,7 +120,7 @@ class _Lowering:
             for number, template in enumerate(self.templates[form]):
                 label = launch.label if number == 0 else f"{launch.label}.{number}"
                 parts = [part if isinstance(part, bytes) else places[part] for part in template]
-                yield _text(label) + b"".join(parts)
+                yield string(label) + b"".join(parts)
 
     def buffer(self, name: str) -> bytes:
         return struct.pack("<iq", self.buffers[name], 0)
@@ -146,7 +134,7 @@ class _Lowering:
         names = [{id(t): name for name, t in one.arguments.items()} for one in each]
         calls = self.calls_of(launch.op, each)
         for same in calls:
-            steps = [(MOST_ROWS, same)]
+            steps = [(MOST, same)]
             if same[0].ladder is not None:
                 assert len(calls) == 1, f"{launch.label}: a ladder among several kernels"
                 ladder = same[0].ladder()
@@ -295,7 +283,7 @@ def lower(
     places = {name: -1 - place for place, name in enumerate(externals)}
     itemsizes = {"compute": dtype.itemsize, "float32": 4, "int32": 4, "uint8": 1}
     buffers = [
-        _text(buffer.name)
+        string(buffer.name)
         + _affine(buffer.rows)
         + struct.pack(
             "<qi",
@@ -306,11 +294,11 @@ def lower(
     ]
     record = (
         PLAN_MAGIC
-        + _text(plan.name)
+        + string(plan.name)
         + struct.pack("<Q", weights.arena.numel())
-        + _list(buffers)
-        + _list([_text(key) for key in lowering.keys])
-        + _list(launches)
+        + items(buffers)
+        + items([string(key) for key in lowering.keys])
+        + items(launches)
     )
     return Program(record, lowering.calls, externals)
 
@@ -328,14 +316,13 @@ def image_key(call: Call, arch: int) -> str:
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.([bfsu])(\d+) [^\[\],()]*(?:\[(\d+)\])?[,\n)]")
 
 
-def _check_parameters(call: Call, arch: int, ptx: str) -> None:
+def _check_parameters(call: Call, arch: int, kernel: Any) -> None:
     """Raises VitrailError where the code takes its parameters otherwise than they are packed, which
     another triton may bring about, and an older driver would not notice."""
     sizes = {"i32": [4], "fp32": [4], "tensordesc": [128, 4, 4, 8, 8]}
-    source, _, _ = source_of(call, arch)
-    kinds = [k.partition("<")[0] for k in source.signature.values() if k != "constexpr"]
+    kinds = [k.partition("<")[0] for k in kernel.src.signature.values() if k != "constexpr"]
     wanted = [size for kind in kinds for size in sizes.get(kind, [8])] + [8, 8]
-    entry = ptx.partition(".visible .entry")[2].partition("{")[0]
+    entry = kernel.asm["ptx"].partition(".visible .entry")[2].partition("{")[0]
     got = [int(bits) // 8 * int(n or 1) for _, bits, n in _PARAMETER.findall(entry)]
     if got != wanted:
         raise VitrailError(
@@ -350,7 +337,7 @@ def image_record(key: str, call: Call, arch: int) -> bytes:
     meta = kernel.metadata
     scratch = meta.global_scratch_size, meta.profile_scratch_size, meta.num_ctas
     assert scratch == (0, 0, 1), f"{meta.name}: got scratch or clusters {scratch}"
-    _check_parameters(call, arch, kernel.asm["ptx"])
+    _check_parameters(call, arch, kernel)
     bases = [value.base for value in call.arguments.values() if hasattr(value, "block_shape")]
     boxes = [
         struct.pack(
@@ -360,10 +347,10 @@ def image_record(key: str, call: Call, arch: int) -> bytes:
     ]
     return (
         IMAGE_MAGIC
-        + _text(key)
-        + _text(meta.name)
+        + string(key)
+        + string(meta.name)
         + struct.pack("<III", arch, 32 * meta.num_warps, meta.shared)
         + struct.pack("<B", bool(call.arguments.get("PDL")))
-        + _list(boxes)
-        + _text(kernel.asm["cubin"])
+        + items(boxes)
+        + string(kernel.asm["cubin"])
     )

@@ -13,11 +13,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -110,23 +110,37 @@ def compile_all(calls: Sequence[Call], arch: int) -> list[Compiled]:
 
 def compile_each(calls: Sequence[Call], arch: int) -> list[Compiled | str]:
     """`compile_all`, but with the error in the place of what does not compile."""
-    _PENDING[:] = {identity(call): call for call in calls}.values()
-    places = {identity(call): place for place, call in enumerate(_PENDING)}
+    pending = {identity(call): call for call in calls}
+    compiled = in_forks(lambda call: compile_call(call, arch), list(pending.values()))
+    found = dict(zip(pending, compiled, strict=True))
+    return [found[identity(call)] for call in calls]
+
+
+def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
+    """``work`` of each call in order, by a process for every core; or in words why it failed.
+
+    Raises BrokenProcessPool where a process is killed.
+    """
+    _PENDING[:] = [(work, call) for call in calls]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
-        compiled = list(pool.map(_compile_pending, range(len(_PENDING)), [arch] * len(_PENDING)))
-    return [compiled[places[identity(call)]] for call in calls]
+        try:
+            yield from pool.map(_work_pending, range(len(calls)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-_PENDING: list[Call] = []
-"""What the worker processes compile, by place; filled before they fork: kernels do not pickle."""
+_R = TypeVar("_R")
+_PENDING: list[tuple[Callable[[Call], Any], Call]] = []
+"""What the processes do, by place; filled before they fork: kernels do not pickle."""
 
 
-def _compile_pending(place: int, arch: int) -> Compiled | str:
+def _work_pending(place: int) -> Any:
+    work, call = _PENDING[place]
     try:
-        return compile_call(_PENDING[place], arch)
+        return work(call)
     except Exception as error:  # said by whoever asked; Triton's own errors do not pickle
-        return f"{_PENDING[place].kernel.__name__}: {type(error).__name__}: {error}"
+        return f"{call.kernel.__name__}: {type(error).__name__}: {error}"
 
 
 def identity(call: Call) -> tuple[Any, ...]:
