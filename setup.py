@@ -15,6 +15,7 @@ from setuptools.errors import BaseError, CCompilerError
 sys.path.insert(0, "csrc")
 from cuda_images import BuildCudaImages
 
+EXTENSION = ("cuda_image", "driver", "executor", "machine", "module", "plan")
 LIBRARY = ("csrc/Makefile", "csrc/vitrail.h")
 VERSION = runpy.run_path("engine/vitrail/_version.py")["__version__"]
 
@@ -59,7 +60,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "vitrail._C",
-            [f"csrc/{name}.cpp" for name in ("cuda_image", "driver", "executor", "module", "plan")],
+            [f"csrc/{name}.cpp" for name in EXTENSION],
             # libvitrail's files are none of the extension's, but an sdist's
             depends=[*map(str, sorted(Path("csrc").glob("*.[ch]pp"))), *LIBRARY],
             cxx_std=17,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,11 +72,7 @@ def standin_package() -> Any:
 
 def standin() -> Any:
     """A driver stand-in of this process's own, told to do nothing."""
-    package = standin_package()
-    library = Path(tempfile.mkdtemp()) / "libcuda.so.1"
-    shutil.copy(package.build(), library)
-    found = package.Standin(library)
-    found.device(TARGET.arch // 10, TARGET.arch % 10, TARGET.sms)
+    found = standin_package().own(Path(tempfile.mkdtemp()), TARGET.sms)
     found.checks(False)
     found.compute(False)
     return found
@@ -271,7 +266,7 @@ def sample(
 # -- allocations -----------------------------------------------------------------------------------
 
 PROGRAM = Path(__file__).with_suffix(".cpp")
-SOURCES = ("driver.cpp", "plan.cpp", "executor.cpp")
+SOURCES = ("driver.cpp", "machine.cpp", "plan.cpp", "executor.cpp")
 
 
 def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:

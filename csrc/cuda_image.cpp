@@ -2,16 +2,12 @@
 
 #include <cstring>
 
-#include "memory.hpp"
-
 namespace vitrail {
 
 namespace {
 
-constexpr int64_t kMostBlocks = int64_t{1} << 31;
-
 // The driver is told no length: it reads as far as the image's own header says.
-void check_whole(std::string_view code) {
+const void* whole(std::string_view code) {
     struct {
         uint32_t magic;
         uint16_t version, header;
@@ -29,64 +25,46 @@ void check_whole(std::string_view code) {
     } else if (code.substr(0, 4) != "\177ELF") {
         throw std::invalid_argument(got + "wanted a fatbin or a cubin");
     }
+    return code.data();
 }
 
 }  // namespace
 
 CudaImage::CudaImage(std::shared_ptr<const Gpu> gpu, std::string_view code)
-    : gpu_(std::move(gpu)) {
-    check_whole(code);
-    const Gpu::Current current(*gpu_);
-    const Gpu::Relaxed relaxed(*gpu_);
-    gpu_->driver()("CUDA image", gpu_->driver().module_load, &module_,
-                   static_cast<const void*>(code.data()));
-}
-
-CudaImage::~CudaImage() {
-    give_back(*gpu_, [this](const Driver& driver) { driver.module_unload.call(module_); });
-}
+    : gpu_(std::move(gpu)), module_(*gpu_, "CUDA image", whole(code)) {}
 
 // The context must be current.
-const CudaImage::Kernel& CudaImage::kernel(const std::string& name) {
+const Entry& CudaImage::entry(const std::string& name) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = kernels_.find(name);
-    if (found != kernels_.end()) return found->second;
-    const Gpu::Relaxed relaxed(*gpu_);
-    const Driver& driver = gpu_->driver();
-    const char* text = name.c_str();
-    Kernel made;
-    driver(text, driver.module_function, &made.function, module_, text);
-    // asking also has a driver that loads lazily load it now
-    driver(text, driver.function_get, &made.threads, cu::kMaxThreads, made.function);
-    made.known = driver.function_parameter.call != nullptr;
-    if (made.known) made.parameters = parameter_sizes(driver, made.function, text);
-    return kernels_.emplace(name, std::move(made)).first->second;
+    const auto found = entries_.find(name);
+    if (found != entries_.end()) return found->second;
+    return entries_.emplace(name, module_.entry(name)).first->second;
 }
 
 void CudaImage::launch(const std::string& name, int64_t blocks, std::pair<int, int> threads,
                        const std::vector<Argument>& arguments, cu::Stream stream, bool overlap) {
     const Gpu::Current current(*gpu_);
-    const Kernel& kernel = this->kernel(name);
+    const Entry& entry = this->entry(name);
     const auto refuse = [&](const std::string& what, int64_t got, const std::string& wanted) {
         throw std::invalid_argument(name + ": " + what + ": got " + std::to_string(got) +
                                     ", wanted " + wanted);
     };
     const auto [x, y] = threads;
-    if (x < 1 || y < 1 || int64_t{x} * y > kernel.threads) {
-        refuse("threads", int64_t{x} * y, "1 to " + std::to_string(kernel.threads));
+    if (x < 1 || y < 1 || int64_t{x} * y > entry.threads) {
+        refuse("threads", int64_t{x} * y, "1 to " + std::to_string(entry.threads));
     }
     if (blocks < 0 || blocks >= kMostBlocks) refuse("blocks", blocks, "0 to 2^31 - 1");
-    const std::vector<size_t>& sizes = kernel.parameters;
-    if (kernel.known && arguments.size() != sizes.size()) {
-        refuse("parameters", static_cast<int64_t>(arguments.size()), std::to_string(sizes.size()));
+    const auto& sizes = entry.parameters;
+    if (sizes && arguments.size() != sizes->size()) {
+        refuse("parameters", static_cast<int64_t>(arguments.size()), std::to_string(sizes->size()));
     }
     std::vector<int64_t> values(arguments.size());  // little endian: the first bytes of each
     std::vector<void*> pointers(arguments.size());
     for (size_t i = 0; i < arguments.size(); ++i) {
         const auto [value, size] = arguments[i];
         const std::string what = "parameter " + std::to_string(i);
-        if (kernel.known && static_cast<size_t>(size) != sizes[i]) {
-            refuse(what + ": bytes", size, std::to_string(sizes[i]));
+        if (sizes && static_cast<size_t>(size) != (*sizes)[i]) {
+            refuse(what + ": bytes", size, std::to_string((*sizes)[i]));
         }
         if (size != 1 && size != 2 && size != 4 && size != 8) {
             refuse(what + ": bytes", size, "1, 2, 4 or 8");
@@ -99,18 +77,9 @@ void CudaImage::launch(const std::string& name, int64_t blocks, std::pair<int, i
         pointers[i] = &values[i];
     }
     if (blocks == 0) return;
-    cu::LaunchAttribute attribute{};
-    attribute.id = cu::kOverlap;
-    attribute.value.overlap = 1;
-    const cu::LaunchConfig config{{static_cast<unsigned>(blocks), 1, 1},
-                                  {static_cast<unsigned>(x), static_cast<unsigned>(y), 1},
-                                  0,
-                                  stream,
-                                  &attribute,
-                                  overlap ? 1u : 0u};
-    const Driver& driver = gpu_->driver();
-    driver(name.c_str(), driver.launch, &config, kernel.function, pointers.data(),
-           static_cast<void**>(nullptr));
+    const Block block{static_cast<unsigned>(x), static_cast<unsigned>(y), 0, overlap};
+    vitrail::launch(gpu_->driver(), name.c_str(), entry.function, static_cast<unsigned>(blocks),
+                    block, stream, pointers.data());
 }
 
 }  // namespace vitrail

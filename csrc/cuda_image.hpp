@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "driver.hpp"
+#include "machine.hpp"
 
 namespace vitrail {
 
@@ -22,9 +22,6 @@ class CudaImage {
     // `code`: a fatbin or a cubin. Throws std::invalid_argument for what is neither, or is cut
     // short, DriverError where the driver has no use for it.
     CudaImage(std::shared_ptr<const Gpu> gpu, std::string_view code);
-    ~CudaImage();
-    CudaImage(const CudaImage&) = delete;
-    CudaImage& operator=(const CudaImage&) = delete;
 
     // Puts a launch of `blocks` blocks of `threads` (x, y) on `stream`; of 0 blocks nothing but
     // the checks. `overlap`: it may begin before the kernel before it has ended. Throws
@@ -34,19 +31,12 @@ class CudaImage {
                 const std::vector<Argument>& arguments, cu::Stream stream, bool overlap);
 
   private:
-    struct Kernel {
-        cu::Function function = nullptr;
-        int threads = 0;                 // the most of a block
-        std::vector<size_t> parameters;  // bytes of each
-        bool known = false;              // the parameters: an old driver does not say
-    };
-
-    const Kernel& kernel(const std::string& name);
+    const Entry& entry(const std::string& name);
 
     std::shared_ptr<const Gpu> gpu_;
-    cu::Module module_ = nullptr;
+    Module module_;
     std::mutex mutex_;
-    std::map<std::string, Kernel> kernels_;  // looked up so far
+    std::map<std::string, Entry> entries_;  // looked up so far
 };
 
 }  // namespace vitrail

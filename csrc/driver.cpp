@@ -16,16 +16,6 @@ void Driver::fail(cu::Result result, const char* name, const std::string& where)
     throw DriverError(message, result);
 }
 
-std::vector<size_t> parameter_sizes(const Driver& driver, cu::Function function, const char* name) {
-    const auto& ask = driver.function_parameter;
-    std::vector<size_t> sizes;
-    for (size_t offset = 0, size = 0;; sizes.push_back(size)) {
-        const cu::Result end = ask.call(function, sizes.size(), &offset, &size);
-        if (end == cu::kInvalidValue) return sizes;  // there is no parameter of this number
-        if (end != 0) driver.fail(end, ask.name, name);
-    }
-}
-
 namespace {
 
 int attribute(const Driver& driver, int which, cu::Device device) {

@@ -51,8 +51,8 @@ struct LaunchAttribute {
     int id;
     int padding;
     union {
-        char bytes[64];
         int overlap;
+        char bytes[64];
         uint64_t align;
     } value;
 };
@@ -62,7 +62,7 @@ struct LaunchConfig {
     unsigned block[3];
     unsigned shared;
     Stream stream;
-    LaunchAttribute* attributes;
+    const LaunchAttribute* attributes;
     unsigned count;
 };
 
@@ -186,10 +186,6 @@ class Driver {
     // CUDA 10.1
     Function<int*> capture_mode{library_, "cuThreadExchangeStreamCaptureMode"};
 };
-
-// Bytes of each parameter of a kernel, for a driver that has function_parameter. The driver copies
-// each to where its kernel has it: sizes must agree, no more.
-std::vector<size_t> parameter_sizes(const Driver& driver, cu::Function function, const char* name);
 
 // A device and its primary context, which torch uses too.
 class Gpu {

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "memory.hpp"
-
 namespace vitrail {
 
 namespace {
@@ -12,15 +10,11 @@ namespace {
 constexpr int64_t kMostRows = int64_t{1} << 31;  // kernels count rows in 32 bits
 constexpr size_t kIdleFrames = 16;
 
-uint32_t aligned(uint32_t at, uint32_t alignment) {
-    return (at + alignment - 1) / alignment * alignment;
-}
-
 // Up by an eighth at most, so that calls of similar sizes share an arena.
 int64_t rounded(int64_t count) {
     int64_t step = 1;
     while (count / step >= 16) step *= 2;
-    return (count + step - 1) / step * step;
+    return round_up(count, step);
 }
 
 // Calls `use(argument, offset)` for every argument at its place among the parameters; returns
@@ -29,7 +23,7 @@ template <typename Use>
 uint32_t lay_out(const std::vector<Argument>& arguments, Use use) {
     uint32_t at = 0;
     for (const Argument& argument : arguments) {
-        at = aligned(at, argument.alignment());
+        at = round_up(at, argument.alignment());
         use(argument, at);
         at += argument.size();
     }
@@ -40,46 +34,33 @@ uint32_t lay_out(const std::vector<Argument>& arguments, Use use) {
 
 // -- kernels -------------------------------------------------------------------------------------
 
-Kernel::Kernel(const Gpu& owner, const Image& wanted) : gpu(owner), image(wanted) {
-    const Gpu::Current current(gpu);
-    const Gpu::Relaxed relaxed(gpu);
-    const Driver& driver = gpu.driver();
-    const char* name = image.function.c_str();
-    // an ELF file: at an address as malloc gives it, not wherever it stands in the record
-    const std::vector<char> machine(image.machine.begin(), image.machine.end());
-    driver(name, driver.module_load, &module, static_cast<const void*>(machine.data()));
+Kernel::Kernel(const Gpu& gpu, const Image& wanted)
+    : image(wanted),
+      // an ELF file: at an address as malloc gives it, not wherever it stands in the record
+      module(gpu, image.function.c_str(),
+             std::vector<char>(image.machine.begin(), image.machine.end()).data()) {
     image.machine = {};
-    try {
-        driver(name, driver.module_function, &function, module, name);
-        int threads = 0;  // asking also has a driver that loads lazily load it now
-        driver(name, driver.function_get, &threads, cu::kMaxThreads, function);
-        if (static_cast<uint32_t>(threads) < image.threads) {
-            throw FormatError(image.function + ": got a kernel of at most " +
-                              std::to_string(threads) + " threads, wanted " +
-                              std::to_string(image.threads));
-        }
-        if (driver.function_parameter.call != nullptr) {
-            parameters = parameter_sizes(driver, function, name);
-        }
-        if (image.shared > static_cast<uint32_t>(cu::kSharedWithoutAsking)) {
-            const int shared = static_cast<int>(image.shared);
-            driver(name, driver.function_set, function, cu::kMaxDynamicShared, shared);
-            driver(name, driver.function_set, function, cu::kSharedCarveout, 100);
-        }
-    } catch (...) {
-        driver.module_unload.call(module);
-        throw;
+    const Gpu::Relaxed relaxed(gpu);
+    const char* name = image.function.c_str();
+    entry = module.entry(image.function);
+    if (static_cast<uint32_t>(entry.threads) < image.threads) {
+        throw FormatError(image.function + ": got a kernel of at most " +
+                          std::to_string(entry.threads) + " threads, wanted " +
+                          std::to_string(image.threads));
     }
-}
-
-Kernel::~Kernel() {
-    give_back(gpu, [this](const Driver& driver) { driver.module_unload.call(module); });
+    if (image.shared > static_cast<uint32_t>(cu::kSharedWithoutAsking)) {
+        const Driver& driver = gpu.driver();
+        const int shared = static_cast<int>(image.shared);
+        driver(name, driver.function_set, entry.function, cu::kMaxDynamicShared, shared);
+        driver(name, driver.function_set, entry.function, cu::kSharedCarveout, 100);
+    }
 }
 
 void Kernels::load(std::string_view record) {
     const Image image = Image::parse(record);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (loaded_.count(image.key) != 0) return;
+    const Gpu::Current current(*gpu_);
     loaded_.emplace(image.key, std::make_unique<const Kernel>(*gpu_, image));
 }
 
@@ -120,7 +101,7 @@ void Executable::check(const Kernel& kernel, uint32_t image) const {
             const auto refuse = [&](const std::string& why) {
                 throw FormatError(launch.label + ": " + kernel.image.function + ": " + why);
             };
-            const std::vector<size_t>& sizes = kernel.parameters;
+            const auto& sizes = kernel.entry.parameters;
             size_t number = 0, maps = 0;
             lay_out(variant.arguments, [&](const Argument& argument, uint32_t) {
                 if (argument.kind == Kind::kMap) {
@@ -130,17 +111,16 @@ void Executable::check(const Kernel& kernel, uint32_t image) const {
                         refuse("a tensor map of rows longer than they are apart");
                     }
                 }
-                if (!sizes.empty() &&
-                    (number >= sizes.size() || sizes[number] != argument.size())) {
+                if (sizes && (number >= sizes->size() || (*sizes)[number] != argument.size())) {
                     refuse("parameter " + std::to_string(number) + ": got " +
                            std::to_string(argument.size()) + " bytes, wanted " +
-                           (number < sizes.size() ? std::to_string(sizes[number]) : "none"));
+                           (number < sizes->size() ? std::to_string((*sizes)[number]) : "none"));
                 }
                 ++number;
             });
-            if (!sizes.empty() && number != sizes.size()) {
+            if (sizes && number != sizes->size()) {
                 refuse("got " + std::to_string(number) + " parameters, wanted " +
-                       std::to_string(sizes.size()));
+                       std::to_string(sizes->size()));
             }
             if (maps != kernel.image.boxes.size()) refuse("fewer tensor maps than boxes");
         }
@@ -195,7 +175,7 @@ std::vector<uint64_t> slot_bytes(const Plan& plan, const Sizes& sizes) {
         if (buffer.external()) continue;
         const auto size = static_cast<uint64_t>(buffer.rows.at(sizes) * buffer.row_bytes);
         auto& slot = bytes[static_cast<size_t>(buffer.slot)];
-        slot = std::max(slot, (size + 255) / 256 * 256);
+        slot = std::max(slot, round_up(size, kAlignment));
     }
     return bytes;
 }
@@ -303,7 +283,7 @@ Frame::Frame(const Executable& executable, const Sizes& capacity)
         for (size_t j = 0; j < packed_[i].size(); ++j) {
             packed_[i][j].first = total;
             const auto nothing = [](const Argument&, uint32_t) {};
-            total += aligned(lay_out(plan.launches[i].variants[j].arguments, nothing), 64);
+            total += round_up(lay_out(plan.launches[i].variants[j].arguments, nothing), 64u);
         }
     }
     bytes_.resize((total + sizeof(cu::TensorMap) - 1) / sizeof(cu::TensorMap));
@@ -399,7 +379,7 @@ void Frame::settle(const Sizes& sizes) {
             pack(launch, variant, packed);
         }
         const int64_t blocks = variant.grid.blocks(sizes, executable_.gpu().multiprocessors());
-        if (blocks < 0 || blocks >= kMostRows) {
+        if (blocks < 0 || blocks >= kMostBlocks) {
             throw std::invalid_argument(launch.label + ": got " + std::to_string(blocks) +
                                         " blocks, wanted less than 2^31");
         }
@@ -432,10 +412,6 @@ void Frame::run(const Sizes& sizes, cu::Pointer arena, const std::vector<cu::Poi
     if (!(settled_ == sizes)) settle(sizes);
     const auto& launches = executable_.plan().launches;
     const Driver& driver = gpu.driver();
-    cu::LaunchAttribute attribute{};
-    attribute.id = cu::kOverlap;
-    attribute.value.overlap = 1;
-    cu::LaunchConfig config{{1, 1, 1}, {1, 1, 1}, 0, stream, &attribute, 0};
     bool first = true;  // what was on the stream before is not ours, and may not be overlapped
     for (size_t i = 0; i < launches.size(); ++i) {
         Packed& packed = *chosen_[i];
@@ -444,14 +420,10 @@ void Frame::run(const Sizes& sizes, cu::Pointer arena, const std::vector<cu::Poi
             place(launches[i], outside, externals[outside.external], sizes);
         }
         const Image& image = packed.kernel->image;
-        config.grid[0] = packed.blocks;
-        config.block[0] = image.threads;
-        config.shared = image.shared;
-        config.count = overlap && image.overlaps && !first ? 1 : 0;
+        const Block block{image.threads, 1, image.shared, overlap && image.overlaps && !first};
         first = false;
-        driver(launches[i].label.c_str(), driver.launch,
-               static_cast<const cu::LaunchConfig*>(&config), packed.kernel->function,
-               packed.pointers.data(), static_cast<void**>(nullptr));
+        launch(driver, launches[i].label.c_str(), packed.kernel->entry.function, packed.blocks,
+               block, stream, packed.pointers.data());
     }
 }
 

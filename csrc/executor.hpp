@@ -10,22 +10,18 @@
 #include <vector>
 
 #include "driver.hpp"
+#include "machine.hpp"
 #include "plan.hpp"
 
 namespace vitrail {
 
 // One kernel in the context of a GPU, loaded once.
 struct Kernel {
-    Kernel(const Gpu& gpu, const Image& image);
-    ~Kernel();
-    Kernel(const Kernel&) = delete;
-    Kernel& operator=(const Kernel&) = delete;
+    Kernel(const Gpu& gpu, const Image& image);  // the context must be current
 
-    const Gpu& gpu;
     Image image;  // without its machine code
-    cu::Module module = nullptr;
-    cu::Function function = nullptr;
-    std::vector<size_t> parameters;  // bytes of each; empty where the driver is too old to say
+    Module module;
+    Entry entry;
 };
 
 // The kernels of a GPU by key, shared by all plans.

@@ -18,8 +18,6 @@ constexpr std::array<const char*, kRoles> kImageBuffers = {
 constexpr std::array<const char*, kRoles> kTextBuffers = {
     "cu_seqlens", "rows", "", "ids", "positions", "", "text.embedding", "text.status"};
 
-size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {
         return std::make_shared<const Gpu>(library != nullptr ? library : "libcuda.so.1", ordinal);
@@ -43,11 +41,10 @@ Program::Layout Program::layout(const Sizes& sizes) const {
         if (roles[i] == Role::kPixels) {
             bytes = static_cast<size_t>(sizes.sequences) * image_bytes;
         }
-        const bool output = roles[i] == Role::kEmbedding || roles[i] == Role::kStatus;
-        size_t& total = output ? layout.out : layout.in;
+        size_t& total = is_output(roles[i]) ? layout.out : layout.in;
         layout.at[static_cast<size_t>(roles[i])] = total;
         layout.bytes[static_cast<size_t>(roles[i])] = bytes;
-        total += aligned(bytes);
+        total += round_up<size_t>(bytes, kAlignment);
     }
     return layout;
 }
@@ -168,7 +165,7 @@ void Model::check(const Program& program, const ProgramFile& file) const {
             fits = bytes > 0 && bytes <= static_cast<int64_t>(program.image_bytes);
         }
         if (place == static_cast<size_t>(Role::kTable)) {  // then another, or the end
-            const auto whole = static_cast<int64_t>(aligned(static_cast<size_t>(bytes)));
+            const auto whole = round_up<int64_t>(bytes, kAlignment);
             const int64_t stop = file.table + whole;
             const auto begins = [&](const ProgramFile& other) { return other.table == stop; };
             const auto& programs = package_.build(arch_).programs;

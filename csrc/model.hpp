@@ -31,6 +31,7 @@ enum class Role : uint8_t {
     kStatus,     // (B,) int32: 0 where all of an item's embedding is finite
     kCount
 };
+constexpr bool is_output(Role role) { return role == Role::kEmbedding || role == Role::kStatus; }
 constexpr size_t kRoles = static_cast<size_t>(Role::kCount);
 
 enum class What : uint8_t { kUint8, kFloat, kText, kCount };

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <exception>
+#include <memory>
 #include <system_error>
 #include <thread>
 
@@ -289,7 +290,7 @@ class Reading {
   private:
     void work() noexcept {
         try {
-            std::vector<char> buffer(jobs_.empty() ? 0 : kChunkBytes);
+            const std::unique_ptr<char[]> buffer(new char[kChunkBytes]);  // not filled with zeros
             std::optional<Opened> file;  // of the job before
             size_t opened = 0;
             for (size_t next; (next = next_.fetch_add(1)) < jobs_.size();) {
@@ -299,9 +300,9 @@ class Reading {
                 const auto bytes = static_cast<size_t>(std::min<uint64_t>(left, kChunkBytes));
                 if (!file || opened != which) file.emplace(paths_[which]);
                 opened = which;
-                file->read(buffer.data(), at, bytes);
-                digests_[which][chunk] = sha256(buffer.data(), bytes);
-                use_(which, at, {buffer.data(), bytes});
+                file->read(buffer.get(), at, bytes);
+                digests_[which][chunk] = sha256(buffer.get(), bytes);
+                use_(which, at, {buffer.get(), bytes});
             }
         } catch (...) {
             next_ = jobs_.size();  // the others stop too

@@ -16,6 +16,13 @@ namespace vitrail {
 constexpr std::string_view kPlanMagic = "vitrail plan 1\n";
 constexpr std::string_view kImageMagic = "vitrail image 1\n";
 
+constexpr uint64_t kAlignment = 256;  // of what memory of a call is cut into
+
+template <typename Number>
+constexpr Number round_up(Number count, Number step) {
+    return (count + step - 1) / step * step;
+}
+
 // What one call is about.
 struct Sizes {
     int64_t sequences = 0;

@@ -11,7 +11,7 @@ int32_t* place(char* to, const Program::Layout& layout, Role role) {
     return reinterpret_cast<int32_t*>(to + layout.at[static_cast<size_t>(role)]);
 }
 
-size_t gap(size_t stop) { return (256 - stop % 256) % 256; }
+size_t gap(size_t stop) { return round_up<size_t>(stop, kAlignment) - stop; }
 
 class Pixels : public Items {
   public:
@@ -174,7 +174,7 @@ void Session::piece(What what, const Items& items, size_t first, size_t count, f
     items.write(first, count, layout, from_.data());
     externals_.clear();
     for (const Role role : program.roles) {
-        const bool output = role == Role::kEmbedding || role == Role::kStatus;
+        const bool output = is_output(role);
         const size_t at = layout.at[static_cast<size_t>(role)];
         const size_t stop = at + layout.bytes[static_cast<size_t>(role)];
         // the gap before the next input: nothing of an earlier call goes with this one

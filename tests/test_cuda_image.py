@@ -43,13 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> standin.Standin:
-    """A stand-in of this module's own; tensors on the CPU are its memory."""
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    shutil.copy(standin.build(), library)
-    found = standin.Standin(library)
-    found.device(9, 0, 2)
-    found.register(1 << 32, (1 << 47) - (1 << 32))
-    return found
+    return standin.own(tmp_path_factory.mktemp("driver"), 2)
 
 
 @pytest.fixture(autouse=True)

@@ -373,15 +373,9 @@ def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> standin.Standin:
-    """A stand-in of this module's own; tensors on the CPU are its memory."""
     if native.MISSING is not None or not standin.compiler():
         pytest.skip("needs vitrail._C and a C++ compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    shutil.copy(standin.build(), library)
-    found = standin.Standin(library)
-    found.device(9, 0, 2)
-    found.register(1 << 32, (1 << 47) - (1 << 32))
-    return found
+    return standin.own(tmp_path_factory.mktemp("driver"), 2)
 
 
 @pytest.fixture

@@ -93,8 +93,7 @@ def test_the_library_under_threads_and_faults(clip: Path, vit: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"])
 def test_the_library_under_many_threads_and_faults(clip: Path, vit: Path, sanitize: str) -> None:
-    # loads under ThreadSanitizer take seconds each: the calls in full, a part of the faults
-    run_native(clip, vit, sanitize, 16, 500, 100 if sanitize == "thread" else 500)
+    run_native(clip, vit, sanitize, 16, 500, 500)
 
 
 # ---- its example

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> standin.Standin:
-    """A stand-in of this module's own; tensors on the CPU are its memory."""
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    shutil.copy(standin.build(), library)
-    found = standin.Standin(library)
-    found.device(9, 0, SMS)
-    found.register(1 << 32, (1 << 47) - (1 << 32))
-    return found
+    return standin.own(tmp_path_factory.mktemp("driver"), SMS)
 
 
 @pytest.fixture(autouse=True)
