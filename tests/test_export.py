@@ -11,7 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,12 @@ from vitrail.runners.runner import PositionCache
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
-pytestmark = pytest.mark.skipif(
-    MISSING is not None or interpreted(), reason="export: needs triton's compiler"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        MISSING is not None or interpreted(), reason="export: needs triton's compiler"
+    ),
+]
 
 PHOTOS = sorted((Path(vitrail.__file__).parent / "assets/photos").iterdir())
 TEXTS = ["a cat", "The red mat near the window, at night.", "blue"]
@@ -73,14 +76,6 @@ CPU = torch.device("cpu")
 KINDS: Any = ("scale", "clip")
 BUILD = {"runner": "x", "fingerprint": "x"}
 MAGIC = {"plan": b"vitrail plan 1\n", "image": b"vitrail image 1\n"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

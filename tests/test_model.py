@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from helpers import (
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 from vitrail.outputs import EncodeResult
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [(40, 40), (64, 48), (48, 64), (90, 70), (33, 57), (120, 100), (32, 32)]
 
 
@@ -57,15 +59,6 @@ def encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost more to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
