@@ -119,27 +119,22 @@ def one_line_error(result: Result) -> str:
 # The command itself
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from vitrail.cli import app; app(['--help'], standalone_mode=False);"
         "heavy = {'torch', 'numpy', 'PIL', 'pyarrow', 'tokenizers', 'rich', 'tqdm', 'safetensors'};"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        seconds.append(time.perf_counter() - begin)
-        assert done.returncode == 0, done.stderr
-        assert "classify" in done.stdout
-    assert min(seconds) < 0.3, seconds  # other tests run beside this one
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "classify" in done.stdout
 
 
 def test_version_is_the_packages() -> None:

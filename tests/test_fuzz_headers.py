@@ -58,7 +58,7 @@ import sys, time
 from pathlib import Path
 sys.path[:] = sys.argv[2:]
 import fuzz_headers
-fuzz_headers.CASE_SECONDS = 0.2
+fuzz_headers.HANG_SECONDS = 0.2
 fuzz_headers.read_header = lambda path: time.sleep(60)
 fuzz_headers.work(1, 0, Path(sys.argv[1]))
 """

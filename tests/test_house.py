@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from gauge import fastest
 
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "engine/vitrail"
@@ -291,14 +292,14 @@ def test_importing_takes_no_torch(module: str) -> None:
     assert _python(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
 
-def test_help_takes_less_than_a_third_of_a_second() -> None:
+def test_help_takes_little_more_than_the_library_of_its_command_line() -> None:
     command = Path(sysconfig.get_path("scripts"), "vitrail")
     assert command.exists(), "the vitrail command is not installed: make install"
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+
+    def helps() -> None:
         run = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
         assert run.returncode == 0, run.stderr
         assert "Usage" in run.stdout
-    assert min(seconds) < 0.3, seconds  # other tests run beside this one
+
+    own, typer = fastest(helps, lambda: _python("import typer"))
+    assert own < 2 * typer, (own, typer)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from transformers import image_transforms
 
+from gauge import within
 from pixels import cases
 from pixels.theirs import processor
 from vitrail import decoding, formats
@@ -230,9 +231,8 @@ def test_rows_that_reach_the_crop_hold_every_row_used() -> None:
 def test_a_thread_of_an_image_costs_only_its_crop(size: tuple[int, int]) -> None:
     image = cases.picture("thread", "L", *size)
     spec = dataclasses.replace(CLIP, mean=None, std=None)
-    start = time.perf_counter()
-    (found,) = preprocess_uint8([image], spec, 1)
-    assert time.perf_counter() - start < 1
+    with within(2):
+        (found,) = preprocess_uint8([image], spec, 1)
     assert isinstance(found, np.ndarray)
     # One side is a single pixel, so every line across it is the same.
     line = image.resize(
@@ -639,13 +639,9 @@ def test_a_size_over_the_limit_is_refused_from_the_header(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "_PLUGINS", {})
-    spent = []
-    for _ in range(5):
-        start = time.perf_counter()
+    with within(0.1):
         text = refusal(HUGE[name])
-        spent.append(time.perf_counter() - start)
-        assert "wanted at most 65535 a side and 50000000 in all" in text
-    assert min(spent) < 0.01
+    assert "wanted at most 65535 a side and 50000000 in all" in text
 
 
 def test_pillows_own_limit_neither_warns_nor_moves() -> None:
@@ -837,10 +833,9 @@ def test_a_bomb_in_a_text_chunk_is_refused_at_once() -> None:
     bomb = zlib.compress(bytes(100_000_000), 9)
     profile = chunk(b"iCCP", b"name\0\0" + bomb)
     text = chunk(b"zTXt", b"name\0\0" + bomb)
-    start = time.perf_counter()
-    for part in (profile, text):
-        refusal(png(4, 4, part, chunk(b"IDAT", zlib.compress(bytes(20)))))
-    assert time.perf_counter() - start < 0.5
+    with within(0.2):
+        for part in (profile, text):
+            refusal(png(4, 4, part, chunk(b"IDAT", zlib.compress(bytes(20)))))
 
 
 def test_junk_between_the_segments_of_a_jpeg_is_stepped_over() -> None:
@@ -878,9 +873,8 @@ def test_a_jpeg_of_countless_scans_is_refused() -> None:
     ids=brief,
 )
 def test_endless_and_missing_structure_is_refused_at_once(data: bytes, reason: str) -> None:
-    start = time.perf_counter()
-    assert reason in refusal(data)
-    assert time.perf_counter() - start < 0.5
+    with within(1):
+        assert reason in refusal(data)
 
 
 @pytest.mark.parametrize(
@@ -965,9 +959,9 @@ def test_files_are_closed_whatever_they_hold(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
-    start = time.perf_counter()
-    assert refusal(pipe) == f"{pipe}: is a pipe, socket or device, wanted a regular file"
-    assert time.perf_counter() - start < 1
+    with within(1):
+        text = refusal(pipe)
+    assert text == f"{pipe}: is a pipe, socket or device, wanted a regular file"
 
 
 def test_a_file_without_permission_is_refused(
