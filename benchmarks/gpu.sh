@@ -4,28 +4,37 @@
 #
 #   STAGES="kernels models"  only these, of those below; the table comes last whatever runs
 #   OUT=folder               takes <gpu>/<suite>.json, gpu.log, gpu-table.txt (benchmarks/results)
-#   LIMIT=seconds            the whole call ends by then
+#   LIMIT=seconds            the whole call ends by then; stages share what is left, as below
 #   ALLOW_DIRTY=1            measure a tree with uncommitted changes
 #   FRESH=1                  forget what earlier calls did
 #   VITRAIL_COMMIT=hash      whose files these are, in a copy without git; "-dirty" behind it says so
 #   PYTHON=program           the Python that has torch (python3)
 #
-# Minutes of each stage on one H100 with 16 cores; estimates, none was run yet:
+# The stages, most wanted first, and what they need on one H100 with 16 cores, in minutes; estimates,
+# none was run yet:
 #
-#   env build precompile      4   versions; the extension and CUDA images; kernels, by all cores
-#   native host latency       6   native == triton bits, graphs, threads, memory, export, C++; host
-#                                 time of a forward; batch 1, and a process's first embedding
-#   tests sanitizer          11   the other GPU tests; memcheck and racecheck of small models
-#   ceilings kernels models   9   matmul and copy at best; kernels and models against PyTorch
+#   env build precompile  4   versions; the extension and CUDA images; kernels, by all cores
+#   native                3   native == triton bits, graphs, threads, memory, export, C++
+#   latency               3   batch 1 against CUDA graphs of PyTorch; a process's first embedding
+#   models                6   whole models against PyTorch
+#   host                  1   host time of a forward
+#   tests                 6   the other GPU tests
+#   kernels               3   kernels against PyTorch, and matmul and copy at best
+#   sanitizer             5   memcheck and racecheck of small models
+#   ceilings              1   matmul, copy and attention at best, in a file of their own
 #
 # A stage takes at most 9 minutes. Call again to go on: what passed with the same files on the same
 # GPU is not run again, and a suite that ran out of time goes on with its next case. The exit code is
-# 1 where a stage failed or is not finished; the stages after it run all the same.
+# 1 where a stage failed or is not finished; the stages after it run all the same. Where there are
+# ten minutes: LIMIT=570 STAGES='env build precompile native latency models'.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-ALL='env build precompile native host latency tests sanitizer ceilings kernels models'
+ALL='env build precompile native latency models host tests kernels sanitizer ceilings'
+declare -A MINUTES=([native]=3 [latency]=3 [models]=6 [host]=1 [tests]=6 [kernels]=3 [sanitizer]=5
+    [ceilings]=1) # of those that are of use when cut short; the first three are not
 STAGE_LIMIT=${STAGE_LIMIT:-540}
+SHORTEST=75
 NOT_RUN=4 UNFINISHED=3 # exit codes of a stage
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
@@ -113,18 +122,33 @@ identity() {
 
 note() { printf '%-12s %s\n' "$1" "$2" >>"$state/stages.txt"; }
 
+# Of $2 seconds, what stage $1 may take, so that those after it have theirs.
+share_of() {
+    local name sum=0 mine=${MINUTES[$1]:-} share=$2
+    if [ -n "$mine" ]; then
+        for name in ${wanted#"${wanted%%"$1"*}"}; do
+            [ -e "$state/$name.ok" ] || sum=$((sum + ${MINUTES[$name]:-0}))
+        done
+        share=$(($2 * mine / sum))
+        [ $share -ge $SHORTEST ] || share=$(($2 < SHORTEST ? $2 : SHORTEST))
+    fi
+    echo $share
+}
+
 run() {
     local name=$1 start=$SECONDS limit=$STAGE_LIMIT code
     if [ -e "$state/$name.ok" ]; then
         note "$name" "ok, earlier ($(cat "$state/$name.ok") s)"
         return
     fi
-    if [ -n "${LIMIT:-}" ] && [ $((LIMIT - SECONDS - 15)) -lt "$limit" ]; then
-        limit=$((LIMIT - SECONDS - 15))
-        if [ $limit -lt 75 ]; then
+    if [ -n "${LIMIT:-}" ]; then
+        local share
+        share=$(share_of "$name" $((LIMIT - SECONDS - 15)))
+        if [ "$share" -lt $SHORTEST ]; then
             note "$name" 'not started: LIMIT is near; call again'
             return 1
         fi
+        [ "$share" -gt "$limit" ] || limit=$share
     fi
     printf '\n######## %s\n' "$name"
     timeout --kill-after=5 "$limit" bash benchmarks/gpu.sh --stage "$name" "$limit" "$state" 2>&1 |
