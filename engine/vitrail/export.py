@@ -42,9 +42,8 @@ from vitrail.runners.runner import PositionCache
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.workload import served
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import in_forks
-from vitrail_kernels.configs import config_hash
-from vitrail_kernels.launch import MISSING, Call, Target, interpreted, triton_version
+from vitrail_kernels.compile import in_forks, provenance
+from vitrail_kernels.launch import MISSING, Call, Target, interpreted
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical GPU of each architecture, from NVIDIA's architecture papers: A100,
@@ -246,7 +245,7 @@ class _Package:
         A position table for another grid than the checkpoint's is interpolated, here by the
         reference and there by a kernel: the same but for fp32's last bits.
         """
-        kernels = f"triton {triton_version()} sm_{arch} {config_hash(arch)}"
+        kernels = provenance(arch)
         vision, size = self.spec.vision, self.size
         if vision is None or size is None or vision.grid_at(size) == vision.grid:
             return kernels

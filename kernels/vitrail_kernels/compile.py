@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vitrail_kernels.configs import config_hash
 from vitrail_kernels.launch import MISSING, Call, interpreted, triton_version
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -209,6 +210,13 @@ def compilers(arch: int) -> tuple[str, str]:
     from triton.backends.nvidia.compiler import get_ptxas
 
     return str(triton_version()), str(get_ptxas(arch).version)
+
+
+def provenance(arch: int) -> str:
+    """What the machine code of ``arch`` follows from besides these sources: part of a model's
+    fingerprint. Raises ValueError for a tuned table that cannot be read."""
+    triton, ptxas = compilers(arch)
+    return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}"
 
 
 def opcodes(sass: str) -> Counter[str]:

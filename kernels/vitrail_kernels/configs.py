@@ -149,7 +149,7 @@ def write_table(
 
 
 def config_hash(arch: int) -> str:
-    """SHA-256 of the tuned table, reasons left out: part of a model's fingerprint."""
+    """SHA-256 of the tuned table, reasons left out."""
     rows = {
         key: dataclasses.astuple(dataclasses.replace(config, reason=""))
         for key, config in tuned(arch).items()

@@ -11,8 +11,8 @@ from vitrail.errors import InputError
 from vitrail.plan import Launch
 from vitrail.runners.runner import Runner
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.configs import config_hash
-from vitrail_kernels.launch import target_of, triton_version
+from vitrail_kernels.compile import provenance
+from vitrail_kernels.launch import target_of
 
 
 class TritonRunner(Runner):
@@ -22,12 +22,10 @@ class TritonRunner(Runner):
 
     @property
     def identity(self) -> str:
-        arch = target_of(self.weights.arena).arch
         try:
-            configs = config_hash(arch)
+            return provenance(target_of(self.weights.arena).arch)
         except ValueError as error:  # a tuned table of the user's own
             raise InputError(str(error)) from error
-        return f"triton {triton_version()} sm_{arch} {configs}"
 
     @staticmethod
     def position(*tensors: Tensor, **scalars: Any) -> None:
