@@ -489,6 +489,22 @@ def test_without_triton_other_plans_and_sizes_say_what_there_is(
             call()
 
 
+@pytest.mark.usefixtures("without_triton")
+def test_without_triton_an_image_that_is_not_finite_costs_no_other(
+    driver: standin.Standin, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it went wrong would take another plan; that it did is said all the same."""
+    model = natively(driver, whole)
+    embedding = torch.zeros(3, 64)
+    embedding[1, 5] = float("nan")
+    found = {"vision.embedding": embedding}
+    monkeypatch.setattr(model._vision_tower(""), "embed", lambda *_: found)
+    result = model.encode_image(torch.zeros(3, 3, 32, 32), on_error="skip")
+    assert list(result.errors) == [1]
+    assert "image 1: the embedding holds numbers that are not finite" in result.errors[1]
+    assert result.index == (0, 2)
+
+
 def test_tables_come_from_the_folder(driver: standin.Standin, whole: Path) -> None:
     found = opened(whole)
     weights = found.load()

@@ -535,7 +535,10 @@ class Model:
         """Where the numbers of one image stop being finite, in words."""
         tower = self._vision_tower("encode_image")
         layers = tower.spec.blocks.layers
-        out = tower.dense(pixels, tuple(range(layers + 1)))
+        try:
+            out = tower.dense(pixels, tuple(range(layers + 1)))
+        except InputError:  # an export where triton is missing has no plan that looks into it
+            return f"the embedding {self._not_finite()}"
         for layer in range(layers + 1):
             if not torch.isfinite(out[f"vision.hidden.{layer}"]).all():
                 place = f"block {layer - 1}" if layer else "the patch embedding"
