@@ -59,7 +59,15 @@ void want(bool good, const char* what) {
 void want_call(const vitrail_session* session, const void* items, size_t n, const float* out) {
     want(session != nullptr, "session: got NULL");
     want(n == 0 || items != nullptr, "pixels or ids: got NULL, wanted n items");
-    want(n == 0 || out != nullptr, "embeddings: got NULL, wanted room for n");
+    want(n == 0 || out != nullptr, "embeddings or logits: got NULL, wanted room for n");
+}
+
+vitrail_status images(vitrail_session* session, What what, const void* pixels, size_t n, float* out,
+                      int32_t* status) noexcept {
+    return guarded([&] {
+        want_call(session, pixels, n, out);
+        session->session.images(what, pixels, n, out, status);
+    });
 }
 
 }  // namespace
@@ -95,6 +103,8 @@ vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* fa
             facts->image_width = package.vision->width;
             facts->image_channels = package.vision->channels;
             facts->image_embedding = package.vision->embedding;
+            facts->image_labels = static_cast<uint32_t>(package.vision->labels.size());
+            if (facts->image_labels != 0) facts->image_scores = package.vision->scores.c_str();
         }
         if (package.text) {
             facts->text_vocab = package.text->vocab;
@@ -106,6 +116,12 @@ vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* fa
         facts->device = model->model->gpu().info().name.c_str();
         facts->fingerprint = package.build(facts->architecture).fingerprint.c_str();
     });
+}
+
+const char* vitrail_label(const vitrail_model* model, size_t number) {
+    if (model == nullptr || !model->model->package().vision) return nullptr;
+    const std::vector<std::string>& labels = model->model->package().vision->labels;
+    return number < labels.size() ? labels[number].c_str() : nullptr;
 }
 
 vitrail_status vitrail_session_create(const vitrail_model* model, vitrail_session** session) {
@@ -121,18 +137,22 @@ void vitrail_session_free(vitrail_session* session) { delete session; }
 
 vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
                                    float* embeddings, int32_t* status) {
-    return guarded([&] {
-        want_call(session, pixels, n, embeddings);
-        session->session.embed_pixels(What::kUint8, pixels, n, embeddings, status);
-    });
+    return images(session, What::kUint8, pixels, n, embeddings, status);
 }
 
 vitrail_status vitrail_embed_float(vitrail_session* session, const float* pixels, size_t n,
                                    float* embeddings, int32_t* status) {
-    return guarded([&] {
-        want_call(session, pixels, n, embeddings);
-        session->session.embed_pixels(What::kFloat, pixels, n, embeddings, status);
-    });
+    return images(session, What::kFloat, pixels, n, embeddings, status);
+}
+
+vitrail_status vitrail_classify_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
+                                      float* logits, int32_t* status) {
+    return images(session, What::kScoresUint8, pixels, n, logits, status);
+}
+
+vitrail_status vitrail_classify_float(vitrail_session* session, const float* pixels, size_t n,
+                                      float* logits, int32_t* status) {
+    return images(session, What::kScoresFloat, pixels, n, logits, status);
 }
 
 vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids, size_t stride,
@@ -140,7 +160,7 @@ vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids, 
                                   int32_t* status) {
     return guarded([&] {
         want_call(session, ids, n, embeddings);
-        session->session.embed_texts(ids, lengths, stride, n, embeddings, status);
+        session->session.texts(ids, lengths, stride, n, embeddings, status);
     });
 }
 

@@ -10,13 +10,25 @@ namespace {
 constexpr size_t kCallBytes = size_t{1} << 30;  // of device memory, for the activations of a call
 constexpr size_t kMostItems = 4096;
 
-constexpr std::array<const char*, kWhats> kPrograms = {"image.uint8", "image.float", "text"};
+struct Served {
+    const char* name;
+    size_t value_bytes;  // of a pixel's channel; 0 for texts
+    Role result;
+};
+constexpr std::array<Served, kWhats> kServed = {{
+    {"image.uint8", sizeof(uint8_t), Role::kEmbedding},
+    {"image.float", sizeof(float), Role::kEmbedding},
+    {"scores.uint8", sizeof(uint8_t), Role::kLogits},
+    {"scores.float", sizeof(float), Role::kLogits},
+    {"text", 0, Role::kEmbedding},
+}};
 
 // How a plan calls the buffers of a role; those of one tower begin with the tower's name.
 constexpr std::array<const char*, kRoles> kImageBuffers = {
-    "cu_seqlens", "rows", "pixels", "", "", "table", "vision.embedding", "vision.status"};
+    "cu_seqlens", "rows", "pixels", "", "", "table", "vision.embedding", "vision.status",
+    "vision.logits"};
 constexpr std::array<const char*, kRoles> kTextBuffers = {
-    "cu_seqlens", "rows", "", "ids", "positions", "", "text.embedding", "text.status"};
+    "cu_seqlens", "rows", "", "ids", "positions", "", "text.embedding", "text.status", ""};
 
 std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {
@@ -99,21 +111,24 @@ void Model::upload() {
 }
 
 void Model::add(const ProgramFile& file, const std::string& plan) {
-    const auto named = std::find(kPrograms.begin(), kPrograms.end(), file.name);
-    Program& program = programs_[static_cast<size_t>(named - kPrograms.begin())];
-    const bool text = file.name == "text";
+    const auto served = std::find_if(kServed.begin(), kServed.end(),
+                                   [&](const Served& each) { return each.name == file.name; });
+    Program& program = programs_[static_cast<size_t>(served - kServed.begin())];
+    program.result = served->result;
+    const bool text = served->value_bytes == 0;
     if (program.executable) throw FormatError(package_.folder + ": got two of " + file.name);
     program.executable =
         std::make_unique<Executable>(kernels_, Plan::parse(plan), weights_->address());
     if (text) {
         program.tokens = package_.text->context;
-        program.embedding = package_.text->embedding;
+        program.width = package_.text->embedding;
     } else {
         const VisionFacts& facts = *package_.vision;
-        program.image_bytes = size_t{facts.height} * facts.width * facts.channels *
-                              (file.name == "image.uint8" ? 1 : sizeof(float));
+        program.image_bytes =
+            size_t{facts.height} * facts.width * facts.channels * served->value_bytes;
         program.tokens = facts.tokens;
-        program.embedding = facts.embedding;
+        program.width = program.result == Role::kLogits ? static_cast<uint32_t>(facts.labels.size())
+                                                        : facts.embedding;
         program.table = weights_->address() + static_cast<cu::Pointer>(file.table);
     }
     check(program, file);
@@ -148,9 +163,9 @@ void Model::check(const Program& program, const ProgramFile& file) const {
     const auto want = [&](Role role, int64_t bytes) { wanted[static_cast<size_t>(role)] = bytes; };
     want(Role::kOffsets, 8);
     want(Role::kRows, 4);
-    want(Role::kEmbedding, 4 * int64_t{program.embedding});
-    want(Role::kStatus, 4);
-    const bool text = file.name == "text";
+    want(program.result, 4 * int64_t{program.width});
+    const bool embeds = program.result == Role::kEmbedding, text = program.image_bytes == 0;
+    if (embeds) want(Role::kStatus, 4);
     if (text) want(Role::kIds, 4 * int64_t{program.tokens});
     if (text) want(Role::kPositions, 4 * int64_t{program.tokens});
     const auto& names = text ? kTextBuffers : kImageBuffers;
@@ -176,7 +191,7 @@ void Model::check(const Program& program, const ProgramFile& file) const {
             refuse("got " + buffer.name + " of " + std::to_string(bytes) + " bytes for one item");
         }
     }
-    if (plan.externals.size() != 6) {
+    if (plan.externals.size() != (embeds ? 6 : 5)) {
         refuse("got " + std::to_string(plan.externals.size()) + " buffers of the caller's");
     }
     const std::vector<std::string> missing = program.executable->missing();
@@ -186,7 +201,7 @@ void Model::check(const Program& program, const ProgramFile& file) const {
 const Program& Model::program(What what) const {
     const Program& program = programs_[static_cast<size_t>(what)];
     if (!program.executable) {
-        const char* name = kPrograms[static_cast<size_t>(what)];
+        const char* name = kServed[static_cast<size_t>(what)].name;
         throw std::invalid_argument(package_.folder + ": got a call for " + name +
                                     ", which the model does not have");
     }

@@ -29,12 +29,15 @@ enum class Role : uint8_t {
     kTable,      // (T, C) float: among the weights
     kEmbedding,  // (B, D) float
     kStatus,     // (B,) int32: 0 where all of an item's embedding is finite
+    kLogits,     // (B, labels) float
     kCount
 };
-constexpr bool is_output(Role role) { return role == Role::kEmbedding || role == Role::kStatus; }
+constexpr bool is_output(Role role) {
+    return role == Role::kEmbedding || role == Role::kStatus || role == Role::kLogits;
+}
 constexpr size_t kRoles = static_cast<size_t>(Role::kCount);
 
-enum class What : uint8_t { kUint8, kFloat, kText, kCount };
+enum class What : uint8_t { kUint8, kFloat, kScoresUint8, kScoresFloat, kText, kCount };
 constexpr size_t kWhats = static_cast<size_t>(What::kCount);
 
 // A plan of the model, ready to run.
@@ -43,7 +46,8 @@ struct Program {
     std::vector<Role> roles;  // of the buffers, in the plan's order
     size_t image_bytes = 0;   // of pixels, for plans over images
     uint32_t tokens = 0;      // of an image, or the most of a text
-    uint32_t embedding = 0;   // numbers
+    Role result = Role::kEmbedding;
+    uint32_t width = 0;  // numbers of an item's result
     cu::Pointer table = 0;
     size_t most = 1;  // items that go through at once
 

@@ -179,6 +179,8 @@ void Package::parse(Reader& in, const std::string& version) {
                                  &vision->embedding, &vision->tokens}) {
             *number = side(in);
         }
+        vision->labels = in.list([](Reader& reader) { return reader.string(); });
+        vision->scores = in.string();
     }
     if (in.number<uint8_t>() != 0) {
         text.emplace();
@@ -207,8 +209,11 @@ void Package::check_numbers(const Reader& in) const {
         for (const uint32_t image : build.images) listed(image);
         for (const ProgramFile& program : build.programs) {
             listed(program.plan);
-            const bool pixels = program.name == "image.uint8" || program.name == "image.float";
-            in.want(pixels ? vision.has_value() : program.name == "text" && text,
+            const bool image = program.name == "image.uint8" || program.name == "image.float";
+            const bool scores = program.name == "scores.uint8" || program.name == "scores.float";
+            const bool pixels = image || scores;
+            in.want(pixels ? vision && !(scores && vision->labels.empty())
+                           : program.name == "text" && text,
                     "a program for what the model does not take");
             in.want(!pixels || (program.table % 16 == 0 && program.table >= 0 &&
                                 static_cast<uint64_t>(program.table) >= weight_bytes &&

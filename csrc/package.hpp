@@ -27,6 +27,8 @@ struct VisionFacts {
     uint32_t height = 0, width = 0, channels = 0;  // of an image
     uint32_t embedding = 0;
     uint32_t tokens = 0;  // of an image
+    std::vector<std::string> labels;  // of the classification head; none without one
+    std::string scores;               // what makes probabilities of its logits: see vitrail.h
 };
 
 struct TextFacts {

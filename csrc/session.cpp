@@ -1,6 +1,7 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace vitrail {
@@ -108,14 +109,14 @@ int32_t cut(const TextFacts& facts, const int32_t* ids, int64_t length, size_t n
 Session::Session(std::shared_ptr<const Model> model, bool overlap)
     : model_(std::move(model)), overlap_(overlap), stream_(model_->gpu()) {}
 
-void Session::embed_pixels(What what, const void* pixels, size_t n, float* out, int32_t* status) {
+void Session::images(What what, const void* pixels, size_t n, float* out, int32_t* status) {
     const Program& program = model_->program(what);
     const std::lock_guard<std::mutex> lock(mutex_);
-    embed(what, Pixels(program, pixels), n, out, status);
+    all(what, Pixels(program, pixels), n, out, status);
 }
 
-void Session::embed_texts(const int32_t* ids, const int32_t* lengths, size_t stride, size_t n,
-                          float* out, int32_t* status) {
+void Session::texts(const int32_t* ids, const int32_t* lengths, size_t stride, size_t n, float* out,
+                    int32_t* status) {
     model_->program(What::kText);
     const TextFacts& facts = *model_->package().text;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -129,12 +130,12 @@ void Session::embed_texts(const int32_t* ids, const int32_t* lengths, size_t str
         }
         lengths_.push_back(cut(facts, ids + i * stride, length, i));
     }
-    embed(What::kText, Texts(ids, stride, lengths_), n, out, status);
+    all(What::kText, Texts(ids, stride, lengths_), n, out, status);
 }
 
 // Piece by piece. Where memory lacks, this session's own goes first, and then halves go through
 // one after the other: an item's bits do not depend on what goes with it.
-void Session::embed(What what, const Items& items, size_t n, float* out, int32_t* status) {
+void Session::all(What what, const Items& items, size_t n, float* out, int32_t* status) {
     const Program& program = model_->program(what);
     size_t most = program.most;
     if (status == nullptr) statuses_.resize(n);
@@ -142,7 +143,7 @@ void Session::embed(What what, const Items& items, size_t n, float* out, int32_t
     for (size_t first = 0; first < n;) {
         const size_t count = std::min(most, n - first);
         try {
-            piece(what, items, first, count, out + first * program.embedding, found + first);
+            piece(what, items, first, count, out + first * program.width, found + first);
             first += count;
         } catch (const DriverError& error) {
             stream_.settle();
@@ -158,8 +159,9 @@ void Session::embed(What what, const Items& items, size_t n, float* out, int32_t
     if (status != nullptr) return;
     for (size_t i = 0; i < n; ++i) {
         if (found[i] == 0) continue;
-        throw NotFinite(std::string(items.name()) + " " + std::to_string(i) +
-                        ": the embedding is not finite");
+        const char* result = program.result == Role::kLogits ? "class scores are" : "embedding is";
+        throw NotFinite(std::string(items.name()) + " " + std::to_string(i) + ": the " + result +
+                        " not finite");
     }
 }
 
@@ -190,9 +192,16 @@ void Session::piece(What what, const Items& items, size_t first, size_t count, f
     driver("the outputs", driver.copy_out, static_cast<void*>(to_.data()), out_.address(),
            layout.out, stream_.get());
     stream_.wait("the outputs");
-    std::memcpy(out, place(to_.data(), layout, Role::kEmbedding),
-                count * program.embedding * sizeof(float));
-    std::memcpy(status, place(to_.data(), layout, Role::kStatus), count * sizeof(int32_t));
+    const size_t width = program.width;
+    std::memcpy(out, place(to_.data(), layout, program.result), count * width * sizeof(float));
+    if (program.result == Role::kEmbedding) {
+        std::memcpy(status, place(to_.data(), layout, Role::kStatus), count * sizeof(int32_t));
+        return;
+    }
+    for (size_t i = 0; i < count; ++i) {  // no kernel looks at logits
+        const float* row = out + i * width;
+        status[i] = !std::all_of(row, row + width, [](float x) { return std::isfinite(x); });
+    }
 }
 
 // Makes room for a call of `sizes`, once for all calls that are not larger.

@@ -12,13 +12,13 @@
 
 namespace vitrail {
 
-// An item's embedding is not finite, and the caller did not ask for the status of each.
+// An item's result is not finite, and the caller did not ask for the status of each.
 class NotFinite : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;
 };
 
-// What one call embeds; a part of it goes through at once.
+// What one call is about; a part of it goes through at once.
 class Items {
   public:
     virtual ~Items() = default;
@@ -36,13 +36,13 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
-    // `pixels`: (n, H, W, C) uint8 or (n, C, H, W) float. `out`: (n, D). `status`: (n,), 0 where an
-    // item is finite, or null. Throws NotFinite, std::invalid_argument, and DriverError with
-    // kOutOfMemory where one item alone does not fit.
-    void embed_pixels(What what, const void* pixels, size_t n, float* out, int32_t* status);
+    // `pixels`: (n, H, W, C) uint8 or (n, C, H, W) float. `out`: (n, D) embeddings, or (n, labels)
+    // logits, as `what` says. `status`: (n,), 0 where an item is finite, or null. Throws NotFinite,
+    // std::invalid_argument, and DriverError with kOutOfMemory where one item alone does not fit.
+    void images(What what, const void* pixels, size_t n, float* out, int32_t* status);
     // `ids`: rows of `stride`, of which the first `lengths` (null: all) are a text's.
-    void embed_texts(const int32_t* ids, const int32_t* lengths, size_t stride, size_t n,
-                     float* out, int32_t* status);
+    void texts(const int32_t* ids, const int32_t* lengths, size_t stride, size_t n, float* out,
+               int32_t* status);
 
   private:
     // A program at the sizes it has grown to.
@@ -51,7 +51,7 @@ class Session {
         size_t arena = 0, in = 0, out = 0;  // bytes
     };
 
-    void embed(What what, const Items& items, size_t n, float* out, int32_t* status);
+    void all(What what, const Items& items, size_t n, float* out, int32_t* status);
     void piece(What what, const Items& items, size_t first, size_t count, float* out,
                int32_t* status);
     const Ready& grow(What what, const Sizes& sizes);

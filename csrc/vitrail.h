@@ -1,5 +1,5 @@
-/* libvitrail: embeds images and texts with a model that `vitrail export` wrote, on an NVIDIA GPU,
- * with no Python and no CUDA toolkit; the driver is opened at run time.
+/* libvitrail: embeds images and texts, and classifies images, with a model that `vitrail export`
+ * wrote, on an NVIDIA GPU, with no Python and no CUDA toolkit; the driver is opened at run time.
  *
  *     vitrail_model* model;
  *     vitrail_session* session;
@@ -34,7 +34,7 @@ typedef enum vitrail_status {
     VITRAIL_NO_DEVICE = 3,     /* no NVIDIA driver, or no such device */
     VITRAIL_DEVICE = 4,        /* the driver failed; again and again where the device is lost */
     VITRAIL_OUT_OF_MEMORY = 5, /* one item alone, or the weights, do not fit */
-    VITRAIL_NOT_FINITE = 6,    /* an item's embedding holds NaN or infinity */
+    VITRAIL_NOT_FINITE = 6,    /* an item's embedding or scores hold NaN or infinity */
     VITRAIL_FAILED = 7         /* anything else */
 } vitrail_status;
 
@@ -52,6 +52,9 @@ typedef struct vitrail_options {
 typedef struct vitrail_facts {
     uint32_t image_height, image_width, image_channels;
     uint32_t image_embedding; /* D of an image */
+    uint32_t image_labels;    /* classes; 0: the model has no classification head */
+    const char* image_scores; /* what makes probabilities of logits: "softmax", "sigmoid" for labels
+                                 that do not exclude one another, "none"; NULL without classes */
     uint32_t text_vocab;      /* ids are 0 to this - 1 */
     uint32_t text_context;    /* most ids of a text */
     uint32_t text_embedding;  /* D of a text */
@@ -79,6 +82,9 @@ VITRAIL_API vitrail_status vitrail_load(const char* folder, const vitrail_option
 VITRAIL_API void vitrail_free(vitrail_model* model);
 
 VITRAIL_API vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* facts);
+
+/* The name of a class, in UTF-8, the model's until vitrail_free; NULL past the last. */
+VITRAIL_API const char* vitrail_label(const vitrail_model* model, size_t number);
 
 /* `*session` is NULL where it fails. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY. */
 VITRAIL_API vitrail_status vitrail_session_create(const vitrail_model* model,
@@ -112,6 +118,14 @@ VITRAIL_API vitrail_status vitrail_embed_float(vitrail_session* session, const f
 VITRAIL_API vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids,
                                               size_t stride, const int32_t* lengths, size_t n,
                                               float* embeddings, int32_t* status);
+
+/* The same for a model with a classification head, but `logits` (n, image_labels) float32: class
+ * scores, as classify gives them. */
+VITRAIL_API vitrail_status vitrail_classify_uint8(vitrail_session* session, const uint8_t* pixels,
+                                                  size_t n, float* logits, int32_t* status);
+
+VITRAIL_API vitrail_status vitrail_classify_float(vitrail_session* session, const float* pixels,
+                                                  size_t n, float* logits, int32_t* status);
 
 #ifdef __cplusplus
 }

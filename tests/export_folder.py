@@ -11,6 +11,8 @@ from helpers import clip_folder, make, save
 from vitrail.export import export_model
 
 ARCH = 90
+LABELS = ("cat", "dog", "fish, of any kind", "Vögel", "snake")
+PROBLEM = "multi_label_classification"  # scores are sigmoids
 _TOWER = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -30,12 +32,24 @@ def export_clip(folder: Path) -> None:
 
 
 def export_vit(folder: Path) -> None:
-    """An image tower without a projection, one block."""
+    """An image tower without a projection, one block, and a head over `LABELS`."""
     with tempfile.TemporaryDirectory() as checkpoint:
         config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-        save(make("ViTModel", **config), checkpoint)
+        config |= {"id2label": dict(enumerate(LABELS)), "problem_type": PROBLEM}
+        save(make("ViTForImageClassification", **config), checkpoint)
         size = {"height": 32, "width": 32}
         ViTImageProcessorPil(size=size).save_pretrained(checkpoint)
+        export_model(checkpoint, folder, [ARCH])
+
+
+def export_dinov2(folder: Path) -> None:
+    """One block without an image processor, and a head over the class token and the mean."""
+    with tempfile.TemporaryDirectory() as checkpoint:
+        config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+        del config["intermediate_size"]
+        config |= {"mlp_ratio": 2, "id2label": dict(enumerate(LABELS))}
+        save(make("Dinov2ForImageClassification", **config), checkpoint)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
         export_model(checkpoint, folder, [ARCH])
 
 

@@ -36,7 +36,7 @@ from vitrail.export import export_model
 from vitrail.exported import Exported, open_exported
 from vitrail.files import open_checkpoint
 from vitrail.model import Model, read_model
-from vitrail.package import COPIED, manifest_bytes, pixel_batch, pooled_plans
+from vitrail.package import COPIED, exported_plans, manifest_bytes, pixel_batch
 from vitrail.program import image_record, lower
 from vitrail.runners import native, triton
 from vitrail.runners.native import NativeRunner
@@ -64,6 +64,10 @@ DINOV2 = {
     **{key: value for key, value in BLOCK.items() if key != "intermediate_size"},
     "mlp_ratio": 1,
     "num_register_tokens": 3,
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": VIT,
+    "Dinov2WithRegistersForImageClassification": {**DINOV2, "id2label": VIT["id2label"]},
 }
 TEXT_KEYS = (
     "vocab_size",
@@ -163,13 +167,14 @@ def test_a_dinov2_with_registers_gives_the_bits_of_its_checkpoint(tmp_path: Path
         assert same(one, other)
     found = opened(tmp_path / "out")
     assert found.size == (48, 48), "wanted what the processor makes, not the checkpoint's 32x32"
-    assert found.extent == "images of 48x48"
+    assert found.extent == "pooled embeddings of images of 48x48"
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_classifier_keeps_its_head_and_its_labels(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "vit"
-    save(make("ViTForImageClassification", **VIT), checkpoint)
+@pytest.mark.parametrize("architecture", HEADS)
+def test_a_classifier_keeps_its_head_and_its_labels(architecture: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    save(make(architecture, **HEADS[architecture]), checkpoint)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
     export_model(checkpoint, tmp_path / "out", [80, 90])
     ours, wanted = both(checkpoint, tmp_path / "out")
@@ -178,7 +183,15 @@ def test_a_classifier_keeps_its_head_and_its_labels(tmp_path: Path) -> None:
     one, other = ours.classify(PHOTOS), wanted.classify(PHOTOS)
     assert one.labels == other.labels == tuple(VIT["id2label"].values())
     assert same(one.logits, other.logits)
-    assert list(opened(tmp_path / "out").builds) == [80, 90]
+    found = opened(tmp_path / "out")
+    assert list(found.builds) == [80, 90]
+    assert found.extent == "pooled embeddings and class scores of images of 32x32"
+    record = Record((tmp_path / "out" / "model.vitrail").read_bytes())
+    assert (tuple(record.labels), record.scores) == (one.labels, "softmax")
+    for _, _, programs, _ in record.builds:
+        assert len(programs) == 4
+        for kind in ("float", "uint8"):
+            assert programs[f"scores.{kind}"][1] == programs[f"image.{kind}"][1], "one table"
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -218,7 +231,11 @@ class Record:
             (self.string(), *self.numbers("<Q"), self.take(32)) for _ in range(*self.numbers("<I"))
         ]
         self.weights, self.offset, self.arena, self.packed = self.numbers("<IQQQ")
-        self.vision = self.numbers("<5I") if self.take(1) == b"\1" else None
+        self.vision, self.labels, self.scores = None, [], ""
+        if self.take(1) == b"\1":
+            self.vision = self.numbers("<5I")
+            self.labels = [self.string() for _ in range(*self.numbers("<I"))]
+            self.scores = self.string()
         self.text = self.numbers("<IIIi") if self.take(1) == b"\1" else None
         self.builds = [self.build() for _ in range(*self.numbers("<I"))]
         assert self.at == len(raw)
@@ -288,6 +305,7 @@ def test_the_record_for_cpp_says_the_same(whole: Path) -> None:
     assert spec.text is not None
     tokens = spec.vision.tokens_at((32, 32))
     assert record.vision == (32, 32, 3, spec.vision.embedding, tokens)
+    assert (record.labels, record.scores) == ([], "")
     eos = spec.text.eos
     assert record.text == (spec.text.vocab, spec.text.context, spec.text.embedding, eos)
     [(arch, fingerprint, programs, images)] = record.builds
@@ -351,7 +369,7 @@ def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
 ) -> None:
     found = read_model(clip, torch.float16)
     assert found.spec.vision is not None
-    for name, plan in pooled_plans(found.spec).items():
+    for name, plan in exported_plans(found.spec).items():
         kind = name.partition(".")[2]
         pixels = pixel_batch(found.spec.vision, kind, (32, 32)) if kind else None
         program = lower(plan, Target(90, 132), torch.float16, found.weights, pixels)
@@ -457,6 +475,34 @@ def test_stored_programs_launch_what_new_ones_do(
     assert wanted
 
 
+@pytest.mark.parametrize("architecture", HEADS)
+def test_stored_programs_score_as_new_ones_do(
+    driver: standin.Standin,
+    architecture: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Through `classify`, which is why an export has them."""
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    save(make(architecture, **HEADS[architecture]), checkpoint)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+    export_model(checkpoint, out, [90])
+    monkeypatch.setattr(native, "Target", lambda arch, _: Target(arch, 132))
+    found = read_model(checkpoint, torch.float16)
+    fresh = OnCpu(found.weights, torch.float16, CPU, str(driver.path))
+
+    def call(model: Model) -> None:
+        monkeypatch.setattr(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))
+        model.classify(PHOTOS[:2])
+        model.classify(torch.zeros(2, 3, 32, 32))
+
+    wanted = launches(driver, lambda: call(serve(out, fresh)))
+    assert wanted
+    request.getfixturevalue("without_triton")
+    assert launches(driver, lambda: call(natively(driver, out))) == wanted
+
+
 @pytest.mark.parametrize(
     "pixels", [torch.zeros(2, 40, 24, 3).byte(), torch.zeros(2, 3, 32, 32).half()]
 )
@@ -501,7 +547,7 @@ def test_without_triton_an_image_that_is_not_finite_costs_no_other(
     monkeypatch.setattr(model._vision_tower(""), "embed", lambda *_: found)
     result = model.encode_image(torch.zeros(3, 3, 32, 32), on_error="skip")
     assert list(result.errors) == [1]
-    assert "image 1: the embedding holds numbers that are not finite" in result.errors[1]
+    assert "image 1: the result holds numbers that are not finite" in result.errors[1]
     assert result.index == (0, 2)
 
 
@@ -927,7 +973,9 @@ def test_the_command_writes_what_other_commands_take(clip: Path, tmp_path: Path)
     told = run.invoke(app, ["info", out, "--fingerprint"])
     assert told.exit_code == 0, told.output
     assert re.search(r"^runner .* on (CPU|CUDA), float16$", told.stdout, re.MULTILINE)
-    assert "from clip for sm_80, sm_90: images of 32x32 and texts" in told.stdout
+    assert (
+        "from clip for sm_80, sm_90: pooled embeddings of images of 32x32 and texts" in told.stdout
+    )
     assert vitrail.load(out).fingerprint in told.stdout
     images = str(PHOTOS[0].parent)
     for model, name in ((out, "a.npy"), (str(clip), "b.npy")):

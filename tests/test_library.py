@@ -65,6 +65,13 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "dinov2"
+    export_folder.export_dinov2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "two"
     export_folder.export_two(folder)
@@ -127,7 +134,8 @@ class Options(ctypes.Structure):
 class Facts(ctypes.Structure):
     _fields_ = [
         *((f"image_{name}", ctypes.c_uint32) for name in ("height", "width", "channels")),
-        ("image_embedding", ctypes.c_uint32),
+        *((f"image_{name}", ctypes.c_uint32) for name in ("embedding", "labels")),
+        ("image_scores", ctypes.c_char_p),
         *((f"text_{name}", ctypes.c_uint32) for name in ("vocab", "context", "embedding")),
         ("text_end", ctypes.c_int32),
         ("architecture", ctypes.c_uint32),
@@ -141,7 +149,8 @@ class Library:
 
     def __init__(self, library: Path, driver: Path) -> None:
         self.c = ctypes.CDLL(str(library))
-        self.c.vitrail_error.restype = self.c.vitrail_version.restype = ctypes.c_char_p
+        for name in ("error", "version", "label"):
+            getattr(self.c, f"vitrail_{name}").restype = ctypes.c_char_p
         self.driver = standin.Standin(driver)
 
     @property
@@ -192,18 +201,21 @@ def session(library: Library, clip: Path) -> Iterator[ctypes.c_void_p]:
 
 def test_facts(library: Library, clip: Path, vit: Path) -> None:
     assert library.c.vitrail_version().decode() == __version__
-    for folder, wanted in (
-        (clip, (32, 32, 3, 64, 700, 40, 64, -1, 90)),
-        (vit, (32, 32, 3, 64, 0, 0, 0, 0, 90)),
+    labels = export_folder.LABELS
+    for folder, names, wanted in (
+        (clip, (), (32, 32, 3, 64, 0, None, 700, 40, 64, -1, 90)),
+        (vit, labels, (32, 32, 3, 64, len(labels), b"sigmoid", 0, 0, 0, 0, 90)),
     ):
         code, model = library.load(folder)
         assert code == OK, library.error
         facts = Facts()
         assert library.c.vitrail_model_facts(model, ctypes.byref(facts)) == OK
         found = [getattr(facts, name) for name, _ in Facts._fields_]
-        assert tuple(found[:9]) == wanted
-        assert found[9] == b"stand-in sm_90"
-        assert found[10].decode() == fingerprints(folder)["90"]
+        assert tuple(found[:11]) == wanted
+        assert found[11] == b"stand-in sm_90"
+        assert found[12].decode() == fingerprints(folder)["90"]
+        told = [library.c.vitrail_label(model, ctypes.c_size_t(i)) for i in range(len(names) + 1)]
+        assert told == [*(name.encode() for name in names), None]
         library.free(model)
 
 
@@ -308,6 +320,31 @@ def test_images_reach_the_device(
     assert not pointed_at(library, np.frombuffer(other, np.uint8))
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_class_scores_are_the_devices(
+    library: Library, request: pytest.FixtureRequest, family: str
+) -> None:
+    """A head over the class token, and one over the mean of the patches too."""
+    code, model = library.load(request.getfixturevalue(family))
+    assert code == OK, library.error
+    session = ctypes.c_void_p()
+    assert library.c.vitrail_session_create(model, ctypes.byref(session)) == OK
+    dice = np.random.default_rng(0)
+    pixels: np.ndarray = dice.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    out, status = np.full((3, len(export_folder.LABELS)), -1, np.float32), np.zeros(3, np.int32)
+    given = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, out, status)]
+    library.driver.record(True)
+    code = library.c.vitrail_classify_uint8(session, given[0], ctypes.c_size_t(3), *given[1:])
+    assert code == OK, library.error
+    assert pointed_at(library, pixels)
+    digests = {struct.pack("<Q", launch.digest) for launch in library.driver.launched()}
+    assert out.tobytes()[:8] in digests
+    library.driver.record(False)
+    library.driver.reset()
+    library.c.vitrail_session_free(session)
+    library.free(model)
+
+
 def test_no_driver_and_no_device(library: Library, clip: Path) -> None:
     code, _ = library.load(clip, device=1)
     assert (code, "device 1: " in library.error) == (NO_DEVICE, True)
@@ -347,7 +384,7 @@ def replace(record: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
+    return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
 def a_file(folder: Path, kind: str) -> Path:
@@ -455,14 +492,31 @@ def test_bytes_after_the_record_are_refused(library: Library, copied: Path) -> N
 
 def test_sizes_that_do_not_match_are_refused(library: Library, copied: Path) -> None:
     """The numbers of the towers: the plans must take and give what they say."""
-    towers = b"\1" + struct.pack("<5I", 32, 32, 3, 64, 17) + b"\1"
+    towers = b"\1" + struct.pack("<5IIQ", 32, 32, 3, 64, 17, 0, 0) + b"\1"  # no head
     towers += struct.pack("<IIIi", 700, 40, 64, -1)
-    for place, words in ((1, "pixels"), (13, "embedding"), (17, "table"), (30, "embedding")):
+    for place, words in ((1, "pixels"), (13, "embedding"), (17, "table"), (42, "embedding")):
         other = Path(shutil.copytree(copied, copied.with_name(f"other {place}")))
         changed = bytearray(towers)
         changed[place : place + 4] = struct.pack("<I", 8)
         sign(other, RECORD, lambda record, new=bytes(changed): replace(record, towers, new))
         assert words in library.refuses(other)
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [(4, "got vision.logits of 20 bytes for one item"), (0, "what the model does not take")],
+)
+def test_labels_that_do_not_match_are_refused(
+    library: Library, vit: Path, tmp_path: Path, kept: int, words: str
+) -> None:
+    folder = Path(shutil.copytree(vit, tmp_path / "copied"))
+
+    def listed(count: int) -> bytes:
+        names = export_folder.LABELS[:count]
+        return struct.pack("<I", count) + b"".join(map(text, names)) + text("sigmoid")
+
+    sign(folder, RECORD, lambda record: replace(record, listed(5), listed(kept)))
+    assert words in library.refuses(folder)
 
 
 @pytest.mark.parametrize(

@@ -1369,9 +1369,9 @@ def test_batches_follow_the_size_that_images_come_out_in(
     sizes: list[int] = []
     embed = model._vision.embed
 
-    def counted(pixels: Tensor, logits: bool = False) -> Any:
+    def counted(pixels: Tensor) -> Any:
         sizes.append(len(pixels))
-        return embed(pixels, logits)
+        return embed(pixels)
 
     monkeypatch.setattr(model._vision, "embed", counted)
     images = [np.full((256, 256, 3), n, np.uint8) for n in range(6)]

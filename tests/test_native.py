@@ -180,17 +180,20 @@ def test_every_launch_of_an_image_plan_is_the_operators_own(
     driver: standin.Standin, tmp_path: Path, family: str
 ) -> None:
     runner, spec, head = open_native(driver, tmp_path, family), VISION[family], HEADS.get(family)
-    scored = head if head is not None and head.features == "class" else None
     tokens = spec.tokens_at(spec.image)
     seen: dict[int, set[tuple[str, int]]] = {}
     for uint8 in (True, False):
-        pooled = plans.vision_pooled(spec, scored, uint8=uint8)
-        dense = plans.vision_dense(spec, head, uint8=uint8, taps=(0, 1))
+        walked = [
+            plans.vision_pooled(spec, uint8=uint8),
+            plans.vision_dense(spec, head, uint8=uint8, taps=(0, 1)),
+        ]
+        if head is not None:
+            walked.append(plans.vision_scores(spec, head, uint8=uint8))
         for batch in (1, 3, 40):
             pixels = images(batch, spec.image)
             if not uint8:
                 pixels = normalised(pixels).float().contiguous()
-            for plan in (pooled, dense):
+            for plan in walked:
                 out = see(runner, spec, plan, pixels)
                 known = {"pixels": pixels, **out}
                 found = check_run(driver, runner, plan, [tokens] * batch, known)

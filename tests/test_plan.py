@@ -91,7 +91,14 @@ def text_specs() -> st.SearchStrategy[TextSpec]:
     return st.builds(TextSpec, blocks(causal=True), st.just(50), st.just(16), st.none(), projection)
 
 
-KINDS = ("vision_pooled", "vision_dense", "vision_layers", "text_pooled", "text_dense")
+KINDS = (
+    "vision_pooled",
+    "vision_scores",
+    "vision_dense",
+    "vision_layers",
+    "text_pooled",
+    "text_dense",
+)
 
 
 def subsets(numbers: range, min_size: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
@@ -117,11 +124,12 @@ def any_plan(draw: st.DrawFn) -> Plan:
         return plans.vision_layers(spec, taps, draw(st.booleans()), uint8)
     head = None
     if spec.norm == "tokens":
-        features = ["class"] if kind == "vision_pooled" else ["class", "class_mean"]
-        labels = st.just(("a", "b", "c"))
-        head = draw(st.none() | st.builds(HeadSpec, labels, st.sampled_from(features)))
-    if kind == "vision_pooled":
-        return plans.vision_pooled(spec, head, uint8=uint8)
+        features = st.sampled_from(["class", "class_mean"])
+        head = draw(st.none() | st.builds(HeadSpec, st.just(("a", "b", "c")), features))
+    if kind == "vision_scores" and head is not None:
+        return plans.vision_scores(spec, head, uint8=uint8)
+    if kind in ("vision_scores", "vision_pooled"):
+        return plans.vision_pooled(spec, uint8=uint8)
     taps = draw(subsets(range(spec.blocks.layers + 1)))
     return plans.vision_dense(spec, head, uint8=uint8, taps=taps)
 
@@ -291,10 +299,17 @@ def test_the_pooled_plan_returns_nothing_but_the_embedding() -> None:
         "vision.embedding",
         "vision.status",
     )
-    head = HeadSpec(("cat", "dog"), "class")
-    with_head = plans.vision_pooled(VIT_B16, head, uint8=False)
-    assert with_head.outputs == ("vision.embedding", "vision.status", "vision.logits")
-    assert [launch.label for launch in with_head.launches][-2:] == ["vision.pool", "vision.head"]
+
+
+@pytest.mark.parametrize(("features", "last"), [("class", 6), ("class_mean", 5 + 1 + 1)])
+def test_the_plan_of_scores_returns_nothing_else(features: Any, last: int) -> None:
+    head = HeadSpec(("cat", "dog"), features)
+    plan = plans.vision_scores(VIT_B16, head, uint8=False)
+    assert plan.outputs == ("vision.logits",)
+    assert len(plan.launches) == 1 + 11 * 5 + last + 1
+    assert plan.launches[-1].label == "vision.head"
+    dense = plans.vision_dense(VIT_B16, head)
+    assert plan.flops([197] * 3) < dense.flops([197] * 3) or features == "class_mean"
 
 
 @pytest.mark.parametrize("norm", [True, False])

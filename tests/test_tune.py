@@ -119,8 +119,11 @@ def test_problems_are_the_plans_own_calls_equal_ones_once() -> None:
         counts[problem.op] += problem.times
     wanted: Counter[str] = Counter()
     for uint8 in (False, True):
-        plan = plans.vision_pooled(VISION, LABELS, uint8=uint8)
-        wanted.update(launch.op for launch in plan.launches)
+        for plan in (
+            plans.vision_pooled(VISION, uint8=uint8),
+            plans.vision_scores(VISION, LABELS, uint8=uint8),
+        ):
+            wanted.update(launch.op for launch in plan.launches)
     wanted.update(launch.op for launch in plans.text_pooled(TEXT).launches)
     assert counts == {op: 2 * wanted[op] for op in ("linear", "attention", "patch_embed")}
     assert len(found) < counts.total() / 2, "layers are alike"

@@ -1,4 +1,4 @@
-"""`vitrail export`: a checkpoint's weights, pooled plans and compiled kernels as one folder.
+"""`vitrail export`: a checkpoint's weights, plans and compiled kernels as one folder.
 
 It loads without a checkpoint, without triton and, by csrc's library, without Python. What is in
 it: `vitrail.package`. The folder is written aside and renamed, and vitrail.json comes last: what a
@@ -28,10 +28,10 @@ from vitrail.package import (
     FORMAT,
     NATIVE,
     WEIGHTS,
+    exported_plans,
     manifest_bytes,
     native_record,
     pixel_batch,
-    pooled_plans,
     read_digest,
     table_places,
     weights_header,
@@ -160,7 +160,7 @@ class _Package:
 
     def lower(self, target: Target) -> None:
         programs: dict[str, Program] = {}
-        for name, plan in pooled_plans(self.spec).items():
+        for name, plan in exported_plans(self.spec).items():
             pixels = None
             if self.spec.vision is not None and self.size is not None and name != "text":
                 pixels = pixel_batch(self.spec.vision, name.partition(".")[2], self.size)

@@ -32,9 +32,9 @@ from vitrail.package import (
     FORMAT,
     NATIVE,
     WEIGHTS,
+    exported_plans,
     manifest_bytes,
     pixel_batch,
-    pooled_plans,
     read_digest,
     table_places,
     weights_header,
@@ -60,7 +60,7 @@ _FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "builds": dict,
     "files": dict,
 }
-_BUILT = re.compile(r"sm_([1-9][0-9]{1,2})/(image\.uint8\.plan|image\.float\.plan|text\.plan)")
+_BUILT = re.compile(r"sm_([1-9][0-9]{1,2})/((image|scores)\.(uint8|float)|text)\.plan")
 _IMAGE = re.compile(r"sm_([1-9][0-9]{1,2})/[0-9a-f]{64}\.image")
 
 
@@ -162,7 +162,7 @@ class Exported:
         """The stored program of ``plan`` for pixels of this shape; None where there is none."""
         if arch not in self.builds:
             return None
-        for name, own in pooled_plans(self.spec).items():
+        for name, own in exported_plans(self.spec).items():
             if own != plan:
                 continue
             if pixels is not None and self.spec.vision is not None and self.size is not None:
@@ -194,9 +194,12 @@ class Exported:
 
     @property
     def extent(self) -> str:
-        """What its programs serve, in words."""
+        """What its programs give, in words."""
+        found = "pooled embeddings"
+        if self.spec.head is not None:
+            found += " and class scores"
         image = [] if self.size is None else [f"images of {self.size[0]}x{self.size[1]}"]
-        return " and ".join(image + ["texts"] * (self.spec.text is not None))
+        return f"{found} of {' and '.join(image + ['texts'] * (self.spec.text is not None))}"
 
 
 def open_exported(path_or_id: object, revision: str | None = None) -> Exported | None:
@@ -307,7 +310,7 @@ def _check_files(exported: Exported, where: str) -> None:
             raise refusal(f"{where}: files: {name}", show(digest), "64 hex digits")
         if not os.path.lexists(exported.folder / name):
             raise refusal(place(exported.folder / name), "no such file", f"it, as {EXPORT} says")
-    named = itertools.product(exported.builds, pooled_plans(exported.spec))
+    named = itertools.product(exported.builds, exported_plans(exported.spec))
     for name in (NATIVE, WEIGHTS, *(f"sm_{arch}/{plan}.plan" for arch, plan in named)):
         if name not in exported.files:
             raise refusal(f"{where}: files", f"no {name}", "it among them")

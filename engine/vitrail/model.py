@@ -516,10 +516,7 @@ class Model:
 
     def _compute_at_once(self, batch: Tensor, positions: Sequence[int], logits: bool) -> _Rows:
         tower = self._vision_tower("images")
-        if logits and tower.head is not None and tower.head.features == "class_mean":
-            found = tower.dense(batch)["vision.logits"]
-        else:
-            found = tower.embed(batch, logits)["vision.logits" if logits else "vision.embedding"]
+        found = tower.scores(batch) if logits else tower.embed(batch)["vision.embedding"]
         finite = torch.isfinite(found).all(dim=1).tolist()
         rows: dict[int, Tensor] = {}
         errors: dict[int, VitrailError] = {}
@@ -538,7 +535,7 @@ class Model:
         try:
             out = tower.dense(pixels, tuple(range(layers + 1)))
         except InputError:  # an export where triton is missing has no plan that looks into it
-            return f"the embedding {self._not_finite()}"
+            return f"the result {self._not_finite()}"
         for layer in range(layers + 1):
             if not torch.isfinite(out[f"vision.hidden.{layer}"]).all():
                 place = f"block {layer - 1}" if layer else "the patch embedding"

@@ -46,12 +46,16 @@ NATIVE_MAGIC = b"vitrail model 1\n"
 # -- what the folder holds, by the spec ------------------------------------------------------------
 
 
-def pooled_plans(spec: ModelSpec) -> dict[str, Plan]:
+def exported_plans(spec: ModelSpec) -> dict[str, Plan]:
     """The plans that are exported, by name. Pixels of uint8 need an image processor."""
     found: dict[str, Plan] = {}
     if spec.vision is not None:
         for kind in pixel_kinds(spec):
-            found[f"image.{kind}"] = plans.vision_pooled(spec.vision, uint8=kind == "uint8")
+            uint8 = kind == "uint8"
+            found[f"image.{kind}"] = plans.vision_pooled(spec.vision, uint8=uint8)
+            if spec.head is not None:
+                scores = plans.vision_scores(spec.vision, spec.head, uint8=uint8)
+                found[f"scores.{kind}"] = scores
     if spec.text is not None:
         found["text"] = plans.text_pooled(spec.text)
     return found
@@ -179,6 +183,9 @@ def _towers(spec: ModelSpec, size: tuple[int, int] | None) -> bytes:
     if (vision := spec.vision) is not None and size is not None:
         facts = *size, vision.channels, vision.embedding, vision.tokens_at(size)
         found = b"\1" + struct.pack("<5I", *facts)
+        labels = () if spec.head is None else spec.head.labels
+        found += items([string(label) for label in labels])
+        found += string("" if spec.head is None else spec.head.scores)
     if (text := spec.text) is None:
         return found + b"\0"
     eos = -1 if text.eos is None else text.eos

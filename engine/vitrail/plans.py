@@ -101,9 +101,12 @@ def _tail(
     )
 
 
-def _pooled_block(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
-    """Six launches: the last block for one token a sequence; returns that token's stream (B, C)."""
+def _pooled_blocks(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
+    """Every block; the last, in six launches, for one token a sequence, whose stream (B, C) it
+    returns."""
     layer, c = spec.layers - 1, spec.width
+    for before in range(layer):
+        _block(build, spec, tower, before, x, x, masked=False)
     name = f"{tower}.blocks.{layer}"
     kv = build.buffer(f"{name}.kv", PER_TOKEN, 2 * c)
     q = build.buffer(f"{name}.q", PER_SEQUENCE, c)
@@ -214,21 +217,31 @@ _TEXT_INPUTS = ("ids", "positions", "cu_seqlens", "rows")
 
 
 @functools.lru_cache(maxsize=256)
-def vision_pooled(spec: VisionSpec, head: HeadSpec | None = None, *, uint8: bool) -> Plan:
-    """Pixels -> ``vision.embedding`` (B, D) and ``vision.status`` (B,), and nothing else.
-
-    With a ``head`` over the class token also ``vision.logits`` (B, labels) fp32.
-    """
+def vision_pooled(spec: VisionSpec, *, uint8: bool) -> Plan:
+    """Pixels -> ``vision.embedding`` (B, D) and ``vision.status`` (B,), and nothing else."""
     build = Builder()
     x = build.buffer("vision.stream", PER_TOKEN, spec.blocks.width)
     _embed_pixels(build, spec, uint8, x)
-    for layer in range(spec.blocks.layers - 1):
-        _block(build, spec.blocks, "vision", layer, x, x, masked=False)
-    pooled = _pooled_block(build, spec.blocks, "vision", x)
-    outputs = _pool(build, spec, "vision", pooled, rows=None)
-    if head is not None:
-        outputs.append(_class_head(build, head, spec, pooled, rows=None))
-    return build.finish("vision.pooled", vision_layout(spec, head), _VISION_INPUTS, outputs)
+    x = _pooled_blocks(build, spec.blocks, "vision", x)
+    outputs = _pool(build, spec, "vision", x, rows=None)
+    return build.finish("vision.pooled", vision_layout(spec), _VISION_INPUTS, outputs)
+
+
+@functools.lru_cache(maxsize=256)
+def vision_scores(spec: VisionSpec, head: HeadSpec, *, uint8: bool) -> Plan:
+    """Pixels -> ``vision.logits`` (B, labels) fp32, and nothing else."""
+    build, blocks = Builder(), spec.blocks
+    x = build.buffer("vision.stream", PER_TOKEN, blocks.width)
+    _embed_pixels(build, spec, uint8, x)
+    if head.features == "class":
+        x = _pooled_blocks(build, blocks, "vision", x)
+        logits = _class_head(build, head, spec, x, rows=None)
+    else:
+        x = _dense_blocks(build, blocks, "vision", x, (), blocks.layers, masked=False)
+        last = build.buffer("vision.last", PER_TOKEN, blocks.width)
+        _layernorm(build, "vision.norm", "vision.norm", last, x, blocks.eps)
+        logits = _class_mean_head(build, head, spec, last)
+    return build.finish("vision.scores", vision_layout(spec, head), _VISION_INPUTS, [logits])
 
 
 @functools.lru_cache(maxsize=256)
@@ -237,10 +250,8 @@ def text_pooled(spec: TextSpec) -> Plan:
     build = Builder()
     x = build.buffer("text.stream", PER_TOKEN, spec.blocks.width)
     _embed_ids(build, x)
-    for layer in range(spec.blocks.layers - 1):
-        _block(build, spec.blocks, "text", layer, x, x, masked=False)
-    pooled = _pooled_block(build, spec.blocks, "text", x)
-    outputs = _pool(build, spec, "text", pooled, rows=None)
+    x = _pooled_blocks(build, spec.blocks, "text", x)
+    outputs = _pool(build, spec, "text", x, rows=None)
     return build.finish("text.pooled", text_layout(spec), _TEXT_INPUTS, outputs)
 
 

@@ -51,11 +51,16 @@ class VisionTower:
         }
         return self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
 
-    def embed(self, pixels: Tensor, head: bool = False) -> dict[str, Tensor]:
-        """``vision.embedding`` (B, D), ``vision.status`` (B,); with ``head`` ``vision.logits``."""
-        wanted = self.head if head and self.head and self.head.features == "class" else None
-        uint8 = pixels.dtype == torch.uint8
-        return self._run(plans.vision_pooled(self.spec, wanted, uint8=uint8), pixels)
+    def embed(self, pixels: Tensor) -> dict[str, Tensor]:
+        """``vision.embedding`` (B, D) and ``vision.status`` (B,)."""
+        plan = plans.vision_pooled(self.spec, uint8=pixels.dtype == torch.uint8)
+        return self._run(plan, pixels)
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """Logits (B, labels) fp32 of the classification head, which there must be."""
+        assert self.head is not None, "the checkpoint has a classification head"
+        plan = plans.vision_scores(self.spec, self.head, uint8=pixels.dtype == torch.uint8)
+        return self._run(plan, pixels)["vision.logits"]
 
     def dense(self, pixels: Tensor, taps: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """All that ``forward`` returns; tokens shaped (B, T, C)."""

@@ -66,12 +66,14 @@ def _plans(
     if (vision := spec.vision) is not None:
         height, width = size or served(spec) or vision.image
         lengths = (vision.tokens_at((height, width)),) * batch
-        head = spec.head if spec.head and spec.head.features == "class" else None
         for uint8 in (True, False):
             shape = (height, width, vision.channels) if uint8 else (vision.channels, height, width)
             kind = torch.uint8 if uint8 else torch.float32
             pixels = torch.empty((batch, *shape), dtype=kind, device="meta")
-            yield plans.vision_pooled(vision, head, uint8=uint8), lengths, {"pixels": pixels}
+            yield plans.vision_pooled(vision, uint8=uint8), lengths, {"pixels": pixels}
+            if spec.head is not None:
+                scores = plans.vision_scores(vision, spec.head, uint8=uint8)
+                yield scores, lengths, {"pixels": pixels}
     if (text := spec.text) is not None:  # of all lengths evenly; one alone is the longest
         lengths = tuple(max(1, text.context * (i + 1) // batch) for i in range(batch))
         yield plans.text_pooled(text), lengths, {}

@@ -102,10 +102,12 @@ def works(shapes: Shapes) -> Iterator[Work]:
         return
     vision, head = spec.vision, spec.head
     assert vision is not None, "the checkpoint has an image tower"
-    one = head if head is not None and head.features == "class" else None
     for uint8 in (True, False):
-        plan = plans.vision_pooled(vision, one, uint8=uint8)
+        plan = plans.vision_pooled(vision, uint8=uint8)
         yield vision_work(spec, plan, batch, vision.image, uint8)
+        if head is not None:
+            plan = plans.vision_scores(vision, head, uint8=uint8)
+            yield vision_work(spec, plan, batch, vision.image, uint8)
     plan = plans.vision_dense(vision, head)
     yield vision_work(spec, plan, batch, vision.image, False)
 

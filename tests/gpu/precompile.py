@@ -115,6 +115,9 @@ def tower_work(spec: ModelSpec, batch: int) -> Iterator[Work]:
         for uint8 in (False, True):
             plan = plans.vision_pooled(vision, uint8=uint8)
             yield vision_work(spec, plan, batch, vision.image, uint8)
+            if spec.head is not None:
+                plan = plans.vision_scores(vision, spec.head, uint8=uint8)
+                yield vision_work(spec, plan, batch, vision.image, uint8)
 
 
 def needed(modules: Iterable[str], target: Target) -> list[Call]:

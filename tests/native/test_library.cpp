@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <random>
@@ -23,7 +24,9 @@
 
 namespace {
 
-enum Kind { kUint8, kFloat, kText, kKinds };
+enum Kind { kUint8, kFloat, kText, kScoresUint8, kScoresFloat };
+bool is_bytes(Kind kind) { return kind == kUint8 || kind == kScoresUint8; }
+bool is_scores(Kind kind) { return kind == kScoresUint8 || kind == kScoresFloat; }
 
 // Items of one kind, the same for the same numbers.
 struct Call {
@@ -44,7 +47,7 @@ struct Items {
 
 struct Result {
     vitrail_status code = VITRAIL_OK;
-    std::vector<float> embeddings;
+    std::vector<float> embeddings;  // or logits
     std::vector<int32_t> status;
 
     bool operator==(const Result& other) const {
@@ -66,11 +69,10 @@ Items make(const vitrail_facts& facts, const Call& call) {
     std::mt19937 dice(call.seed * 1000 + call.kind);
     const size_t image =
         size_t{facts.image_height} * facts.image_width * facts.image_channels * call.n;
-    if (call.kind == kUint8) {
+    if (is_bytes(call.kind)) {
         items.bytes.resize(image);
         for (uint8_t& byte : items.bytes) byte = static_cast<uint8_t>(dice());
-    }
-    if (call.kind == kFloat) {
+    } else if (call.kind != kText) {
         items.floats.resize(image);
         for (float& number : items.floats) number = static_cast<float>(dice() % 1000) / 500 - 1;
     }
@@ -88,17 +90,20 @@ Items make(const vitrail_facts& facts, const Call& call) {
 Result embed(vitrail_session* session, const vitrail_facts& facts, const Call& call,
              const Items& items, size_t first, size_t n) {
     const bool text = call.kind == kText;
-    const size_t width = text ? facts.text_embedding : facts.image_embedding;
+    const bool scores = is_scores(call.kind);
+    const size_t width = text     ? facts.text_embedding
+                         : scores ? facts.image_labels
+                                  : facts.image_embedding;
     const size_t image = size_t{facts.image_height} * facts.image_width * facts.image_channels;
     Result result{VITRAIL_OK, std::vector<float>(n * width, -1), std::vector<int32_t>(n, -1)};
     float* out = result.embeddings.data();
     int32_t* status = result.status.data();
-    if (call.kind == kUint8) {
-        const uint8_t* from = items.bytes.data() + first * image;
-        result.code = vitrail_embed_uint8(session, from, n, out, status);
-    } else if (call.kind == kFloat) {
-        const float* from = items.floats.data() + first * image;
-        result.code = vitrail_embed_float(session, from, n, out, status);
+    if (is_bytes(call.kind)) {
+        const auto work = scores ? vitrail_classify_uint8 : vitrail_embed_uint8;
+        result.code = work(session, items.bytes.data() + first * image, n, out, status);
+    } else if (!text) {
+        const auto work = scores ? vitrail_classify_float : vitrail_embed_float;
+        result.code = work(session, items.floats.data() + first * image, n, out, status);
     } else {
         result.code =
             vitrail_embed_text(session, items.ids.data() + first * facts.text_context,
@@ -249,6 +254,45 @@ void test_status(const Bench& clip, const Bench& vit) {
     CHECK(vitrail_embed_uint8(images, others.bytes.data(), 3, same.data(), nullptr) == VITRAIL_OK);
     CHECK(vit.run(images, call).embeddings == same);
     vitrail_session_free(images);
+    vitrail_session_free(session);
+}
+
+// Of logits, which no kernel looks at: among many digests some are no number.
+void test_scores(const Bench& clip, const Bench& vit) {
+    vitrail_session* session = vit.session();
+    vitrail_session* none = clip.session();
+    const size_t labels = vit.facts.image_labels;
+    std::vector<float> out(3 * labels);
+    unsigned odd = 0;
+    for (unsigned seed = 0; seed < 3000 && odd < 3; ++seed) {
+        const Call call{seed % 2 == 0 ? kScoresUint8 : kScoresFloat, 3, seed};
+        const Result asked = vit.run(session, call);
+        CHECK(asked.code == VITRAIL_OK);
+        const Items items = make(vit.facts, call);
+        const vitrail_status code =
+            seed % 2 == 0
+                ? vitrail_classify_uint8(session, items.bytes.data(), 3, out.data(), nullptr)
+                : vitrail_classify_float(session, items.floats.data(), 3, out.data(), nullptr);
+        CHECK(std::memcmp(out.data(), asked.embeddings.data(), out.size() * sizeof(float)) == 0);
+        bool fine = true;
+        for (size_t i = 0; i < 3; ++i) {
+            const float* row = out.data() + i * labels;
+            const bool finite =
+                std::all_of(row, row + labels, [](float x) { return std::isfinite(x); });
+            CHECK(asked.status[i] == (finite ? 0 : 1));
+            fine = fine && finite;
+        }
+        CHECK(code == (fine ? VITRAIL_OK : VITRAIL_NOT_FINITE));
+        if (fine) continue;
+        CHECK(std::strstr(vitrail_error(), ": the class scores are not finite") != nullptr);
+        ++odd;
+    }
+    CHECK(odd == 3);
+    const Items items = make(clip.facts, {kUint8, 3, 0});
+    CHECK(vitrail_classify_uint8(none, items.bytes.data(), 3, out.data(), nullptr) ==
+          VITRAIL_INVALID);
+    CHECK(std::strstr(vitrail_error(), "which the model does not have") != nullptr);
+    vitrail_session_free(none);
     vitrail_session_free(session);
 }
 
@@ -595,9 +639,10 @@ int main(int count, char** arguments) {
         Bench clip(arguments[1], arguments[3]), vit(arguments[2], arguments[3]);
         test_arguments(clip, vit);
         test_status(clip, vit);
+        test_scores(clip, vit);
         say("arguments");
         test_sizes(clip, driver, {kUint8, kFloat, kText});
-        test_sizes(vit, driver, {kUint8, kFloat});
+        test_sizes(vit, driver, {kUint8, kScoresFloat, kFloat, kScoresUint8});
         say("sizes");
         test_threads(clip, number(4), number(5));
         say("threads");

@@ -256,7 +256,7 @@ class NativeRunner(TritonRunner):
         if NO_TRITON is not None:
             raise InputError(
                 f"{exported.folder}: got a call of {what}, which needs triton, and it is not "
-                f"installed; wanted what was exported: pooled embeddings of {exported.extent}"
+                f"installed; wanted what was exported: {exported.extent}"
             )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
