@@ -66,6 +66,8 @@ def everything(model: vitrail.Model, pixels: Tensor, batch: int) -> Iterator[tup
     assert vision is not None
     some, last = pixels[:batch], vision.spec.blocks.layers
     yield "pooled", vision.embed(some)
+    if vision.head is not None:
+        yield "scores", {"vision.logits": vision.scores(some)}
     few = some[:DENSE]
     yield "dense", vision.dense(few, (0, 1, last))
     for norm in (False, True):

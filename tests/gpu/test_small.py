@@ -61,7 +61,7 @@ def opened(folder: Path) -> tuple[vitrail.Model, vitrail.Model, vitrail.Model]:
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_a_small_model(architecture: str, tmp_path: Path) -> None:
-    """Every field of forward, at its own size and another, and the embeddings."""
+    """Every field of forward, at its own size and another, the embeddings and class scores."""
     theirs = save(make(architecture, **SMALL[architecture]), tmp_path, dtype=HALF)
     ours, exact, peer = opened(tmp_path)
     for size in (None, (51, 38)):
@@ -78,6 +78,10 @@ def test_a_small_model(architecture: str, tmp_path: Path) -> None:
                 assert_close(y.cpu(), r, p.to(HALF), what="model", name=name)
         y, r, p = (model.encode_image(given["pixel_values"]) for model in (ours, exact, peer))
         assert_close(y, r, p.to(HALF), what="model", name="encode_image")
+        if ours.spec.head is not None:
+            found = (model.classify(given["pixel_values"]) for model in (ours, exact, peer))
+            y, r, p = (one.logits for one in found)
+            assert_close(y, r, p.to(HALF), what="scores", name="classify")
         if "input_ids" in given:
             y, r, p = (model.encode_text(given["input_ids"]) for model in (ours, exact, peer))
             assert_close(y, r, p.to(HALF), what="model", name="encode_text")

@@ -55,6 +55,10 @@ def test_fp32_equals_transformers_field_by_field(architecture: str, tmp_path: Pa
         pixels = given["pixel_values"]
         wanted = image_embedding(theirs, pixels)
         assert_close(ours.encode_image(pixels), wanted, what="model", name="encode_image")
+    if ours.spec.head is not None:
+        found = ours.classify(given["pixel_values"]).logits
+        with torch.no_grad():
+            assert_close(found, theirs(**given).logits, what="scores", name="classify")
     if architecture in TEXT_ARCHITECTURES:
         ids = given["input_ids"]
         wanted = text_embedding(theirs, ids)
