@@ -230,14 +230,22 @@ def with_outliers(model: nn.Module, *, seed: int = 0) -> Any:
             second = [getattr(block, name) for name in _NORMS[1] if hasattr(block, name)]
             if not first:
                 continue
-            attention = getattr(block, "self_attn", None) or block.attention
-            out = getattr(attention, "out_proj", None) or attention.o_proj
-            inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+            *inputs, out = _projections(getattr(block, "self_attn", None) or block.attention)
             _scale(first[0], inputs, dice)
-            _scale(attention.v_proj, [out], dice)
-            ups = [getattr(block.mlp, name, None) for name in ("fc1", "gate_proj", "up_proj")]
-            _scale(second[0], [up for up in ups if up is not None], dice)
+            _scale(inputs[2], [out], dice)
+            names = ("fc1", "gate_proj", "up_proj", "weights_in")
+            ups = [getattr(block.mlp, name) for name in names if hasattr(block.mlp, name)]
+            _scale(second[0], ups, dice)
     return model
+
+
+def _projections(attention: Any) -> list[nn.Linear]:
+    """Of queries, keys, values, and out again, as versions of transformers call them."""
+    if hasattr(attention, "q_proj"):
+        out = getattr(attention, "out_proj", None) or attention.o_proj
+        return [attention.q_proj, attention.k_proj, attention.v_proj, out]
+    inner = attention.attention
+    return [inner.query, inner.key, inner.value, attention.output.dense]
 
 
 def _scale(writer: nn.Module, readers: list[Any], dice: torch.Generator) -> None:

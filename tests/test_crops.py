@@ -318,9 +318,9 @@ def test_a_limit_on_bytes_splits_a_call_into_batches(
     assert tower is not None
     embed = tower.embed
 
-    def kept(pixels: Tensor, head: bool = False) -> dict[str, Tensor]:
+    def kept(pixels: Tensor) -> dict[str, Tensor]:
         seen.append(pixels)
-        return embed(pixels, head)
+        return embed(pixels)
 
     monkeypatch.setattr(tower, "embed", kept)
     given = [photo(60, 50, seed=n) for n in range(9)]

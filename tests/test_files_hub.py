@@ -140,6 +140,7 @@ def test_all_files_are_of_the_commit_that_the_first_came_from(
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     open_checkpoint("org/name", revision="main")
     assert [revision for revision, _ in asked] == ["main", COMMIT]
     assert asked[1][1] == [A, B]

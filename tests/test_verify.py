@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 from typer.testing import CliRunner, Result
 
@@ -60,6 +61,22 @@ def test_a_sound_engine_passes(name: str, dtype: str, folders: dict[str, Path]) 
     names = [check.name for check in report.checks]
     wanted = ["contract", "pixels, Pillow", "pixels, processor", "images", "images, from files"]
     assert names == [*wanted, "headroom", *(["tokens", "texts"] if name == "CLIPModel" else [])]
+
+
+def test_a_transformers_that_wants_another_package_is_noted(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 5.17 wants torchvision of whoever asks for its processors."""
+
+    def wanting(*_: object, **__: object) -> None:
+        raise ImportError("\nAutoImageProcessor requires\nthe Torchvision library")
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", wanting)
+    report = check("ViTModel", folders)
+    assert report.passed, report
+    (found,) = [one for one in report.checks if one.name == "pixels, processor"]
+    assert found.verdict == "note"
+    assert found.text.endswith(": AutoImageProcessor requires the Torchvision library")
 
 
 Plant = Callable[[ModelSpec], ModelSpec]

@@ -291,6 +291,10 @@ def _download(repo: str, revision: str | None, local_files_only: bool) -> Path:
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision: got {show(revision)}, wanted a branch, a tag or a commit")
     with _hub_errors(repo, revision):
+        from huggingface_hub import constants
+
+        # Of a commit, some versions of the client ask the hub even where it is offline.
+        local_files_only = local_files_only or constants.HF_HUB_OFFLINE
         folder = _small_files(repo, revision, local_files_only)
         names = _names(folder)
         if local_files_only or SINGLE in names:
