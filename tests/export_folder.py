@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import ViTImageProcessorPil
 
@@ -32,30 +33,34 @@ def export_clip(folder: Path) -> None:
 
 
 def export_vit(folder: Path) -> None:
-    """An image tower without a projection, one block, and a head over `LABELS`."""
-    with tempfile.TemporaryDirectory() as checkpoint:
-        config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-        config |= {"id2label": dict(enumerate(LABELS)), "problem_type": PROBLEM}
-        save(make("ViTForImageClassification", **config), checkpoint)
-        size = {"height": 32, "width": 32}
-        ViTImageProcessorPil(size=size).save_pretrained(checkpoint)
-        export_model(checkpoint, folder, [ARCH])
+    """An image tower without a projection, and a head over `LABELS`."""
+    labelled = {"id2label": dict(enumerate(LABELS)), "problem_type": PROBLEM}
+    _export("ViTForImageClassification", {**_TOWER, **labelled}, folder, [ARCH])
 
 
 def export_dinov2(folder: Path) -> None:
-    """One block without an image processor, and a head over the class token and the mean."""
-    with tempfile.TemporaryDirectory() as checkpoint:
-        config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-        del config["intermediate_size"]
-        config |= {"mlp_ratio": 2, "id2label": dict(enumerate(LABELS))}
-        save(make("Dinov2ForImageClassification", **config), checkpoint)
-        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
-        export_model(checkpoint, folder, [ARCH])
+    """A head over the class token and the mean of the patches."""
+    config = {key: value for key, value in _TOWER.items() if key != "intermediate_size"}
+    config |= {"mlp_ratio": 2, "id2label": dict(enumerate(LABELS))}
+    _export("Dinov2ForImageClassification", config, folder, [ARCH])
 
 
 def export_two(folder: Path) -> None:
-    """One block without an image processor, for sm_80 and sm_90."""
+    """Without an image processor, for sm_80 and sm_90."""
+    _export("ViTModel", _TOWER, folder, [80, ARCH], processor=False)
+
+
+def _export(
+    architecture: str,
+    config: dict[str, Any],
+    folder: Path,
+    architectures: list[int],
+    processor: bool = True,
+) -> None:
+    """An image tower of one block, for images of 32 x 32."""
     with tempfile.TemporaryDirectory() as checkpoint:
-        config = {**_TOWER, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-        save(make("ViTModel", **config), checkpoint)
-        export_model(checkpoint, folder, [80, ARCH])
+        config = {**config, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+        save(make(architecture, **config), checkpoint)
+        if processor:
+            ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+        export_model(checkpoint, folder, architectures)

@@ -113,6 +113,11 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "image_record", lambda key, call, arch: f"{key} {arch}".encode())
 
 
+def save_classifier(architecture: str, folder: Path) -> None:
+    save(make(architecture, **HEADS[architecture]), folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -174,8 +179,7 @@ def test_a_dinov2_with_registers_gives_the_bits_of_its_checkpoint(tmp_path: Path
 @pytest.mark.parametrize("architecture", HEADS)
 def test_a_classifier_keeps_its_head_and_its_labels(architecture: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
-    save(make(architecture, **HEADS[architecture]), checkpoint)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+    save_classifier(architecture, checkpoint)
     export_model(checkpoint, tmp_path / "out", [80, 90])
     ours, wanted = both(checkpoint, tmp_path / "out")
     assert ours.fingerprint == wanted.fingerprint
@@ -485,8 +489,7 @@ def test_stored_programs_score_as_new_ones_do(
 ) -> None:
     """Through `classify`, which is why an export has them."""
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
-    save(make(architecture, **HEADS[architecture]), checkpoint)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+    save_classifier(architecture, checkpoint)
     export_model(checkpoint, out, [90])
     monkeypatch.setattr(native, "Target", lambda arch, _: Target(arch, 132))
     found = read_model(checkpoint, torch.float16)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +185,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(build("csrc") / "libvitrail.so", driver)
 
 
-@pytest.fixture
-def session(library: Library, clip: Path) -> Iterator[ctypes.c_void_p]:
-    code, model = library.load(clip)
+@contextmanager
+def recorded(library: Library, folder: Path) -> Iterator[ctypes.c_void_p]:
+    """A session of a folder's model, whose launches are recorded; nothing of it stays behind."""
+    code, model = library.load(folder)
     assert code == OK, library.error
     made = ctypes.c_void_p()
     assert library.c.vitrail_session_create(model, ctypes.byref(made)) == OK
@@ -197,6 +199,12 @@ def session(library: Library, clip: Path) -> Iterator[ctypes.c_void_p]:
     library.driver.reset()
     library.c.vitrail_session_free(made)
     assert library.driver.live() == standin.Live(*[0] * 7)
+
+
+@pytest.fixture
+def session(library: Library, clip: Path) -> Iterator[ctypes.c_void_p]:
+    with recorded(library, clip) as made:
+        yield made
 
 
 def test_facts(library: Library, clip: Path, vit: Path) -> None:
@@ -325,24 +333,16 @@ def test_class_scores_are_the_devices(
     library: Library, request: pytest.FixtureRequest, family: str
 ) -> None:
     """A head over the class token, and one over the mean of the patches too."""
-    code, model = library.load(request.getfixturevalue(family))
-    assert code == OK, library.error
-    session = ctypes.c_void_p()
-    assert library.c.vitrail_session_create(model, ctypes.byref(session)) == OK
     dice = np.random.default_rng(0)
     pixels: np.ndarray = dice.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     out, status = np.full((3, len(export_folder.LABELS)), -1, np.float32), np.zeros(3, np.int32)
     given = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, out, status)]
-    library.driver.record(True)
-    code = library.c.vitrail_classify_uint8(session, given[0], ctypes.c_size_t(3), *given[1:])
-    assert code == OK, library.error
-    assert pointed_at(library, pixels)
-    digests = {struct.pack("<Q", launch.digest) for launch in library.driver.launched()}
-    assert out.tobytes()[:8] in digests
-    library.driver.record(False)
-    library.driver.reset()
-    library.c.vitrail_session_free(session)
-    library.free(model)
+    with recorded(library, request.getfixturevalue(family)) as session:
+        code = library.c.vitrail_classify_uint8(session, given[0], ctypes.c_size_t(3), *given[1:])
+        assert code == OK, library.error
+        assert pointed_at(library, pixels)
+        digests = {struct.pack("<Q", launch.digest) for launch in library.driver.launched()}
+        assert out.tobytes()[:8] in digests
 
 
 def test_no_driver_and_no_device(library: Library, clip: Path) -> None:
