@@ -1,8 +1,8 @@
 // ld and st: their spaces, orders, vectors and types (PTX ISA 9.7.9.8 to 9.7.9.12).
 #include <set>
 
-#include "parser.hpp"
 #include "fault.hpp"
+#include "parser.hpp"
 
 namespace emulator {
 
@@ -16,12 +16,29 @@ struct AccessForm {
     bool known = true;
 };
 
-const std::set<std::string> kHints = {
-    "weak", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "cta", "cluster", "gpu", "sys",
-    "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-    "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B"};
-const std::set<std::string> kTypes = {"b8",  "u8",  "s8",  "b16", "u16", "s16", "b32", "u32",
-                                      "s32", "f32", "b64", "u64", "s64", "f64"};
+const std::set<std::string> kHints = {"weak",
+                                      "nc",
+                                      "ca",
+                                      "cg",
+                                      "cs",
+                                      "lu",
+                                      "cv",
+                                      "wb",
+                                      "wt",
+                                      "cta",
+                                      "cluster",
+                                      "gpu",
+                                      "sys",
+                                      "L1::evict_normal",
+                                      "L1::evict_unchanged",
+                                      "L1::evict_first",
+                                      "L1::evict_last",
+                                      "L1::no_allocate",
+                                      "L2::64B",
+                                      "L2::128B",
+                                      "L2::256B"};
+const std::set<std::string> kTypes = {"b8",  "u8",  "s8",  "b16", "u16", "s16", "b32",
+                                      "u32", "s32", "f32", "b64", "u64", "s64", "f64"};
 
 AccessForm form_of(const std::string& opcode) {
     AccessForm form;
@@ -29,17 +46,24 @@ AccessForm form_of(const std::string& opcode) {
         const size_t dot = std::min(opcode.find('.', start), opcode.size());
         const std::string token = opcode.substr(start, dot - start);
         start = dot + 1;
-        if (kTypes.count(token) != 0 && start > opcode.size()) form.type = token;
+        if (kTypes.count(token) != 0 && start > opcode.size())
+            form.type = token;
         else if (token == "v2" || token == "v4" || token == "v8")
             form.vector = static_cast<u32>(token[1] - '0');
-        else if (token == "global" || token == "const") form.space = "global";
+        else if (token == "global" || token == "const")
+            form.space = "global";
         else if (token == "shared" || token == "shared::cta" || token == "shared::cluster")
             form.space = "shared";
-        else if (token == "param" || token == "local") form.space = token;
-        else if (token == "relaxed" || token == "volatile") form.options |= 1;
-        else if (token == "acquire") form.options |= 1 | 2;
-        else if (token == "release") form.options |= 1 | 4;
-        else if (kHints.count(token) == 0) form.known = false;
+        else if (token == "param" || token == "local")
+            form.space = token;
+        else if (token == "relaxed" || token == "volatile")
+            form.options |= 1;
+        else if (token == "acquire")
+            form.options |= 1 | 2;
+        else if (token == "release")
+            form.options |= 1 | 4;
+        else if (kHints.count(token) == 0)
+            form.known = false;
     }
     form.known &= !form.type.empty();
     return form;

@@ -21,8 +21,8 @@ void copy(Warp& warp, const Instruction& instruction) {
         const u32 index = instruction.wide_addresses != 0 ? 2 * lane : lane;
         const u32 target =
             warp.registers[operand[0] + index] + static_cast<u32>(instruction.immediate);
-        sources[lane] = warp.doublewords(operand[1])[lane] +
-                        static_cast<u64>(instruction.second_immediate);
+        sources[lane] =
+            warp.doublewords(operand[1])[lane] + static_cast<u64>(instruction.second_immediate);
         require(bytes == 4 || bytes == 8 || bytes == 16, "cp.async: wanted 4, 8 or 16 bytes");
         if (read > bytes)
             throw Fault("cp.async reads " + text(read) + " bytes and writes " + text(bytes));

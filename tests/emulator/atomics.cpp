@@ -130,8 +130,8 @@ void atomic(Warp& warp, const Instruction& instruction) {
                                 : global_atomic(warp, instruction, address, kBytes);
         T old;
         std::memcpy(&old, data, kBytes);
-        const T changed = Function()(old, from_register<T>(value[lane]),
-                                     from_register<T>(second[lane]));
+        const T changed =
+            Function()(old, from_register<T>(value[lane]), from_register<T>(second[lane]));
         std::memcpy(data, &changed, kBytes);
         if (has_result) result[lane] = to_register(old);
     }

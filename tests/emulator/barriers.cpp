@@ -20,8 +20,9 @@ void arrive(Warp& warp, u32 number, u32 threads, bool waits) {
         barrier.expected = expected;
     }
     if (barrier.expected != expected)
-        throw Fault("warps meet at barrier " + text(number) + " with different counts of threads, " +
-                    text(barrier.expected) + " and " + text(expected));
+        throw Fault("warps meet at barrier " + text(number) +
+                    " with different counts of threads, " + text(barrier.expected) + " and " +
+                    text(expected));
     barrier.arrived += kLanes;
     if (barrier.arrived > expected)
         throw Fault("more threads arrive at barrier " + text(number) + " than its " +
@@ -74,7 +75,8 @@ void sync_warp(Warp& warp, const Instruction& instruction) {
 void fence_async(Warp& warp, const Instruction&) {
     Clocks& clocks = warp.clocks;
     for (size_t i = 0; i < clocks.order.size(); ++i)
-        clocks.visible[i] = clocks.visible[i] < clocks.order[i] ? clocks.order[i] : clocks.visible[i];
+        clocks.visible[i] =
+            clocks.visible[i] < clocks.order[i] ? clocks.order[i] : clocks.visible[i];
 }
 
 void arrive_cluster(Warp& warp, const Instruction&) {
@@ -99,8 +101,7 @@ void arrive_cluster(Warp& warp, const Instruction&) {
 
 void wait_cluster(Warp& warp, const Instruction& instruction) {
     Cluster& cluster = *warp.block->cluster;
-    require(warp.cluster_waits < warp.cluster_arrivals,
-            "barrier.cluster.wait without an arrive");
+    require(warp.cluster_waits < warp.cluster_arrivals, "barrier.cluster.wait without an arrive");
     if (cluster.phase < warp.cluster_arrivals) {
         count_wait(warp, instruction);
         warp.wait(Warp::kAtCluster);
@@ -113,8 +114,8 @@ void wait_cluster(Warp& warp, const Instruction& instruction) {
 }  // namespace
 
 void add_barriers(OpcodeTable& table) {
-    for (const char* name : {"bar.sync", "barrier.sync", "barrier.sync.aligned",
-                             "barrier.cta.sync", "barrier.cta.sync.aligned"}) {
+    for (const char* name : {"bar.sync", "barrier.sync", "barrier.sync.aligned", "barrier.cta.sync",
+                             "barrier.cta.sync.aligned"}) {
         table.add(name, bar<false, true>, "r", kBarrier);
         table.add(name + std::string("#2"), bar<true, true>, "rr", kBarrier);
     }

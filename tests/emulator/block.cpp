@@ -43,8 +43,8 @@ void Block::leave() {
 u8* Block::at(u32 address, u32 bytes, u32 alignment) {
     if (address % alignment != 0)
         throw Fault("shared memory: misaligned address " +
-                    std::to_string(i64{address} - i64{kReservedShared}) + ", wanted a multiple of " +
-                    text(alignment));
+                    std::to_string(i64{address} - i64{kReservedShared}) +
+                    ", wanted a multiple of " + text(alignment));
     if (address < kReservedShared || u64{address} + bytes > shared_bytes)
         throw Fault("shared memory: out of bounds, " + text(bytes) + " bytes at " +
                     std::to_string(i64{address} - i64{kReservedShared}) + ", the block has " +
@@ -77,12 +77,9 @@ void Block::read_shared(const Warp& warp, u32 address, u32 bytes) {
 
 Accessor Block::accessor(const Warp& warp) const {
     const u32 agent = cluster->agents.launches_before();
-    return {cluster->number,
-            launch->index,
-            launch->settled,
-            !launch->overlaps || warp.clocks.order[agent] != 0,
-            &cluster->ordered,
-            launch->device->kernels.data()};
+    return {cluster->number,   launch->index,
+            launch->settled,   !launch->overlaps || warp.clocks.order[agent] != 0,
+            &cluster->ordered, launch->device->kernels.data()};
 }
 
 void Block::read_global(const Warp& warp, u64 address, u32 bytes, const char* operation) {

@@ -140,17 +140,8 @@ def ranges_of(
             written = np.full(size, 0 if start in empty else 1, np.uint8)
         ranges.append(Range(start, size, " = ".join(names), written))
     for tensor in outputs:
-        torch.frombuffer(
-            np.ctypeslib.as_array(_bytes_at(tensor)), dtype=torch.uint8
-        ).fill_(0xFF)
+        tensor.untyped_storage().fill_(0xFF)
     return ranges
-
-
-def _bytes_at(tensor: Tensor) -> Any:
-    import ctypes
-
-    storage = tensor.untyped_storage()
-    return (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def run_call(

@@ -98,7 +98,8 @@ class Chain {
         for (auto item = running_.begin(); item != running_.end(); ++item)
             if (!item->waits) able.push_back(item);
         Launch* const next = startable();
-        if (next != nullptr && (able.empty() || (device_.options.seed != 0 && random_.below(2) == 0))) {
+        if (next != nullptr &&
+            (able.empty() || (device_.options.seed != 0 && random_.below(2) == 0))) {
             current_ = next->index;
             start(*next);
             return;

@@ -40,8 +40,8 @@ void set_combined(Warp& warp, const Instruction& instruction) {
 template <Logic logic>
 void combine_predicates(Warp& warp, const Instruction& instruction) {
     const u32* operand = instruction.operand;
-    warp.set_predicate(operand[0], combine(logic, warp.predicates[operand[1]],
-                                           warp.predicates[operand[2]]));
+    warp.set_predicate(operand[0],
+                       combine(logic, warp.predicates[operand[1]], warp.predicates[operand[2]]));
 }
 template <bool inverted>
 void copy_predicate(Warp& warp, const Instruction& instruction) {

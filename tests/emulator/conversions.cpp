@@ -19,8 +19,10 @@ struct Saturate {  // of integers
         using Limits = std::numeric_limits<Result>;
         if constexpr (std::is_signed_v<T>) {
             if (a < 0) {
-                if constexpr (std::is_unsigned_v<Result>) return 0;
-                else return static_cast<i64>(a) < static_cast<i64>(Limits::min())
+                if constexpr (std::is_unsigned_v<Result>)
+                    return 0;
+                else
+                    return static_cast<i64>(a) < static_cast<i64>(Limits::min())
                                ? Limits::min()
                                : static_cast<Result>(a);
             }
@@ -142,9 +144,9 @@ void add_halves(OpcodeTable& table, const std::string& type) {
     add_lanewise<T, NarrowToZero<T>, float>(table, "cvt.rz." + type + ".f32", kConvert);
     add_lanewise<T, Narrow<T, true>, float>(table, "cvt.rn.relu." + type + ".f32", kConvert);
     add_lanewise<P, NarrowPair<T, false>, float, float>(table, "cvt.rn." + type + "x2.f32",
-                                                         kConvert);
-    add_lanewise<P, NarrowPair<T, true>, float, float>(table, "cvt.rn.relu." + type + "x2.f32",
                                                         kConvert);
+    add_lanewise<P, NarrowPair<T, true>, float, float>(table, "cvt.rn.relu." + type + "x2.f32",
+                                                       kConvert);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Instructions in which lanes see each other: shfl, vote, redux, elect, match (PTX ISA 9.7.9, 9.7.13).
+// Instructions in which lanes see each other: shfl, vote, redux, elect, match (PTX
+// ISA 9.7.9, 9.7.13).
 #include <algorithm>
 
 #include "lanes.hpp"

@@ -35,14 +35,22 @@ struct Fused {
 struct Minimum {  // of a number and NaN: the number
     template <class T>
     T operator()(T a, T b) const {
-        return a != a ? b : b != b ? a : std::signbit(a) != std::signbit(b) ? (std::signbit(a) ? a : b) : a < b ? a : b;
+        return a != a                               ? b
+               : b != b                             ? a
+               : std::signbit(a) != std::signbit(b) ? (std::signbit(a) ? a : b)
+               : a < b                              ? a
+                                                    : b;
     }
     float operator()(float a, float b, float c) const { return (*this)((*this)(a, b), c); }
 };
 struct Maximum {
     template <class T>
     T operator()(T a, T b) const {
-        return a != a ? b : b != b ? a : std::signbit(a) != std::signbit(b) ? (std::signbit(a) ? b : a) : a > b ? a : b;
+        return a != a                               ? b
+               : b != b                             ? a
+               : std::signbit(a) != std::signbit(b) ? (std::signbit(a) ? b : a)
+               : a > b                              ? a
+                                                    : b;
     }
     float operator()(float a, float b, float c) const { return (*this)((*this)(a, b), c); }
 };
@@ -114,9 +122,7 @@ struct Both {
     }
 };
 
-inline float flush(float a) {
-    return std::fabs(a) < 1.17549435e-38f ? std::copysign(0.0f, a) : a;
-}
+inline float flush(float a) { return std::fabs(a) < 1.17549435e-38f ? std::copysign(0.0f, a) : a; }
 // .ftz: subnormal operands and results are zeros of their sign.
 template <class Function>
 struct Flushed {

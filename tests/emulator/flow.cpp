@@ -9,7 +9,7 @@ namespace {
 
 // Basic blocks, with an exit after the last.
 struct FlowGraph {
-    std::vector<u32> start;     // first instruction of each block
+    std::vector<u32> start;  // first instruction of each block
     std::vector<u32> block_of;  // by instruction
     std::vector<std::vector<u32>> next, before;
 
@@ -135,7 +135,7 @@ void Parser::note_product_registers() {
     for (const Instruction& instruction : kernel.code)
         if (is_product(instruction)) mark(takes_part, instruction.second_vector);
     const auto note = [&](const RegisterUses& all, const std::vector<bool>& marks,
-                          RegisterUses& noted, bool Instruction::*flag) {
+                          RegisterUses& noted, bool Instruction::* flag) {
         for (const auto& [index, offsets] : all) {
             if (is_product(kernel.code[index])) continue;
             for (u32 offset : offsets) {

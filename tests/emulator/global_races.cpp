@@ -85,9 +85,9 @@ void GlobalRaces::read(const Accessor& accessor, u64 address, u32 bytes) {
 void GlobalRaces::write(const Accessor& accessor, u64 address, u32 bytes, const u8* data) {
     each_owner(address, bytes, [&](Owner& owner, u64 at, u32 step) {
         if (!ordered(accessor, owner.writer)) {
-            const bool same = launch_of(owner.writer) == accessor.launch &&
-                              std::memcmp(reinterpret_cast<const void*>(at),
-                                          data + (at - address), step) == 0;
+            const bool same =
+                launch_of(owner.writer) == accessor.launch &&
+                std::memcmp(reinterpret_cast<const void*>(at), data + (at - address), step) == 0;
             if (!same) race(accessor, "write", owner.writer, "writes", at);
         }
         if (!ordered(accessor, owner.reader)) race(accessor, "write", owner.reader, "reads", at);
@@ -96,8 +96,7 @@ void GlobalRaces::write(const Accessor& accessor, u64 address, u32 bytes, const 
 }
 
 void GlobalRaces::atomic(const Accessor& accessor, u64 address, u32 bytes) {
-    const u32 clusters =
-        first_clusters_[accessor.launch + 1] - first_clusters_[accessor.launch];
+    const u32 clusters = first_clusters_[accessor.launch + 1] - first_clusters_[accessor.launch];
     const u32 mine = clusters == 1 ? accessor.cluster : kSpecial | kAtomic | accessor.launch;
     each_owner(address, bytes, [&](Owner& owner, u64 at, u32) {
         if (owner.writer != mine && !ordered(accessor, owner.writer))

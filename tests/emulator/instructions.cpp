@@ -62,8 +62,10 @@ static std::string without_order(const std::string& opcode, u8& options) {
         static const std::set<std::string> kDropped = {"relaxed", "cta", "cluster", "gpu", "sys"};
         if (token == "acquire" || token == "acq_rel") options |= 2;
         if (token == "release" || token == "acq_rel") options |= 4;
-        if (start == 0) result = token;
-        else if (token == "global") space = ".global";
+        if (start == 0)
+            result = token;
+        else if (token == "global")
+            space = ".global";
         else if (token == "shared" || token == "shared::cta" || token == "shared::cluster")
             space = ".shared";
         else if (kDropped.count(token) == 0 && token != "acquire" && token != "release" &&
@@ -83,7 +85,8 @@ void Parser::build(Instruction& instruction, std::string opcode, std::vector<std
     if (starts(opcode, "atom.") || starts(opcode, "red."))
         opcode = without_order(opcode, instruction.options);
     // d|p: both results; without '|' nobody reads the second.
-    if (!parts.empty() && (starts(opcode, "shfl.") || starts(opcode, "setp.") || opcode == "elect.sync")) {
+    if (!parts.empty() &&
+        (starts(opcode, "shfl.") || starts(opcode, "setp.") || opcode == "elect.sync")) {
         const size_t bar = parts[0].find('|');
         std::string second = "_";
         if (bar != std::string::npos) {
@@ -94,14 +97,17 @@ void Parser::build(Instruction& instruction, std::string opcode, std::vector<std
     }
     const OpcodeTable& table = opcode_table();
     const Opcode* entry = table.find(opcode + "#" + std::to_string(parts.size()));
-    if (entry != nullptr) opcode += "#" + std::to_string(parts.size());
-    else entry = table.find(opcode);
+    if (entry != nullptr)
+        opcode += "#" + std::to_string(parts.size());
+    else
+        entry = table.find(opcode);
     if (entry == nullptr) return unknown(instruction);
     if (starts(opcode, "cvt.")) narrow_source(instruction, opcode, parts);
     instruction.run = handler_of(opcode, *entry);
     instruction.instruction_class = entry->instruction_class;
     take_operands(instruction, opcode, *entry, parts);
-    const size_t columns = starts(opcode, "wgmma.mma_async") ? opcode.find("m64n") : std::string::npos;
+    const size_t columns =
+        starts(opcode, "wgmma.mma_async") ? opcode.find("m64n") : std::string::npos;
     if (columns != std::string::npos) {
         const u32 wanted = static_cast<u32>(std::stoi(opcode.substr(columns + 4))) /
                            (opcode.find(".f16.f16.f16") != std::string::npos ? 4 : 2);
@@ -132,8 +138,7 @@ void Parser::take_operands(Instruction& instruction, const std::string& opcode, 
                     instruction.second_immediate << 8 | (number(parts[index]) & 255);
             break;
         }
-        if (index == parts.size())
-            fail(opcode + ": too few operands, got " + text(parts.size()));
+        if (index == parts.size()) fail(opcode + ": too few operands, got " + text(parts.size()));
         take_operand(instruction, letter, parts[index++], count);
     }
     if (index != parts.size())
@@ -177,8 +182,10 @@ void Parser::take_operand(Instruction& instruction, char letter, const std::stri
             if (text != "_") fail("a result that is not known to the emulator, wanted _: " + text);
             return;
         case 'A':
-            if (starts(text, "{")) instruction.second_vector = vector(text, 'r');
-            else instruction.operand[count] = operand(text, 'R');
+            if (starts(text, "{"))
+                instruction.second_vector = vector(text, 'r');
+            else
+                instruction.operand[count] = operand(text, 'R');
             ++count;
             return;
         case 'T': {

@@ -149,7 +149,8 @@ int emulator_unknown(const emulator_module* module) {
     std::set<std::string> names;
     for (const auto& kernel : module->module->kernels)
         for (const Instruction& instruction : kernel->code)
-            if (instruction.run == unknown_opcode) names.insert(kernel->opcodes[instruction.opcode]);
+            if (instruction.run == unknown_opcode)
+                names.insert(kernel->opcodes[instruction.opcode]);
     results.error.clear();
     for (const std::string& name : names) results.error += name + " ";
     return static_cast<int>(names.size());

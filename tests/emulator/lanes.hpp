@@ -71,17 +71,22 @@ using Stored = std::conditional_t<sizeof(T) == 8, u64, u32>;
 
 template <class T>
 inline T from_register(Stored<T> stored) {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(stored);
-    else if constexpr (sizeof(T) == 2) return {static_cast<u16>(stored)};
-    else return bits_as<T>(stored);
+    if constexpr (std::is_integral_v<T>)
+        return static_cast<T>(stored);
+    else if constexpr (sizeof(T) == 2)
+        return {static_cast<u16>(stored)};
+    else
+        return bits_as<T>(stored);
 }
 
 template <class T>
 inline Stored<T> to_register(T value) {
     if constexpr (std::is_integral_v<T>)
         return static_cast<Stored<T>>(static_cast<std::make_unsigned_t<T>>(value));
-    else if constexpr (sizeof(T) == 2) return value.bits;
-    else return bits_as<Stored<T>>(value);
+    else if constexpr (sizeof(T) == 2)
+        return value.bits;
+    else
+        return bits_as<Stored<T>>(value);
 }
 
 template <class T>
@@ -102,8 +107,8 @@ struct Lanewise {
         const std::tuple<const Stored<A>*...> sources{
             lanes_of<A>(warp, instruction.operand[I + 1])...};
         each_lane(warp, [=](u32 lane) {
-            result[lane] = to_register<Result>(static_cast<Result>(
-                Function()(from_register<A>(std::get<I>(sources)[lane])...)));
+            result[lane] = to_register<Result>(
+                static_cast<Result>(Function()(from_register<A>(std::get<I>(sources)[lane])...)));
         });
     }
 

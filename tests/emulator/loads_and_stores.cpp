@@ -22,8 +22,10 @@ void put(Warp& warp, const Instruction& instruction, u32 lane, const u8* data) {
             const int shift = 64 - 8 * instruction.bytes;
             value = static_cast<u64>(static_cast<i64>(value << shift) >> shift);
         }
-        if (instruction.wide) warp.doublewords(registers[i])[lane] = value;
-        else warp.words(registers[i])[lane] = static_cast<u32>(value);
+        if (instruction.wide)
+            warp.doublewords(registers[i])[lane] = value;
+        else
+            warp.words(registers[i])[lane] = static_cast<u32>(value);
     }
 }
 
@@ -46,8 +48,7 @@ u32 shared_address(const Warp& warp, const Instruction& instruction, u32 lane) {
 }
 
 u64 wide_address(Warp& warp, const Instruction& instruction, u32 lane) {
-    return warp.doublewords(instruction.operand[0])[lane] +
-           static_cast<u64>(instruction.immediate);
+    return warp.doublewords(instruction.operand[0])[lane] + static_cast<u64>(instruction.immediate);
 }
 
 void load_shared_lane(Warp& warp, const Instruction& instruction, u32 lane, u32& address) {
@@ -131,8 +132,10 @@ void access_shared(Warp& warp, const Instruction& instruction) {
     u32 addresses[kLanes] = {};
     lanes_in(warp, [&](u32 lane) {
         addresses[lane] = shared_address(warp, instruction, lane);
-        if (loads) load_shared_lane(warp, instruction, lane, addresses[lane]);
-        else store_shared_lane(warp, instruction, lane, addresses[lane]);
+        if (loads)
+            load_shared_lane(warp, instruction, lane, addresses[lane]);
+        else
+            store_shared_lane(warp, instruction, lane, addresses[lane]);
     });
     count_shared(warp, instruction, addresses, total_bytes(instruction));
 }
@@ -142,8 +145,10 @@ void access_global(Warp& warp, const Instruction& instruction) {
     u64 addresses[kLanes] = {};
     lanes_in(warp, [&](u32 lane) {
         addresses[lane] = wide_address(warp, instruction, lane);
-        if (loads) load_global_lane(warp, instruction, lane, addresses[lane]);
-        else store_global_lane(warp, instruction, lane, addresses[lane]);
+        if (loads)
+            load_global_lane(warp, instruction, lane, addresses[lane]);
+        else
+            store_global_lane(warp, instruction, lane, addresses[lane]);
     });
     count_global(warp, instruction, addresses, total_bytes(instruction));
 }
@@ -153,8 +158,10 @@ void access_local(Warp& warp, const Instruction& instruction) {
     const u32 bytes = total_bytes(instruction);
     lanes_in(warp, [&](u32 lane) {
         u8* const data = local_lane(warp, lane, wide_address(warp, instruction, lane), bytes);
-        if (loads) put(warp, instruction, lane, data);
-        else get(warp, instruction, lane, data);
+        if (loads)
+            put(warp, instruction, lane, data);
+        else
+            get(warp, instruction, lane, data);
     });
 }
 
@@ -167,14 +174,20 @@ void access_generic(Warp& warp, const Instruction& instruction) {
         u32 shared = static_cast<u32>(inner);
         if (window == kLocalWindow) {
             u8* const data = local_lane(warp, lane, inner, total_bytes(instruction));
-            if (loads) put(warp, instruction, lane, data);
-            else get(warp, instruction, lane, data);
+            if (loads)
+                put(warp, instruction, lane, data);
+            else
+                get(warp, instruction, lane, data);
         } else if (window == kSharedWindow) {
-            if (loads) load_shared_lane(warp, instruction, lane, shared);
-            else store_shared_lane(warp, instruction, lane, shared);
+            if (loads)
+                load_shared_lane(warp, instruction, lane, shared);
+            else
+                store_shared_lane(warp, instruction, lane, shared);
         } else {
-            if (loads) load_global_lane(warp, instruction, lane, address);
-            else store_global_lane(warp, instruction, lane, address);
+            if (loads)
+                load_global_lane(warp, instruction, lane, address);
+            else
+                store_global_lane(warp, instruction, lane, address);
         }
     });
 }

@@ -38,7 +38,8 @@ void initialize(Warp& warp, const Instruction& instruction) {
         u32 number = 0;  // the first that no mbarrier has
         for (bool taken = true; taken && number < Agents::kMbarriers; number += taken) {
             taken = false;
-            for (const auto& [other, mbarrier] : block.mbarriers) taken |= mbarrier.number == number;
+            for (const auto& [other, mbarrier] : block.mbarriers)
+                taken |= mbarrier.number == number;
         }
         require(number < Agents::kMbarriers, "more than 64 mbarriers of a block at a time");
         Mbarrier& mbarrier = block.mbarriers[address];
@@ -93,9 +94,8 @@ void expect(Warp& warp, const Instruction& instruction) {
     });
 }
 void arrive_once(Warp& warp, const Instruction& instruction) {
-    lanes_in(warp, [&](u32 lane) {
-        arrive_at(warp, address_of(warp, instruction, 0, lane), 1, 0);
-    });
+    lanes_in(warp,
+             [&](u32 lane) { arrive_at(warp, address_of(warp, instruction, 0, lane), 1, 0); });
 }
 // _, [address], count
 void arrive_counted(Warp& warp, const Instruction& instruction) {

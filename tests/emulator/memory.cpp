@@ -64,8 +64,7 @@ void GlobalMemory::check_read(u64 address, u32 bytes, const char* operation) {
 void GlobalMemory::check_write(u64 address, u32 bytes, const char* operation) {
     const Range* range = range_of(address, bytes);
     if (range == nullptr) out_of_bounds(address, bytes, operation, "write");
-    if (range->written != nullptr)
-        std::memset(range->written + (address - range->start), 1, bytes);
+    if (range->written != nullptr) std::memset(range->written + (address - range->start), 1, bytes);
 }
 
 }  // namespace emulator

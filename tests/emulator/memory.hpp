@@ -25,7 +25,7 @@ struct Accessor {
     u32 settled;  // launches below it were complete before this one began
     bool waited;
     const std::set<u32>* ordered;  // clusters that it has synchronized with, by atomics and fences
-    const std::string* kernels;    // names by launch
+    const std::string* kernels;  // names by launch
 };
 
 class GlobalRaces {
@@ -39,7 +39,7 @@ class GlobalRaces {
   private:
     static constexpr u32 kPageBytes = 4096;
     static constexpr u32 kSpecial = 0x80000000u;  // not a cluster's number: of launch number ...
-    static constexpr u32 kAtomic = 0x40000000u;   // ... by atomics; else by several clusters
+    static constexpr u32 kAtomic = 0x40000000u;  // ... by atomics; else by several clusters
 
     struct Owner {
         u32 writer = 0, reader = 0;  // 0: none

@@ -19,8 +19,8 @@ inline i32 value_of(u8 element) { return element; }
 // The j-th element of a register.
 template <class T>
 inline T element(u32 word, u32 j) {
-    return bits_as<T>(static_cast<std::conditional_t<sizeof(T) == 1, u8, u16>>(
-        word >> 8 * sizeof(T) * j));
+    return bits_as<T>(
+        static_cast<std::conditional_t<sizeof(T) == 1, u8, u16>>(word >> 8 * sizeof(T) * j));
 }
 
 // Lane t holds rows t / 4 and 8 more of A and C, column t / 4 of B.
@@ -79,8 +79,8 @@ void multiply_floats(Warp& warp, const Instruction& instruction) {
     for (u32 i = 0; i < 4; ++i) {
         const u32* words = warp.words(c[halves ? i / 2 : i]);
         for (u32 lane = 0; lane < kLanes; ++lane)
-            of_lane(sums, lane, i) = halves ? widen(element<Half>(words[lane], i & 1))
-                                            : bits_as<float>(words[lane]);
+            of_lane(sums, lane, i) =
+                halves ? widen(element<Half>(words[lane], i & 1)) : bits_as<float>(words[lane]);
     }
     operands.accumulate(sums);
     for (u32 i = 0; i < kOfC; ++i) {
@@ -123,8 +123,10 @@ void add_bytes(OpcodeTable& table, const std::string& types) {
     const std::string end = ".s32." + types + ".s32";
     table.add(stem + "32.row.col" + end, multiply_integers<A, B, 32, false>, "V4424", kMma);
     table.add(stem + "16.row.col" + end, multiply_integers<A, B, 16, false>, "V4214", kMma);
-    table.add(stem + "32.row.col.satfinite" + end, multiply_integers<A, B, 32, true>, "V4424", kMma);
-    table.add(stem + "16.row.col.satfinite" + end, multiply_integers<A, B, 16, true>, "V4214", kMma);
+    table.add(stem + "32.row.col.satfinite" + end, multiply_integers<A, B, 32, true>, "V4424",
+              kMma);
+    table.add(stem + "16.row.col.satfinite" + end, multiply_integers<A, B, 16, true>, "V4214",
+              kMma);
 }
 
 }  // namespace

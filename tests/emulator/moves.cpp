@@ -1,4 +1,5 @@
-// mov, cvta, packing and unpacking of vectors (PTX ISA 9.7.9), registers of other kernels' launches.
+// mov, cvta, packing and unpacking of vectors (PTX ISA 9.7.9), registers of other kernels'
+// launches.
 #include "lanes.hpp"
 
 namespace emulator {

@@ -6,8 +6,9 @@ namespace emulator {
 
 const char* class_name(u32 index) {
     static const char* const kNames[] = {
-        "integer", "float", "convert", "move", "parameter", "global", "shared", "local", "atomic",
-        "async copy", "matrix move", "mma", "wgmma", "barrier", "branch", "exchange", "other"};
+        "integer", "float",   "convert", "move",       "parameter",   "global",
+        "shared",  "local",   "atomic",  "async copy", "matrix move", "mma",
+        "wgmma",   "barrier", "branch",  "exchange",   "other"};
     static_assert(sizeof kNames / sizeof *kNames == kClasses);
     return kNames[index];
 }
@@ -67,8 +68,10 @@ void invert_result(Warp& warp, const Instruction& instruction) {
     const bool wide = first_letter == 'R' || (first_letter == 'v' && instruction.wide);
     for (u32 lane = 0; lane < kLanes; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
-        if (wide) warp.doublewords(first)[lane] ^= 1;
-        else warp.words(first)[lane] ^= 1;
+        if (wide)
+            warp.doublewords(first)[lane] ^= 1;
+        else
+            warp.words(first)[lane] ^= 1;
     }
 }
 
@@ -79,8 +82,8 @@ bool break_opcode(const std::string& name, int mode) {
     if (mode == 0) return true;
     const Opcode* opcode = opcode_table().find(name);
     if (opcode == nullptr) return false;
-    const bool has_result = opcode->operands.find('=') > 0 &&
-                            opcode->operands.find('=') != std::string::npos;
+    const bool has_result =
+        opcode->operands.find('=') > 0 && opcode->operands.find('=') != std::string::npos;
     const bool is_product = opcode->operands[0] == 'V';
     if (mode == 2 && opcode->instruction_class == kWgmma) return false;
     if (mode == 2 && !has_result && !is_product) return false;

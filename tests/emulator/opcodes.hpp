@@ -11,9 +11,9 @@ namespace emulator {
 // `operands` has a letter for each, results before '=':
 //   p predicate; r register of 32 bits or fewer, R of 64; v vector, w a second one; _ a sink;
 //   m address of shared memory, n a second one; M, N addresses of global memory;
-//   i number, j a second one; J all numbers that are left, a byte each, their count in `options`; L label;
-//   T [tensor map, {coordinates}]; A wgmma's A, registers or a descriptor;
-//   V four vectors of a product, whose sizes follow as digits.
+//   i number, j a second one; J all numbers that are left, a byte each, their count in `options`; L
+//   label; T [tensor map, {coordinates}]; A wgmma's A, registers or a descriptor; V four vectors of
+//   a product, whose sizes follow as digits.
 // Opcodes that take several numbers of operands have an entry "opcode#n" for the longer forms.
 struct Opcode {
     Handler run;

@@ -69,13 +69,13 @@ u32 Parser::constant(u64 value, char letter) {
 }
 
 u32 Parser::special(const std::string& name) {
-    static const char* const kAxes[] = {"%tid",          "%ntid",           "%ctaid", "%nctaid",
-                                        "%cluster_ctaid", "%cluster_nctaid", "%clusterid",
-                                        "%nclusterid"};
-    static const char* const kScalars[] = {
-        "%laneid",      "%warpid",      "%smid",        "%nsmid",       "%cluster_ctarank",
-        "%cluster_nctarank", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
-        "%lanemask_ge", "%clock"};
+    static const char* const kAxes[] = {"%tid",       "%ntid",          "%ctaid",
+                                        "%nctaid",    "%cluster_ctaid", "%cluster_nctaid",
+                                        "%clusterid", "%nclusterid"};
+    static const char* const kScalars[] = {"%laneid",      "%warpid",          "%smid",
+                                           "%nsmid",       "%cluster_ctarank", "%cluster_nctarank",
+                                           "%lanemask_eq", "%lanemask_lt",     "%lanemask_le",
+                                           "%lanemask_gt", "%lanemask_ge",     "%clock"};
     const size_t dot = name.find('.');
     const std::string base = name.substr(0, dot), axis = name.substr(std::min(dot, name.size()));
     const bool has_axis = axis == ".x" || axis == ".y" || axis == ".z";

@@ -12,7 +12,7 @@ std::unique_ptr<Module> parse(const std::string& text) { return Parser(text).run
 void Parser::fail(const std::string& message) const {
     const std::vector<std::string> sources = source_.sources();
     const std::string& source = sources[source_.source_of(line_)];
-    throw (kernel_ == nullptr ? "" : kernel_->name + ": ") + message + " [PTX line " +
+    throw(kernel_ == nullptr ? "" : kernel_->name + ": ") + message + " [PTX line " +
         std::to_string(line_) + (source.empty() ? "" : ", " + source) + "]";
 }
 
@@ -130,7 +130,8 @@ void Parser::read_parameters(const std::string& list) {
         u32 unit = 0, alignment = 0;
         bool pointer = false;  // after .ptr the alignment is of what it points to
         for (size_t i = 0; i + 1 < words.size(); ++i) {
-            if (words[i] == ".ptr") pointer = true;
+            if (words[i] == ".ptr")
+                pointer = true;
             else if (words[i] == ".align") {
                 const u32 value = static_cast<u32>(std::atoi(words[++i].c_str()));
                 if (!pointer) alignment = value;
@@ -164,7 +165,8 @@ void Parser::read_requirements(const std::string& directives) {
 }
 
 void Parser::directive(const std::string& statement) {
-    if (statement.rfind(".reg", 0) == 0) declare_registers(statement);
+    if (statement.rfind(".reg", 0) == 0)
+        declare_registers(statement);
     else if (statement.rfind(".shared", 0) == 0 || statement.rfind(".local", 0) == 0)
         declare_variable(statement, true);
     else if (statement.rfind(".pragma", 0) != 0)
@@ -176,9 +178,12 @@ void Parser::declare_registers(const std::string& statement) {
     const size_t blank = rest.find_first_of(" \t");
     const std::string type = rest.substr(0, blank);
     RegisterType bits = RegisterType::kBits32;
-    if (type == ".pred") bits = RegisterType::kPredicate;
-    else if (type.find("128") != std::string::npos) fail("registers of 128 bits are not known");
-    else if (bytes_of_type(type) == 8) bits = RegisterType::kBits64;
+    if (type == ".pred")
+        bits = RegisterType::kPredicate;
+    else if (type.find("128") != std::string::npos)
+        fail("registers of 128 bits are not known");
+    else if (bytes_of_type(type) == 8)
+        bits = RegisterType::kBits64;
     else if (bytes_of_type(type) < 4 && type.find("x2") == std::string::npos)
         bits = RegisterType::kBits16;
     for (const std::string& name : parts_of(rest.substr(blank))) {
@@ -195,10 +200,14 @@ void Parser::declare_variable(const std::string& statement, bool in_kernel) {
     u32 unit = 1;
     const std::vector<std::string> words = words_of(statement.substr(0, statement.find('=')));
     for (size_t i = 0; i < words.size(); ++i) {
-        if (words[i] == ".align") variable.alignment = static_cast<u32>(std::stoi(words[++i]));
-        else if (i == 0) variable.space = words[0];
-        else if (words[i][0] != '.') name = words[i];
-        else if (words[i] != ".visible" && words[i] != ".extern") unit = bytes_of_type(words[i]);
+        if (words[i] == ".align")
+            variable.alignment = static_cast<u32>(std::stoi(words[++i]));
+        else if (i == 0)
+            variable.space = words[0];
+        else if (words[i][0] != '.')
+            name = words[i];
+        else if (words[i] != ".visible" && words[i] != ".extern")
+            unit = bytes_of_type(words[i]);
     }
     variable.dynamic = name.find("[]") != std::string::npos;
     const u32 count = take_count(name);

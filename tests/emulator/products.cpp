@@ -124,9 +124,12 @@ void multiply_floats(Warp& warp, const Product& product) {
         u32* words = warp.words(registers[halves ? i / 2 : i]);
         for (u32 lane = 0; lane < kLanes; ++lane) {
             const float sum = work.sums[row_of(lane, i)][column_of(lane, i)];
-            if (!halves) words[lane] = bits_as<u32>(sum);
-            else if ((i & 1) == 0) words[lane] = float_to_half(sum);
-            else words[lane] |= u32{float_to_half(sum)} << 16;
+            if (!halves)
+                words[lane] = bits_as<u32>(sum);
+            else if ((i & 1) == 0)
+                words[lane] = float_to_half(sum);
+            else
+                words[lane] |= u32{float_to_half(sum)} << 16;
         }
     }
 }

@@ -6,9 +6,17 @@
 namespace emulator {
 
 enum class ProductType {
-    kHalf, kBfloat, kHalfSums,
-    kS8S8, kU8U8, kU8S8, kS8U8,
-    kS8S8Saturated, kU8U8Saturated, kU8S8Saturated, kS8U8Saturated
+    kHalf,
+    kBfloat,
+    kHalfSums,
+    kS8S8,
+    kU8U8,
+    kU8S8,
+    kS8U8,
+    kS8S8Saturated,
+    kU8U8Saturated,
+    kU8S8Saturated,
+    kS8U8Saturated
 };
 
 // What an instruction says besides its operands.

@@ -7,11 +7,16 @@ namespace emulator {
 std::string Agents::name(u32 agent, u32 own_rank) const {
     const u32 rank = agent / stride(), local = agent % stride();
     std::string result;
-    if (local < warps) result = "warp " + text(local);
-    else if (local < 2 * warps) result = "cp.async of warp " + text(local - warps);
-    else if (local < 3 * warps) result = "wgmma of warpgroup " + text(local - 2 * warps);
-    else if (local < 4 * warps) result = "a bulk store of warp " + text(local - 3 * warps);
-    else result = "a bulk load";
+    if (local < warps)
+        result = "warp " + text(local);
+    else if (local < 2 * warps)
+        result = "cp.async of warp " + text(local - warps);
+    else if (local < 3 * warps)
+        result = "wgmma of warpgroup " + text(local - 2 * warps);
+    else if (local < 4 * warps)
+        result = "a bulk store of warp " + text(local - 3 * warps);
+    else
+        result = "a bulk load";
     return rank == own_rank ? result : result + " of block " + text(rank) + " of the cluster";
 }
 
@@ -30,8 +35,10 @@ void Shadow::race(const char* message, u32 word, u32 agent, const Word& state) c
                            " of shared memory, by " + agents_->name(agent, rank_);
     if (state.writer != kNone)
         sentence += "; last written by " + agents_->name(state.writer, rank_);
-    if (state.reader == kSeveral) sentence += "; read by several";
-    else if (state.reader != kNone) sentence += "; read by " + agents_->name(state.reader, rank_);
+    if (state.reader == kSeveral)
+        sentence += "; read by several";
+    else if (state.reader != kNone)
+        sentence += "; read by " + agents_->name(state.reader, rank_);
     throw Fault(sentence);
 }
 

@@ -129,8 +129,10 @@ std::vector<std::string> SourceText::sources() const {
     for (size_t i = 0; i < locations_.size(); ++i) {
         const size_t colon = locations_[i].find(':');
         const auto file = files_.find(locations_[i].substr(0, colon));
-        if (resolved_[i] || file == files_.end()) result.push_back(locations_[i]);
-        else result.push_back(file->second + locations_[i].substr(colon));
+        if (resolved_[i] || file == files_.end())
+            result.push_back(locations_[i]);
+        else
+            result.push_back(file->second + locations_[i].substr(colon));
     }
     return result;
 }

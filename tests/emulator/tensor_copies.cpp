@@ -210,8 +210,7 @@ void load_tensor(Cluster& cluster, const TensorLoad& item) {
             if (from != 0 || to != kChunk) std::memset(target, 0, kChunk);
             if (from == to) return;
             device.memory.check_read(global + from, to - from, kName);
-            if (device.options.races)
-                device.races.read(item.accessor, global + from, to - from);
+            if (device.options.races) device.races.read(item.accessor, global + from, to - from);
             std::memcpy(target + from, reinterpret_cast<const void*>(global + from), to - from);
         });
         const auto entry = block.mbarriers.find(item.mbarrier);
@@ -239,10 +238,9 @@ void add_tensor_copies(OpcodeTable& table) {
         const std::string completes = ".mbarrier::complete_tx::bytes";
         for (const char* tile : {"", ".tile"}) {
             for (const char* space : {".shared::cta", ".shared::cluster"})
-                table.add(stem + space + ".global" + tile + completes, load<false>,
-                          "=mTn", kAsyncCopy);
-            table.add(stem + ".shared::cluster.global" + tile + completes +
-                          ".multicast::cluster",
+                table.add(stem + space + ".global" + tile + completes, load<false>, "=mTn",
+                          kAsyncCopy);
+            table.add(stem + ".shared::cluster.global" + tile + completes + ".multicast::cluster",
                       load<true>, "=mTnr", kAsyncCopy);
             table.add(stem + ".global.shared::cta" + tile + ".bulk_group", store, "=Tm",
                       kAsyncCopy);
