@@ -2,7 +2,7 @@
 
 Device memory is host memory, every call is checked, and a launch writes a digest of what it was
 given to the start of what its first parameter points to (`launch.hpp` says of what, `control.hpp`
-what may be set). A process that opens the library at `build()`'s path, with ctypes or by dlopen in
+what may be set). With `standin.emulation` launches of kernels whose PTX a test names compute. A process that opens the library at `build()`'s path, with ctypes or by dlopen in
 C++, sees one state; a copy of the file has a state of its own.
 """
 
@@ -38,7 +38,7 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     """
     if (program := compiler()) is None:
         raise RuntimeError("the driver stand-in: got no C++ compiler, wanted c++ or $CXX")
-    sources = sorted(FOLDER.glob("*.[ch]pp"))
+    sources = [*sorted(FOLDER.glob("*.[ch]pp")), FOLDER.parent / "emulator/emulator.h"]
     key = hashlib.sha256(repr((program, FLAGS, flags)).encode())
     for source in sources:
         key.update(source.read_bytes())
