@@ -229,7 +229,7 @@ def test_with_overlap_launches_wait_until_something_needs_them(
     NEEDS[name](cuda, chain)
     assert (chain.holds(1), chain.holds(2)) == (counting(10), counting(20))
     totals = emulation.totals()
-    assert (totals.launches, totals.chained) == (2, 1)
+    assert (totals.launches, totals.overlapped) == (2, 1)
 
 
 # -- faults ----------------------------------------------------------------------------------------

@@ -47,7 +47,15 @@ typedef struct {
     uint64_t in_flight_moves; /* movs of accumulators of products in flight */
     uint64_t same_writes;     /* unordered stores of equal values to one word of shared memory */
     uint64_t injected_fences; /* wgmma that ptxas would put a fence before (C7519) */
+    uint64_t overlapped;      /* 1 if a block of it ran before the launch before was complete */
 } emulator_report;
+
+/* Of a run that failed: the index of the launch in the chain, and the address of global memory that
+   the fault is about, or 0. */
+typedef struct {
+    int32_t launch;
+    uint64_t address;
+} emulator_fault;
 
 /* One launch. `parameters` are the kernel's, at the offsets of emulator_parameters. With `pdl` it
    may start once every block of the launch before has executed griddepcontrol.launch_dependents or
@@ -73,8 +81,9 @@ typedef struct {
 emulator_module* emulator_load(const char* ptx);
 void emulator_unload(emulator_module* module);
 
-/* The calling thread's latest error; empty without one. */
+/* The calling thread's latest error; empty without one. emulator_last_fault() is more of it. */
 const char* emulator_error(void);
+emulator_fault emulator_last_fault(void);
 
 /* Parameters of a kernel, at most `capacity` of them written; returns their number, -1 without such
    a kernel. `bytes` is the size of the buffer. */

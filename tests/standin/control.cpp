@@ -166,7 +166,7 @@ int standin_finish(void) {
 void standin_emulated(Emulated* out) {
     Settings s;
     const Emulation& e = s->emulation;
-    *out = {e.launches, e.chained, e.instructions, e.seconds};
+    *out = {e.launches, e.overlapped, e.instructions, e.seconds};
 }
 
 uint64_t standin_records(void) { return Settings()->records.size(); }

@@ -25,7 +25,7 @@ struct Live {
 // What was emulated so far, as `standin_emulated` gives it.
 struct Emulated {
     uint64_t launches;
-    uint64_t chained;       // of them, those that ran together with the launch before
+    uint64_t overlapped;    // of them, those that began before the launch before was complete
     uint64_t instructions;  // of warps
     double seconds;
 };

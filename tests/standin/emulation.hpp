@@ -47,6 +47,7 @@ class Emulator {
             return function != nullptr;
         };
         const bool whole = find(load, "emulator_load") && find(error, "emulator_error") &&
+                           find(last_fault, "emulator_last_fault") &&
                            find(parameters, "emulator_parameters") &&
                            find(run_chain, "emulator_run_chain");
         return whole ? "" : std::string(path) + " lacks a function of emulator.h";
@@ -54,6 +55,7 @@ class Emulator {
 
     decltype(&emulator_load) load = nullptr;
     decltype(&emulator_error) error = nullptr;
+    decltype(&emulator_last_fault) last_fault = nullptr;
     decltype(&emulator_parameters) parameters = nullptr;
     decltype(&emulator_run_chain) run_chain = nullptr;
 };
@@ -62,7 +64,7 @@ class Emulation {
   public:
     bool overlap = false;       // whether launches wait for those that may overlap them
     uint64_t launches = 0;      // emulated so far
-    uint64_t chained = 0;       // of them, those that ran together with the one before
+    uint64_t overlapped = 0;    // of them, those that began before the one before was complete
     uint64_t instructions = 0;  // of warps
     double seconds = 0;
     emulator_options options{};
@@ -134,14 +136,15 @@ class Emulation {
             emulator_.run_chain(entries.data(), static_cast<int>(entries.size()), ranges.data(),
                                 static_cast<int>(ranges.size()), &options, reports.data());
         launches += chain.size();
-        chained += chain.size() - 1;
         for (const emulator_report& report : reports) {
+            overlapped += report.overlapped;
             instructions += report.warp_instructions;
             seconds += report.seconds;
         }
         if (failed == 0) return {kSuccess, ""};
         const std::string sentence = emulator_.error();
-        return {code_of(sentence), sentence + memory.freed(sentence)};
+        const uint64_t address = emulator_.last_fault().address;
+        return {code_of(sentence, address), sentence + memory.freed(address)};
     }
 
   private:
@@ -150,12 +153,10 @@ class Emulation {
         emulator_module* module;
     };
 
-    static int code_of(const std::string& sentence) {
-        const auto says = [&](const char* words) {
-            return sentence.find(words) != std::string::npos;
-        };
-        if (says("misaligned")) return kMisalignedAddress;
-        return says("global memory") ? kIllegalAddress : kLaunchFailed;
+    // `address`: of global memory, if the fault is about one.
+    static int code_of(const std::string& sentence, uint64_t address) {
+        if (sentence.find("misaligned") != std::string::npos) return kMisalignedAddress;
+        return address != 0 ? kIllegalAddress : kLaunchFailed;
     }
 
     Emulator emulator_;

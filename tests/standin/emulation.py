@@ -12,11 +12,11 @@ from standin import Standin
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Work so far: launches that were emulated, those of them that ran together with the launch
-    before (``chained``), instructions of warps, and seconds."""
+    """Work so far: launches that were emulated, those of them that began before the launch before
+    was complete (``overlapped``), instructions of warps, and seconds."""
 
     launches: int
-    chained: int
+    overlapped: int
     instructions: int
     seconds: float
 
@@ -24,7 +24,7 @@ class Totals:
 class _Totals(ctypes.Structure):
     _fields_ = [
         ("launches", ctypes.c_uint64),
-        ("chained", ctypes.c_uint64),
+        ("overlapped", ctypes.c_uint64),
         ("instructions", ctypes.c_uint64),
         ("seconds", ctypes.c_double),
     ]
@@ -86,7 +86,7 @@ class Emulation:
         """Work since the driver was opened."""
         totals = _Totals()
         self._driver.driver.standin_emulated(ctypes.byref(totals))
-        return Totals(totals.launches, totals.chained, totals.instructions, totals.seconds)
+        return Totals(totals.launches, totals.overlapped, totals.instructions, totals.seconds)
 
     def _call(self, name: str, *arguments: bytes | int) -> None:
         if getattr(self._driver.driver, f"standin_{name}")(*arguments) != 0:

@@ -161,11 +161,8 @@ class Memory {
                range->name + " were never written, the first at " + std::to_string(at);
     }
 
-    // What is known of the address that a kernel's fault names: nothing, or that it was freed.
-    std::string freed(const std::string& sentence) const {
-        const size_t at = sentence.find("0x");
-        if (at == std::string::npos) return "";
-        const uint64_t address = std::strtoull(sentence.c_str() + at, nullptr, 16);
+    // What is known of an address that a kernel used: nothing, or that it was freed.
+    std::string freed(uint64_t address) const {
         for (const Range& range : freed_)
             if (range.holds(address, 1)) return " (in memory that was freed: " + range.name + ")";
         return "";
