@@ -29,6 +29,8 @@ ADD = (
     .reg .b32 %r<4>; .reg .b64 %rd<5>;
     ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [x]; ld.param.u32 %r1, [step];
     mov.u32 %r2, %tid.x;
+    griddepcontrol.launch_dependents;
+    griddepcontrol.wait;
     mul.wide.u32 %rd3, %r2, 4;
     add.s64 %rd4, %rd2, %rd3;
     ld.global.u32 %r3, [%rd4];
@@ -228,8 +230,21 @@ def test_with_overlap_launches_wait_until_something_needs_them(
     assert (chain.holds(1), chain.holds(2)) == before
     NEEDS[name](cuda, chain)
     assert (chain.holds(1), chain.holds(2)) == (counting(10), counting(20))
-    totals = emulation.totals()
-    assert (totals.launches, totals.overlapped) == (2, 1)
+    assert emulation.totals().launches == 2
+
+
+def test_a_launch_that_does_not_wait_for_the_one_it_overlaps_is_a_fault(
+    cuda: Cuda, emulation: Emulation
+) -> None:
+    image = cubin({"add": (8, 8, 4)}, static=40)
+    emulation.source(image, ADD.replace("griddepcontrol.wait;", ""))
+    chain = Chain(cuda, 2)
+    chain.function = cuda.function(image, "add")
+    for overlap, code in ((False, 0), (True, ILLEGAL)):
+        emulation.schedule(2, overlap=overlap)
+        assert [chain.launch(0), chain.launch(1)] == [0, 0]
+        assert cuda("cuStreamSynchronize", None) == code
+    assert "add (launch 0) writes, before add (launch 1) has waited" in cuda.standin.complaint()
 
 
 # -- faults ----------------------------------------------------------------------------------------
