@@ -128,7 +128,7 @@ void commit(Warp& warp, const Instruction&) {
 }
 
 void run_group(Warp& warp) {
-    for (const Product& product : warp.products.committed.front()) product.multiply(warp, product);
+    for (Product& product : warp.products.committed.front()) product.compute(warp);
     warp.products.committed.pop_front();
 }
 
@@ -174,19 +174,16 @@ void use_accumulators(Warp& warp, const Instruction& instruction) {
                                   used.end()) != first + product.instruction->vector.count;
     };
     auto& groups = warp.products;
-    bool any = std::any_of(groups.open.begin(), groups.open.end(), touches);
-    for (const auto& group : groups.committed)
-        any |= std::any_of(group.begin(), group.end(), touches);
-    if (!any) return;
+    const auto touched = [&](const std::vector<Product>& group) {
+        return std::any_of(group.begin(), group.end(), touches);
+    };
+    if (touched(groups.open)) throw Fault("a register of a wgmma is used that was not committed");
+    if (std::none_of(groups.committed.begin(), groups.committed.end(), touched)) return;
     if (instruction.instruction_class != kMove)
         throw Fault("a register of a wgmma is used that was not waited for");
     ++warp.block->launch->counters.in_flight_moves;
-    for (auto& group : groups.committed) {
-        for (const Product& product : group) product.multiply(warp, product);
-        group.clear();
-    }
-    for (const Product& product : groups.open) product.multiply(warp, product);
-    groups.open.clear();
+    for (auto& group : groups.committed)
+        for (Product& product : group) product.compute(warp);
 }
 
 void finish_products(Warp& warp, size_t keep) {
