@@ -7,6 +7,7 @@ and must leave ``expected`` there.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 HEAD = """.version 8.7
 .target sm_90a
 .address_size 64
+{variables}
 .extern .shared .align 1024 .b8 smem[];
 .visible .entry k(.param .u64 p0, .param .u64 p1, .param .align 64 .b8 p2[128])
 {directives}
@@ -44,7 +46,8 @@ class Program:
     ``expected``: every byte that ``out`` must hold; ``ulps``: how far fp32 values may be off if
     they are no fp32 number by themselves (``exact``: what they are in fp64). ``fault``: what the
     fault's message must contain, for programs that must fail. ``tensor``: "in" or "out", and the
-    other arguments of `emulator.tensor_map`, for a map at p2.
+    other arguments of `emulator.tensor_map`, for a map at p2. ``overlaps``: there are two launches,
+    of which the second must begin before the first is complete.
     """
 
     body: str
@@ -55,15 +58,18 @@ class Program:
     shared: int = 0
     directives: str = ""
     depot: str = ""
+    variables: str = ""
     tensor: tuple[str, dict[str, Any]] | None = None
     ulps: int = 0
     exact: np.ndarray[Any, np.dtype[np.float64]] | None = None
     fault: str = ""
-    options: tuple[tuple[str, int], ...] = ()
+    overlaps: bool = False
 
     def text(self) -> str:
         """The whole PTX."""
-        head = HEAD.format(directives=self.directives, depot=self.depot)
+        head = HEAD.format(
+            directives=self.directives, depot=self.depot, variables=self.variables
+        )
         return f"{head}{self.body}\nret;\n}}\n"
 
 
@@ -88,8 +94,9 @@ def execute(program: Program, **options: int) -> tuple[Bytes, emulator.Report]:
         Range(inputs.ctypes.data, inputs.nbytes, "in"),
         Range(out.ctypes.data, out.nbytes, "out"),
     ]
-    settings: dict[str, Any] = {"limit": 20_000, **dict(program.options), **options}
-    (report,) = emulator.run(launch, ranges, **settings)
+    chain = [launch, dataclasses.replace(launch, pdl=True)][: 1 + program.overlaps]
+    settings: dict[str, Any] = {"limit": 20_000, **options}
+    report = emulator.run(chain, ranges, **settings)[-1]
     return out[: program.expected.size], report
 
 
@@ -103,13 +110,19 @@ def _aligned(values: Bytes) -> Bytes:
 def complaint(program: Program, **options: int) -> str | None:
     """What is wrong with the program's result; None if it is as expected."""
     try:
-        out, _ = execute(program, **options)
+        out, report = execute(program, **options)
+        for seed in range(2, 12 if program.overlaps and not report.overlapped else 2):
+            out, report = execute(program, seed=seed)
+            if report.overlapped:
+                break
     except Fault as fault:
         if program.fault and program.fault in str(fault):
             return None
         return f"fault: {fault}"
     if program.fault:
         return f"no fault, wanted {program.fault!r}"
+    if program.overlaps and not report.overlapped:
+        return "the second launch never begins before the first is complete"
     if program.ulps:
         return _far(program, out)
     if np.array_equal(out, program.expected):
@@ -202,20 +215,14 @@ def lanewise(
     mnemonic = opcode.split("#")[0]
     lines.append(f"{mnemonic} {target}, {', '.join(names)}{suffix};")
     if result.itemsize < 8:
-        wide = "%r31" if result.itemsize == 4 else "%h30"
-        if result.itemsize == 4:
-            lines.append("mov.b32 %r31, %r30;")
-        lines.append("mov.b64 %rd31, 0;")
-        lines.append("st.global.b64 [%rd5], %rd31;")
-        lines.append(f"st.global.b{8 * max(result.itemsize, 2)} [%rd5], {wide};")
-    else:
-        lines.append("st.global.b64 [%rd5], %rd30;")
+        lines.append("mov.b64 %rd31, 0; st.global.b64 [%rd5], %rd31;")
+    lines.append(f"st.global.b{8 * max(result.itemsize, 2)} [%rd5], {target};")
     inputs = bytes_of(*(slots(array) for array in operands))
     if result.dtype == np.int8:  # registers of 16 bits hold its sign too
         result = result.astype(np.int16)
     expected = bytes_of(slots(result))
     if ulps:
-        lines[-3:] = ["st.global.b32 [%rd6], %r30;"]
+        lines[-2:] = ["st.global.b32 [%rd6], %r30;"]
         lines.insert(0, "mul.wide.u32 %rd7, %r1, 4; add.s64 %rd6, %rd2, %rd7;")
         expected = bytes_of(result)
     return Program("\n".join(lines), inputs, expected, ulps=ulps, exact=exact)

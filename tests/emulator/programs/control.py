@@ -52,11 +52,13 @@ def trap(opcode: str) -> Program:
     return Program("trap;", bytes_of(), bytes_of(), fault="trap [trap, PTX line ")
 
 
-# A launch on its own: nothing is waited for, so the tests of chains notice what these do.
 @family(r"griddepcontrol\.(wait|launch_dependents)")
 def dependencies(opcode: str, _: str) -> Program:
-    body = f"{opcode}; mov.b32 %r9, 1; {STORE}"
-    return Program(body, bytes_of(), bytes_of(slots(np.ones(LANES, np.uint32))))
+    """Two launches add 1 to what the first of them found."""
+    body = f"""griddepcontrol.launch_dependents; griddepcontrol.wait;
+ld.global.b32 %r9, [%rd5]; add.s32 %r9, %r9, 1; {STORE}"""
+    expected = np.full(LANES, 0xA5A5A5A5 + 2, np.uint32)
+    return Program(body, bytes_of(), bytes_of(slots(expected)), overlaps=True)
 
 
 @family(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32")
