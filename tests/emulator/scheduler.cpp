@@ -140,6 +140,10 @@ void Cluster::end_warp(Warp& warp) {
     };
     require_committed(warp.products.open, "wgmma");
     require_committed(warp.stores.open, "bulk store");
+    for (const auto& group : warp.stores.committed)
+        if (!group.empty())
+            throw Fault("a warp ends while a bulk store reads shared memory" +
+                        location(warp, launch->kernel->index_of(*group.front().instruction)));
     finish_copies(warp, 0);
     finish_products(warp, 0);
     finish_stores(warp, 0);

@@ -39,6 +39,7 @@ struct Product {  // a wgmma that was issued: its operands, A's registers as the
     const Instruction* instruction;
     u64 a, b;
     bool accumulates, done;
+    std::vector<u32> copies;  // registers that its sums were copied to
     u32 fragment[4][kLanes];
 
     // May be called early: until the wait its registers are not to be used.
