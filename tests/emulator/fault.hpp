@@ -1,0 +1,24 @@
+// What a GPU would do wrong, or what the emulator does not model: thrown, and told to the caller.
+#pragma once
+
+#include <string>
+#include <utility>
+
+#include "values.hpp"
+
+namespace emulator {
+
+struct Fault {
+    std::string message;
+    u64 address = 0;  // of global memory, if it is about one
+
+    Fault(std::string text, u64 at = 0) : message(std::move(text)), address(at) {}
+};
+
+inline void require(bool condition, const char* message) {
+    if (!condition) throw Fault(message);
+}
+
+inline std::string text(u64 value) { return std::to_string(value); }
+
+}  // namespace emulator
