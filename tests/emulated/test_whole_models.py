@@ -17,6 +17,7 @@ from helpers import assert_close, make, reference_numbers, save
 from real_model import dinov2_small
 from test_parity_full import VIT_B16
 from vitrail.towers import VisionTower
+from vitrail_kernels.launch import Call
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +26,21 @@ SMS = 132  # an H100's
 FEW_SMS = 4  # so that a handful of images takes the tiles that 132 take for a batch of a hundred
 
 
+class TiledDevice(Device):
+    """A device that knows the tiles of the kernels it was given."""
+
+    def __init__(self, folder: Path, sms: int) -> None:
+        super().__init__(folder, 90, sms)
+        self.tiles: set[tuple[int, int]] = set()
+
+    def compile(self, call: Call) -> None:
+        self.tiles.add((call.config.block_m, call.config.block_n))
+        super().compile(call)
+
+
 @pytest.fixture
-def device(tmp_path: Path) -> Device:
-    return Device(tmp_path, 90, SMS)
+def device(tmp_path: Path) -> TiledDevice:
+    return TiledDevice(tmp_path, SMS)
 
 
 def emulated(model: vitrail.Model, device: Device) -> VisionTower:
@@ -80,7 +93,7 @@ def photos() -> list[Image.Image]:
     return images[:4]
 
 
-def test_real_dinov2_small(tmp_path: Path, device: Device, photos: list[Image.Image]) -> None:
+def test_real_dinov2_small(tmp_path: Path, device: TiledDevice, photos: list[Image.Image]) -> None:
     """Trained weights on photos; a photo alone has the bits that it has in any batch and tile."""
     import transformers
 
@@ -94,7 +107,9 @@ def test_real_dinov2_small(tmp_path: Path, device: Device, photos: list[Image.Im
     print("DINOv2-small:", errors(ours, reference, peer))
     assert_close(ours, reference, peer, what="model", name="DINOv2-small")
 
-    few = emulated(model, Device(tmp_path, 90, FEW_SMS)).embed(pixels)["vision.embedding"]
+    other = TiledDevice(tmp_path, FEW_SMS)
+    few = emulated(model, other).embed(pixels)["vision.embedding"]
+    assert other.tiles - device.tiles, "the smaller device takes other tiles"
     assert torch.equal(few, ours), f"{int((few != ours).sum())} numbers differ on other tiles"
     alone = tower.embed(pixels[:1])["vision.embedding"]
     assert torch.equal(alone, ours[:1]), f"{int((alone != ours[:1]).sum())} numbers differ alone"
