@@ -23,7 +23,7 @@ import shared_library
 FOLDER = Path(__file__).parent
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fPIC",
     "-fvisibility=default",
     "-fwrapv",  # integers wrap, as PTX's do
