@@ -72,10 +72,21 @@ def check_overlap(code: Compiled) -> None:
     assert "tcgen05.alloc" not in rest, f"{where}: tensor memory is taken after the signal"
 
 
+LOOSE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz|\.sat)*\.(?:f|bf)(?:16|32)(?:x2)?\b")
+"""A product or a sum without .rn: ptxas may join the two, in one tile and not in another."""
+
+
+def check_contraction(code: Compiled) -> None:
+    """Only kernels say where a product and a sum are one instruction."""
+    where = f"sm_{code.arch} {code.name}"
+    assert LOOSE.findall(code.ptx) == [], f"{where}: {Counter(LOOSE.findall(code.ptx))}"
+
+
 def check(launch: Launch, call: Call, code: Compiled) -> None:
     """What must hold of every kernel of a model."""
     where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
     check_overlap(code)
+    check_contraction(code)
     assert code.stack <= STACK, f"{where}: {code.stack} bytes of stack"
     assert code.spills == 0 or 0 < code.stack <= STACK, f"{where}: {code.spills} spills"
     assert code.shared <= SHARED_LIMIT[code.arch], f"{where}: {code.shared} bytes shared"
@@ -383,3 +394,4 @@ def test_heads_and_poolers(arch: int) -> None:
             assert (code.stack, code.spills) == (0, 0), f"{op} {call.config}: {code.stack} bytes"
             assert code.shared <= SHARED_LIMIT[arch]
             check_overlap(code)
+            check_contraction(code)

@@ -33,17 +33,20 @@ def activate_ref_(y: Tensor, activation: str) -> Tensor:
 @jit()
 def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Of fp32 values. NaN stays NaN."""
+    # sigmoid(s) = 1 / (1 + 2^(-s log2 e)), with the factors of the exponent multiplied beforehand
+    LOG2E: tl.constexpr = 1.4426950408889634
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+        SLOPE: tl.constexpr = -1.5957691216057308 * LOG2E
+        y = y / (1.0 + tl.exp2(y * tl.fma(y * y, 0.044715 * SLOPE, SLOPE)))
     elif ACTIVATION == "quick_gelu":
-        y = y * tl.sigmoid(1.702 * y)
+        y = y / (1.0 + tl.exp2(y * (-1.702 * LOG2E)))
     elif ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)
     elif ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
+        y = y / (1.0 + tl.exp2(y * -LOG2E))
     elif ACTIVATION == "tanh":
-        y = 2.0 * tl.sigmoid(2.0 * y) - 1.0
+        y = 2.0 / (1.0 + tl.exp2(y * (-2.0 * LOG2E))) - 1.0
     return y

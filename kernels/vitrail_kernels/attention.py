@@ -186,7 +186,7 @@ def _attend(
     top = tl.maximum(peak, tl.max(scores, axis=1))
     weights = tl.exp2(scores - top[:, None])
     decay = tl.exp2(peak - top)
-    total = total * decay + tl.sum(weights, axis=1)
+    total = tl.fma(total, decay, tl.sum(weights, axis=1))
 
     column += WIDTH
     v = load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
@@ -358,10 +358,12 @@ def _attention_config(
         registers = 128 if head_dim <= 80 else None
         if registers and large and 128 * cdiv(longest, 128) == 64 * cdiv(longest, 64):
             reason = "64 rows read K and V from L2 too often for more than 350 TFLOP/s, and pad no"
-            reason += " less here; 2 blocks of 2 warpgroups overlap softmax with products"
-            return KernelConfig(128, 64, 0, 8, 2, registers, reason=reason)
+            reason += " less here; 2 blocks of 2 warpgroups overlap softmax with products, and the"
+            reason += " third stage is what loads a tile ahead of the one in use"
+            return KernelConfig(128, 64, 0, 8, 3, registers, reason=reason)
         reason = "128 rows pad more, or leave multiprocessors idle, or take over 128 registers;"
-        reason += " 2 to 4 blocks of a warpgroup overlap softmax with products"
+        reason += " 2 to 4 blocks of a warpgroup overlap softmax with products; a third stage"
+        reason += " would cost one of them"
         return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
     if target.tcgen05:
         reason = "2 to 4 blocks a multiprocessor; 128 rows spill past 96 columns"

@@ -68,8 +68,8 @@ def _add_keys(
     base = tl.where(top == float("-inf"), 0.0, top)  # a slot without a key: -inf - -inf is NaN
     weight = tl.exp2(score - base)
     decay = tl.exp2(peak - base)
-    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
-    return acc, top, total * decay + weight
+    acc = tl.fma(weight[:, None], v.to(tl.float32), acc * decay[:, None])
+    return acc, top, tl.fma(total, decay, weight)
 
 
 @jit()

@@ -43,9 +43,9 @@ class KernelConfig:
     reason: str = ""
 
     def options(self) -> dict[str, int]:
-        """As Triton's launch takes them. Fusion too: bits follow from it, and its default from
-        Triton's environment."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """As Triton's launch takes them. No compiler joins a product and a sum by itself: it would
+        in one tile and not in another, and bits follow from it. Kernels say `tl.fma`."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 

@@ -93,12 +93,17 @@ def normalise(
     # the rounding of the mean, 6e-5 deviations where the mean is 1000 of them, and more than the
     # deviation itself in a row of equal values.
     rest = tl.sum(centred, axis=1) / WIDTH
-    variance = tl.maximum(tl.sum(centred * centred, axis=1) / WIDTH - rest * rest, 0.0)
+    squares = tl.sum(centred * centred, axis=1)
+    variance = tl.maximum(tl.fma(-rest, rest, squares / WIDTH), 0.0)
     y = (centred - rest[:, None]) * tl.rsqrt(variance + eps)[:, None]
+    gamma = 1.0
     if gamma_ptr is not None:
-        y *= tl.load(gamma_ptr + column, mask=column < WIDTH, other=0.0)[None, :]
+        gamma = tl.load(gamma_ptr + column, mask=column < WIDTH, other=0.0)[None, :]
     if beta_ptr is not None:
-        y += tl.load(beta_ptr + column, mask=column < WIDTH, other=0.0)[None, :]
+        beta = tl.load(beta_ptr + column, mask=column < WIDTH, other=0.0)[None, :]
+        y = tl.fma(y, gamma, beta)
+    elif gamma_ptr is not None:
+        y *= gamma
     return tl.where(inside, y, 0.0)  # known zeros: the compiler sums no statistics of them
 
 

@@ -144,9 +144,9 @@ def _pool_linear_kernel(
         x = tl.load(at, mask=known[:, None] & inside, other=0.0)
         apart = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
         sums += apart
-        squares += apart * apart
+        squares = tl.fma(apart, apart, squares)
     rest = tl.sum(sums, axis=1) / K
-    variance = tl.maximum(tl.sum(squares, axis=1) / K - rest * rest, 0.0)
+    variance = tl.maximum(tl.fma(-rest, rest, tl.sum(squares, axis=1) / K), 0.0)
     rstd = tl.rsqrt(variance + eps)
 
     # The product

@@ -69,8 +69,8 @@ def position_ref(
 def _cubic(x: tl.tensor, A: tl.constexpr) -> tl.tensor:
     """Keys' cubic convolution kernel at a distance."""
     x = tl.abs(x)
-    near = ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-    far = ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A
+    near = tl.fma(tl.fma(x, A + 2.0, -(A + 3.0)) * x, x, 1.0)
+    far = tl.fma(tl.fma(tl.fma(x, A, -5.0 * A), x, 8.0 * A), x, -4.0 * A)
     return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
 
 
@@ -151,8 +151,8 @@ def _position_kernel(
                 # a weight of 0 must not meet a value that is not this cell's
                 used = mask & ((weight_x != 0.0) & (weight_y != 0.0))[:, None]
                 value = tl.load(first + at[:, None] * WIDTH, mask=used, other=0.0)
-                line += weight_x[:, None] * value
-            acc += weight_y[:, None] * line
+                line = tl.fma(weight_x[:, None], value, line)
+            acc = tl.fma(weight_y[:, None], line, acc)
         if AA:
             acc = acc / (total_y * total_x)[:, None]
     if bias_ptr is not None:

@@ -86,11 +86,8 @@ def store_stats(
     if WIDTH % 64 != 0:
         inside = tl.arange(0, 64)[None, None, :] < count[None, :, None]
         centred = tl.where(inside, centred, 0.0)
-    if PAIRED:
-        # rounded before the first sum, which the compiler would else fuse or not
-        squares = _sum64(tl.fma(centred, centred, 0.0), BLOCK_M, PARTS)
-    else:
-        squares = tl.sum(centred * centred, axis=2)
+    squares = centred * centred
+    squares = _sum64(squares, BLOCK_M, PARTS) if PAIRED else tl.sum(squares, axis=2)
     where = chunk[None, :].to(tl.int64) * stride + offs_m[:, None]
     mask = mask_m[:, None] & (chunk < CHUNKS)[None, :]
     tl.store(stats_ptr + where, total, mask=mask)
@@ -118,7 +115,8 @@ def load_mean_rstd(
     squares = tl.zeros_like(mean)
     for c in tl.static_range(CHUNKS):
         count = 64.0 if c < CHUNKS - 1 else LAST * 1.0
-        apart = tl.load(sums + c * wide, mask=mask_m, other=0.0) / count - mean
+        chunk = tl.load(sums + c * wide, mask=mask_m, other=0.0)
+        apart = tl.fma(chunk, 1.0 / count, -mean)
         inside = tl.load(sums + (CHUNKS + c) * wide, mask=mask_m, other=0.0)
-        squares += inside + count * apart * apart
+        squares += tl.fma(count * apart, apart, inside)
     return mean, tl.rsqrt(squares / WIDTH + eps)

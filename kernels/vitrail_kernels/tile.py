@@ -66,13 +66,22 @@ def epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """All that follows the product, in fp32, down to the one rounding; writes the statistics."""
+    """All that follows the product, in fp32, down to the one rounding; writes the statistics.
+
+    A product that meets a sum is a `tl.fma`: bits are the same in every tile, and it is one
+    instruction.
+    """
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     if NORM:
         sums = tl.load(row_sums_ptr + offs_n, mask=mask_n, other=0.0)
-        acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
-    if bias_ptr is not None:
+        acc = tl.fma(-mean[:, None], sums[None, :], acc)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+            acc = tl.fma(acc, rstd[:, None], bias[None, :])
+        else:
+            acc *= rstd[:, None]
+    elif bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -80,17 +89,27 @@ def epilogue(
     else:
         acc = activate(acc, ACTIVATION)
     if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        if residual_ptr is None:
+            acc *= scale
     if residual_ptr is not None:
         source = offs_m
         if residual_rows_ptr is not None:
             source = tl.load(residual_rows_ptr + offs_m, mask=mask_m, other=0)
         at = residual_ptr + source.to(tl.int64)[:, None] * N + offs_n[None, :]
-        acc += tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        residual = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            acc = tl.fma(acc, scale, residual)
+        else:
+            acc += residual
     y = acc.to(out_dtype)  # the only rounding
     if stats_ptr is not None:
         rounded = y.to(tl.float32)
         if N % BLOCK_N != 0:
             rounded = tl.where(mask_n[None, :], rounded, 0.0)
-        store_stats(stats_ptr, stats_stride, rounded, offs_m, mask_m, column, N, BLOCK_M, BLOCK_N)
+        # a residual's layout is the same in every tile, that of the product is not
+        PAIRED: tl.constexpr = residual_ptr is None
+        store_stats(
+            stats_ptr, stats_stride, rounded, offs_m, mask_m, column, N, BLOCK_M, BLOCK_N, PAIRED
+        )
     return y
