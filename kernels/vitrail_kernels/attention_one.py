@@ -116,7 +116,15 @@ def _attention_one_kernel(
     top = tl.max(peak, axis=0)
     decay = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(total * decay, axis=0)
-    out = tl.sum(acc * decay[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    # Each of four warps adds its rows: a lane loads 8 columns, so that ROWS of them are a warp's.
+    # The warps' sums meet by a change of layout; a reduction of them would write to shared memory
+    # in 8 columns a lane, all lanes to one bank.
+    ROWS: tl.constexpr = min(256 // PADDED, BLOCK_N // 4)
+    sums = tl.reshape(acc * decay[:, None], (BLOCK_N // (4 * ROWS), 4, ROWS, PADDED))
+    sums = tl.permute(tl.sum(tl.sum(sums, axis=0), axis=1), (1, 0))
+    even, odd = tl.split(tl.reshape(sums, (PADDED, 2, 2)))
+    low, high = tl.split(even + odd)
+    out = (low + high) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

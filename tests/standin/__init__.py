@@ -2,8 +2,9 @@
 
 Device memory is host memory, every call is checked, and a launch writes a digest of what it was
 given to the start of what its first parameter points to (`launch.hpp` says of what, `control.hpp`
-what may be set). A process that opens the library at `build()`'s path, with ctypes or by dlopen in
-C++, sees one state; a copy of the file has a state of its own.
+what may be set). With `standin.emulation` launches of kernels whose PTX a test names compute. A
+process that opens the library at `build()`'s path, with ctypes or by dlopen in C++, sees one state;
+a copy of the file has a state of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def build(flags: tuple[str, ...] = ()) -> Path:
 
     Raises RuntimeError without a compiler or with what it says.
     """
-    return shared_library.build("the driver stand-in", FOLDER, "libcuda.so.1", (*FLAGS, *flags))
+    header = FOLDER.parent / "emulator/emulator.h"
+    return shared_library.build(
+        "the driver stand-in", FOLDER, "libcuda.so.1", (*FLAGS, *flags), headers=(header,)
+    )
 
 
 @dataclass(frozen=True, slots=True)
