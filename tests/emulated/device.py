@@ -13,7 +13,6 @@ from torch import Tensor
 import standin
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
-from vitrail.exported import Exported
 from vitrail.program import Program
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
