@@ -81,8 +81,10 @@ inline T from_register(Stored<T> stored) {
 
 template <class T>
 inline Stored<T> to_register(T value) {
-    if constexpr (std::is_integral_v<T>)
-        return static_cast<Stored<T>>(static_cast<std::make_unsigned_t<T>>(value));
+    if constexpr (std::is_integral_v<T> && std::is_signed_v<T> && sizeof(T) < 4)
+        return static_cast<u32>(i32{value});
+    else if constexpr (std::is_integral_v<T>)
+        return static_cast<Stored<T>>(value);
     else if constexpr (sizeof(T) == 2)
         return value.bits;
     else

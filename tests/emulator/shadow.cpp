@@ -23,6 +23,7 @@ std::string Agents::name(u32 agent, u32 own_rank) const {
 void Shadow::begin(const Agents* agents, u32 rank, u32 bytes) {
     agents_ = agents;
     rank_ = rank;
+    same_writes = 0;
     if (agents == nullptr) return;
     words_.assign(bytes / 4 + 1, Word());
     readers_.assign(1, {});

@@ -91,7 +91,8 @@ SourceText::SourceText(const std::string& ptx) {
             }
         }
         const std::string directive = trimmed(line);
-        if (directive.rfind(".loc", 0) == 0 || directive.rfind(".file", 0) == 0) {
+        const std::string name = directive.substr(0, directive.find_first_of(" \t"));
+        if (name == ".loc" || name == ".file") {
             read_directive(directive);
             if (directive[1] == 'l') {
                 if (slashes != std::string::npos) {
