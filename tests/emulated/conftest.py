@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 import standin
-from emulated.device import Device
+from emulated.device import Device, EmulatedRunner
+from emulated.tiny import Open, Tiny
+from helpers import HALVES
+from test_runner import HEADS, TEXT, VISION, open_runner
 from vitrail.runners import native
 from vitrail_kernels.launch import MISSING, interpreted
 
@@ -39,3 +44,27 @@ def device(opened: Device) -> Iterator[Device]:
     opened.driver.reset()
     yield opened
     opened.driver.reset()
+
+
+@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture
+def tiny(
+    device: Device, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Open]:
+    monkeypatch.setenv(native.OVERLAP, "1")
+    opened: list[EmulatedRunner] = []
+
+    def open_tiny(family: str) -> Tiny:
+        vision, text = (None, TEXT) if family == "text" else (VISION[family], None)
+        tensors, reference = open_runner(tmp_path, vision, text, HEADS.get(family), dtype)
+        opened.append(EmulatedRunner(device, reference.weights, dtype))
+        return Tiny(tensors, opened[-1], device, dtype)
+
+    yield open_tiny
+    for runner in opened:
+        runner.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ import standin
 from emulator.call import run_call
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
-from vitrail.exported import Exported
 from vitrail.program import Program
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_kernel
-from vitrail_kernels.launch import Target
+from vitrail_kernels.launch import Call, Target
 
 CPU = torch.device("cpu")
 
@@ -35,11 +34,13 @@ class Device:
         self.driver = standin.Standin(library)
         self.driver.device(arch // 10, arch % 10, sms)
         self.emulation = Emulation(self.driver)
+        self.edit: Callable[[Call, str], str] = lambda call, ptx: ptx
+        """Plants faults: what runs in place of a kernel's PTX."""
 
-    def compile(self, call: Any) -> None:
+    def compile(self, call: Call) -> None:
         """Let the kernel of ``call`` compute once it is loaded."""
         kernel = compile_kernel(call, self.arch)
-        self.emulation.source(kernel.asm["cubin"], kernel.asm["ptx"])
+        self.emulation.source(kernel.asm["cubin"], self.edit(call, kernel.asm["ptx"]))
 
     def hold(self, tensor: Tensor, name: str, *, written: bool = True) -> None:
         """Make ``tensor`` device memory: kernels may use its bytes and none beside them."""
@@ -125,7 +126,7 @@ class EmulatedRunner(NativeRunner):
     def _execute(
         self, ready: _Ready, external: Iterable[Tensor], size: Size, sized: _Sized
     ) -> None:
-        # Tensor maps describe a capacity, so that loads reach rows past the call's, of which nothing
+        # Tensor maps describe a capacity: loads reach rows past the call's, of which nothing
         # comes (tests/interpreted/test_capacity.py): there the arena is NaN, and not tracked.
         self._exact = sized.capacity == size
         try:

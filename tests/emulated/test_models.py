@@ -3,16 +3,14 @@ many schedules, beside a model written out in PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulated.device import Device, EmulatedRunner
-from helpers import HALVES
+from emulated.device import Device
+from emulated.tiny import Open
 from test_runner import (
     HEADS,
     TEXT,
@@ -23,9 +21,7 @@ from test_runner import (
     linear,
     norm,
     normalised,
-    open_runner,
     read,
-    same_bits,
     see,
     text_outputs,
     vision_outputs,
@@ -33,7 +29,6 @@ from test_runner import (
 )
 from vitrail import plans
 from vitrail.plan import Plan
-from vitrail.runners import native
 from vitrail.spec import HeadSpec, VisionSpec
 
 BATCH = 12
@@ -42,53 +37,6 @@ BATCH = 12
 FEW = (0, 1, 2)
 MANY = tuple(range(20))
 SEEDS = [pytest.param(FEW, id="3 seeds"), pytest.param(MANY, id="20 seeds", marks=pytest.mark.slow)]
-
-Outputs = dict[str, Tensor]
-
-
-@dataclass
-class Tiny:
-    """A model, its weights rounded as a checkpoint of ``dtype`` would be, and its runner."""
-
-    tensors: Tensors
-    runner: EmulatedRunner
-    device: Device
-    dtype: torch.dtype
-
-    def outputs(self, seeds: Sequence[int], forward: Callable[[], Outputs]) -> Outputs:
-        """What ``forward`` gives, the same bits in the schedule of every seed. From sm_90 on each
-        launch of the odd seeds may overlap the one before."""
-        results = []
-        for seed in seeds:
-            self.device.emulation.schedule(seed, overlap=self.runner._overlap and seed > 0)
-            results.append(forward())
-        for seed, other in zip(seeds, results, strict=True):
-            assert same_bits(other, results[0]), f"seed {seed} gives other bits than {seeds[0]}"
-        return results[0]
-
-
-@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = request.param
-    return chosen
-
-
-@pytest.fixture
-def tiny(
-    device: Device, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], Tiny]]:
-    monkeypatch.setenv(native.OVERLAP, "1")
-    opened: list[EmulatedRunner] = []
-
-    def open_tiny(family: str) -> Tiny:
-        vision, text = (None, TEXT) if family == "text" else (VISION[family], None)
-        tensors, reference = open_runner(tmp_path, vision, text, HEADS.get(family), dtype)
-        opened.append(EmulatedRunner(device, reference.weights, dtype))
-        return Tiny(tensors, opened[-1], device, dtype)
-
-    yield open_tiny
-    for runner in opened:
-        runner.close()
 
 
 def formula(
@@ -126,7 +74,7 @@ def plans_of(spec: VisionSpec, head: HeadSpec | None, uint8: bool) -> list[Plan]
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("family", VISION)
 def test_image_outputs_are_those_of_a_plain_model(
-    tiny: Callable[[str], Tiny], family: str, uint8: bool, seeds: Sequence[int]
+    tiny: Open, family: str, uint8: bool, seeds: Sequence[int]
 ) -> None:
     model, spec, head = tiny(family), VISION[family], HEADS.get(family)
     pixels = images(BATCH, spec.image)
@@ -143,9 +91,7 @@ def test_image_outputs_are_those_of_a_plain_model(
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_text_outputs_are_those_of_a_plain_model(
-    tiny: Callable[[str], Tiny], seeds: Sequence[int]
-) -> None:
+def test_text_outputs_are_those_of_a_plain_model(tiny: Open, seeds: Sequence[int]) -> None:
     model = tiny("text")
     ids, ends = torch.randint(40, (12, 17)), [16, 3, 0, 9, 1, 12, 16, 5, 2, 7, 11, 14]
     packed = [row[: end + 1] for row, end in zip(ids, ends, strict=True)]
@@ -171,9 +117,7 @@ def test_text_outputs_are_those_of_a_plain_model(
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
-def test_images_of_another_size_are_those_of_a_plain_model(
-    tiny: Callable[[str], Tiny], family: str
-) -> None:
+def test_images_of_another_size_are_those_of_a_plain_model(tiny: Open, family: str) -> None:
     """Positions are interpolated, and pixels are left over at the edges."""
     model, spec = tiny(family), VISION[family]
     larger = (spec.image[0] + 2 * spec.patch[0] + 1, spec.image[1] + spec.patch[1])
@@ -183,7 +127,7 @@ def test_images_of_another_size_are_those_of_a_plain_model(
     check("embedding", out, model.tensors, wanted, model.dtype)
 
 
-def test_launches_overlap_from_sm_90_on(tiny: Callable[[str], Tiny], device: Device) -> None:
+def test_launches_overlap_from_sm_90_on(tiny: Open, device: Device) -> None:
     """So that the schedules above are those of grids that run together."""
     model, spec = tiny("vit"), VISION["vit"]
     plan, pixels = plans.vision_pooled(spec, uint8=True), images(3, spec.image)
