@@ -168,8 +168,9 @@ PLACES = (
     r"\w+: .+\[[\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+.*, block \d+, warp \d+\]",
     r"\w+: deadlock in block \d+: .*warp \d+ at .+ in [\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+",
     r"\w+: a block of \d+ x \d+ x \d+ threads, the kernel requires",
+    r"\w+: a grid of \d+ blocks, wanted",
     r"\d+ bytes of \w+.* stay unwritten",
-    r"wrong: .+",
+    r"(wrong|other bits): .+",
 )
 """How a symptom names its place: an instruction with PTX line, source line, block and warp; waiters
 of a deadlock likewise; a launch that is refused; an output."""

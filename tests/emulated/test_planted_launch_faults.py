@@ -213,7 +213,7 @@ GATHERED: Faults = {
         values(exchange("stats_ptr", "x_stats_ptr")),
         EMPTY.format("stats_ptr"),
     ),
-    "residual a row late": (values(add("residual_ptr", 256)), READ.format(23040, "residual_ptr")),
+    "residual a row late": (values(add("residual_ptr", 144)), READ.format(12960, "residual_ptr")),
 }
 
 CASES = [
