@@ -218,14 +218,18 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "unknown": ([ctypes.c_void_p], ctypes.c_int),
     "tensor_map": (
-        [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
-        + [ctypes.c_void_p] * 3
-        + [ctypes.c_int],
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_int,
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_int,
+        ],
         None,
     ),
     "run_chain": (
-        [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-        + [ctypes.c_void_p, ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_int] * 2 + [ctypes.c_void_p] * 2,
         ctypes.c_int,
     ),
     "sites": ([ctypes.c_int, ctypes.POINTER(ctypes.POINTER(_Site))], ctypes.c_int),

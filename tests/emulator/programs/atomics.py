@@ -94,7 +94,8 @@ setp.lt.u32 %p1, %r1, 4; mov.b64 %rd31, 0; mov.b32 %r31, 0;
 bar.sync 0; ld.global.b{8 * size} {register}32, [%rd4+256];
 ld.global.b{8 * size} {register}33, [%rd4+512];
 {mnemonic} {result}[%rd10], {register}32{third};
-mov.b64 %rd40, 0; st.global.b64 [%rd5], %rd40; st.global.b{8 * size} [%rd5], {register}31; bar.sync 0;
+mov.b64 %rd40, 0; st.global.b64 [%rd5], %rd40;
+st.global.b{8 * size} [%rd5], {register}31; bar.sync 0;
 @%p1 ld.{kept}.b{8 * size} {register}30, [%rd11]; @%p1 mul.wide.u32 %rd12, %r1, {size};
 @%p1 add.s64 %rd12, %rd12, %rd2; @%p1 st.global.b{8 * size} [%rd12+512], {register}30;"""
     first = np.zeros(LANES, dtype)
