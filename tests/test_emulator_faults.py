@@ -230,8 +230,8 @@ def test_tensor_copies_that_are_wrong() -> None:
         assert "deadlock in block 0: warp 0 at mbarrier 1024" in tensor_fault(
             good, bytes_=64, seed=seed
         )
-    one = good.replace("{%r40, %r40}", "{%r40}").replace("2d", "1d")
-    assert "1 coordinates, the map has 2 dimensions" in tensor_fault(one)
+    short = good.replace("{%r40, %r40}", "{%r40}").replace("2d", "1d")
+    assert "1 coordinates, the map has 2 dimensions" in tensor_fault(short)
     assert "wanted a multiple of 128" in tensor_fault(good.replace("[%r2]", "[%r2+16]"))
     not_a_map = good.replace("[%rd9,", "[%rd1,")
     assert "the 128 bytes are no tensor map" in tensor_fault(not_a_map, more=32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -328,6 +329,18 @@ def test_a_launch_that_lets_others_start_before_it_waits_orders_fewer(seed: int)
     chain([first, waits_first, third], seed)
     with pytest.raises(Fault, match=r"k2 \(launch 2\)|k2: "):
         chain([first, f"{TRIGGER} {DEPENDENCY} mov.b32 %r9, 0;", third], seed)
+
+
+def test_chains_run_without_race_checks_too() -> None:
+    program = program_of("cp.async.bulk.commit_group")  # a tensor store
+    load = program_of("mbarrier.expect_tx.relaxed.cta.shared::cta.b64")
+    assert program is not None
+    assert load is not None
+    for item in (program, load):
+        for seed in SEEDS:
+            twice = replace(item, overlaps=True, body=f"{TRIGGER} {DEPENDENCY} {item.body}")
+            out, _ = execute(twice, seed=seed, races=0)
+            assert np.array_equal(out, item.expected)
 
 
 def test_a_wait_of_one_warp_reaches_others_by_a_barrier() -> None:
