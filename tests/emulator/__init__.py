@@ -1,9 +1,9 @@
-"""An emulator of PTX: runs compiled kernels on the CPU, and checks what a GPU would not say.
+"""An emulator of PTX: runs compiled kernels on the CPU and finds errors that GPUs do not report.
 
-`Module` parses PTX, `run` executes launches in host memory and raises `Fault` for what is wrong:
-accesses out of bounds, reads of what nobody wrote, races, missing waits, deadlocks. `emulator.h`
-describes the C interface, which the driver stand-in uses too; `call.py` runs a `vitrail_kernels`
-Call on CPU tensors.
+`Module` parses PTX. `run` executes launches in host memory and raises `Fault` for accesses out of
+bounds, reads of unwritten memory, races, missing waits and deadlocks. `emulator.h` describes the C
+interface, which the driver stand-in uses too; `call.py` runs a `vitrail_kernels` Call on CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLAGS = (
     "-fPIC",
     "-fvisibility=default",
     "-fwrapv",  # integers wrap, as PTX's do
-    "-ffp-contract=off",  # a fused multiply-add is one where PTX says so
+    "-ffp-contract=off",  # PTX says which multiply-adds are fused
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-unknown-pragmas",
@@ -58,7 +58,7 @@ CLASSES = (
 def build() -> Path:
     """The emulator's library, compiled and kept while its sources stay as they are.
 
-    Raises RuntimeError without a compiler or with what it says.
+    Raises RuntimeError without a compiler, or with the compiler's errors.
     """
     tensor_map = FOLDER.parent / "standin/tensor_map.hpp"
     headers = (tensor_map, tensor_map.with_name("abi.hpp"))
@@ -104,7 +104,7 @@ class Site:
     names none), ``runs`` by warps.
 
     For memory, ``actual`` and ``ideal`` count wavefronts of shared memory or sectors of 32 bytes of
-    global memory; ``bytes`` is what was asked for. ``waits``: how often a warp had to wait.
+    global memory; ``bytes``: the bytes that lanes asked for. ``waits``: how often a warp waited.
     """
 
     opcode: str
@@ -218,14 +218,18 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "unknown": ([ctypes.c_void_p], ctypes.c_int),
     "tensor_map": (
-        [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
-        + [ctypes.c_void_p] * 3
-        + [ctypes.c_int],
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_int,
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_int,
+        ],
         None,
     ),
     "run_chain": (
-        [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-        + [ctypes.c_void_p, ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_int] * 2 + [ctypes.c_void_p] * 2,
         ctypes.c_int,
     ),
     "sites": ([ctypes.c_int, ctypes.POINTER(ctypes.POINTER(_Site))], ctypes.c_int),
@@ -249,7 +253,7 @@ def _error() -> str:
 
 
 class Module:
-    """Kernels of one text of PTX. Raises `Fault` if it does not parse."""
+    """The kernels of a PTX text. Raises `Fault` if it does not parse."""
 
     def __init__(self, ptx: str) -> None:
         self.ptx = ptx

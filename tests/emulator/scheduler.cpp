@@ -58,7 +58,7 @@ Cluster::Progress Cluster::advance(u32 turns) {
         counters.warp_instructions += warp.executed - before;
         if (limit != 0 && counters.warp_instructions > limit)
             throw Fault("the limit of " + text(limit) + " warp instructions is reached" +
-                        location(warp, std::min(warp.next, launch->kernel->last())));
+                        location(warp, warp.next));
         finish_some_work(warp, false);
         if (warp.state == Warp::kDone) end_warp(warp);
     }

@@ -178,7 +178,7 @@ def wgmma_program(opcode: str, columns: int, types: tuple[str, str, str]) -> Pro
         _fill(memory.size),
         CONSTANT[sum_type],
         *(f"mov.b32 {name}, %r11;" for name in names),
-        f"mul.wide.u32 %rd9, %r1, 16; add.s64 %rd9, %rd9, %rd1;",
+        "mul.wide.u32 %rd9, %r1, 16; add.s64 %rd9, %rd9, %rd1;",
         f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd9+{memory.size}];",
         *(
             _descriptor(f"%rd{20 + i}", d, at)
