@@ -36,10 +36,9 @@ void copy(Warp& warp, const Instruction& instruction) {
             reading |= 1u << lane;
         }
         if (block.shadow.checks())
-            block.shadow.write(warp, target, bytes,
-                               {block.cluster->agents.copies(block.rank, warp.index),
-                                warp.copies.commits + 1, false},
-                               nullptr, nullptr);
+            block.note_write(warp, target, bytes,
+                             {block.cluster->agents.copies(block.rank, warp.index),
+                              warp.copies.commits + 1, false});
         warp.copies.open.push_back(
             {sources[lane], target, static_cast<u8>(bytes), static_cast<u8>(read)});
     }

@@ -11,6 +11,8 @@ void Block::begin(u32 linear_index) {
     std::fill(shared.begin(), shared.end(), 0xcd);
     mbarriers.clear();
     next_number = 0;
+    mbarriers_begin = kNowhere;
+    mbarriers_end = 0;
     atomics.clear();
     operand_checks.clear();
     for (Barrier& barrier : barriers) {
@@ -68,7 +70,17 @@ Block& Block::owner(u32& address) {
 void Block::write_shared(const Warp& warp, u32 address, u32 bytes, const u8* data) {
     if (!shadow.checks()) return;
     const Access access{warp.agent, warp.clocks.order[warp.agent], false};
-    shadow.write(warp, address, bytes, access, shared.data(), data);
+    note_write(warp, address, bytes, access, data);
+}
+
+void Block::note_write(const Warp& warp, u32 address, u32 bytes, Access access, const u8* data) {
+    if (address < mbarriers_end && address + bytes > mbarriers_begin)
+        for (const auto& [at, mbarrier] : mbarriers)
+            if (address < at + 8 && address + bytes > at)
+                throw Fault("shared memory: write over the mbarrier at byte " +
+                            std::to_string(i64{at} - i64{kReservedShared}) +
+                            ", which was not invalidated");
+    shadow.write(warp, address, bytes, access, data == nullptr ? nullptr : shared.data(), data);
 }
 
 void Block::read_shared(const Warp& warp, u32 address, u32 bytes) {

@@ -51,6 +51,7 @@ struct Block {
     Barrier barriers[kBarriers];
     Clock load_clocks[Agents::kMbarriers] = {};  // used up, by an mbarrier's number
     u32 next_number = 0;  // of the next mbarrier
+    u32 mbarriers_begin = kNowhere, mbarriers_end = 0;  // addresses
     Shadow shadow;
     std::unordered_map<u32, Clocks> atomics;  // by address: of the warps that executed them
     std::map<std::pair<u32, u64>, OperandCheck> operand_checks;  // by warpgroup and product
@@ -66,6 +67,9 @@ struct Block {
     // The block that an address of shared::cluster is of; the address becomes a local one.
     Block& owner(u32& address);
     void write_shared(const Warp& warp, u32 address, u32 bytes, const u8* data = nullptr);
+    // A write that may be done later, of data that is known or not.
+    void note_write(const Warp& warp, u32 address, u32 bytes, Access access,
+                    const u8* data = nullptr);
     void read_shared(const Warp& warp, u32 address, u32 bytes);
     // The mbarrier at an address, whose initialization must be ordered before.
     Mbarrier& mbarrier(const Warp& warp, u32 address);
@@ -120,6 +124,7 @@ struct Cluster {
     std::set<u32> ordered, acquired;  // clusters synchronized with; those a fence will order
     Random random{0};
     u32 arrived = 0, phase = 0;  // barrier.cluster, in warps
+    u32 polls = 0;  // of mbarriers, in vain, since a load was done
     Clocks arriving, complete;
 
     explicit Cluster(Launch& owner);

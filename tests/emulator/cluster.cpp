@@ -42,7 +42,7 @@ void Cluster::begin(u32 cluster_index) {
     loads.clear();
     ordered.clear();
     acquired.clear();
-    arrived = phase = turn_ = 0;
+    arrived = phase = turn_ = polls = 0;
     pauses = false;
     arriving = complete = Clocks();
     priorities_.clear();

@@ -1,4 +1,6 @@
 // mbarrier (PTX ISA 9.7.13.15), and addresses of other blocks of a cluster.
+#include <algorithm>
+
 #include "block.hpp"
 #include "opcodes.hpp"
 
@@ -50,6 +52,8 @@ void initialize(Warp& warp, const Instruction& instruction) {
         require(block.mbarriers.count(address) == 0, "mbarrier.init of an mbarrier that is in use");
         block.write_shared(warp, address, 8);
         const u32 number = new_number(block);
+        block.mbarriers_begin = std::min(block.mbarriers_begin, address);
+        block.mbarriers_end = std::max(block.mbarriers_end, address + 8);
         Mbarrier& mbarrier = block.mbarriers[address];
         mbarrier.number = number;
         mbarrier.agent = block.cluster->agents.loads(block.rank, number);
@@ -68,8 +72,8 @@ void invalidate(Warp& warp, const Instruction& instruction) {
         const u32 address = address_of(warp, instruction, 0, lane);
         block.mbarrier(warp, address);
         block.cluster->require_no_load(block, address, "mbarrier.inval while a bulk load");
-        block.write_shared(warp, address, 8);
         block.mbarriers.erase(address);
+        block.write_shared(warp, address, 8);
     });
 }
 
@@ -126,7 +130,10 @@ void test_parity(Warp& warp, const Instruction& instruction) {
     if (over) warp.clocks.join(mbarrier.complete);
     if (over || !waits) {
         warp.set_predicate(instruction.operand[0], over ? kAllLanes : 0);
-        if (!over) warp.yields = true;
+        if (!over) {
+            warp.yields = true;
+            ++block.cluster->polls;
+        }
         return;
     }
     warp.waits_for = address;

@@ -56,6 +56,7 @@ Cluster::Progress Cluster::advance(u32 turns) {
         const u64 before = warp.executed;
         run_turn(warp);
         counters.warp_instructions += warp.executed - before;
+        if (!loads.empty() && polls > 4 * agents.warps * blocks.size()) load_tensor(*this, 0);
         if (limit != 0 && counters.warp_instructions > limit)
             throw Fault("the limit of " + text(limit) + " warp instructions is reached" +
                         location(warp, warp.next));

@@ -116,8 +116,7 @@ void announce(Warp& warp, TensorLoad& load, u32 bytes) {
         target.at(load.shared, bytes);
         if (!target.shadow.checks()) continue;
         const Clock clock = mbarrier.first_clock + mbarrier.phase + 1;
-        target.shadow.write(warp, load.shared, bytes, {mbarrier.agent, clock, true}, nullptr,
-                            nullptr);
+        target.note_write(warp, load.shared, bytes, {mbarrier.agent, clock, true});
     }
 }
 
@@ -223,6 +222,7 @@ void wait(Warp& warp, const Instruction& instruction) {
 
 void load_tensor(Cluster& cluster, u32 index) {
     const TensorLoad item = cluster.loads[index];
+    cluster.polls = 0;
     cluster.loads.erase(cluster.loads.begin() + index);
     try {
         const Box box(item.map);
