@@ -128,11 +128,15 @@ def symptom(subject: Subject, planted: Planted, seed: int) -> str:
             now.copy_(before)
 
 
+GUARD = 1 << 17
+"""Bytes, more than a fault here goes past the end of a tensor."""
+
+
 def guarded(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` whose memory touches that of no other tensor, aligned to 128 bytes."""
+    """A copy of ``tensor``, aligned to 128 bytes, with `GUARD` bytes of no tensor around it."""
     size = tensor.numel() * tensor.element_size()
-    memory = bytearray(size + 512)
-    start = 256 - ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 128
+    memory = bytearray(GUARD + size + GUARD)
+    start = GUARD - ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 128
     flat = torch.frombuffer(memory, dtype=tensor.dtype, offset=start, count=tensor.numel())
     return flat.view(tensor.shape).copy_(tensor)
 

@@ -1,5 +1,5 @@
-"""Synchronization removed from the PTX of real kernels, one instruction at a time: the emulator says
-what is wrong and where, or the instruction is on a list with the reason why it is not missed.
+"""Synchronization removed from the PTX of real kernels, one instruction at a time: the emulator
+says what is wrong and where, or a list says why the instruction is not missed.
 
 If a kernel's PTX changes, its lists may have to be made anew: a failing test says which indexes.
 """
