@@ -1,4 +1,4 @@
-"""Addresses, fragments, descriptors, counts and masks that are wrong in the PTX of real kernels: the
+"""Addresses, fragments, descriptors and counts that are wrong in the PTX of real kernels: the
 emulator or the numbers say so, or nothing goes wrong for a reason that is given."""
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ LINEAR_90: Faults = {
 NO_INVAL = first(r"@%p\d+ mbarrier\.inval[^;]*;", NOTHING)
 LINEAR_90["an mbarrier not invalidated"] = (NO_INVAL, "harmless: nothing takes its place")
 ATTENTION_90: Faults = {
-    "an mbarrier not invalidated": (NO_INVAL, "write over the mbarrier at byte 0 .* was not inval"),
+    "an mbarrier not invalidated": (NO_INVAL, "write over the mbarrier at byte 0, which was not"),
     "mask of scores dropped": (each(KEYS, r"mov.b32 \1, \2;"), NUMBERS),
     "other is NaN": (each(OTHER, r"mov.b32 \1, 0x7fff7fff;"), NUMBERS),
     "st.shared 16 bytes on": (first(STORE, r"\g<1>16"), RACE),
