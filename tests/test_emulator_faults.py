@@ -12,7 +12,7 @@ import pytest
 import emulator
 import shared_library
 from emulator import Fault, Launch, Module, Range
-from emulator.programs import Program, bytes_of, execute, program_of
+from emulator.programs import Program, bytes_of, execute
 from emulator.programs.barriers import INIT, WAIT
 from emulator.programs.copies import TENSOR_INIT, fields, tensor
 
@@ -46,7 +46,9 @@ def fault_of(body: str, *, seed: int = 1, strict: int = 0, **fields_: object) ->
 )
 def test_a_message_names_the_lines(location: str, source: str) -> None:
     head = Program("", bytes_of(), bytes_of()).text().removesuffix("\nret;\n}\n")
-    text = f'{head}\n{location}\nst.global.b32 [%rd5+8000], %r1;\nret;\n}}\n.file 1 "/a/b/gemm.cu"\n'
+    text = (
+        f'{head}\n{location}\nst.global.b32 [%rd5+8000], %r1;\nret;\n}}\n.file 1 "/a/b/gemm.cu"\n'
+    )
     line = text[: text.index("st.global.b32")].count("\n") + 1
     memory = np.zeros(64, np.uint64)
     ranges = [Range(memory.ctypes.data, memory.nbytes, "a tensor")]
@@ -56,7 +58,9 @@ def test_a_message_names_the_lines(location: str, source: str) -> None:
     with pytest.raises(Fault) as caught:
         emulator.run(launch, ranges, seed=0)
     end = rf"\[st.global.b32, PTX line {line}{re.escape(source)}, block 0, warp 0\]"
-    assert re.fullmatch(rf"k: global memory: write out of bounds, 4 bytes .* {end}", str(caught.value))
+    assert re.fullmatch(
+        rf"k: global memory: write out of bounds, 4 bytes .* {end}", str(caught.value)
+    )
     assert caught.value.address == memory.ctypes.data + 8000
     assert caught.value.launch == 0
 
@@ -65,9 +69,13 @@ def test_a_message_names_the_lines(location: str, source: str) -> None:
 
 
 def test_accesses_out_of_bounds_name_the_range_and_the_byte() -> None:
-    assert "write out of bounds, 4 bytes at 0x" in (text := fault_of("st.global.b32 [%rd2+512], %r1;"))
+    assert "write out of bounds, 4 bytes at 0x" in (
+        text := fault_of("st.global.b32 [%rd2+512], %r1;")
+    )
     assert "byte 512 of out, which has 512" in text
-    assert "read out of bounds, 4 bytes at 0x" in (text := fault_of("ld.global.b32 %r9, [%rd1+-4];"))
+    assert "read out of bounds, 4 bytes at 0x" in (
+        text := fault_of("ld.global.b32 %r9, [%rd1+-4];")
+    )
     assert "byte -4 of in" in text
     text = fault_of("mov.b64 %rd9, 64; ld.global.b32 %r9, [%rd9];")
     assert "4 bytes at 0x40 [" in text
@@ -87,7 +95,9 @@ def test_misaligned_vectors(space: str) -> None:
 
 
 def test_reads_of_what_nobody_wrote_and_outputs_that_nobody_wrote() -> None:
-    program = Program("ld.global.b32 %r9, [%rd4]; st.global.b32 [%rd5], %r9;", bytes_of(), bytes_of())
+    program = Program(
+        "ld.global.b32 %r9, [%rd4]; st.global.b32 [%rd5], %r9;", bytes_of(), bytes_of()
+    )
     module = Module(program.text())
     memory = np.zeros(64, np.uint64)
     written = np.zeros(memory.nbytes, np.uint8)
@@ -176,7 +186,9 @@ def test_exchanges_between_lanes_that_are_not_there() -> None:
     assert "a lane executes the instruction that the member mask does not name" in text
     text = fault_of(half + "@%p1 shfl.sync.bfly.b32 %r9, %r1, 16, 31, 0xFFFF;")
     assert "shfl reads a lane that is not a member" in text
-    text = fault_of(half + "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r2];", shared=256)
+    text = fault_of(
+        half + "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r2];", shared=256
+    )
     assert "by a part of a warp" in text
 
 
@@ -215,9 +227,11 @@ W: {WAIT} %p3, [%r20], 0; @!%p3 bra W;"""
 def test_tensor_copies_that_are_wrong() -> None:
     good = f"@%p2 {LOAD} [%r2], [%rd9, {{%r40, %r40}}], [%r20];"
     for seed in SEEDS:
-        assert "deadlock in block 0: warp 0 at mbarrier 1024" in tensor_fault(good, bytes_=64, seed=seed)
-    one = good.replace("{%r40, %r40}", "{%r40}").replace("2d", "1d")
-    assert "1 coordinates, the map has 2 dimensions" in tensor_fault(one)
+        assert "deadlock in block 0: warp 0 at mbarrier 1024" in tensor_fault(
+            good, bytes_=64, seed=seed
+        )
+    short = good.replace("{%r40, %r40}", "{%r40}").replace("2d", "1d")
+    assert "1 coordinates, the map has 2 dimensions" in tensor_fault(short)
     assert "wanted a multiple of 128" in tensor_fault(good.replace("[%r2]", "[%r2+16]"))
     not_a_map = good.replace("[%rd9,", "[%rd1,")
     assert "the 128 bytes are no tensor map" in tensor_fault(not_a_map, more=32)
@@ -233,64 +247,16 @@ def test_copies_that_nobody_waits_for() -> None:
 @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 32;
 @%p2 {LOAD} [%r2], [%rd9, {{%r40, %r40}}], [%r20];"""
     program = Program(body, bytes_of(tensor(2)), bytes_of(), shared=2048, tensor=("in", fields(2)))
-    with pytest.raises(Fault, match="the block ends while a bulk load for the mbarrier at byte .* under way"):
+    with pytest.raises(
+        Fault, match=r"the block ends while a bulk load for the mbarrier at byte .* under way"
+    ):
         execute(program, seed=0)
     store = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
     body = f"""setp.eq.u32 %p2, %r1, 0; mov.b64 %rd9, p2; mov.b32 %r40, 0; st.shared.b32 [%r2], %r1;
 mul.wide.u32 %rd8, %r1, 8; cvt.u32.u64 %r8, %rd8; add.s32 %r8, %r8, %r2; st.shared.b64 [%r8], %rd8;
 fence.proxy.async; @%p2 {store} [%rd9, {{%r40, %r40}}], [%r2];"""
     program = Program(body, bytes_of(), bytes_of(tensor(2)), shared=2048, tensor=("out", fields(2)))
-    with pytest.raises(Fault, match=r"a warp ends with a bulk store that was not committed \[cp.async.bulk"):
+    with pytest.raises(
+        Fault, match=r"a warp ends with a bulk store that was not committed \[cp.async.bulk"
+    ):
         execute(program)
-
-
-# -- wgmma
-
-WGMMA = "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16"
-
-
-def wgmma_fault(edit: tuple[str, str], *, strict: int = 0, seed: int = 0) -> str:
-    program = program_of(WGMMA)
-    assert program is not None
-    body = program.body.replace(*edit)
-    assert body != program.body
-    text = Program(body, program.inputs, program.expected, threads=128, shared=program.shared)
-    with pytest.raises(Fault) as caught:
-        execute(text, strict=strict, seed=seed)
-    return str(caught.value)
-
-
-def test_products_that_are_wrong() -> None:
-    fence, wait = "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
-    commit = "wgmma.commit_group.sync.aligned;"
-    assert "wgmma before any wgmma.fence" in wgmma_fault((fence, ""))
-    assert "a register of a wgmma is used that was not waited for" in wgmma_fault((wait, ""))
-    weak = wgmma_fault((wait, "wgmma.wait_group.sync.aligned 1;"))
-    assert "a register of a wgmma is used that was not waited for" in weak
-    assert "ends with a wgmma that was not committed" in wgmma_fault((f"{commit}\n{wait}", "ret;"))
-    part = f"setp.ne.u32 %p7, %r1, 5; @%p7 {WGMMA}"
-    assert "by a part of a warp" in wgmma_fault((WGMMA, part))
-    early = f"{fence} mov.b32 %r100, 0;"
-    assert "written after the latest wgmma.fence" in wgmma_fault((fence, early), strict=1)
-    assert "lanes differ in scale-d" in wgmma_fault(("setp.eq.u32 %p1, 1,", "setp.eq.u32 %p1, %r1,"))
-
-
-def test_warps_of_a_warpgroup_issue_the_same_products() -> None:
-    fence = "wgmma.fence.sync.aligned;"
-    leave = f"setp.lt.u32 %p8, %r1, 32; @%p8 ret; {fence}"
-    text = wgmma_fault((fence, leave))
-    assert "deadlock in block 0: warp 1 at wgmma.wait_group, for the other warps" in text
-
-
-def test_strictness_is_about_what_ptxas_mends() -> None:
-    """Without `strict` the write after the fence is counted: ptxas puts a fence there (C7519)."""
-    program = program_of(WGMMA)
-    assert program is not None
-    body = program.body.replace(
-        "wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned; mov.b32 %r100, %r11;"
-    ).replace("setp.eq.u32 %p1, 0, 1;", "setp.eq.u32 %p1, 1, 1;")
-    late = Program(body, program.inputs, program.expected, threads=128, shared=program.shared)
-    _, report = execute(late)
-    assert report.injected_fences == 4
-    _, report = execute(program)
-    assert report.injected_fences == 0

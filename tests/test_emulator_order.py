@@ -1,17 +1,15 @@
-"""Order: races in shared and in global memory, proxies, clusters, launches that overlap."""
+"""Order: races in shared and in global memory, proxies, clusters."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-import emulator
 import shared_library
-from emulator import Fault, Launch, Module, Range, Report
+from emulator import Fault
 from emulator.programs import Program, bytes_of, complaint, execute, program_of
 from emulator.programs.barriers import CLUSTER, EXCHANGE, INIT, SHOW, WAIT
 
@@ -32,7 +30,8 @@ def fault_of(program: Program, seed: int = 1) -> str:
 
 
 def exchange(between: str, after: str = "") -> Program:
-    body = f"{EXCHANGE} st.shared.b32 [%r11], %r12; {between} ld.shared.b32 %r14, [%r13]; {after} {SHOW}"
+    body = f"""{EXCHANGE} st.shared.b32 [%r11], %r12; {between}
+ld.shared.b32 %r14, [%r13]; {after} {SHOW}"""
     thread = np.arange(64, dtype=np.uint64)
     return Program(body, bytes_of(), bytes_of((thread ^ 32) * 3 + 1), threads=64, shared=2048)
 
@@ -52,8 +51,11 @@ def test_reads_without_a_barrier_are_races_in_every_schedule(seed: int) -> None:
 def test_writes_over_what_another_warp_reads_are_races(seed: int) -> None:
     again = "{} st.shared.b32 [%r11], %r1;"
     text = fault_of(exchange("bar.sync 0;", again.format("")), seed)
-    assert re.search(r"write after read at byte \d+ of shared memory, by warp [01]; last written|"
-                     r"read after write without synchronization", text)
+    assert re.search(
+        r"write after read at byte \d+ of shared memory, by warp [01]; last written|"
+        r"read after write without synchronization",
+        text,
+    )
     assert complaint(exchange("bar.sync 0;", again.format("bar.sync 0;")), seed=seed) is None
 
 
@@ -71,14 +73,17 @@ def test_warps_that_store_equal_values_need_no_order() -> None:
 
 def test_halves_of_a_word_are_told_apart() -> None:
     """Two warps write a half of each word, a third reads."""
-    body = """shr.u32 %r5, %r1, 5; and.b32 %r6, %r1, 31; shl.b32 %r10, %r6, 2; add.s32 %r10, %r10, %r2;
+    body = """shr.u32 %r5, %r1, 5; and.b32 %r6, %r1, 31; shl.b32 %r10, %r6, 2;
+add.s32 %r10, %r10, %r2;
 shl.b32 %r7, %r5, 1; add.s32 %r11, %r10, %r7; setp.lt.u32 %p1, %r5, 2; cvt.u16.u32 %h1, %r5;
 @%p1 st.shared.b16 [%r11{0}], %h1; bar.sync 0; @!%p1 ld.shared.b32 %r12, [%r10];"""
     good = Program(body.replace("{0}", ""), bytes_of(), bytes_of(), threads=96, shared=256)
     for seed in SEEDS:
         assert complaint(good, seed=seed) is None
     body = body.replace("shl.b32 %r7, %r5, 1;", "mov.b32 %r7, 0;").replace("{0}", "")
-    assert "write after write" in fault_of(Program(body, bytes_of(), bytes_of(), threads=96, shared=256))
+    assert "write after write" in fault_of(
+        Program(body, bytes_of(), bytes_of(), threads=96, shared=256)
+    )
 
 
 def test_asynchronous_copies_are_waited_for_and_made_visible() -> None:
@@ -127,7 +132,9 @@ def test_mbarriers_order_what_comes_before_their_arrivals() -> None:
         assert re.search("without synchronization|write after read|what nobody wrote", text)
     early = program.body.replace("bar.sync 0; setp.lt", "setp.lt", 1)
     texts = {
-        fault_of(Program(early, bytes_of(), bytes_of(), threads=64, shared=1024), seed).split("[")[0]
+        fault_of(Program(early, bytes_of(), bytes_of(), threads=64, shared=1024), seed).split("[")[
+            0
+        ]
         for seed in SEEDS
     }
     assert any("initialization by warp 0 is not ordered before" in text for text in texts)
@@ -140,7 +147,8 @@ def test_an_mbarrier_that_is_initialized_again_forgets_nothing() -> None:
 @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128;
 @%p2 {load} [%r2], [%rd9, {{%r30}}], [%r20]; WAIT bar.sync 0;
 ld.shared.b32 %r14, [%r11]; bar.sync 0; @%p2 mbarrier.inval.shared::cta.b64 [%r20];"""
-    start = f"{EXCHANGE} setp.eq.u32 %p2, %r1, 0; add.s32 %r20, %r2, 512; mov.b64 %rd9, p2; mov.b32 %r30, 0;"
+    start = f"""{EXCHANGE} setp.eq.u32 %p2, %r1, 0; add.s32 %r20, %r2, 512; mov.b64 %rd9, p2;
+mov.b32 %r30, 0;"""
 
     def program(second: str) -> Program:
         first = f"A: {WAIT} %p3, [%r20], 0; @!%p3 bra A;"
@@ -167,7 +175,9 @@ def test_blocks_of_a_cluster_wait_for_each_other() -> None:
         fault_of(Program(first, bytes_of(), bytes_of(), grid=2, shared=128, directives=CLUSTER)),
     )
     head, _, tail = program.body.rpartition(meet)
-    last = Program(head + tail, bytes_of(), program.expected, grid=2, shared=128, directives=CLUSTER)
+    last = Program(
+        head + tail, bytes_of(), program.expected, grid=2, shared=128, directives=CLUSTER
+    )
     for seed in SEEDS:
         assert re.search("shared::cluster: block [01] has ended", fault_of(last, seed))
 
@@ -186,7 +196,9 @@ def test_blocks_race_through_global_memory() -> None:
     execute(blocks_program(mine + write, 64))
     text = fault_of(blocks_program(mine + other + write + "ld.global.b32 %r10, [%rd10];", 64))
     assert "write of bytes that another block reads in the same launch, in no order" in text
-    second = "setp.lt.u32 %p1, %r3, 32; @%p1 bra END; ld.global.b32 %r10, [%rd10]; END: mov.b32 %r9, 0;"
+    second = (
+        "setp.lt.u32 %p1, %r3, 32; @%p1 bra END; ld.global.b32 %r10, [%rd10]; END: mov.b32 %r9, 0;"
+    )
     text = fault_of(blocks_program(mine + other + write + second, 64))
     assert "global memory: read of bytes that another block writes in the same launch" in text
     text = fault_of(blocks_program("st.global.b32 [%rd2], %r3;", 64))
@@ -199,7 +211,9 @@ def test_blocks_race_through_global_memory() -> None:
     execute(blocks_program(bytes_ + "st.global.b8 [%rd9], %h1;", 64))
     execute(blocks_program(half + place + "st.global.b8 [%rd9], %h1;", 64))
     same = half.replace("%r6, 2, %r5", "%r6, 2, 0") + place
-    assert "another block writes" in fault_of(blocks_program(same + "st.global.b8 [%rd9], %h1;", 64))
+    assert "another block writes" in fault_of(
+        blocks_program(same + "st.global.b8 [%rd9], %h1;", 64)
+    )
 
 
 def test_atomics_are_no_race_but_plain_accesses_beside_them_are() -> None:
@@ -238,91 +252,3 @@ SECOND: st.release.gpu.global.b32 [%rd2], 1; END: mov.b32 %r12, 0;"""
     program = blocks_program(body, 1)
     assert "the limit of" in fault_of(program)
     execute(program, resident=2, seed=2)
-
-
-# -- launches that overlap
-
-TRIGGER, DEPENDENCY = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
-ADD = "ld.global.b32 %r9, [%rd5]; add.s32 %r9, %r9, 1; st.global.b32 [%rd5], %r9;"
-
-
-def chain(bodies: Sequence[str], seed: int, *, pdl: bool = True, grid: int = 3) -> list[Report]:
-    """Launches of ``bodies`` on one output of zeros; checks that each adds 1 if all do."""
-    values = np.zeros(grid * 32, np.uint64)
-    address = values.ctypes.data.to_bytes(8, "little")
-    launches = []
-    for index, body in enumerate(bodies):
-        text = Program(body, bytes_of(), bytes_of()).text().replace(".entry k(", f".entry k{index}(")
-        module = Module(text)
-        parameters = module.pack([address, address, bytes(128)])
-        launches.append(Launch(module, (grid,), (32,), parameters, pdl=pdl and index > 0))
-    reports = emulator.run(
-        launches, [Range(values.ctypes.data, values.nbytes, "out")], seed=seed, limit=20_000
-    )
-    assert (values == sum(ADD in body for body in bodies)).all()
-    return reports
-
-
-def test_launches_in_order() -> None:
-    for seed in SEEDS:
-        reports = chain([ADD, ADD, ADD], seed, pdl=False)
-        assert [report.overlapped for report in reports] == [0, 0, 0]
-        assert [report.blocks for report in reports] == [3, 3, 3]
-
-
-def test_launches_that_overlap_and_wait() -> None:
-    bodies = [f"{DEPENDENCY} {TRIGGER} {ADD}"] * 4
-    overlapped = [chain(bodies, seed)[2].overlapped for seed in range(20)]
-    assert overlapped[0] == 0  # seed 0 runs launches one after the other
-    assert sum(overlapped) >= 5
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_missing_wait_is_found_in_every_schedule(seed: int) -> None:
-    waits = f"{DEPENDENCY} {TRIGGER} {ADD}"
-    with pytest.raises(Fault) as caught:
-        chain([waits, f"{TRIGGER} {ADD}"], seed)
-    early = r"k1: global memory: read of bytes that k0 \(launch 0\) writes, before k1 \(launch 1\)"
-    late = r"k0: global memory: (write|read) of bytes that k1 \(launch 1\) \w+ without waiting for k0"
-    assert re.match(f"{early}|{late}", str(caught.value))
-    assert caught.value.launch in (0, 1)
-    assert caught.value.address != 0
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_what_comes_before_the_wait_must_not_touch_what_launches_before_write(seed: int) -> None:
-    store = "st.global.b32 [%rd5], %r1; "
-    with pytest.raises(Fault, match="write of bytes that|read of bytes that"):
-        chain([f"{TRIGGER} {DEPENDENCY} {ADD}", f"{store}{DEPENDENCY} {ADD}"], seed)
-    # A read of what nobody writes may come before.
-    quiet = "ld.global.b32 %r9, [%rd5];"
-    chain([f"{TRIGGER} {quiet}", f"{quiet} {DEPENDENCY}"], seed)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_launch_that_lets_others_start_before_it_waits_orders_fewer(seed: int) -> None:
-    """The third launch begins once the second has said so. If the second waits first, the first
-    is complete by then, and otherwise it may not be."""
-    first, third = f"{TRIGGER} {ADD}", "ld.global.b32 %r9, [%rd5];"
-    waits_first = f"{DEPENDENCY} {TRIGGER} mov.b32 %r9, 0;"
-    chain([first, waits_first, third], seed)
-    with pytest.raises(Fault, match=r"k2 \(launch 2\)|k2: "):
-        chain([first, f"{TRIGGER} {DEPENDENCY} mov.b32 %r9, 0;", third], seed)
-
-
-def test_a_wait_of_one_warp_reaches_others_by_a_barrier() -> None:
-    store = "st.global.b32 [%rd5], %r1; mov.b32 %r12, 0; st.global.b32 [%rd5+4], %r12;"
-    body = "setp.lt.u32 %p1, %r1, 32; @!%p1 bra NEXT; " + DEPENDENCY + " NEXT: {} " + store
-
-    def two_warps(between: str, seed: int) -> None:
-        values = np.zeros(64, np.uint64)
-        address = values.ctypes.data.to_bytes(8, "little")
-        module = Module(Program(body.format(between), bytes_of(), bytes_of()).text())
-        first = Launch(module, (1,), (64,), module.pack([address, address, bytes(128)]))
-        again = Launch(module, (1,), (64,), first.parameters, pdl=True)
-        emulator.run([first, again], [Range(values.ctypes.data, 512, "out")], seed=seed)
-
-    for seed in SEEDS:
-        two_warps("bar.sync 0;", seed)
-        with pytest.raises(Fault, match="has waited for it|without waiting for"):
-            two_warps("", seed)

@@ -71,7 +71,7 @@ struct CompareAndSwap {
     }
 };
 
-// Blocks are ordered by an atomic of one that has fenced before, and of another that fences after.
+// An atomic after a fence releases, an atomic before a fence acquires: both order two blocks.
 void order_blocks(Warp& warp, const Instruction& instruction, u64 address, u32 bytes) {
     Block& block = *warp.block;
     Device& device = *block.launch->device;

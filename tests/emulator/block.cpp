@@ -77,10 +77,11 @@ void Block::read_shared(const Warp& warp, u32 address, u32 bytes) {
 }
 
 Accessor Block::accessor(const Warp& warp) const {
-    const u32 agent = cluster->agents.launches_before();
-    return {cluster->number,   launch->index,
-            launch->settled,   !launch->overlaps || warp.clocks.order[agent] != 0,
-            &cluster->ordered, launch->device->kernels.data()};
+    const std::vector<Clock>& order = warp.clocks.order;  // empty if races are not checked
+    const bool waited =
+        !launch->overlaps || order.empty() || order[cluster->agents.launches_before()] != 0;
+    return {cluster->number, launch->index,     launch->settled,
+            waited,          &cluster->ordered, launch->device->kernels.data()};
 }
 
 void Block::read_global(const Warp& warp, u64 address, u32 bytes, const char* operation) {

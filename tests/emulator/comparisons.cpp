@@ -77,7 +77,7 @@ COMPARISON(Less, a < b)
 COMPARISON(LessEqual, a <= b)
 COMPARISON(Greater, a > b)
 COMPARISON(GreaterEqual, a >= b)
-COMPARISON(UnorderedEqual, !(a < b || a > b))  // or one is NaN
+COMPARISON(UnorderedEqual, !(a < b || a > b))  // or an operand is NaN
 COMPARISON(UnorderedNotEqual, !(a == b))
 COMPARISON(UnorderedLess, !(a >= b))
 COMPARISON(UnorderedLessEqual, !(a > b))

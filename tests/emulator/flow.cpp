@@ -1,4 +1,4 @@
-// What is known once a kernel has been read: labels, where lanes meet again, registers of products.
+// After a kernel has been read: labels, instructions at which lanes meet again, wgmma's registers.
 #include <algorithm>
 
 #include "parser.hpp"

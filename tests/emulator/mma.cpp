@@ -27,7 +27,7 @@ struct Fragments {
     alignas(32) Sum a[kRows][depth];
     alignas(32) Sum b[depth][kColumns];
 
-    // A register of all lanes holds 8 rows of `kWidth` elements, one after the other.
+    // A register of all lanes holds 8 rows of `kWidth` elements, in order.
     static constexpr u32 kWidth = 4 * kEach;
 
     template <class T>

@@ -1,4 +1,4 @@
-// PTX text to kernels. The grammar is what Triton's LLVM and nvcc write: directives, scopes of
+// PTX text to kernels. The grammar is that of Triton's LLVM and of nvcc: directives, scopes of
 // inline assembly, labels, instructions with guards.
 #pragma once
 

@@ -145,7 +145,7 @@ bool Shadow::meets(const Clocks& clocks, const Required& required) {
 
 void Shadow::read(const Warp& warp, u32 address, u32 bytes, Access access) {
     const Clocks& clocks = warp.clocks;
-    u32 last_writer = kNone;  // the words of one access mostly have one writer
+    u32 last_writer = kNone;  // most accesses are of a single writer's words
     Clock last_clock = 0;
     for (u32 i = address / 4, end = (address + bytes + 3) / 4; i < end; ++i) {
         Word& word = words_[i];

@@ -48,8 +48,8 @@ struct Box {
                         " of shared memory, wanted a multiple of " + text(kPattern[map.swizzle]));
     }
 
-    // Visits 16 bytes at a time: where they are in shared memory, in global memory, and from which
-    // to which byte they are inside the tensor.
+    // Visits 16 bytes at a time, with their addresses in shared and in global memory, and from
+    // which to which byte they are inside the tensor.
     template <class Visit>
     void chunks(const i32* coordinates, u32 shared, Visit visit) const {
         for (u32 row = 0; row < rows; ++row) {

@@ -14,8 +14,9 @@ struct Warp;
 
 using Clock = u32;
 
-// Vector clocks, an entry an agent: what happened before. `visible` is what fence.proxy.async has
-// made visible to asynchronous copies and products. Both are empty if races are not checked.
+// Vector clocks, an entry an agent: `order` is happens-before, `visible` the part of it that
+// fence.proxy.async has made visible to asynchronous copies and products. Both are empty if races
+// are not checked.
 struct Clocks {
     std::vector<Clock> order, visible;
 
@@ -90,7 +91,7 @@ struct Warp {
     u32 next = 0;               // instruction
     u32 active = 0, alive = 0;  // lanes
     u32 mask = 0;               // lanes that execute the instruction at hand
-    u32 meet = kNowhere;        // where the active lanes meet others
+    u32 meet = kNowhere;        // instruction at which the active lanes meet others
     std::vector<Split> splits;  // a stack
 
     State state = kReady;
@@ -106,7 +107,7 @@ struct Warp {
     bool fenced = false;                // has executed a wgmma.fence
     std::vector<u8> written_since_fence;  // by register / kLanes
     u32 cluster_arrivals = 0, cluster_waits = 0;
-    std::vector<u8> local;  // of its lanes, one after the other
+    std::vector<u8> local;  // of its lanes, in order
 
     u32* words(u32 offset) { return registers + offset; }
     u64* doublewords(u32 offset) { return reinterpret_cast<u64*>(registers + offset); }

@@ -9,8 +9,8 @@
 namespace emulator {
 namespace {
 
-// Reads of B by all warps of a warpgroup are checked once: the first notes what the others must
-// have waited for too.
+// Reads of B by all warps of a warpgroup are checked once: the first warp notes the clocks that the
+// others must have reached too.
 void check_b(Warp& warp, const Product& product, const ProductForm& form, Access access) {
     Block& block = *warp.block;
     const auto key = std::make_pair(warp.index / 4, warp.products_issued);
@@ -163,7 +163,7 @@ void add(OpcodeTable& table, u32 columns, const std::string& types) {
 
 }  // namespace
 
-// Copies are what LLVM makes of operands that are tied twice: ptxas gives both names one register,
+// LLVM copies operands that are tied twice: ptxas gives both names one register,
 // so the copy reads nothing; here the product is done early, and its sums have one more name. Any
 // other use before the wait is a fault.
 void use_accumulators(Warp& warp, const Instruction& instruction) {
