@@ -115,7 +115,7 @@ def test_one_rounding_more_in_the_tiles_of_large_batches_is_noticed(
             found = parts_that_differ(*forwards(model, WIDE, plan))
             runner.close()
             if edit is unfused:
-                assert len(found) > len(PARTS) // 2
+                assert len(found) >= 3
             else:
                 assert found == {}
     finally:
