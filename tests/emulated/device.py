@@ -25,6 +25,11 @@ from vitrail_kernels.launch import Call, Target
 CPU = torch.device("cpu")
 
 
+def unedited(call: Call, ptx: str) -> str:
+    """The PTX as it was compiled."""
+    return ptx
+
+
 class Device:
     """A stand-in of its own, of ``arch`` (90 for sm_90) with ``sms`` multiprocessors."""
 
@@ -34,7 +39,7 @@ class Device:
         self.driver = standin.Standin(library)
         self.driver.device(arch // 10, arch % 10, sms)
         self.emulation = Emulation(self.driver)
-        self.edit: Callable[[Call, str], str] = lambda call, ptx: ptx
+        self.edit: Callable[[Call, str], str] = unedited
         """Plants faults: what runs in place of a kernel's PTX."""
 
     def compile(self, call: Call) -> None:
