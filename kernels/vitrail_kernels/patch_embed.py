@@ -246,7 +246,9 @@ def _patch_embed_kernel(
         column = first_n + part * PART_N
         part_n = column + tl.arange(0, PART_N)
         mask = mask_m[:, None] & (part_n < WIDTH)[None, :]
-        y += tl.load(table_ptr + (token[:, None] * WIDTH + part_n[None, :]), mask=mask, other=0.0)
+        at = table_ptr + (token[:, None] * WIDTH + part_n[None, :])
+        # not a plain sum: see tile.epilogue
+        y = tl.fma(y, 1.0, tl.load(at, mask=mask, other=0.0))
         y = y.to(DTYPE)  # the only rounding
         tl.store(tile + (part_m[:, None] * WIDTH + part_n[None, :]), y, mask=mask)
         if stats_ptr is not None:

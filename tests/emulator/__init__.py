@@ -23,7 +23,7 @@ import shared_library
 FOLDER = Path(__file__).parent
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fPIC",
     "-fvisibility=default",
     "-fwrapv",  # integers wrap, as PTX's do
@@ -212,7 +212,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "unload": ([ctypes.c_void_p], None),
     "error": ([], ctypes.c_char_p),
     "last_fault": ([], _Fault),
-    "parameters": ([ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_int], ctypes.c_int),
+    "parameters": (
+        [ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_int],
+        ctypes.c_int,
+    ),
     "unknown": ([ctypes.c_void_p], ctypes.c_int),
     "tensor_map": (
         [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]

@@ -10,6 +10,7 @@ void Block::begin(u32 linear_index) {
     index[2] = linear_index / launch->grid[0] / launch->grid[1];
     std::fill(shared.begin(), shared.end(), 0xcd);
     mbarriers.clear();
+    next_number = 0;
     atomics.clear();
     operand_checks.clear();
     for (Barrier& barrier : barriers) {
@@ -98,6 +99,8 @@ void Block::write_global(const Warp& warp, u64 address, const u8* data, u32 byte
 
 void Block::advance(Mbarrier& mbarrier, u32 address) {
     if (mbarrier.pending != 0 || mbarrier.bytes != 0) return;
+    cluster->require_no_load(*this, address,
+                             "a phase ends, too few bytes are expected, while a bulk load");
     ++mbarrier.phase;
     mbarrier.pending = mbarrier.expected;
     if (shadow.checks()) {

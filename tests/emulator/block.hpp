@@ -50,6 +50,7 @@ struct Block {
     std::unordered_map<u32, Mbarrier> mbarriers;
     Barrier barriers[kBarriers];
     Clock load_clocks[Agents::kMbarriers] = {};  // used up, by an mbarrier's number
+    u32 next_number = 0;                         // of the next mbarrier
     Shadow shadow;
     std::unordered_map<u32, Clocks> atomics;  // by address: of the warps that executed them
     std::map<std::pair<u32, u64>, OperandCheck> operand_checks;  // by warpgroup and product
@@ -91,12 +92,20 @@ struct Random {
     u32 below(u32 limit) { return static_cast<u32>((next() >> 32) * limit >> 32); }
 };
 
+// A bulk load under way.
 struct TensorLoad {
     const u8* map;
     i32 coordinates[5];
     u32 shared, mbarrier;
     u32 ranks;  // a mask: blocks that get it, all at the same addresses
     Accessor accessor;
+    const Instruction* instruction;
+    const Warp* warp;
+
+    // Whether it writes to that block, and completes at that mbarrier of it.
+    bool completes_at(const Block& block, u32 address) const {
+        return mbarrier == address && (ranks >> block.rank & 1) != 0;
+    }
 };
 
 // Blocks that run together; a single block for kernels without clusters.
@@ -119,6 +128,10 @@ struct Cluster {
     // Executes warps for some turns, or until none can run.
     Progress advance(u32 turns);
     void wake(Warp::State state);  // every warp that waits so
+    // "[opcode, PTX line, source, block, warp]"
+    std::string location(const Warp& warp, u32 instruction) const;
+    // Throws Fault if a bulk load is under way for an mbarrier of the block.
+    void require_no_load(const Block& block, u32 mbarrier, const char* message) const;
     bool pauses = false;           // gives others a turn, as at launch_dependents
 
   private:
@@ -140,7 +153,7 @@ struct Cluster {
 void finish_copies(Warp& warp, size_t keep);
 void finish_stores(Warp& warp, size_t keep);
 void finish_products(Warp& warp, size_t keep);
-void load_tensor(Cluster& cluster, const TensorLoad& load);
+void load_tensor(Cluster& cluster, u32 index);  // one of its loads
 // An instruction that uses accumulators while products may be in flight.
 void use_accumulators(Warp& warp, const Instruction& instruction);
 

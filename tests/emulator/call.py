@@ -20,7 +20,15 @@ from vitrail_kernels.launch import Call
 MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 """CUtensorMapDataType of a dtype."""
 
-_FORMATS = {"fp32": "<f", "i1": "<b", "i8": "<b", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q"}
+_FORMATS = {
+    "fp32": "<f",
+    "i1": "<b",
+    "i8": "<b",
+    "i32": "<i",
+    "u32": "<I",
+    "i64": "<q",
+    "u64": "<Q",
+}
 
 Edit = Callable[[str], str]
 

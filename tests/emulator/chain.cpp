@@ -132,8 +132,9 @@ class Chain {
             idle_[complete].clear();
             ++complete;
         }
+        // Also blocks of which some warps wait and others still run.
         for (Resident& item : running_)
-            if (item.waits && item.cluster->launch->index <= complete) {
+            if (item.cluster->launch->index <= complete) {
                 item.waits = false;
                 item.cluster->wake(Warp::kAtLaunches);
             }

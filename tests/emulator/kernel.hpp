@@ -105,6 +105,7 @@ struct Kernel {
     u32 local_bytes = 0;  // of a lane
     Constants constants;
     RegisterUses accumulators, fragments;  // what it uses; what it writes
+    RegisterUses copies;  // of accumulators: what it writes
     std::vector<std::unique_ptr<u8[]>> variables;  // of .global and .const
     std::vector<std::pair<u64, u64>> variable_ranges;  // their addresses and sizes
 

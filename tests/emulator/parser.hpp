@@ -107,6 +107,7 @@ class Parser {
     void finish();
     void resolve_labels();
     void note_product_registers();
+    void mark_copies(Kernel& kernel, std::vector<bool>& marks) const;
 };
 
 // Sets every branch's `meet`: its immediate post-dominator.

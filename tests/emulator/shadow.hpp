@@ -73,7 +73,7 @@ class Shadow {
     const Agents* agents_ = nullptr;
     u32 rank_ = 0;
     std::vector<Word> words_;
-    std::vector<std::vector<Clock>> readers_;  // by agent
+    std::vector<std::vector<std::pair<u32, Clock>>> readers_;  // agents, each with its latest clock
     Required* required_ = nullptr;
 
     [[noreturn]] void race(const char* message, u32 word, u32 agent, const Word& state) const;

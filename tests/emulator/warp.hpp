@@ -38,14 +38,22 @@ struct Product {  // a wgmma that was issued: its operands, A's registers as the
     void (*multiply)(Warp&, const Product&);
     const Instruction* instruction;
     u64 a, b;
-    bool accumulates;
+    bool accumulates, done;
+    std::vector<u32> copies;  // registers that its sums were copied to
     u32 fragment[4][kLanes];
+
+    // May be called early: until the wait its registers are not to be used.
+    void compute(Warp& warp) {
+        if (!done) multiply(warp, *this);
+        done = true;
+    }
 };
 
 struct TensorStore {
     const u8* map;
     i32 coordinates[5];
     u32 shared;
+    const Instruction* instruction;
 };
 
 // Work in groups: some open, some committed, the oldest first.

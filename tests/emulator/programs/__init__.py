@@ -67,9 +67,7 @@ class Program:
 
     def text(self) -> str:
         """The whole PTX."""
-        head = HEAD.format(
-            directives=self.directives, depot=self.depot, variables=self.variables
-        )
+        head = HEAD.format(directives=self.directives, depot=self.depot, variables=self.variables)
         return f"{head}{self.body}\nret;\n}}\n"
 
 

@@ -78,7 +78,9 @@ def binary(opcode: str, name: str, type_name: str) -> Program:
 @family(r"(min|max)\.relu\.s32")
 def relu(opcode: str, name: str) -> Program:
     a, b = integers(np.int32, 1), integers(np.int32, 4)
-    return lanewise(opcode, [a, b], wrapped(np.int32, lambda x, y: max(BINARY[name](x, y), 0), a, b))
+    return lanewise(
+        opcode, [a, b], wrapped(np.int32, lambda x, y: max(BINARY[name](x, y), 0), a, b)
+    )
 
 
 @family(r"(neg|abs|not)\.([sb]\d+)")
@@ -262,13 +264,17 @@ def float_arithmetic(opcode: str, name: str, _: str, modifier: str, type_name: s
 @family(r"(add|sub|mul|fma)(?:\.rn)?(\.ftz|)\.f32x2")
 def float_pairs(opcode: str, name: str, modifier: str) -> Program:
     count = 3 if name == "fma" else 2
-    operands = [np.stack([floats(np.float32, s), floats(np.float32, s + 7)], 1) for s in range(count)]
+    operands = [
+        np.stack([floats(np.float32, s), floats(np.float32, s + 7)], 1) for s in range(count)
+    ]
     if modifier:
         operands[0][:2] = 1e-39
     used = [_flush(a) for a in operands] if modifier else operands
     result = ROUNDED[name](*used).astype(np.float32)
     packed = [a.reshape(-1).view(np.uint64) for a in operands]
-    return lanewise(opcode, packed, (_flush(result) if modifier else result).reshape(-1).view(np.uint64))
+    return lanewise(
+        opcode, packed, (_flush(result) if modifier else result).reshape(-1).view(np.uint64)
+    )
 
 
 def _extreme(name: str, nan: bool, values: list[Any]) -> Any:

@@ -132,9 +132,7 @@ def arrive_expecting(opcode: str, _: str, space: str) -> Program:
 
 @family(r"mbarrier\.expect_tx\.relaxed\.cta\.shared(?:::cta)?\.b64")
 def expect_bytes(opcode: str) -> Program:
-    return _with_bytes(
-        f"@%p2 {opcode} [%r20], 128; mbarrier.arrive.shared::cta.b64 _, [%r20];"
-    )
+    return _with_bytes(f"@%p2 {opcode} [%r20], 128; mbarrier.arrive.shared::cta.b64 _, [%r20];")
 
 
 def _with_bytes(signal: str) -> Program:
@@ -160,5 +158,3 @@ def _with_bytes(signal: str) -> Program:
         shared=1024,
         tensor=("in", fields),
     )
-
-

@@ -28,7 +28,9 @@ COMMIT, WAIT = "cp.async.commit_group;", "cp.async.wait_group 0;"
 @family(r"(cp\.async\.(?:ca|cg)\.shared\.global(?:\.L2::\w+)?)(#4|)")
 def copy(opcode: str, name: str, sized: str) -> Program:
     lengths = np.arange(LANES) % 17 if sized else np.full(LANES, 16)
-    return async_copy(f"{name} [%r11], [%rd10], 16{', %r12' if sized else ''};", COMMIT, WAIT, lengths)
+    return async_copy(
+        f"{name} [%r11], [%rd10], 16{', %r12' if sized else ''};", COMMIT, WAIT, lengths
+    )
 
 
 @family(r"cp\.async\.(commit_group|wait_group|wait_all)")
@@ -72,7 +74,9 @@ def box_of(rank: int) -> tuple[np.ndarray[Any, np.dtype[np.uint16]], tuple[slice
     starts, sizes, limits = (tuple(reversed(x[:rank])) for x in (START, BOX, DIMS))
     ends = [min(s + b, d) for s, b, d in zip(starts, sizes, limits, strict=True)]
     covered = tuple(slice(s, e) for s, e in zip(starts, ends, strict=True))
-    result[tuple(slice(0, e - s) for s, e in zip(starts, ends, strict=True))] = tensor(rank)[covered]
+    result[tuple(slice(0, e - s) for s, e in zip(starts, ends, strict=True))] = tensor(rank)[
+        covered
+    ]
     return result, covered
 
 
@@ -87,7 +91,9 @@ SHOW = """setp.lt.u32 %p5, %r30, SIZE; mul.wide.u32 %rd12, %r30, 8; add.s64 %rd1
 @%p5 ld.shared.b64 %rd20, [%r31]; @%p5 st.global.b64 [%rd12+OFFSET], %rd20;"""
 
 
-@family(r"cp\.async\.bulk\.tensor\.(\d)d\.shared::(?:cta|cluster)\.global.*?(\.multicast::cluster|)")
+@family(
+    r"cp\.async\.bulk\.tensor\.(\d)d\.shared::(?:cta|cluster)\.global.*?(\.multicast::cluster|)"
+)
 def load(opcode: str, dimensions: str, multicast: str) -> Program:
     """The box's bytes, of each block."""
     rank = int(dimensions)

@@ -226,7 +226,9 @@ def vote(opcode: str, mode: str) -> Program:
     lines = ["setp.ge.s32 %p11, %r1, 0;", "setp.eq.u32 %p12, %r1, 5;", "setp.lt.s32 %p13, %r1, 0;"]
     for i in (1, 2, 3):
         # The opposite of each right answer comes first.
-        lines.append(f"setp.{'lt' if i == 1 or (i, mode) == (2, 'any') else 'ge'}.s32 %p{i}, %r1, 0;")
+        lines.append(
+            f"setp.{'lt' if i == 1 or (i, mode) == (2, 'any') else 'ge'}.s32 %p{i}, %r1, 0;"
+        )
         lines.append(f"{opcode} %p{i}, %p1{i}, -1;")
         lines.append(f"selp.b32 %r2{i}, {1 << i}, 0, %p{i};")
     lines += ["add.s32 %r21, %r21, %r22; add.s32 %r21, %r21, %r23;"]

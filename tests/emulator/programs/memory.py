@@ -78,7 +78,9 @@ def matrix(opcode: str, direction: str, number: str, trans: str) -> Program:
     row = "shl.b32 %r10, %r1, 4; add.s32 %r10, %r10, %r2; shl.b32 %r11, %r1, 4;"
     thread = "cvt.u64.u32 %rd10, %r11; add.s64 %rd11, %rd1, %rd10; add.s64 %rd12, %rd2, %rd10;"
     guard = f"setp.lt.u32 %p1, %r1, {8 * count};"
-    start = row + thread + guard + "mov.b32 %r20, 0; mov.b32 %r21, 0;mov.b32 %r22, 0;mov.b32 %r23, 0;"
+    start = (
+        row + thread + guard + "mov.b32 %r20, 0; mov.b32 %r21, 0;mov.b32 %r22, 0;mov.b32 %r23, 0;"
+    )
     whole = "{%r20, %r21, %r22, %r23}"
     if direction == "ld":
         body = f"""{start} @%p1 ld.global.v4.b32 {{%r30, %r31, %r32, %r33}}, [%rd11];
@@ -90,5 +92,3 @@ def matrix(opcode: str, direction: str, number: str, trans: str) -> Program:
 @%p1 ld.shared.v4.b32 {{%r30, %r31, %r32, %r33}}, [%r10];
 @%p1 st.global.v4.b32 [%rd12], {{%r30, %r31, %r32, %r33}};"""
     return Program(body, bytes_of(fragments), bytes_of(matrices), shared=512)
-
-

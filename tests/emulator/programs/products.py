@@ -60,10 +60,10 @@ def fragments_of_c(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.ui
     return lanes.reshape(rows // 16 * LANES, -1).view(np.uint32)
 
 
-@family(
-    r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(\.satfinite|)\.(\w+)\.(\w+)\.(\w+)\.\w+"
-)
-def mma(opcode: str, depth: str, saturates: str, sum_type: str, a_type: str, b_type: str) -> Program:
+@family(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(\.satfinite|)\.(\w+)\.(\w+)\.(\w+)\.\w+")
+def mma(
+    opcode: str, depth: str, saturates: str, sum_type: str, a_type: str, b_type: str
+) -> Program:
     k = int(depth)
     a, b = matrix(a_type, 16, k, 1), matrix(b_type, 8, k, 2)
     c = np.random.default_rng(3).integers(-50, 50, (16, 8))
@@ -169,15 +169,21 @@ def wgmma_program(opcode: str, columns: int, types: tuple[str, str, str]) -> Pro
     count = columns // (4 if sum_type == "f16" else 2)
     names = [f"%r{100 + i}" for i in range(count)]
     operand = "{%r20, %r21, %r22, %r23}" if in_registers else "%rd20"
-    numbers = "" if integers else f", {-1 if negative else 1}, 1{'' if in_registers else ', 0'}, {transposes}"
+    numbers = (
+        ""
+        if integers
+        else f", {-1 if negative else 1}, 1{'' if in_registers else ', 0'}, {transposes}"
+    )
     lines = [
         _fill(memory.size),
         CONSTANT[sum_type],
         *(f"mov.b32 {name}, %r11;" for name in names),
         f"mul.wide.u32 %rd9, %r1, 16; add.s64 %rd9, %rd9, %rd1;",
         f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd9+{memory.size}];",
-        *(_descriptor(f"%rd{20 + i}", d, at) for i, (d, at) in enumerate(
-            [(a_descriptor, start), (b_descriptor, place + b_start)])),
+        *(
+            _descriptor(f"%rd{20 + i}", d, at)
+            for i, (d, at) in enumerate([(a_descriptor, start), (b_descriptor, place + b_start)])
+        ),
         f"setp.eq.u32 %p1, {1 if accumulates else 0}, 1;",
         "wgmma.fence.sync.aligned;",
         f"{opcode} {{{', '.join(names)}}}, {operand}, %rd21, %p1{numbers};",
@@ -192,7 +198,11 @@ def wgmma_program(opcode: str, columns: int, types: tuple[str, str, str]) -> Pro
     expected = fragments_of_c(summed(total, sum_type, "satfinite" in opcode))
     shared = memory.size
     return Program(
-        "\n".join(lines), bytes_of(memory, fragments), bytes_of(expected), threads=128, shared=shared
+        "\n".join(lines),
+        bytes_of(memory, fragments),
+        bytes_of(expected),
+        threads=128,
+        shared=shared,
     )
 
 
