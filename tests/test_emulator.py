@@ -30,10 +30,10 @@ def _programs() -> dict[str, Program]:
 
 def test_every_opcode_gives_known_answers() -> None:
     wrong = {
-        (name, seed): found
+        (name, seed): message
         for name, program in _programs().items()
         for seed in (0, 1)
-        if (found := complaint(program, seed=seed))
+        if (message := complaint(program, seed=seed))
     }
     assert not wrong
 

@@ -15,7 +15,6 @@ import standin
 from emulator.call import run_call
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
-from vitrail.exported import Exported
 from vitrail.program import Program
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights

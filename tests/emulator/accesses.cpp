@@ -96,12 +96,12 @@ void Parser::build_access(Instruction& instruction, const std::string& opcode,
              text(form.vector));
     if (loads) results_ = used_;
 
-    const std::string& place = loads ? parts[1] : parts[0];
+    const std::string& memory = loads ? parts[1] : parts[0];
     if (form.space != "param") {
         instruction.operand[0] =
-            address(instruction, place, form.space != "shared", instruction.immediate);
+            address(instruction, memory, form.space != "shared", instruction.immediate);
     } else {
-        const std::string inner = place.substr(1, place.size() - 2);
+        const std::string inner = memory.substr(1, memory.size() - 2);
         const size_t plus = inner.find('+');
         const std::string name = trimmed(inner.substr(0, plus));
         i64 offset = plus == std::string::npos ? 0 : number(trimmed(inner.substr(plus + 1)));

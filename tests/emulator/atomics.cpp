@@ -71,7 +71,7 @@ struct CompareAndSwap {
     }
 };
 
-// Blocks are ordered by an atomic of one that has fenced before, and of another that fences after.
+// An atomic after a fence releases, an atomic before a fence acquires: both order two blocks.
 void order_blocks(Warp& warp, const Instruction& instruction, u64 address, u32 bytes) {
     Block& block = *warp.block;
     Device& device = *block.launch->device;
@@ -111,9 +111,7 @@ u8* global_atomic(Warp& warp, const Instruction& instruction, u64 address, u32 b
     return reinterpret_cast<u8*>(address);
 }
 
-enum Space { kInGlobal, kInShared, kInGeneric };
-
-template <class T, class Function, Space space, bool has_result>
+template <class T, class Function, bool in_shared, bool has_result>
 void atomic(Warp& warp, const Instruction& instruction) {
     constexpr u32 kBytes = sizeof(T);
     const u32* operand = instruction.operand + (has_result ? 1 : 0);
@@ -122,10 +120,10 @@ void atomic(Warp& warp, const Instruction& instruction) {
     const auto* second = lanes_of<T>(warp, operand[2]);
     for (u32 lane = 0; lane < kLanes; ++lane) {
         if ((warp.mask >> lane & 1) == 0) continue;
-        const bool narrow = space == kInShared && instruction.wide_addresses == 0;
+        const bool narrow = in_shared && instruction.wide_addresses == 0;
         const u64 base = narrow ? warp.words(operand[0])[lane] : warp.doublewords(operand[0])[lane];
         const u64 address = base + static_cast<u64>(instruction.immediate);
-        const bool shared = space == kInShared || (address & kWindowMask) == kSharedWindow;
+        const bool shared = in_shared || (address & kWindowMask) == kSharedWindow;
         u8* const data = shared ? shared_atomic(warp, static_cast<u32>(address), kBytes)
                                 : global_atomic(warp, instruction, address, kBytes);
         T old;
@@ -137,22 +135,22 @@ void atomic(Warp& warp, const Instruction& instruction) {
     }
 }
 
-template <class T, class Function, Space space>
+template <class T, class Function, bool in_shared>
 void add_space(OpcodeTable& table, const std::string& name, const char* space_name) {
     const std::string letter = sizeof(T) == 8 ? "R" : "r";
-    std::string operands = (space == kInShared ? "m" : "M") + letter;
+    std::string operands = (in_shared ? "m" : "M") + letter;
     if (std::is_same_v<Function, CompareAndSwap>) operands += letter;
-    table.add("atom." + std::string(space_name) + name, atomic<T, Function, space, true>,
+    table.add("atom." + std::string(space_name) + name, atomic<T, Function, in_shared, true>,
               letter + "=" + operands, kAtomic);
     if (!std::is_same_v<Function, CompareAndSwap> && !std::is_same_v<Function, Exchange>)
-        table.add("red." + std::string(space_name) + name, atomic<T, Function, space, false>,
+        table.add("red." + std::string(space_name) + name, atomic<T, Function, in_shared, false>,
                   "=" + operands, kAtomic);
 }
 template <class T, class Function>
 void add(OpcodeTable& table, const std::string& name) {
-    add_space<T, Function, kInGlobal>(table, name, "global");
-    add_space<T, Function, kInShared>(table, name, "shared");
-    add_space<T, Function, kInGeneric>(table, name, "generic");
+    add_space<T, Function, false>(table, name, "global");
+    add_space<T, Function, true>(table, name, "shared");
+    add_space<T, Function, false>(table, name, "generic");
 }
 
 void fence_gpu(Warp& warp, const Instruction&) {

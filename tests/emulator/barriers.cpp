@@ -71,7 +71,7 @@ void sync_warp(Warp& warp, const Instruction& instruction) {
             "bar.warp.sync names lanes that do not execute it: divergent barrier");
 }
 
-// Makes what is ordered before visible to asynchronous copies and products.
+// Asynchronous copies and products now see every write that is ordered before.
 void fence_async(Warp& warp, const Instruction&) {
     Clocks& clocks = warp.clocks;
     for (size_t i = 0; i < clocks.order.size(); ++i)

@@ -10,6 +10,7 @@ void Block::begin(u32 linear_index) {
     index[2] = linear_index / launch->grid[0] / launch->grid[1];
     std::fill(shared.begin(), shared.end(), 0xcd);
     mbarriers.clear();
+    next_number = 0;
     atomics.clear();
     operand_checks.clear();
     for (Barrier& barrier : barriers) {
@@ -76,10 +77,11 @@ void Block::read_shared(const Warp& warp, u32 address, u32 bytes) {
 }
 
 Accessor Block::accessor(const Warp& warp) const {
-    const u32 agent = cluster->agents.launches_before();
-    return {cluster->number,   launch->index,
-            launch->settled,   !launch->overlaps || warp.clocks.order[agent] != 0,
-            &cluster->ordered, launch->device->kernels.data()};
+    const std::vector<Clock>& order = warp.clocks.order;  // empty if races are not checked
+    const bool waited =
+        !launch->overlaps || order.empty() || order[cluster->agents.launches_before()] != 0;
+    return {cluster->number, launch->index,     launch->settled,
+            waited,          &cluster->ordered, launch->device->kernels.data()};
 }
 
 void Block::read_global(const Warp& warp, u64 address, u32 bytes, const char* operation) {
@@ -98,6 +100,8 @@ void Block::write_global(const Warp& warp, u64 address, const u8* data, u32 byte
 
 void Block::advance(Mbarrier& mbarrier, u32 address) {
     if (mbarrier.pending != 0 || mbarrier.bytes != 0) return;
+    cluster->require_no_load(*this, address,
+                             "a phase ends, too few bytes are expected, while a bulk load");
     ++mbarrier.phase;
     mbarrier.pending = mbarrier.expected;
     if (shadow.checks()) {

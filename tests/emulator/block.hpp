@@ -1,4 +1,4 @@
-// Blocks and clusters: warps that run together, their shared memory and what they wait at.
+// Blocks and clusters: warps that run together, their shared memory, and their barriers.
 #pragma once
 
 #include <unordered_map>
@@ -20,11 +20,11 @@ struct Mbarrier {
     i64 bytes = 0;  // that are still to come
     u32 number = 0;         // in its block, which tells the agents of loads apart
     u32 agent = 0;          // of its loads
-    Clock first_clock = 0;  // of that agent: what mbarriers of the same number have used up
+    Clock first_clock = 0;  // of that agent: mbarriers of the same number have used up those below
     Clocks arriving, complete;
 };
 
-// What a product of a warpgroup needs to know before it reads B, found out by its first warp.
+// The clocks that a product's read of B requires, noted by the first warp of its warpgroup.
 struct OperandCheck {
     u64 b = 0;  // descriptor
     u32 warps = 0;
@@ -33,7 +33,7 @@ struct OperandCheck {
 
 struct Barrier {
     u32 arrived = 0, expected = 0;  // threads
-    std::vector<u32> waiting;       // warps
+    std::vector<u32> waiting;  // warps
     Clocks clocks;
 };
 
@@ -44,17 +44,18 @@ struct Block {
     Launch* launch = nullptr;
     u32 index[3] = {};
     u32 rank = 0;
-    u32 shared_bytes = 0;   // reserved ones too
+    u32 shared_bytes = 0;  // reserved ones too
     std::vector<u8> shared;
     std::vector<Warp> warps;
     std::unordered_map<u32, Mbarrier> mbarriers;
     Barrier barriers[kBarriers];
     Clock load_clocks[Agents::kMbarriers] = {};  // used up, by an mbarrier's number
+    u32 next_number = 0;  // of the next mbarrier
     Shadow shadow;
     std::unordered_map<u32, Clocks> atomics;  // by address: of the warps that executed them
     std::map<std::pair<u32, u64>, OperandCheck> operand_checks;  // by warpgroup and product
     bool triggered = false, waited = false;  // griddepcontrol
-    bool fenced = false;                     // has executed a fence of the GPU's scope
+    bool fenced = false;  // has executed a fence of the GPU's scope
 
     void begin(u32 linear_index);
     void leave();  // a warp has ended
@@ -62,7 +63,7 @@ struct Block {
 
     // Host memory of `bytes` at an address of shared memory, aligned to `alignment`.
     u8* at(u32 address, u32 bytes, u32 alignment = 1);
-    // The block that an address of shared::cluster is of; the address becomes one of its own.
+    // The block that an address of shared::cluster is of; the address becomes a local one.
     Block& owner(u32& address);
     void write_shared(const Warp& warp, u32 address, u32 bytes, const u8* data = nullptr);
     void read_shared(const Warp& warp, u32 address, u32 bytes);
@@ -71,7 +72,7 @@ struct Block {
     // Ends the mbarrier's phase if nothing is missing.
     void advance(Mbarrier& mbarrier, u32 address);
 
-    // Global memory: checks bounds, what was written, and order.
+    // Global memory: checks bounds, written bytes, and order.
     void read_global(const Warp& warp, u64 address, u32 bytes, const char* operation);
     void write_global(const Warp& warp, u64 address, const u8* data, u32 bytes,
                       const char* operation);
@@ -91,12 +92,20 @@ struct Random {
     u32 below(u32 limit) { return static_cast<u32>((next() >> 32) * limit >> 32); }
 };
 
+// A bulk load under way.
 struct TensorLoad {
     const u8* map;
     i32 coordinates[5];
     u32 shared, mbarrier;
     u32 ranks;  // a mask: blocks that get it, all at the same addresses
     Accessor accessor;
+    const Instruction* instruction;
+    const Warp* warp;
+
+    // Whether it writes to that block, and completes at that mbarrier of it.
+    bool completes_at(const Block& block, u32 address) const {
+        return mbarrier == address && (ranks >> block.rank & 1) != 0;
+    }
 };
 
 // Blocks that run together; a single block for kernels without clusters.
@@ -119,7 +128,11 @@ struct Cluster {
     // Executes warps for some turns, or until none can run.
     Progress advance(u32 turns);
     void wake(Warp::State state);  // every warp that waits so
-    bool pauses = false;           // gives others a turn, as at launch_dependents
+    // "[opcode, PTX line, source, block, warp]"
+    std::string location(const Warp& warp, u32 instruction) const;
+    // Throws Fault if a bulk load is under way for an mbarrier of the block.
+    void require_no_load(const Block& block, u32 mbarrier, const char* message) const;
+    bool pauses = false;  // gives others a turn, as at launch_dependents
 
   private:
     std::vector<u32> registers_, predicates_;
@@ -140,7 +153,7 @@ struct Cluster {
 void finish_copies(Warp& warp, size_t keep);
 void finish_stores(Warp& warp, size_t keep);
 void finish_products(Warp& warp, size_t keep);
-void load_tensor(Cluster& cluster, const TensorLoad& load);
+void load_tensor(Cluster& cluster, u32 index);  // by its index in `loads`
 // An instruction that uses accumulators while products may be in flight.
 void use_accumulators(Warp& warp, const Instruction& instruction);
 

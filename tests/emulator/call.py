@@ -43,7 +43,7 @@ def module_of(ptx: str) -> Module:
 class Compiled:
     """A Call for one architecture: its module, and the bytes of each parameter in order.
 
-    ``tensors``: by parameter name, what pointers and tensor maps are of. ``shared`` in bytes.
+    ``tensors``: by parameter name, the tensors of pointers and tensor maps. ``shared`` in bytes.
     """
 
     module: Module
@@ -75,8 +75,8 @@ def compiled(
 ) -> Compiled:
     """Compiles ``call`` for ``arch`` and encodes its arguments.
 
-    ``edit`` changes the PTX, ``map_edit(name, fields)`` what `emulator.tensor_map` is given: both
-    plant faults. Raises ValueError if ``edit`` changes nothing.
+    ``edit`` changes the PTX, ``map_edit(name, fields)`` the arguments of
+    `emulator.tensor_map`: both plant faults. Raises ValueError if ``edit`` changes nothing.
     """
     kernel = compile_kernel(call, arch)
     ptx = kernel.asm["ptx"]

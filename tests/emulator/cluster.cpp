@@ -1,4 +1,4 @@
-// How a cluster begins, and what its special registers hold.
+// The start of a cluster, and its special registers.
 #include <algorithm>
 
 #include "block.hpp"

@@ -24,15 +24,21 @@ void set_predicates(Warp& warp, const Instruction& instruction) {
 }
 
 enum Logic { kAnd, kOr, kXor };
+Logic logic_of(const Warp& warp, const Instruction& instruction) {
+    const std::string& name = warp.kernel->opcodes[instruction.opcode];
+    const size_t dot = name.find('.', name.find('.') + 1);  // setp.lt.and.s32
+    return name[dot + 1] == 'a' ? kAnd : name[dot + 1] == 'o' ? kOr : kXor;
+}
 inline u32 combine(Logic logic, u32 a, u32 b) {
     return logic == kAnd ? a & b : logic == kOr ? a | b : a ^ b;
 }
 // p|q, a, b, c: combined with c, the opposite too.
-template <class T, class Compare, Logic logic>
+template <class T, class Compare>
 void set_combined(Warp& warp, const Instruction& instruction) {
     const u32* operand = instruction.operand;
     const u32 lanes = compare_lanes<T, Compare>(warp, operand[2], operand[3]);
     const u32 other = warp.predicates[operand[4]];
+    const Logic logic = logic_of(warp, instruction);
     warp.set_predicate(operand[0], combine(logic, lanes, other));
     warp.set_predicate(operand[1], combine(logic, ~lanes, other));
 }
@@ -71,7 +77,7 @@ COMPARISON(Less, a < b)
 COMPARISON(LessEqual, a <= b)
 COMPARISON(Greater, a > b)
 COMPARISON(GreaterEqual, a >= b)
-COMPARISON(UnorderedEqual, !(a < b || a > b))  // or one is NaN
+COMPARISON(UnorderedEqual, !(a < b || a > b))  // or an operand is NaN
 COMPARISON(UnorderedNotEqual, !(a == b))
 COMPARISON(UnorderedLess, !(a >= b))
 COMPARISON(UnorderedLessEqual, !(a > b))
@@ -86,9 +92,9 @@ void add(OpcodeTable& table, const std::string& compare, const std::string& type
     const std::string operands = sizeof(T) == 8 ? "pp=RR" : "pp=rr";
     const auto name = [&](const char* logic) { return "setp." + compare + logic + "." + type; };
     table.add(name(""), set_predicates<T, Compare>, operands, kInteger);
-    table.add(name(".and"), set_combined<T, Compare, kAnd>, operands + "p", kInteger);
-    table.add(name(".or"), set_combined<T, Compare, kOr>, operands + "p", kInteger);
-    table.add(name(".xor"), set_combined<T, Compare, kXor>, operands + "p", kInteger);
+    table.add(name(".and"), set_combined<T, Compare>, operands + "p", kInteger);
+    table.add(name(".or"), set_combined<T, Compare>, operands + "p", kInteger);
+    table.add(name(".xor"), set_combined<T, Compare>, operands + "p", kInteger);
 }
 template <class T>
 void add_equality(OpcodeTable& table, const std::string& type) {

@@ -12,30 +12,33 @@ struct Convert {
         return a;
     }
 };
+// Out of line: few kernels saturate, and so many loops would take long to compile.
+template <class Result>
+__attribute__((noinline)) Result clamp_signed(i64 value) {
+    using Limits = std::numeric_limits<Result>;
+    if (value < 0 && std::is_unsigned_v<Result>) return 0;
+    if (value < 0) return value < static_cast<i64>(Limits::min()) ? Limits::min() : Result(value);
+    return u64(value) > u64(Limits::max()) ? Limits::max() : static_cast<Result>(value);
+}
+template <class Result>
+__attribute__((noinline)) Result clamp_unsigned(u64 value) {
+    using Limits = std::numeric_limits<Result>;
+    return value > u64(Limits::max()) ? Limits::max() : static_cast<Result>(value);
+}
 template <class Result>
 struct Saturate {  // of integers
     template <class T>
     Result operator()(T a) const {
-        using Limits = std::numeric_limits<Result>;
-        if constexpr (std::is_signed_v<T>) {
-            if (a < 0) {
-                if constexpr (std::is_unsigned_v<Result>)
-                    return 0;
-                else
-                    return static_cast<i64>(a) < static_cast<i64>(Limits::min())
-                               ? Limits::min()
-                               : static_cast<Result>(a);
-            }
-        }
-        return static_cast<u64>(a) > static_cast<u64>(Limits::max()) ? Limits::max()
-                                                                     : static_cast<Result>(a);
+        if constexpr (std::is_signed_v<T>)
+            return clamp_signed<Result>(a);
+        else
+            return clamp_unsigned<Result>(a);
     }
 };
 
 enum Rounding { kNearest, kZero, kDown, kUp };
 
-template <Rounding rounding>
-double round_to_integer(double value) {
+__attribute__((noinline)) double round_to_integer(double value, Rounding rounding) {
     switch (rounding) {
         case kNearest:
             return std::nearbyint(value);
@@ -47,20 +50,26 @@ double round_to_integer(double value) {
             return std::ceil(value);
     }
 }
+template <class Result>
+__attribute__((noinline)) Result to_integer(double value, Rounding rounding) {
+    using Limits = std::numeric_limits<Result>;
+    value = round_to_integer(value, rounding);
+    if (value != value) return 0;
+    if (value <= static_cast<double>(Limits::min())) return Limits::min();
+    if (value >= static_cast<double>(Limits::max())) return Limits::max();
+    return static_cast<Result>(value);
+}
 template <Rounding rounding>
 struct RoundFloat {
-    float operator()(float a) const { return static_cast<float>(round_to_integer<rounding>(a)); }
+    float operator()(float a) const {
+        return static_cast<float>(round_to_integer(static_cast<double>(a), rounding));
+    }
 };
 template <class Result, Rounding rounding>
 struct FloatToInteger {  // out of range: the nearest; NaN: 0
     template <class T>
     Result operator()(T a) const {
-        const double value = round_to_integer<rounding>(widen_double(a));
-        using Limits = std::numeric_limits<Result>;
-        if (value != value) return 0;
-        if (value <= static_cast<double>(Limits::min())) return Limits::min();
-        if (value >= static_cast<double>(Limits::max())) return Limits::max();
-        return static_cast<Result>(value);
+        return to_integer<Result>(widen_double(a), rounding);
     }
     static double widen_double(double a) { return a; }
     static double widen_double(float a) { return static_cast<double>(a); }

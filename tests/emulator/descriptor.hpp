@@ -29,7 +29,7 @@ struct Descriptor {
         if (mode == 0) return group + (index & 7) * 16 + chunk * leading;
         return swizzled(group + (index & 7) * span() + chunk * 16);
     }
-    // MN-major, of 16-bit elements: 8 rows or columns from 8 chunk on, at one k.
+    // MN-major, of 16-bit elements: 8 rows or columns from 8 chunk on, at a single k.
     u32 mn_major(u32 chunk, u32 k) const {
         if (mode == 0) return start + chunk * stride + (k & 7) * 16 + (k >> 3) * leading;
         const u32 per_span = span() / 16;

@@ -18,7 +18,7 @@ extern "C" {
 
 typedef struct emulator_module emulator_module;
 
-/* Global memory that a kernel may use, with the name that messages give it. `written` has one byte
+/* Global memory that a kernel may use, with its name for messages. `written` has a byte
    for each byte of the range, 1 if that byte holds a value: a read of a 0 is a fault, a write makes
    it 1. Null: everything counts as written. */
 typedef struct {
@@ -69,7 +69,7 @@ typedef struct {
 } emulator_launch;
 
 /* An instruction that ran. For memory `actual` and `ideal` are shared memory's wavefronts or global
-   memory's 32-byte sectors, `bytes` what was asked for. `source` is "file.py:line:column" or "". */
+   memory's 32-byte sectors, `bytes` the bytes that lanes asked for. `source` is "file.py:line:column" or "". */
 typedef struct {
     const char* opcode;
     const char* source;
@@ -81,7 +81,7 @@ typedef struct {
 emulator_module* emulator_load(const char* ptx);
 void emulator_unload(emulator_module* module);
 
-/* The calling thread's latest error; empty without one. emulator_last_fault() is more of it. */
+/* The calling thread's latest error; empty without one. emulator_last_fault() adds numbers. */
 const char* emulator_error(void);
 emulator_fault emulator_last_fault(void);
 
@@ -102,7 +102,7 @@ void emulator_tensor_map(void* out, uint64_t base, int type, int rank, const uin
 int emulator_run(const emulator_launch* launch, const emulator_range* ranges, int range_count,
                  const emulator_options* options, emulator_report* report);
 
-/* Launches of one stream, in order. `reports`: one for each, or null. */
+/* Launches of one stream, in order. `reports`: an array as long, or null. */
 int emulator_run_chain(const emulator_launch* launches, int launch_count,
                        const emulator_range* ranges, int range_count,
                        const emulator_options* options, emulator_report* reports);
@@ -114,7 +114,7 @@ int emulator_sites(int launch, const emulator_site** sites);
 /* The opcodes that the emulator knows, by index; null past the last. */
 const char* emulator_opcode(int index);
 
-/* For tests of the emulator's own tests: modules loaded from now on have a wrong handler for one
+/* For tests of the emulator's own tests: modules loaded from now on have a wrong handler for an
    opcode. mode 0: right again; 1: it does nothing, or fails if it does nothing by design; 2: the
    lowest bit of its first result is inverted. Returns 1 if the opcode has no such mutation. */
 int emulator_break(const char* opcode, int mode);

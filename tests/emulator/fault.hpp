@@ -1,4 +1,5 @@
-// What a GPU would do wrong, or what the emulator does not model: thrown, and told to the caller.
+// An error of the kernel, or a feature that the emulator does not model. Thrown; the C interface
+// turns it into an error code and a sentence.
 #pragma once
 
 #include <string>
@@ -10,7 +11,7 @@ namespace emulator {
 
 struct Fault {
     std::string message;
-    u64 address = 0;  // of global memory, if it is about one
+    u64 address = 0;  // of global memory; 0 if the fault is not about one
 
     Fault(std::string text, u64 at = 0) : message(std::move(text)), address(at) {}
 };

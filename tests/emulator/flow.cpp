@@ -1,4 +1,4 @@
-// What is known once a kernel has been read: labels, where lanes meet again, registers of products.
+// After a kernel has been read: labels, instructions at which lanes meet again, wgmma's registers.
 #include <algorithm>
 
 #include "parser.hpp"
@@ -118,6 +118,26 @@ void Parser::resolve_labels() {
     }
 }
 
+// Marks what registers of `marks` are copied to, from register to register.
+void Parser::mark_copies(Kernel& kernel, std::vector<bool>& marks) const {
+    for (bool more = true; more;) {
+        more = false;
+        for (const auto& [index, results] : writes_) {
+            if (kernel.code[index].instruction_class != kMove) continue;
+            bool copies = false;
+            for (u32 offset : uses_.at(index))
+                copies |= marks[offset / kLanes] &&
+                          std::find(results.begin(), results.end(), offset) == results.end();
+            if (!copies) continue;
+            kernel.copies[index] = results;
+            for (u32 offset : results) {
+                more |= !marks[offset / kLanes];
+                marks[offset / kLanes] = true;
+            }
+        }
+    }
+}
+
 // Which instructions use registers that wgmma accumulates in, and which write its operands.
 void Parser::note_product_registers() {
     Kernel& kernel = *kernel_;
@@ -131,6 +151,7 @@ void Parser::note_product_registers() {
     };
     for (const Instruction& instruction : kernel.code)
         if (is_product(instruction)) mark(accumulates, instruction.vector);
+    mark_copies(kernel, accumulates);
     std::vector<bool> takes_part = accumulates;
     for (const Instruction& instruction : kernel.code)
         if (is_product(instruction)) mark(takes_part, instruction.second_vector);

@@ -44,7 +44,7 @@ void GlobalRaces::each_owner(u64 address, u32 bytes, Visit visit) {
 bool GlobalRaces::ordered(const Accessor& accessor, u32 owner) const {
     if (owner == 0 || owner == accessor.cluster) return true;
     const u32 launch = launch_of(owner);
-    if (launch > accessor.launch) return false;  // began before this one ended, and did not wait
+    if (launch > accessor.launch) return false;  // it began early, and did not wait
     if (launch < accessor.launch) return accessor.waited || launch < accessor.settled;
     if (owner & kSpecial) return !accessor.ordered->empty() && (owner & kAtomic);
     return accessor.ordered->count(owner) != 0;

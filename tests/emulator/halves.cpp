@@ -13,8 +13,8 @@ struct Subtract {
 struct Multiply {
     double operator()(double a, double b) const { return a * b; }
 };
-// A product of two halves is exact in fp32, and what is added to it nearly so: through fp64 the
-// result is rounded once.
+// A product of two halves is exact in fp32; in fp64 their sum with a third is exact too, so that
+// the result is rounded once.
 struct Fused {
     double operator()(double a, double b, double c) const { return std::fma(a, b, c); }
 };

@@ -201,7 +201,7 @@ void Parser::take_operand(Instruction& instruction, char letter, const std::stri
     }
 }
 
-// D, A, B, C in one list.
+// D, A, B, C as a single list.
 void Parser::take_product(Instruction& instruction, const std::string& sizes,
                           const std::vector<std::string>& parts) {
     std::vector<u32> all;

@@ -42,15 +42,15 @@ Kernel* kernel_of(const emulator_module* module, const char* name) {
     return nullptr;
 }
 
-Options options_of(const emulator_options& given) {
+Options options_of(const emulator_options& values) {
     Options options;
-    options.seed = given.seed;
-    options.limit = given.limit;
-    options.races = given.races != 0;
-    options.counters = given.counters != 0;
-    options.strict = given.strict != 0;
-    options.resident = given.resident;
-    options.multiprocessors = given.multiprocessors == 0 ? 132 : given.multiprocessors;
+    options.seed = values.seed;
+    options.limit = values.limit;
+    options.races = values.races != 0;
+    options.counters = values.counters != 0;
+    options.strict = values.strict != 0;
+    options.resident = values.resident;
+    options.multiprocessors = values.multiprocessors == 0 ? 132 : values.multiprocessors;
     return options;
 }
 
@@ -177,7 +177,7 @@ int emulator_run(const emulator_launch* launch, const emulator_range* ranges, in
     return emulator_run_chain(launch, 1, ranges, range_count, options, report);
 }
 
-int emulator_run_chain(const emulator_launch* given, int launch_count, const emulator_range* ranges,
+int emulator_run_chain(const emulator_launch* chain, int launch_count, const emulator_range* ranges,
                        int range_count, const emulator_options* options, emulator_report* reports) {
     results = Results();
     Device device;
@@ -187,16 +187,16 @@ int emulator_run_chain(const emulator_launch* given, int launch_count, const emu
     parameters.reserve(launches.size());
     for (int i = 0; i < launch_count; ++i) {
         Launch& launch = launches[static_cast<size_t>(i)];
-        launch.kernel = kernel_of(given[i].module, given[i].kernel);
+        launch.kernel = kernel_of(chain[i].module, chain[i].kernel);
         if (launch.kernel == nullptr)
-            return fail(std::string("no kernel ") + (given[i].kernel ? given[i].kernel : ""), i, 0);
+            return fail(std::string("no kernel ") + (chain[i].kernel ? chain[i].kernel : ""), i, 0);
         launch.device = &device;
         launch.index = static_cast<u32>(i);
-        std::copy(given[i].grid, given[i].grid + 3, launch.grid);
-        std::copy(given[i].block, given[i].block + 3, launch.block);
-        launch.shared_bytes = given[i].shared_bytes;
-        launch.overlaps = given[i].pdl != 0;
-        parameters.emplace_back(given[i].parameters, launch.kernel->parameter_bytes);
+        std::copy(chain[i].grid, chain[i].grid + 3, launch.grid);
+        std::copy(chain[i].block, chain[i].block + 3, launch.block);
+        launch.shared_bytes = chain[i].shared_bytes;
+        launch.overlaps = chain[i].pdl != 0;
+        parameters.emplace_back(chain[i].parameters, launch.kernel->parameter_bytes);
         launch.parameters = parameters.back().start;
     }
     add_ranges(device, ranges, range_count, launches);

@@ -1,4 +1,4 @@
-// A kernel as it is executed: instructions with resolved registers, made once from its PTX.
+// A kernel as it is executed: instructions with resolved registers, parsed from its PTX.
 #pragma once
 
 #include <map>
@@ -68,7 +68,7 @@ struct Instruction {
     Registers vector, second_vector;
     i64 immediate = 0, second_immediate = 0;  // an address' offset, or a number
     u32 target = 0;  // of a branch
-    u32 meet = kNowhere;  // where the branch's lanes meet again
+    u32 meet = kNowhere;  // at which the branch's lanes meet again
     u32 opcode = 0;  // in Kernel::opcodes
     u32 line = 0;  // of the PTX
     u32 source = 0;  // in Kernel::sources
@@ -104,7 +104,8 @@ struct Kernel {
     u32 static_shared_end = kReservedShared, dynamic_shared = kReservedShared;  // addresses
     u32 local_bytes = 0;  // of a lane
     Constants constants;
-    RegisterUses accumulators, fragments;  // what it uses; what it writes
+    RegisterUses accumulators, fragments;  // used; written
+    RegisterUses copies;  // of accumulators: written
     std::vector<std::unique_ptr<u8[]>> variables;  // of .global and .const
     std::vector<std::pair<u64, u64>> variable_ranges;  // their addresses and sizes
 

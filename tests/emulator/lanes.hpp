@@ -121,9 +121,9 @@ struct Lanewise {
 };
 
 template <class Result, class Function, class... A>
-void add_lanewise(OpcodeTable& table, const std::string& name, Class kind) {
+void add_lanewise(OpcodeTable& table, const std::string& name, Class instruction_class) {
     using Operation = Lanewise<Result, Function, A...>;
-    table.add(name, Operation::run, Operation::operands(), kind);
+    table.add(name, Operation::run, Operation::operands(), instruction_class);
 }
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// A launch of a chain: what it was given, what it counts, and how far its blocks are.
+// A launch of a chain: its arguments, its counters, and the progress of its blocks.
 #pragma once
 
 #include <map>
@@ -21,7 +21,7 @@ struct Options {
     u32 multiprocessors = 132;
 };
 
-struct Site {  // of one instruction
+struct Site {  // of an instruction
     u64 runs = 0, ideal = 0, actual = 0, bytes = 0, waits = 0;
 };
 
@@ -42,7 +42,7 @@ struct Device {
     GlobalRaces races;
     std::vector<std::string> kernels;  // names by launch
     u32 complete = 0;                  // launches, all below it
-    // Clusters that released what they wrote at an address, by an atomic after a fence.
+    // By address: clusters whose atomic there, after a fence, released their writes.
     std::map<u64, std::set<u32>> released;
 };
 

@@ -28,6 +28,20 @@ void lanes_in(const Warp& warp, Visit visit) {
         if (warp.mask >> lane & 1) visit(lane);
 }
 
+// One that no mbarrier has, if possible none had: a load of an mbarrier that is gone would count as
+// waited for after a phase of another one with its number.
+u32 new_number(Block& block) {
+    require(block.mbarriers.size() < Agents::kMbarriers,
+            "more than 64 mbarriers of a block at a time");
+    for (bool taken = true; taken;) {
+        block.next_number = (block.next_number + 1) % Agents::kMbarriers;
+        taken = false;
+        for (const auto& [address, mbarrier] : block.mbarriers)
+            taken |= mbarrier.number == block.next_number;
+    }
+    return block.next_number;
+}
+
 void initialize(Warp& warp, const Instruction& instruction) {
     Block& block = *warp.block;
     lanes_in(warp, [&](u32 lane) {
@@ -35,13 +49,7 @@ void initialize(Warp& warp, const Instruction& instruction) {
         block.at(address, 8, 8);
         require(block.mbarriers.count(address) == 0, "mbarrier.init of an mbarrier that is in use");
         block.write_shared(warp, address, 8);
-        u32 number = 0;  // the first that no mbarrier has
-        for (bool taken = true; taken && number < Agents::kMbarriers; number += taken) {
-            taken = false;
-            for (const auto& [other, mbarrier] : block.mbarriers)
-                taken |= mbarrier.number == number;
-        }
-        require(number < Agents::kMbarriers, "more than 64 mbarriers of a block at a time");
+        const u32 number = new_number(block);
         Mbarrier& mbarrier = block.mbarriers[address];
         mbarrier.number = number;
         mbarrier.agent = block.cluster->agents.loads(block.rank, number);
@@ -59,6 +67,7 @@ void invalidate(Warp& warp, const Instruction& instruction) {
     lanes_in(warp, [&](u32 lane) {
         const u32 address = address_of(warp, instruction, 0, lane);
         block.mbarrier(warp, address);
+        block.cluster->require_no_load(block, address, "mbarrier.inval while a bulk load");
         block.write_shared(warp, address, 8);
         block.mbarriers.erase(address);
     });

@@ -1,4 +1,4 @@
-// Global memory: ranges with names, what was written, and order between blocks and launches.
+// Global memory: ranges with names, written bytes, and order between blocks and launches.
 #pragma once
 
 #include <memory>
@@ -17,12 +17,13 @@ struct Range {
     std::string name;
 };
 
-// Who accesses global memory: a cluster of some launch. Clusters of one launch are not ordered;
-// those of earlier launches come before once `waited`, as griddepcontrol.wait grants it.
+// The origin of an access to global memory: a cluster of some launch. Clusters of one launch are
+// not ordered; those of earlier launches come before once `waited`, as griddepcontrol.wait grants
+// it.
 struct Accessor {
     u32 cluster;  // a number from 1, counted over all launches of the chain
     u32 launch;
-    u32 settled;  // launches below it were complete before this one began
+    u32 settled;  // launches below it were complete before this launch began
     bool waited;
     const std::set<u32>* ordered;  // clusters that it has synchronized with, by atomics and fences
     const std::string* kernels;  // names by launch
@@ -31,7 +32,7 @@ struct Accessor {
 class GlobalRaces {
   public:
     void read(const Accessor& accessor, u64 address, u32 bytes);
-    // `data`: what will be written; several clusters may store equal values.
+    // `data`: the new bytes; several clusters may store equal values.
     void write(const Accessor& accessor, u64 address, u32 bytes, const u8* data);
     void atomic(const Accessor& accessor, u64 address, u32 bytes);
     void add_launch(u32 clusters);

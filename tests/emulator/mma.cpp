@@ -16,13 +16,6 @@ inline float value_of(Bfloat element) { return widen(element); }
 inline i32 value_of(i8 element) { return element; }
 inline i32 value_of(u8 element) { return element; }
 
-// The j-th element of a register.
-template <class T>
-inline T element(u32 word, u32 j) {
-    return bits_as<T>(
-        static_cast<std::conditional_t<sizeof(T) == 1, u8, u16>>(word >> 8 * sizeof(T) * j));
-}
-
 // Lane t holds rows t / 4 and 8 more of A and C, column t / 4 of B.
 template <class A, class B, u32 depth>
 struct Fragments {
@@ -34,20 +27,28 @@ struct Fragments {
     alignas(32) Sum a[kRows][depth];
     alignas(32) Sum b[depth][kColumns];
 
+    // A register of all lanes holds 8 rows of `kWidth` elements, in order.
+    static constexpr u32 kWidth = 4 * kEach;
+
+    template <class T>
+    static void read_rows(const u32* words, Sum (&rows)[8][kWidth]) {
+        T elements[8 * kWidth];
+        std::memcpy(elements, words, sizeof elements);
+        Sum* values = rows[0];
+        for (u32 i = 0; i < 8 * kWidth; ++i) values[i] = value_of(elements[i]);
+    }
     void gather(Warp& warp, const u32* registers) {
+        Sum rows[8][kWidth];
         for (u32 i = 0; i < kOfA; ++i) {
-            const u32* words = warp.words(registers[i]);
-            for (u32 lane = 0; lane < kLanes; ++lane)
-                for (u32 j = 0; j < kEach; ++j)
-                    a[lane / 4 + 8 * (i & 1)][kEach * (lane % 4) + 4 * kEach * (i >> 1) + j] =
-                        value_of(element<A>(words[lane], j));
+            read_rows<A>(warp.words(registers[i]), rows);
+            for (u32 row = 0; row < 8; ++row)
+                std::memcpy(&a[row + 8 * (i & 1)][kWidth * (i >> 1)], rows[row], sizeof rows[row]);
         }
         for (u32 i = 0; i < kOfB; ++i) {
-            const u32* words = warp.words(registers[kOfA + i]);
-            for (u32 lane = 0; lane < kLanes; ++lane)
-                for (u32 j = 0; j < kEach; ++j)
-                    b[kEach * (lane % 4) + 4 * kEach * i + j][lane / 4] =
-                        value_of(element<B>(words[lane], j));
+            read_rows<B>(warp.words(registers[kOfA + i]), rows);
+            for (u32 k = 0; k < kWidth; ++k)
+                for (u32 column = 0; column < kColumns; ++column)
+                    b[kWidth * i + k][column] = rows[column][k];
         }
     }
     template <class Total>
@@ -80,7 +81,8 @@ void multiply_floats(Warp& warp, const Instruction& instruction) {
         const u32* words = warp.words(c[halves ? i / 2 : i]);
         for (u32 lane = 0; lane < kLanes; ++lane)
             of_lane(sums, lane, i) =
-                halves ? widen(element<Half>(words[lane], i & 1)) : bits_as<float>(words[lane]);
+                halves ? half_to_float(static_cast<u16>(words[lane] >> 16 * (i & 1)))
+                       : bits_as<float>(words[lane]);
     }
     operands.accumulate(sums);
     for (u32 i = 0; i < kOfC; ++i) {

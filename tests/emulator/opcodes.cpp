@@ -14,8 +14,8 @@ const char* class_name(u32 index) {
 }
 
 void OpcodeTable::add(const std::string& name, Handler run, const std::string& operands,
-                      Class kind) {
-    entries_[name] = {run, operands, kind};
+                      Class instruction_class) {
+    entries_[name] = {run, operands, instruction_class};
 }
 
 const Opcode* OpcodeTable::find(const std::string& name) const {
@@ -47,7 +47,7 @@ void unknown_opcode(Warp& warp, const Instruction& instruction) {
 namespace {
 
 std::string broken_name;
-Handler broken_handler = nullptr;  // what it is instead
+Handler broken_handler = nullptr;  // its replacement
 Handler right_handler = nullptr;
 char first_letter = ' ';
 

@@ -9,11 +9,11 @@
 namespace emulator {
 
 // `operands` has a letter for each, results before '=':
-//   p predicate; r register of 32 bits or fewer, R of 64; v vector, w a second one; _ a sink;
-//   m address of shared memory, n a second one; M, N addresses of global memory;
-//   i number, j a second one; J all numbers that are left, a byte each, their count in `options`; L
-//   label; T [tensor map, {coordinates}]; A wgmma's A, registers or a descriptor; V four vectors of
-//   a product, whose sizes follow as digits.
+//   p predicate; r register of 32 bits or fewer, R of 64; v vector, w a second vector; _ a sink;
+//   m address of shared memory, n a second address; M, N addresses of global memory;
+//   i number, j a second number; J all numbers that are left, a byte each, their count in
+//   `options`; L label; T [tensor map, {coordinates}]; A wgmma's A, registers or a descriptor; V
+//   four vectors of a product, whose sizes follow as digits.
 // Opcodes that take several numbers of operands have an entry "opcode#n" for the longer forms.
 struct Opcode {
     Handler run;
@@ -23,8 +23,9 @@ struct Opcode {
 
 class OpcodeTable {
   public:
-    void add(const std::string& name, Handler run, const std::string& operands, Class kind);
-    // Null if it is not known. A number of operands other than the usual one is part of the name.
+    void add(const std::string& name, Handler run, const std::string& operands,
+             Class instruction_class);
+    // Null if it is not known. A longer form has its number of operands in the name.
     const Opcode* find(const std::string& name) const;
     const std::map<std::string, Opcode>& entries() const { return entries_; }
 

@@ -128,7 +128,7 @@ void Parser::read_parameters(const std::string& list) {
     for (const std::string& part : parts_of(list)) {
         const std::vector<std::string> words = words_of(part);
         u32 unit = 0, alignment = 0;
-        bool pointer = false;  // after .ptr the alignment is of what it points to
+        bool pointer = false;  // after .ptr the alignment is the memory's
         for (size_t i = 0; i + 1 < words.size(); ++i) {
             if (words[i] == ".ptr")
                 pointer = true;

@@ -1,4 +1,4 @@
-// PTX text to kernels. The grammar is what Triton's LLVM and nvcc write: directives, scopes of
+// PTX text to kernels. The grammar is that of Triton's LLVM and of nvcc: directives, scopes of
 // inline assembly, labels, instructions with guards.
 #pragma once
 
@@ -107,6 +107,7 @@ class Parser {
     void finish();
     void resolve_labels();
     void note_product_registers();
+    void mark_copies(Kernel& kernel, std::vector<bool>& marks) const;
 };
 
 // Sets every branch's `meet`: its immediate post-dominator.

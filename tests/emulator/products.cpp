@@ -109,27 +109,35 @@ void multiply_floats(Warp& warp, const Product& product) {
     FloatProduct work;
     work.load_a<T>(warp, product, form);
     work.load_b<T>(warp, product, form);
-    const u32 values = form.columns / 2;  // of a lane
-    for (u32 i = 0; i < values; ++i) {
-        const u32* words = warp.words(registers[halves ? i / 2 : i]);
+    const u32 pairs = form.columns / 4;  // of a lane: neighbors in a row
+    for (u32 pair = 0; pair < pairs; ++pair) {
+        const u32* first = warp.words(registers[halves ? pair : 2 * pair]);
+        const u32* second = warp.words(registers[halves ? pair : 2 * pair + 1]);
         for (u32 lane = 0; lane < kLanes; ++lane) {
-            float& sum = work.sums[row_of(lane, i)][column_of(lane, i)];
-            sum = !product.accumulates ? 0
-                  : halves ? half_to_float(static_cast<u16>(words[lane] >> 16 * (i & 1)))
-                           : bits_as<float>(words[lane]);
+            float* const sums = &work.sums[row_of(lane, 2 * pair)][column_of(lane, 2 * pair)];
+            if (!product.accumulates) {
+                sums[0] = sums[1] = 0;
+            } else if (halves) {
+                sums[0] = half_to_float(static_cast<u16>(first[lane]));
+                sums[1] = half_to_float(static_cast<u16>(first[lane] >> 16));
+            } else {
+                sums[0] = bits_as<float>(first[lane]);
+                sums[1] = bits_as<float>(second[lane]);
+            }
         }
     }
     work.multiply(form.columns);
-    for (u32 i = 0; i < values; ++i) {
-        u32* words = warp.words(registers[halves ? i / 2 : i]);
+    for (u32 pair = 0; pair < pairs; ++pair) {
+        u32* first = warp.words(registers[halves ? pair : 2 * pair]);
+        u32* second = warp.words(registers[halves ? pair : 2 * pair + 1]);
         for (u32 lane = 0; lane < kLanes; ++lane) {
-            const float sum = work.sums[row_of(lane, i)][column_of(lane, i)];
-            if (!halves)
-                words[lane] = bits_as<u32>(sum);
-            else if ((i & 1) == 0)
-                words[lane] = float_to_half(sum);
-            else
-                words[lane] |= u32{float_to_half(sum)} << 16;
+            const float* sums = &work.sums[row_of(lane, 2 * pair)][column_of(lane, 2 * pair)];
+            if (halves) {
+                first[lane] = u32{float_to_half(sums[0])} | u32{float_to_half(sums[1])} << 16;
+            } else {
+                first[lane] = bits_as<u32>(sums[0]);
+                second[lane] = bits_as<u32>(sums[1]);
+            }
         }
     }
 }

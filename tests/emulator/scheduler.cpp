@@ -49,10 +49,7 @@ Cluster::Progress Cluster::advance(u32 turns) {
             if (loads.empty() && waits_for_launches) return kWaitsForLaunches;
             if (loads.empty()) deadlock();
             const u32 last = static_cast<u32>(loads.size());
-            const u32 index = launch->device->options.seed == 0 ? 0 : random.below(last);
-            const TensorLoad load = loads[index];
-            loads.erase(loads.begin() + index);
-            load_tensor(*this, load);
+            load_tensor(*this, launch->device->options.seed == 0 ? 0 : random.below(last));
             continue;
         }
         Warp& warp = choose();
@@ -101,42 +98,61 @@ void Cluster::run_turn(Warp& warp) {
                     warp.written_since_fence[offset / kLanes] = 1;
         }
     } catch (Fault& fault) {
-        const Block& block = *warp.block;
-        std::string at = text(block.index[0]);
-        if (launch->grid[1] > 1 || launch->grid[2] > 1)
-            at = "(" + at + ", " + text(block.index[1]) + ", " + text(block.index[2]) + ")";
-        fault.message += " [" + kernel.location(warp.next == 0 ? 0 : warp.next - 1) + ", block " +
-                         at + ", warp " + text(warp.index) + "]";
+        fault.message += location(warp, warp.next == 0 ? 0 : warp.next - 1);
         throw;
     }
+}
+
+std::string Cluster::location(const Warp& warp, u32 instruction) const {
+    const u32* const index = warp.block->index;
+    std::string at = text(index[0]);
+    if (launch->grid[1] > 1 || launch->grid[2] > 1)
+        at = "(" + at + ", " + text(index[1]) + ", " + text(index[2]) + ")";
+    return " [" + launch->kernel->location(instruction) + ", block " + at + ", warp " +
+           text(warp.index) + "]";
+}
+
+void Cluster::require_no_load(const Block& block, u32 mbarrier, const char* message) const {
+    for (const TensorLoad& load : loads)
+        if (load.completes_at(block, mbarrier))
+            throw Fault(std::string(message) + " for the mbarrier at byte " +
+                        std::to_string(i64{mbarrier} - i64{kReservedShared}) +
+                        " of shared memory is under way, which" +
+                        location(*load.warp, launch->kernel->index_of(*load.instruction)) +
+                        " began");
 }
 
 // Products and loads may be done early, and with seeds other than 0 sometimes are.
 void Cluster::finish_some_work(Warp& warp, bool force) {
     if (launch->device->options.seed == 0) return;
     if (!warp.products.committed.empty() && (force || random.below(4) == 0)) {
-        for (const Product& product : warp.products.committed.front())
-            product.multiply(warp, product);
-        warp.products.committed.front().clear();
+        for (Product& product : warp.products.committed.front()) product.compute(warp);
     }
     if (loads.empty() || random.below(2) != 0) return;
-    const u32 index = random.below(static_cast<u32>(loads.size()));
-    const TensorLoad load = loads[index];
-    loads.erase(loads.begin() + index);
-    load_tensor(*this, load);
+    load_tensor(*this, random.below(static_cast<u32>(loads.size())));
 }
 
 void Cluster::end_warp(Warp& warp) {
-    const std::string who = "warp " + text(warp.index) + " ends with ";
-    if (!warp.products.open.empty()) throw Fault(who + "wgmma that were not committed");
-    if (!warp.stores.open.empty()) throw Fault(who + "bulk stores that were not committed");
+    const auto require_committed = [&](const auto& open, const char* name) {
+        if (open.empty()) return;
+        throw Fault("a warp ends with a " + std::string(name) + " that was not committed" +
+                    location(warp, launch->kernel->index_of(*open.front().instruction)));
+    };
+    require_committed(warp.products.open, "wgmma");
+    require_committed(warp.stores.open, "bulk store");
+    for (const auto& group : warp.stores.committed)
+        if (!group.empty())
+            throw Fault("a warp ends while a bulk store reads shared memory" +
+                        location(warp, launch->kernel->index_of(*group.front().instruction)));
     finish_copies(warp, 0);
     finish_products(warp, 0);
     finish_stores(warp, 0);
 }
 
 void Cluster::end() const {
-    if (!loads.empty()) throw Fault("the block ends while bulk loads are under way");
+    for (const Block& block : blocks)
+        for (const auto& [address, mbarrier] : block.mbarriers)
+            require_no_load(block, address, "the block ends while a bulk load");
     Counters& counters = launch->counters;
     for (const Block& block : blocks) {
         ++counters.blocks;

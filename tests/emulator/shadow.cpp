@@ -23,6 +23,7 @@ std::string Agents::name(u32 agent, u32 own_rank) const {
 void Shadow::begin(const Agents* agents, u32 rank, u32 bytes) {
     agents_ = agents;
     rank_ = rank;
+    same_writes = 0;
     if (agents == nullptr) return;
     words_.assign(bytes / 4 + 1, Word());
     readers_.assign(1, {});
@@ -53,15 +54,14 @@ void Shadow::check_readers(const Clocks& clocks, u32 index, u32 mask, Access acc
     Word& word = words_[index];
     const bool is_warp = agents_->is_warp(access.agent);
     if (word.reader == kSeveral) {
-        std::vector<Clock>& readers = readers_[word.several];
-        for (u32 reader = 0; reader < readers.size(); ++reader) {
-            if (readers[reader] <= clocks.order[reader]) continue;
-            if (reader == access.agent && is_warp) continue;
+        auto& readers = readers_[word.several];
+        for (const auto& [reader, clock] : readers) {
+            if (clock <= clocks.order[reader] || (reader == access.agent && is_warp)) continue;
             Word state = word;
             state.reader = static_cast<u16>(reader);
             race("write after read", index, access.agent, state);
         }
-        if ((word.read_mask & ~mask) == 0) std::fill(readers.begin(), readers.end(), 0);
+        if ((word.read_mask & ~mask) == 0) readers.clear();
     } else if (word.read_clock > clocks.order[word.reader] &&
                !(word.reader == access.agent && is_warp)) {
         race("write after read", index, access.agent, word);
@@ -95,10 +95,18 @@ void Shadow::write(const Warp& warp, u32 address, u32 bytes, Access access, cons
     }
 }
 
+static void note_one_of_several(std::vector<std::pair<u32, Clock>>& readers, Access access) {
+    for (auto& [reader, clock] : readers)
+        if (reader == access.agent) {
+            clock = std::max(clock, access.clock);
+            return;
+        }
+    readers.push_back({access.agent, access.clock});
+}
+
 void Shadow::note_reader(const Clocks& clocks, Word& word, u32 mask, Access access) {
     if (word.reader == kSeveral) {
-        Clock& clock = readers_[word.several][access.agent];
-        clock = std::max(clock, access.clock);
+        note_one_of_several(readers_[word.several], access);
         word.read_mask |= mask & 15u;
     } else if (word.reader == access.agent) {
         word.read_clock = std::max(word.read_clock, access.clock);
@@ -110,11 +118,9 @@ void Shadow::note_reader(const Clocks& clocks, Word& word, u32 mask, Access acce
     } else {
         if (word.several == 0) {
             word.several = static_cast<u32>(readers_.size()) & 0xffffffu;
-            readers_.emplace_back(agents_->count(), 0);
+            readers_.emplace_back();
         }
-        std::vector<Clock>& readers = readers_[word.several];
-        readers[word.reader] = word.read_clock;
-        readers[access.agent] = access.clock;
+        readers_[word.several] = {{word.reader, word.read_clock}, {access.agent, access.clock}};
         word.reader = kSeveral;
         word.read_mask |= mask & 15u;
     }
@@ -139,7 +145,7 @@ bool Shadow::meets(const Clocks& clocks, const Required& required) {
 
 void Shadow::read(const Warp& warp, u32 address, u32 bytes, Access access) {
     const Clocks& clocks = warp.clocks;
-    u32 last_writer = kNone;  // the words of one access mostly have one writer
+    u32 last_writer = kNone;  // most accesses are of a single writer's words
     Clock last_clock = 0;
     for (u32 i = address / 4, end = (address + bytes + 3) / 4; i < end; ++i) {
         Word& word = words_[i];

@@ -45,12 +45,12 @@ class Shadow {
     void begin(const Agents* agents, u32 rank, u32 bytes);
     bool checks() const { return agents_ != nullptr; }
 
-    // `data`: what is written, if it is known. Warps that hold copies of a value may all store it
+    // `data`: the new bytes, if they are known. Warps that hold copies of a value may all store it
     // without an order.
     void write(const Warp& warp, u32 address, u32 bytes, Access access, const u8* memory,
                const u8* data);
     void read(const Warp& warp, u32 address, u32 bytes, Access access);
-    // Stops what a read needs to know: by agent the latest clock that wrote, as `read` saw it.
+    // Clocks that a read requires: by agent the latest that wrote, and the latest to be visible.
     using Required = std::vector<std::array<u32, 3>>;  // agent, clock, clock that must be visible
     void record(Required* required) { required_ = required; }
     static bool meets(const Clocks& clocks, const Required& required);
@@ -73,7 +73,7 @@ class Shadow {
     const Agents* agents_ = nullptr;
     u32 rank_ = 0;
     std::vector<Word> words_;
-    std::vector<std::vector<Clock>> readers_;  // by agent
+    std::vector<std::vector<std::pair<u32, Clock>>> readers_;  // agents, each with its latest clock
     Required* required_ = nullptr;
 
     [[noreturn]] void race(const char* message, u32 word, u32 agent, const Word& state) const;

@@ -73,7 +73,7 @@ SourceText::SourceText(const std::string& ptx) {
         size_t end = ptx.find('\n', start);
         if (end == std::string::npos) end = ptx.size();
         line.clear();
-        size_t slashes = std::string::npos;  // where a comment to the end of the line begins
+        size_t slashes = std::string::npos;  // start of a comment to the line's end
         for (size_t i = start; i < end; ++i) {
             if (in_comment) {
                 if (ptx.compare(i, 2, "*/") == 0) {

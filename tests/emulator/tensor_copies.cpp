@@ -48,8 +48,8 @@ struct Box {
                         " of shared memory, wanted a multiple of " + text(kPattern[map.swizzle]));
     }
 
-    // Visits 16 bytes at a time: where they are in shared memory, in global memory, and from which
-    // to which byte they are inside the tensor.
+    // Visits 16 bytes at a time, with their addresses in shared and in global memory, and from
+    // which to which byte they are inside the tensor.
     template <class Visit>
     void chunks(const i32* coordinates, u32 shared, Visit visit) const {
         for (u32 row = 0; row < rows; ++row) {
@@ -134,6 +134,8 @@ void load(Warp& warp, const Instruction& instruction) {
         item.shared = shared_operand(warp, instruction, 0, lane);
         item.mbarrier = shared_operand(warp, instruction, 2, lane, true);
         item.accessor = block.accessor(warp);
+        item.instruction = &instruction;
+        item.warp = &warp;
         const Box box(item.map);
         if (multicast) {
             item.shared &= kOffsetMask;
@@ -168,6 +170,7 @@ void store(Warp& warp, const Instruction& instruction) {
         item.map = map_operand(warp, instruction, 0, lane);
         read_coordinates(warp, instruction, lane, item.coordinates);
         item.shared = shared_operand(warp, instruction, 1, lane);
+        item.instruction = &instruction;
         const Box box(item.map);
         box.check(instruction.vector.count, item.shared);
         block.at(item.shared, box.bytes());
@@ -193,6 +196,18 @@ void run_store(Warp& warp, const TensorStore& item) {
     });
 }
 
+void copy_box(const Box& box, const TensorLoad& item, Block& block) {
+    Device& device = *block.launch->device;
+    box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
+        u8* const target = block.shared.data() + shared;
+        if (from != 0 || to != kChunk) std::memset(target, 0, kChunk);
+        if (from == to) return;
+        device.memory.check_read(global + from, to - from, kName);
+        if (device.options.races) device.races.read(item.accessor, global + from, to - from);
+        std::memcpy(target + from, reinterpret_cast<const void*>(global + from), to - from);
+    });
+}
+
 void commit(Warp& warp, const Instruction&) { warp.stores.commit(); }
 void wait(Warp& warp, const Instruction& instruction) {
     finish_stores(warp, static_cast<size_t>(instruction.immediate));
@@ -200,24 +215,22 @@ void wait(Warp& warp, const Instruction& instruction) {
 
 }  // namespace
 
-void load_tensor(Cluster& cluster, const TensorLoad& item) {
-    const Box box(item.map);
-    Device& device = *cluster.launch->device;
-    for (Block& block : cluster.blocks) {
-        if ((item.ranks >> block.rank & 1) == 0) continue;
-        box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
-            u8* const target = block.shared.data() + shared;
-            if (from != 0 || to != kChunk) std::memset(target, 0, kChunk);
-            if (from == to) return;
-            device.memory.check_read(global + from, to - from, kName);
-            if (device.options.races) device.races.read(item.accessor, global + from, to - from);
-            std::memcpy(target + from, reinterpret_cast<const void*>(global + from), to - from);
-        });
-        const auto entry = block.mbarriers.find(item.mbarrier);
-        if (entry == block.mbarriers.end())
-            throw Fault(std::string(kName) + ": a load ends after its mbarrier was invalidated");
-        entry->second.bytes -= box.bytes();
-        block.advance(entry->second, item.mbarrier);
+void load_tensor(Cluster& cluster, u32 index) {
+    const TensorLoad item = cluster.loads[index];
+    cluster.loads.erase(cluster.loads.begin() + index);
+    try {
+        const Box box(item.map);
+        for (Block& block : cluster.blocks) {
+            if ((item.ranks >> block.rank & 1) == 0) continue;
+            copy_box(box, item, block);
+            Mbarrier& mbarrier = block.mbarriers.at(item.mbarrier);
+            mbarrier.bytes -= box.bytes();
+            block.advance(mbarrier, item.mbarrier);
+        }
+    } catch (Fault& fault) {
+        fault.message +=
+            cluster.location(*item.warp, cluster.launch->kernel->index_of(*item.instruction));
+        throw;
     }
 }
 

@@ -14,8 +14,9 @@ struct Warp;
 
 using Clock = u32;
 
-// Vector clocks, an entry an agent: what happened before. `visible` is what fence.proxy.async has
-// made visible to asynchronous copies and products. Both are empty if races are not checked.
+// Vector clocks, an entry an agent: `order` is happens-before, `visible` the part of it that
+// fence.proxy.async has made visible to asynchronous copies and products. Both are empty if races
+// are not checked.
 struct Clocks {
     std::vector<Clock> order, visible;
 
@@ -38,14 +39,22 @@ struct Product {  // a wgmma that was issued: its operands, A's registers as the
     void (*multiply)(Warp&, const Product&);
     const Instruction* instruction;
     u64 a, b;
-    bool accumulates;
+    bool accumulates, done;
+    std::vector<u32> copies;  // registers that its sums were copied to
     u32 fragment[4][kLanes];
+
+    // May be called early: until the wait its registers are not to be used.
+    void compute(Warp& warp) {
+        if (!done) multiply(warp, *this);
+        done = true;
+    }
 };
 
 struct TensorStore {
     const u8* map;
     i32 coordinates[5];
     u32 shared;
+    const Instruction* instruction;
 };
 
 // Work in groups: some open, some committed, the oldest first.
@@ -82,7 +91,7 @@ struct Warp {
     u32 next = 0;               // instruction
     u32 active = 0, alive = 0;  // lanes
     u32 mask = 0;               // lanes that execute the instruction at hand
-    u32 meet = kNowhere;        // where the active lanes meet others
+    u32 meet = kNowhere;        // instruction at which the active lanes meet others
     std::vector<Split> splits;  // a stack
 
     State state = kReady;
@@ -98,7 +107,7 @@ struct Warp {
     bool fenced = false;                // has executed a wgmma.fence
     std::vector<u8> written_since_fence;  // by register / kLanes
     u32 cluster_arrivals = 0, cluster_waits = 0;
-    std::vector<u8> local;  // of its lanes, one after the other
+    std::vector<u8> local;  // of its lanes, in order
 
     u32* words(u32 offset) { return registers + offset; }
     u64* doublewords(u32 offset) { return reinterpret_cast<u64*>(registers + offset); }

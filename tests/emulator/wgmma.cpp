@@ -9,8 +9,8 @@
 namespace emulator {
 namespace {
 
-// Reads of B by all warps of a warpgroup are checked once: the first notes what the others must
-// have waited for too.
+// Reads of B by all warps of a warpgroup are checked once: the first warp notes the clocks that the
+// others must have reached too.
 void check_b(Warp& warp, const Product& product, const ProductForm& form, Access access) {
     Block& block = *warp.block;
     const auto key = std::make_pair(warp.index / 4, warp.products_issued);
@@ -128,7 +128,7 @@ void commit(Warp& warp, const Instruction&) {
 }
 
 void run_group(Warp& warp) {
-    for (const Product& product : warp.products.committed.front()) product.multiply(warp, product);
+    for (Product& product : warp.products.committed.front()) product.compute(warp);
     warp.products.committed.pop_front();
 }
 
@@ -163,30 +163,41 @@ void add(OpcodeTable& table, u32 columns, const std::string& types) {
 
 }  // namespace
 
-// Copies are what LLVM makes of operands that are tied twice: ptxas gives both names one register,
-// so the copy reads nothing; here the product is done early. Any other use is a fault.
+// LLVM copies operands that are tied twice: ptxas gives both names one register,
+// so the copy reads nothing; here the product is done early, and its sums have one more name. Any
+// other use before the wait is a fault.
 void use_accumulators(Warp& warp, const Instruction& instruction) {
-    const auto& used = warp.kernel->accumulators.at(warp.kernel->index_of(instruction));
-    const std::vector<u32>& pool = warp.kernel->pool;
+    const Kernel& kernel = *warp.kernel;
+    const u32 index = kernel.index_of(instruction);
+    const auto copies = kernel.copies.find(index);
+    const std::vector<u32> none;
+    const std::vector<u32>& results = copies == kernel.copies.end() ? none : copies->second;
+    std::vector<u32> read = kernel.accumulators.at(index);
+    for (u32 result : results)
+        read.erase(std::remove(read.begin(), read.end(), result), read.end());
     const auto touches = [&](const Product& product) {
-        const auto first = pool.begin() + product.instruction->vector.first;
-        return std::find_first_of(first, first + product.instruction->vector.count, used.begin(),
-                                  used.end()) != first + product.instruction->vector.count;
+        const auto first = kernel.pool.begin() + product.instruction->vector.first;
+        const auto end = first + product.instruction->vector.count;
+        return std::find_first_of(first, end, read.begin(), read.end()) != end ||
+               std::find_first_of(product.copies.begin(), product.copies.end(), read.begin(),
+                                  read.end()) != product.copies.end();
     };
     auto& groups = warp.products;
-    bool any = std::any_of(groups.open.begin(), groups.open.end(), touches);
-    for (const auto& group : groups.committed)
-        any |= std::any_of(group.begin(), group.end(), touches);
+    if (std::any_of(groups.open.begin(), groups.open.end(), touches))
+        throw Fault("a register of a wgmma is used that was not committed");
+    bool any = false;
+    for (auto& group : groups.committed)
+        for (Product& product : group) {
+            if (!touches(product)) continue;
+            any = true;
+            if (instruction.instruction_class != kMove)
+                throw Fault("a register of a wgmma is used that was not waited for");
+            product.copies.insert(product.copies.end(), results.begin(), results.end());
+        }
     if (!any) return;
-    if (instruction.instruction_class != kMove)
-        throw Fault("a register of a wgmma is used that was not waited for");
     ++warp.block->launch->counters.in_flight_moves;
-    for (auto& group : groups.committed) {
-        for (const Product& product : group) product.multiply(warp, product);
-        group.clear();
-    }
-    for (const Product& product : groups.open) product.multiply(warp, product);
-    groups.open.clear();
+    for (auto& group : groups.committed)
+        for (Product& product : group) product.compute(warp);
 }
 
 void finish_products(Warp& warp, size_t keep) {

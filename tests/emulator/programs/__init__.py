@@ -1,8 +1,8 @@
 """Small PTX programs with known answers, at least one for every opcode that the emulator knows.
 
-A module for each family registers functions by a pattern of opcodes; `program_of` finds the one
-that matches and gives the program. A program loads from ``in`` (%rd1), stores to ``out`` (%rd2),
-and must leave ``expected`` there.
+A module for each family registers functions by a pattern of opcodes; `program_of` calls the
+function that matches. A program loads from ``in`` (%rd1), stores to ``out`` (%rd2), and must leave
+``expected`` there.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Program:
     8 bytes of ``in`` and ``out``.
 
     ``expected``: every byte that ``out`` must hold; ``ulps``: how far fp32 values may be off if
-    they are no fp32 number by themselves (``exact``: what they are in fp64). ``fault``: what the
-    fault's message must contain, for programs that must fail. ``tensor``: "in" or "out", and the
+    they are no fp32 number by themselves (``exact``: their fp64 values). ``fault``: a part of
+    the fault's message, for programs that must fail. ``tensor``: "in" or "out", and the
     other arguments of `emulator.tensor_map`, for a map at p2. ``overlaps``: there are two launches,
     of which the second must begin before the first is complete.
     """
@@ -165,6 +165,7 @@ def program_of(opcode: str) -> Program | None:
         control,
         conversions,
         copies,
+        floats,
         lanes,
         memory,
         products,

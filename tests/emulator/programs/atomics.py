@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, REGISTER, Program, bytes_of, family, slots
-from emulator.programs.arithmetic import TYPES, from_bfloat, to_bfloat
+from emulator.programs.arithmetic import TYPES
+from emulator.programs.floats import from_bfloat, to_bfloat
 
 UPDATE: dict[str, Callable[[Any, Any, Any], Any]] = {
     "add": lambda old, b, c: old + b,
@@ -64,7 +65,7 @@ def _operands(name: str, type_name: str, dtype: Any) -> tuple[Any, Any, Any]:
     r"(?:\.noftz)?\.(\w+)"
 )
 def atomic(opcode: str, form: str, space: str, name: str, type_name: str) -> Program:
-    """Lanes change 4 words in order; each lane's result is what was there before it."""
+    """Lanes change 4 words in order; each lane's result is the value before it."""
     paired = type_name.endswith("x2")
     dtype = np.dtype(np.uint32) if paired else np.dtype(TYPES[type_name])
     start, b, c = _operands(name, type_name, dtype)
@@ -79,22 +80,23 @@ def atomic(opcode: str, form: str, space: str, name: str, type_name: str) -> Pro
             words[at] = UPDATE[name](*values)
     size, register = dtype.itemsize, REGISTER[dtype.itemsize]
     mnemonic = opcode.replace(".generic", "")
-    where = {
+    address = {
         "global": "add.s64 %rd10, %rd2, %rd9; add.s64 %rd10, %rd10, 256;",
         "shared": "cvt.u32.u64 %r10, %rd9; add.s32 %r10, %r10, %r2; cvt.u64.u32 %rd10, %r10;",
     }
-    where["generic"] = where["shared"] + "cvta.shared.u64 %rd10, %rd10;"
+    address["generic"] = address["shared"] + "cvta.shared.u64 %rd10, %rd10;"
     kept = "global" if space == "global" else "shared"
     inside = "cvta.to.shared.u64 %rd11, %rd10;" if space == "generic" else "mov.b64 %rd11, %rd10;"
     result = f"{register}31, " if form == "atom" else ""
     third = f", {register}33" if name == "cas" else ""
-    body = f"""and.b32 %r9, %r1, 3; mul.wide.u32 %rd9, %r9, 8; {where[space]} {inside}
+    body = f"""and.b32 %r9, %r1, 3; mul.wide.u32 %rd9, %r9, 8; {address[space]} {inside}
 setp.lt.u32 %p1, %r1, 4; mov.b64 %rd31, 0; mov.b32 %r31, 0;
 @%p1 ld.global.b{8 * size} {register}30, [%rd4]; @%p1 st.{kept}.b{8 * size} [%rd11], {register}30;
 bar.sync 0; ld.global.b{8 * size} {register}32, [%rd4+256];
 ld.global.b{8 * size} {register}33, [%rd4+512];
 {mnemonic} {result}[%rd10], {register}32{third};
-mov.b64 %rd40, 0; st.global.b64 [%rd5], %rd40; st.global.b{8 * size} [%rd5], {register}31; bar.sync 0;
+mov.b64 %rd40, 0; st.global.b64 [%rd5], %rd40;
+st.global.b{8 * size} [%rd5], {register}31; bar.sync 0;
 @%p1 ld.{kept}.b{8 * size} {register}30, [%rd11]; @%p1 mul.wide.u32 %rd12, %r1, {size};
 @%p1 add.s64 %rd12, %rd12, %rd2; @%p1 st.global.b{8 * size} [%rd12+512], {register}30;"""
     first = np.zeros(LANES, dtype)

@@ -140,7 +140,8 @@ def _with_bytes(signal: str) -> Program:
     copy = "cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes"
     program = handed_over(
         INIT,
-        f"{signal} mov.b64 %rd9, p2; mov.b32 %r30, 0; @%p2 {copy} [%r22], [%rd9, {{%r30}}], [%r20];",
+        f"{signal} mov.b64 %rd9, p2; mov.b32 %r30, 0;\n"
+        f"@%p2 {copy} [%r22], [%rd9, {{%r30}}], [%r20];",
         WAIT,
         32,
     )

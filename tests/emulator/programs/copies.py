@@ -8,13 +8,15 @@ import numpy as np
 
 from emulator.programs import LANES, Program, bytes_of, family
 
-ROW = "shl.b32 %r10, %r1, 4; add.s32 %r11, %r10, %r2; cvt.u64.u32 %rd9, %r10; add.s64 %rd10, %rd1, %rd9; add.s64 %rd11, %rd2, %rd9;"
+ROW = """shl.b32 %r10, %r1, 4; add.s32 %r11, %r10, %r2; cvt.u64.u32 %rd9, %r10;
+add.s64 %rd10, %rd1, %rd9; add.s64 %rd11, %rd2, %rd9;"""
 
 
 def async_copy(copy: str, commit: str, wait: str, lengths: Any) -> Program:
     """16 bytes a lane, of which ``lengths`` are read; the neighbor's are given back."""
     body = f"""{ROW} rem.u32 %r12, %r1, 17; {copy} {commit} {wait} bar.sync 0;
-xor.b32 %r13, %r10, 64; add.s32 %r13, %r13, %r2; ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r13];
+xor.b32 %r13, %r10, 64; add.s32 %r13, %r13, %r2;
+ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r13];
 st.global.v4.b32 [%rd11], {{%r20, %r21, %r22, %r23}};"""
     values = np.random.default_rng(2).integers(1, 256, (LANES, 16), dtype=np.uint8)
     expected = np.where(np.arange(16) < np.asarray(lengths)[:, None], values, 0).astype(np.uint8)
@@ -110,7 +112,8 @@ def load(opcode: str, dimensions: str, multicast: str) -> Program:
             body, bytes_of(tensor(rank)), bytes_of(values), shared=2048, tensor=("in", fields(rank))
         )
     meet = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-    second = f"mov.u32 %r33, %cluster_ctarank; mul.wide.u32 %rd13, %r33, {values.nbytes}; add.s64 %rd2, %rd2, %rd13;"
+    second = f"""mov.u32 %r33, %cluster_ctarank; mul.wide.u32 %rd13, %r33, {values.nbytes};
+add.s64 %rd2, %rd2, %rd13;"""
     body = f"""{TENSOR_INIT} {meet} {moves} {second} {expect} mov.b16 %h1, 3;
 setp.eq.u32 %p4, %r3, 0; @%p4 {opcode} [%r2], [%rd9, {names}], [%r20], %h1;
 {TENSOR_WAIT} {lane} {show} {meet}"""

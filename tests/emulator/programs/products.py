@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, Program, bytes_of, family
-from emulator.programs.arithmetic import to_bfloat, to_half
+from emulator.programs.floats import to_bfloat, to_half
 
 Matrix = np.ndarray[Any, np.dtype[np.int64]]
 RANGES = {"f16": (-3, 4), "bf16": (-3, 4), "s8": (-128, 128), "u8": (0, 256)}
@@ -178,7 +178,7 @@ def wgmma_program(opcode: str, columns: int, types: tuple[str, str, str]) -> Pro
         _fill(memory.size),
         CONSTANT[sum_type],
         *(f"mov.b32 {name}, %r11;" for name in names),
-        f"mul.wide.u32 %rd9, %r1, 16; add.s64 %rd9, %rd9, %rd1;",
+        "mul.wide.u32 %rd9, %r1, 16; add.s64 %rd9, %rd9, %rd1;",
         f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd9+{memory.size}];",
         *(
             _descriptor(f"%rd{20 + i}", d, at)
