@@ -17,9 +17,11 @@ CODE = ("engine", "kernels", "csrc", "benchmarks")
 SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
 
 
-def _output(*command: str) -> str | None:
+def _output(*command: str, folder: Path | None = None) -> str | None:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=folder or ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -39,6 +41,16 @@ def revision() -> tuple[str, bool]:
     changed = _output(*status, "--untracked-files=no", "--", ".", no_results)
     new = _output(*status, "--", *CODE, no_results)
     return head, changed != "" or new != ""
+
+
+def last_change(folder: Path) -> str:
+    """The commit that last changed ``folder``, of this checkout or another; "unknown" without git.
+
+    With ``-dirty`` behind it if files there differ from the commit.
+    """
+    commit = _output("git", "log", "-1", "--format=%H", "--", ".", folder=folder)
+    changed = _output("git", "status", "--porcelain", "--", ".", folder=folder)
+    return f"{commit}{'-dirty' * bool(changed)}" if commit else "unknown"
 
 
 def sources() -> str:

@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked["gpu"] and not _cuda():
         for item in marked["gpu"]:
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") != "1" and not os.environ.get("VITRAIL_EMULATED"):
         for item in marked["interpreted"]:
             item.add_marker(pytest.mark.skip(reason="interpreted: TRITON_INTERPRET is not 1"))
 

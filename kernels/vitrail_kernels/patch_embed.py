@@ -255,7 +255,9 @@ def _patch_embed_kernel(
         part_n = chunk + tl.max_contiguous(tl.arange(0, 64), SIDE)[None, None, :]
         mask = mask_m[:, None, None] & (part_n < WIDTH - column)
         y = tl.reshape(y, (BLOCK_M, PART_N // 64, 64))
-        y += tl.load(table_ptr + column + (token * WIDTH + part_n), mask=mask, other=0.0)
+        at = table_ptr + column + (token * WIDTH + part_n)
+        # not a plain sum: see tile.epilogue
+        y = tl.fma(y, 1.0, tl.load(at, mask=mask, other=0.0))
         y = y.to(DTYPE)  # the only rounding
         tl.store(tile + column + (part_m * WIDTH + part_n), y, mask=mask)
         if stats_ptr is not None:

@@ -69,7 +69,8 @@ def epilogue(
     """All that follows the product, in fp32, down to the one rounding; writes the statistics.
 
     A product that meets a sum is a `tl.fma`: bits are the same in every tile, and it is one
-    instruction.
+    instruction. So is a sum alone, times 1.0: Triton would let a product of one step start from a
+    plain sum's other side, in some tiles only, and round in another order. It is still one add.
     """
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -82,7 +83,8 @@ def epilogue(
         else:
             acc *= rstd[:, None]
     elif bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+        acc = tl.fma(acc, 1.0, bias[None, :])
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
         acc = activate(gate, ACTIVATION) * up
@@ -101,7 +103,7 @@ def epilogue(
         if scale_ptr is not None:
             acc = tl.fma(acc, scale, residual)
         else:
-            acc += residual
+            acc = tl.fma(acc, 1.0, residual)
     y = acc.to(out_dtype)  # the only rounding
     if stats_ptr is not None:
         rounded = y.to(tl.float32)

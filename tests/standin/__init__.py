@@ -2,31 +2,26 @@
 
 Device memory is host memory, every call is checked, and a launch writes a digest of what it was
 given to the start of what its first parameter points to (`launch.hpp` says of what, `control.hpp`
-what may be set). A process that opens the library at `build()`'s path, with ctypes or by dlopen in
-C++, sees one state; a copy of the file has a state of its own.
+what may be set). With `standin.emulation` launches of kernels whose PTX a test names compute. A
+process that opens the library at `build()`'s path, with ctypes or by dlopen in C++, sees one state;
+a copy of the file has a state of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import shared_library
+from shared_library import compiler as compiler
+
 FOLDER = Path(__file__).parent
-BUILT = FOLDER.parents[1] / "build/standin"
-FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread")
 STICKY = (214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999)
 """Codes after which every later call fails alike, until `Standin.reset`."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler of this machine, or None."""
-    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 @functools.cache
@@ -36,23 +31,10 @@ def build(flags: tuple[str, ...] = ()) -> Path:
 
     Raises RuntimeError without a compiler or with what it says.
     """
-    if (program := compiler()) is None:
-        raise RuntimeError("the driver stand-in: got no C++ compiler, wanted c++ or $CXX")
-    sources = sorted(FOLDER.glob("*.[ch]pp"))
-    key = hashlib.sha256(repr((program, FLAGS, flags)).encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    library = BUILT / key.hexdigest()[:16] / "libcuda.so.1"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_name(f"{os.getpid()}.so")  # others may build it too
-        units = [source for source in sources if source.suffix == ".cpp"]
-        command: list[str | Path] = [program, *FLAGS, *flags, "-o", unfinished, *units]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            raise RuntimeError(f"the driver stand-in does not compile:\n{run.stderr}")
-        unfinished.replace(library)
-    return library
+    header = FOLDER.parent / "emulator/emulator.h"
+    return shared_library.build(
+        "the driver stand-in", FOLDER, "libcuda.so.1", (*FLAGS, *flags), headers=(header,)
+    )
 
 
 @dataclass(frozen=True, slots=True)

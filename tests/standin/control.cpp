@@ -4,7 +4,9 @@
 
 #include <mutex>
 #include <string>
+#include <utility>
 
+#include "fatbin.hpp"
 #include "state.hpp"
 #include "tensor_map.hpp"
 
@@ -18,6 +20,15 @@ class Settings {
     Settings() : state_(state()), lock_(state_.mutex) {}
     ~Settings() { settle(state_); }
     State* operator->() { return &state_; }
+
+    // Runs the launches that wait, which leaves a fault of theirs as later calls' error.
+    int finish() {
+        const Fault fault = state_.emulation.run(state_.memory);
+        if (fault.code == 0) return 0;
+        state_.sticky = fault.code;
+        state_.complaint = fault.sentence;
+        return fault.code;
+    }
 
   private:
     State& state_;
@@ -54,6 +65,7 @@ int standin_register(uint64_t start, uint64_t bytes) {
 
 int standin_unregister(uint64_t start) {
     Settings s;
+    s.finish();
     if (s->memory.delist(start)) return 0;
     s->complaint = "standin_unregister: no registered range begins there";
     return 1;
@@ -76,7 +88,7 @@ uint64_t standin_launches(void) { return Settings()->launches; }
 
 void standin_live(Live* live) {
     Settings s;
-    *live = {s->memory.live,      s->memory.bytes,        s->pinned.size(), s->modules.size(),
+    *live = {s->memory.live,        s->memory.bytes,      s->pinned.size(), s->modules.size(),
              handles.live(kStream), handles.live(kEvent), s->retains};
 }
 
@@ -92,6 +104,69 @@ void standin_reset(void) {
     s->sticky = 0;
     s->complaint.clear();
     s->records.clear();
+    s->emulation.forget();
+}
+
+int standin_emulator(const char* path) {
+    Settings s;
+    const std::string wrong = s->emulation.open(path);
+    if (!wrong.empty()) s->complaint = "standin_emulator: " + wrong;
+    return wrong.empty() ? 0 : 1;
+}
+
+int standin_ptx(const void* image, const char* ptx) {
+    Settings s;
+    try {
+        const auto device = static_cast<uint32_t>(10 * s->major + s->minor);
+        std::string cubin = CubinReader::bytes(cubin_of(image, device));
+        s->emulation.name_source(std::move(cubin), ptx);
+        return 0;
+    } catch (const std::string& sentence) {
+        s->complaint = "standin_ptx: " + sentence;
+    } catch (const ImageError& error) {
+        s->complaint = "standin_ptx: " + error.sentence;
+    }
+    return 1;
+}
+
+void standin_emulate(uint64_t seed, int overlap, int races) {
+    Settings s;
+    s.finish();
+    s->emulation.options.seed = seed;
+    s->emulation.options.races = races;
+    s->emulation.overlap = overlap != 0;
+}
+
+void standin_track(int on) { Settings()->memory.tracked = on != 0; }
+
+int standin_name(uint64_t start, const char* name, int track) {
+    Settings s;
+    Range* range = s->memory.begins(start);
+    if (range == nullptr) {
+        s->complaint = "standin_name: no range begins there";
+        return 1;
+    }
+    range->name = name;
+    if (track != 0) range->track();
+    return 0;
+}
+
+int standin_unwritten(uint64_t start, uint64_t bytes) {
+    Settings s;
+    const std::string wrong = s->memory.unwritten(start, bytes);
+    if (!wrong.empty()) s->complaint = wrong;
+    return wrong.empty() ? 0 : 1;
+}
+
+int standin_finish(void) {
+    Settings s;
+    return s.finish();
+}
+
+void standin_emulated(Emulated* out) {
+    Settings s;
+    const Emulation& e = s->emulation;
+    *out = {e.launches, e.overlapped, e.instructions, e.seconds};
 }
 
 uint64_t standin_records(void) { return Settings()->records.size(); }

@@ -22,6 +22,14 @@ struct Live {
     uint64_t retains;  // of the primary context, less releases
 };
 
+// What was emulated so far, as `standin_emulated` gives it.
+struct Emulated {
+    uint64_t launches;
+    uint64_t overlapped;    // of them, those that began before the launch before was complete
+    uint64_t instructions;  // of warps
+    double seconds;
+};
+
 }  // namespace standin
 
 #pragma GCC visibility push(default)
@@ -71,6 +79,30 @@ void standin_live(standin::Live* live);
 const char* standin_complaint(void);
 // Forgets faults, records and the complaint. Objects, counts and settings stay.
 void standin_reset(void);
+
+// The emulator's library (tests/emulator), to be opened before launches compute. 1 and a complaint
+// if it does not open.
+int standin_emulator(const char* path);
+// `image`, a whole cubin or fatbin, was compiled from the text `ptx`: modules loaded from then on
+// compute. Of a fatbin that is the cubin for the device. 1 and a complaint if the image is neither;
+// PTX that does not parse fails cuModuleLoadData.
+int standin_ptx(const void* image, const char* ptx);
+// The order in which warps run, which follows from the seed; whether launches wait, so that those
+// with the attribute of programmatic launch run together with the one before; whether races are
+// looked for. A fault is an error of the call that needed the result: of the launch itself without
+// overlap.
+void standin_emulate(uint64_t seed, int overlap, int races);
+// Whether memory allocated from then on notices reads, by kernels or copies, of bytes that nobody
+// wrote.
+void standin_track(int on);
+// The name, in faults, of a range that begins at `start`, and whether its bytes count as not
+// written. 1 and a complaint if there is none.
+int standin_name(uint64_t start, const char* name, int track);
+// 1 and a complaint if nobody wrote some of these bytes.
+int standin_unwritten(uint64_t start, uint64_t bytes);
+// Runs the launches that wait; the code of a fault, or 0.
+int standin_finish(void);
+void standin_emulated(standin::Emulated* emulated);
 
 uint64_t standin_records(void);
 // 1 where there is no such record.

@@ -40,13 +40,35 @@ struct Cubin {
     uint32_t arch = 0;
     bool exact = false;  // an "a" architecture, which no later GPU runs
     std::vector<Kernel> kernels;
+    // `device`: 90 for compute capability 9.0.
+    bool runs_on(uint32_t device) const {
+        if (exact) return arch == device;
+        return arch / 10 == device / 10 && arch <= device;
+    }
 };
 
 class CubinReader {
   public:
     // Throws std::string, a sentence, where `image` is no cubin that it can read. The image comes
     // without a size, so a truncated one is not noticed.
-    static Cubin read(const void* image) { return CubinReader(image).cubin_; }
+    static Cubin read(const void* image) {
+        CubinReader reader(image);
+        reader.find_kernels();
+        return reader.cubin_;
+    }
+    // As `read`, without the kernels.
+    static Cubin read_header(const void* image) { return CubinReader(image).cubin_; }
+    // The image's bytes: up to the last that its headers name, as the driver is told no size.
+    static std::string bytes(const void* image) {
+        const CubinReader reader(image);
+        const Elf64_Ehdr& header = reader.header_;
+        uint64_t end = std::max(header.e_shoff + uint64_t{header.e_shnum} * header.e_shentsize,
+                                header.e_phoff + uint64_t{header.e_phnum} * header.e_phentsize);
+        for (const Elf64_Shdr& section : reader.sections_)
+            if (section.sh_type != SHT_NOBITS)
+                end = std::max(end, section.sh_offset + section.sh_size);
+        return std::string(static_cast<const char*>(image), end);
+    }
 
   private:
     static constexpr uint16_t kMachine = 190;  // EM_CUDA
@@ -77,7 +99,6 @@ class CubinReader {
                         sizeof sections_[i]);
         if (header_.e_shstrndx >= sections_.size())
             throw std::string("the cubin has no section names");
-        find_kernels();
     }
 
     void find_kernels() {

@@ -1,7 +1,8 @@
 // A stand-in for libcuda.so.1 on machines without a GPU: device memory is host memory, work is
-// done at once and in the order of the calls, and a launch computes a digest of what it was given.
-// Every call is checked; control.hpp lists what tests may set and ask. Here: the device, contexts,
-// modules, tensor maps and launches.
+// done at once and in the order of the calls, and a launch computes a digest of what it was given,
+// or, if a test named the PTX of its cubin, what the PTX says (emulation.hpp). Every call is
+// checked; control.hpp lists what tests may set and ask. Here: the device, contexts, modules,
+// tensor maps and launches.
 
 #include <algorithm>
 #include <cstdio>
@@ -10,6 +11,7 @@
 
 #include "abi.hpp"
 #include "errors.hpp"
+#include "fatbin.hpp"
 #include "launch.hpp"
 #include "state.hpp"
 #include "tensor_map.hpp"
@@ -45,12 +47,7 @@ int device_attribute(int attribute, int& value) {
     }
 }
 
-bool runs_here(const Cubin& cubin) {
-    const State& s = state();
-    const uint32_t device = static_cast<uint32_t>(10 * s.major + s.minor);
-    if (cubin.exact) return cubin.arch == device;
-    return cubin.arch / 10 == device / 10 && cubin.arch <= device;
-}
+uint32_t device_arch() { return static_cast<uint32_t>(10 * state().major + state().minor); }
 
 int wrong_device(Call& call, int device) {
     return call.complain(kInvalidDevice, "device " + std::to_string(device) + ", there is only 0");
@@ -165,6 +162,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 
 int cuDevicePrimaryCtxRelease_v2(int device) {
     Call call("cuDevicePrimaryCtxRelease", kStarted);
+    call.finish();
     if (device != 0 && !call.failed()) return wrong_device(call, device);
     if (call->retains > 0) return --call->retains, call.code;
     return call.failed() ? call.code : call.complain(kInvalidContext, "it is not retained");
@@ -212,11 +210,15 @@ int cuModuleLoadData(void** module, const void* image) {
     if (call.failed()) return call.code;
     auto made = std::make_unique<Module>();
     try {
-        made->cubin = CubinReader::read(image);
+        const void* cubin = cubin_of(image, device_arch());
+        made->cubin = CubinReader::read(cubin);
+        made->ptx = call->emulation.module_of(CubinReader::bytes(cubin));
     } catch (const std::string& sentence) {
         return call.complain(kInvalidImage, sentence);
+    } catch (const ImageError& error) {
+        return call.complain(error.code, error.sentence);
     }
-    if (!runs_here(made->cubin))
+    if (!made->cubin.runs_on(device_arch()))
         return call.complain(kNoBinaryForGpu, "the cubin is for sm_" +
                                                   std::to_string(made->cubin.arch) +
                                                   ", the device is another");
@@ -229,6 +231,7 @@ int cuModuleLoadData(void** module, const void* image) {
 
 int cuModuleUnload(void* module) {
     Call call("cuModuleUnload", kUnsafe);
+    call.finish();
     auto* found = static_cast<Module*>(module);
     if (call->modules.erase(found) == 0)
         return call.failed() ? call.code : call.complain(kInvalidHandle, "it is not loaded");
@@ -332,9 +335,9 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
     if (noop()) return kSuccess;
     Call call("cuLaunchKernelEx", kContext, true);
     if (call.failed()) return call.code;
-    const Kernel* kernel = find_function(call, function);
+    Kernel* kernel = find_function(call, function);
     if (kernel == nullptr) return call.code;
-    return Launch(call, *config, *kernel).run(parameters, extra);
+    return Launch(call, *config, *kernel, call->functions.at(kernel)->ptx).run(parameters, extra);
 }
 
 }  // extern "C"

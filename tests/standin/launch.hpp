@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "abi.hpp"
@@ -39,16 +40,23 @@ struct Argument {
 
 class Launch {
   public:
-    Launch(Call& call, const LaunchConfig& config, const Kernel& kernel)
-        : call_(call), config_(config), kernel_(kernel) {}
+    // `ptx`: what the kernel was compiled from; null if no test named it.
+    Launch(Call& call, const LaunchConfig& config, const Kernel& kernel, emulator_module* ptx)
+        : call_(call), config_(config), kernel_(kernel), ptx_(ptx) {}
 
     int run(void** parameters, void** extra) {
         if (call_.checking() && wrong_shape()) return call_.code;
         if (wrong_attributes() || !gather(parameters, extra)) return call_.code;
         if (call_.checking() && call_.wrong_stream(config_.stream)) return call_.code;
-        if (call_->compute) compute();
+        if (call_->compute && ptx_ != nullptr) {
+            if (!emulate()) return call_.code;
+        } else if (call_->compute) {
+            call_.finish();
+            if (call_.failed()) return call_.code;
+            compute();
+        }
         if (call_->record) keep();
-        return kSuccess;
+        return call_.code;
     }
 
   private:
@@ -205,6 +213,35 @@ class Launch {
         std::memcpy(reinterpret_cast<void*>(out.address), &sum, head_bytes(out));
     }
 
+    // Hands the launch to the emulator: at once, or after those that it may overlap. A parameter
+    // is known by its ordinal: PTX and cubin align the offsets differently.
+    bool emulate() {
+        Emulation& emulation = call_->emulation;
+        PendingLaunch launch;
+        launch.name = kernel_.name;
+        launch.module = ptx_;
+        std::copy(config_.grid, config_.grid + 3, launch.grid);
+        std::copy(config_.block, config_.block + 3, launch.block);
+        launch.shared = config_.shared;
+        launch.pdl = pdl_ != 0;
+        uint32_t bytes = 0;
+        const auto places = emulation.parameters(ptx_, kernel_.name, bytes);
+        launch.parameters.resize(bytes);
+        bool same = places.size() == arguments_.size();
+        for (size_t i = 0; same && i < places.size(); ++i) {
+            same = places[i].second == arguments_[i].size;
+            if (same)
+                std::memcpy(launch.parameters.data() + places[i].first, arguments_[i].bytes,
+                            arguments_[i].size);
+        }
+        if (!same) return !refuse(kInvalidImage, "its PTX has other parameters than its cubin");
+        if (!emulation.joins(config_.stream, launch.pdl)) call_.finish();
+        if (call_.failed()) return false;
+        emulation.add(config_.stream, std::move(launch));
+        if (!emulation.overlap) call_.finish();
+        return !call_.failed();
+    }
+
     void keep() {
         Kept& kept = call_->records.emplace_back();
         kept.name = kernel_.name;
@@ -229,6 +266,7 @@ class Launch {
     Call& call_;
     const LaunchConfig& config_;
     const Kernel& kernel_;
+    emulator_module* ptx_;
     std::vector<Argument> arguments_;
     int32_t pdl_ = 0;
     uint64_t digest_ = 0;

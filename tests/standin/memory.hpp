@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <deque>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,9 +24,14 @@ struct Range {
     uint64_t bytes = 0;
     bool registered = false;
     bool pooled = false;  // allocated on a stream
+    std::string name{};   // for faults of kernels
+    // A byte for each byte, 1 if something wrote it; empty if that is not tracked.
+    std::shared_ptr<std::vector<uint8_t>> written{};
     bool holds(uint64_t address, uint64_t size) const {
         return address >= start && address - start <= bytes && size <= bytes - (address - start);
     }
+    uint8_t* map() const { return written ? written->data() : nullptr; }
+    void track() { written = std::make_shared<std::vector<uint8_t>>(bytes); }
 };
 
 class Memory {
@@ -32,7 +39,8 @@ class Memory {
     static constexpr uint64_t kAlignment = 256;  // of what the driver gives
     static constexpr uint8_t kFresh = 0xa5;      // new memory is not zero
 
-    bool undo = false;  // see standin_undo
+    bool undo = false;     // see standin_undo
+    bool tracked = false;  // see standin_track
     uint64_t limit = uint64_t{80} << 30;
     uint64_t live = 0;   // allocations
     uint64_t bytes = 0;  // in them, and in those freed on a stream that was not waited for yet
@@ -46,7 +54,10 @@ class Memory {
         // Only the first page, so that an arena of gigabytes costs none.
         std::memset(block, kFresh, size < 4096 || undo ? size : 4096);
         const auto start = reinterpret_cast<uint64_t>(block);
-        ranges_[start] = {start, size, false, pooled};
+        Range& range = ranges_[start] = {start, size, false, pooled};
+        range.name =
+            "allocation " + std::to_string(++allocated_) + " of " + std::to_string(size) + " bytes";
+        if (tracked) range.track();
         ++live;
         bytes += size;
         return start;
@@ -102,6 +113,7 @@ class Memory {
         if (next != ranges_.end() && next->first - start < size) return false;
         if (next != ranges_.begin() && std::prev(next)->second.holds(start, 1)) return false;
         ranges_[start] = {start, size, true, false};
+        ranges_[start].name = "registered memory of " + std::to_string(size) + " bytes";
         return true;
     }
 
@@ -118,6 +130,42 @@ class Memory {
         if (next == ranges_.begin()) return nullptr;
         const Range& range = std::prev(next)->second;
         return range.holds(address, size) ? &range : nullptr;
+    }
+
+    // The live range that begins at `start`, or null.
+    Range* begins(uint64_t start) {
+        const auto found = ranges_.find(start);
+        return found == ranges_.end() ? nullptr : &found->second;
+    }
+
+    template <typename Visit>
+    void each(Visit visit) const {
+        for (const auto& [start, range] : ranges_) visit(range);
+    }
+
+    // The host wrote these bytes.
+    void mark(uint64_t address, uint64_t size) {
+        const Range* range = find(address, size);
+        if (range == nullptr || !range->written) return;
+        std::fill_n(range->map() + (address - range->start), size, uint8_t{1});
+    }
+    // A sentence if nobody wrote some of these bytes.
+    std::string unwritten(uint64_t address, uint64_t size) const {
+        const Range* range = find(address, size);
+        if (range == nullptr || !range->written) return "";
+        const uint8_t* first = range->map() + (address - range->start);
+        const auto missing = std::count(first, first + size, uint8_t{0});
+        if (missing == 0) return "";
+        const auto at = std::find(first, first + size, uint8_t{0}) - first;
+        return std::to_string(missing) + " of " + std::to_string(size) + " bytes of " +
+               range->name + " were never written, the first at " + std::to_string(at);
+    }
+
+    // What is known of an address that a kernel used: nothing, or that it was freed.
+    std::string freed(uint64_t address) const {
+        for (const Range& range : freed_)
+            if (range.holds(address, 1)) return " (in memory that was freed: " + range.name + ")";
+        return "";
     }
 
     // Why nothing live holds it.
@@ -150,6 +198,7 @@ class Memory {
     std::map<void*, std::vector<Written>> written_;  // by stream, the latest last
     std::map<uint64_t, Range> ranges_;
     std::deque<Range> freed_;
+    uint64_t allocated_ = 0;  // so far
     uint64_t held_ = 0;
     uint64_t pooled_ = 0;  // bytes freed on streams since the last wait
 };

@@ -1,5 +1,6 @@
 // The driver's functions for memory, streams and events. All work is done by the time a call
-// returns, so that streams and events have nothing to wait for, but must be alive.
+// returns, but for launches that wait for those that may overlap them (`Call::finish` runs them);
+// so streams and events have nothing else to wait for, but must be alive.
 
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@ int allocate(Call& call, uint64_t* address, size_t bytes, bool pooled = false) {
 }
 
 int release(Call& call, uint64_t address, bool on_stream = false) {
+    call.finish();
     if (call->memory.release(address, on_stream) || pretended.holds(address)) return call.code;
     if (call.failed()) return call.code;
     return call.complain(kInvalidValue, call->memory.why(address) +
@@ -26,11 +28,16 @@ int release(Call& call, uint64_t address, bool on_stream = false) {
 }
 
 int copy(Call& call, uint64_t device, size_t bytes, void* stream, void* to, const void* from) {
+    call.finish();
     if (call.failed() || call.wrong_stream(stream) || bytes == 0) return call.code;
     if (to == nullptr || from == nullptr)
         return call.complain(kInvalidValue, "an address is null");
     if (call.checking() && call->memory.find(device, bytes) == nullptr)
         return call.complain(kInvalidValue, call->memory.why(device, bytes));
+    const bool inward = reinterpret_cast<uint64_t>(to) == device;
+    if (inward) call->memory.mark(device, bytes);
+    const std::string unwritten = call->memory.unwritten(device, bytes);
+    if (call.checking() && !unwritten.empty()) return call.complain(kInvalidValue, unwritten);
     if (call->compute) std::memcpy(to, from, bytes);
     return kSuccess;
 }
@@ -89,6 +96,7 @@ int cuMemHostAlloc(void** address, size_t bytes, uint32_t flags) {
 
 int cuMemFreeHost(void* address) {
     Call call("cuMemFreeHost", kUnsafe);
+    call.finish();
     if (call->pinned.erase(address) != 0) return std::free(address), call.code;
     return call.failed() ? call.code : call.complain(kInvalidValue, "it is not allocated");
 }
@@ -116,6 +124,7 @@ int cuStreamCreate(void** stream, uint32_t flags) {
 int cuStreamDestroy_v2(void* stream) {
     if (noop()) return handles.drop(stream, kStream) ? kSuccess : kInvalidHandle;
     Call call("cuStreamDestroy", kContext);
+    call.finish();
     if (handles.drop(stream, kStream) || call.failed()) return call.code;
     return call.complain(kInvalidHandle, "the stream is not alive");
 }
@@ -123,6 +132,7 @@ int cuStreamDestroy_v2(void* stream) {
 int cuStreamSynchronize(void* stream) {
     if (noop()) return kSuccess;
     Call call("cuStreamSynchronize", kContext);
+    call.finish();
     call->memory.take_back(stream);  // even where it fails: nobody waits again
     call->memory.wait();
     if (!call.failed()) call.wrong_stream(stream);
@@ -132,6 +142,7 @@ int cuStreamSynchronize(void* stream) {
 int cuStreamWaitEvent(void* stream, void* event, uint32_t flags) {
     if (noop()) return kSuccess;
     Call call("cuStreamWaitEvent", kContext);
+    call.finish();
     if (call.failed() || call.wrong_stream(stream) || call.wrong_event(event)) return call.code;
     return flags <= 1 ? kSuccess : call.complain(kInvalidValue, "flags must be 0 or 1");
 }
@@ -161,6 +172,7 @@ int cuEventDestroy_v2(void* event) {
 int cuEventQuery(void* event) {
     if (noop()) return kSuccess;
     Call call("cuEventQuery", kContext);
+    call.finish();
     if (!call.failed()) call.wrong_event(event);
     return call.code;
 }
@@ -168,6 +180,7 @@ int cuEventQuery(void* event) {
 int cuEventSynchronize(void* event) {
     if (noop()) return kSuccess;
     Call call("cuEventSynchronize", kContext);
+    call.finish();
     if (!call.failed()) call.wrong_event(event);
     return call.code;
 }

@@ -18,6 +18,7 @@
 
 #include "abi.hpp"
 #include "cubin.hpp"
+#include "emulation.hpp"
 #include "memory.hpp"
 
 namespace standin {
@@ -69,6 +70,7 @@ class Handles {
 
 struct Module {
     Cubin cubin;
+    emulator_module* ptx = nullptr;  // what the cubin was made of, if a test named it
 };
 
 // One launch, as `standin_record_at` gives it; what it points to lives until standin_reset().
@@ -79,7 +81,7 @@ struct Record {
     uint32_t shared;
     uint32_t pdl;
     uint64_t stream;
-    uint64_t digest;  // 0 where nothing was computed
+    uint64_t digest;  // 0 for a launch that was emulated, or where nothing was computed
     uint64_t count;   // of parameters
     const Parameter* parameters;
     const uint8_t* bytes;  // of the parameters, at their offsets
@@ -107,6 +109,7 @@ struct State {
     std::string complaint;
 
     Memory memory;
+    Emulation emulation;
     std::unordered_map<void*, size_t> pinned;
     std::unordered_set<Module*> modules;
     std::unordered_map<Kernel*, Module*> functions;  // of the live modules
@@ -178,6 +181,14 @@ class Call {
     int complain(int with, const std::string& sentence) {
         state_.complaint = std::string(name_) + ": " + sentence;
         return code = with;
+    }
+
+    // Runs the launches that wait. A fault of theirs is this call's error, and every later one's.
+    void finish() {
+        const Fault fault = state_.emulation.run(state_.memory);
+        if (fault.code == 0) return;
+        state_.sticky = fault.code;
+        complain(code == 0 ? fault.code : code, fault.sentence);
     }
 
     // The legacy and the per-thread default stream need no creation.

@@ -1,0 +1,70 @@
+"""Devices that the tests of compiled kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import standin
+from emulated.device import Device, EmulatedRunner
+from emulated.tiny import Open, Tiny
+from helpers import HALVES
+from test_runner import HEADS, TEXT, VISION, open_runner
+from vitrail.runners import native
+from vitrail_kernels.launch import MISSING, interpreted
+
+SMS = 2
+"""So few multiprocessors that small batches reach every step of the tables of configurations."""
+
+
+def why_not() -> str | None:
+    """Why no kernel can be compiled and emulated in this process, or None."""
+    if MISSING is not None:
+        return "triton is not installed"
+    if interpreted():
+        return "Triton's interpreter is on, which compiles nothing"
+    if native.MISSING is not None:
+        return "vitrail._C is not built"
+    return None if standin.compiler() else "there is no C++ compiler"
+
+
+@pytest.fixture(scope="session", params=[80, 90], ids=lambda arch: f"sm_{arch}")
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    if (reason := why_not()) is not None:
+        pytest.skip(f"emulated kernels: {reason}")
+    return Device(tmp_path_factory.mktemp("device"), request.param, SMS)
+
+
+@pytest.fixture
+def device(opened: Device) -> Iterator[Device]:
+    """Of sm_80 and of sm_90, without what an earlier test's fault left."""
+    opened.driver.reset()
+    yield opened
+    opened.driver.reset()
+
+
+@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture
+def tiny(
+    device: Device, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Open]:
+    monkeypatch.setenv(native.OVERLAP, "1")
+    opened: list[EmulatedRunner] = []
+
+    def open_tiny(family: str) -> Tiny:
+        vision, text = (None, TEXT) if family == "text" else (VISION[family], None)
+        tensors, reference = open_runner(tmp_path, vision, text, HEADS.get(family), dtype)
+        opened.append(EmulatedRunner(device, reference.weights, dtype))
+        return Tiny(tensors, opened[-1], device, dtype)
+
+    yield open_tiny
+    for runner in opened:
+        runner.close()

@@ -1,0 +1,171 @@
+"""The emulator's counts of the kernels that plans launch: bank conflicts and sectors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+import emulator
+from emulator.call import ranges_of
+from vitrail import plans
+from vitrail.spec import BlockSpec, VisionSpec
+from vitrail_kernels.launch import Target
+from vitrail_kernels.report import CARDS
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+counters: Any = importlib.import_module("counters")
+launches: Any = importlib.import_module("launches")
+table: Any = importlib.import_module("table")
+
+ARCHES = (80, 90)
+SMALL, LARGE = (64, 64), (128, 128)
+FEW_SMS = 4  # so that one image takes the tiles that a hundred multiprocessors take for many
+SMS = 132
+slow = pytest.mark.slow
+
+
+def of_model(name: str, side: int, arch: int, sms: int) -> dict[str, list[Any]]:
+    """Counts of each distinct launch of one image of ``side`` pixels or four texts, by operator."""
+    spec, _ = launches.MODELS[name]
+    counts: dict[str, list[Any]] = {}
+    for launch in launches.launches(spec, side, Target(arch, sms), 1 if side else 4):
+        counts.setdefault(launch.op, []).extend(
+            (launch.label, call.config, counters.count(call, arch)) for call in launch.calls
+        )
+    return counts
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
+    ("name", "side", "sms", "tile"),
+    [
+        ("ViT-B/16", 224, FEW_SMS, LARGE),
+        ("CLIP-B text", 0, FEW_SMS, LARGE),
+        ("DINOv2-B/14", 112, FEW_SMS, LARGE),
+        pytest.param("ViT-B/16", 224, SMS, SMALL, marks=slow),
+        pytest.param("CLIP L/14", 224, FEW_SMS, LARGE, marks=slow),
+        pytest.param("CLIP H/14", 224, SMS, SMALL, marks=slow),
+    ],
+)
+def test_no_kernel_of_a_model_has_a_bank_conflict(
+    name: str, side: int, sms: int, tile: tuple[int, int], arch: int
+) -> None:
+    counts = of_model(name, side, arch, sms)
+    for label, config, launch in (row for rows in counts.values() for row in rows):
+        shared = launch.memory("shared")
+        assert shared["actual"] == shared["ideal"], (
+            f"{label}, sm_{arch}, {config}: {[vars(line) for line in counters.worst(launch.lines)]}"
+        )
+    used = {(config.block_m, config.block_n) for _, config, _ in counts["linear"]}
+    assert tile in used, f"linear's tiles: {used}"
+    for op in ("linear", "attention", "attention_one"):
+        assert any(launch.memory("shared")["actual"] for *_, launch in counts[op]), op
+
+
+STRIDED = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry strided(.param .u64 x, .param .u32 stride)
+{
+    .shared .align 16 .b8 words[16384];
+    .reg .b32 %r<8>;
+    .reg .b64 %rd<4>;
+    ld.param.u64 %rd1, [x];
+    ld.param.u32 %r1, [stride];
+    mov.u32 %r2, %tid.x;
+    mul.lo.u32 %r3, %r2, %r1;
+    mov.u32 %r4, words;
+    add.u32 %r5, %r4, %r3;
+    st.shared.b32 [%r5], %r2;
+    mul.wide.u32 %rd2, %r2, %r1;
+    add.u64 %rd3, %rd1, %rd2;
+    st.global.b32 [%rd3], %r2;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stride", "wavefronts", "sectors"), [(4, 1, 4), (8, 2, 8), (32, 8, 32), (128, 32, 32)]
+)
+def test_a_stride_has_its_wavefronts_and_sectors(
+    stride: int, wavefronts: int, sectors: int
+) -> None:
+    module = emulator.Module(STRIDED)
+    x = torch.zeros(32 * 32, dtype=torch.int32)
+    parameters = module.pack([struct.pack("Q", x.data_ptr()), struct.pack("I", stride)])
+    launch = emulator.Launch(module, (1,), (32,), parameters)
+    (report,) = emulator.run(launch, ranges_of({"x": x}), counters=True)
+    sites = {site.opcode: (site.actual, site.ideal) for site in report.sites if site.actual}
+    assert sites == {"st.shared.b32": (wavefronts, 1), "st.global.b32": (sectors, 4)}
+
+
+def test_a_source_is_named_with_the_lines_it_was_inlined_at() -> None:
+    assert counters._source("tile.py:85:23 @[ linear.py:185:16 ]") == "tile.py:85 in linear.py:185"
+    assert counters._source("linear.py:149:70") == "linear.py:149"
+    assert counters._source("") == "unknown"
+
+
+BLOCKS = BlockSpec(64, 3, 1, 128, activation="gelu", eps=1e-6)
+TINY = VisionSpec(BLOCKS, (32, 32), (16, 16))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launches.MODELS, "tiny", (TINY, 32))
+
+
+def test_equal_launches_run_once_and_are_counted_as_often_as_the_plan_has_them() -> None:
+    plan = plans.vision_pooled(TINY, uint8=True)
+    distinct = list(launches.launches(TINY, 32, Target(90, SMS), 2))
+    assert sum(launch.times for launch in distinct) == len(plan.launches)
+    repeats = {launch.label: launch.times for launch in distinct if launch.times > 1}
+    assert repeats == {f"vision.blocks.0.{x}": 2 for x in ("qkv", "attention", "out", "up", "down")}
+
+
+def test_the_command_prints_and_keeps_what_it_counts(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "counts.json"
+    command = ["tiny", "--arch", "90", "--images", "2", "--json", str(file), "--allow-dirty"]
+    assert counters.main(command) == 0
+    record = json.loads(file.read_text())
+    assert record["environment"]["triton"] == triton.__version__
+    result = record["results"]["tiny, sm_90"]
+    assert (result["images"], result["sms"]) == (2, CARDS[90].sms)
+    qkv = next(x for x in result["launches"] if x["label"] == "vision.blocks.0.qkv")
+    # 10 rows in one tile of 64 x 64 by three across; one step of K
+    assert (qkv["tile"], qkv["blocks"], qkv["times"]) == ("64x64x64", 3, 2)
+    assert qkv["tensor_map_bytes"] == {"loaded": 3 * 2 * 64 * 64 * 2, "stored": 3 * 64 * 64 * 2}
+    for launch in result["launches"]:
+        for memory in ("shared", "global"):
+            key = f"{memory}_{'wavefronts' if memory == 'shared' else 'sectors'}"
+            sites = [x for x in launch["sites"] if x["memory"] == memory]
+            assert launch[key]["actual"] == sum(x["actual"] for x in sites)
+        assert sum(launch["waits"].values()) == sum(x["waits"] for x in launch["sites"])
+        runs = sum(x["runs"] for x in launch["sites"])
+        assert sum(launch["warp_instructions"].values()) == runs
+    printed = capsys.readouterr().out
+    assert "vision.blocks.0.qkv x2: _linear_tma_kernel 64x64x64, 3 blocks" in printed
+    assert "sectors too many: vision.blocks.0.qkv x2, stats.py:" in printed
+
+
+def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        counters.main(["ViT-B/17"])
+    assert "no model ViT-B/17; wanted some of ViT-B/16, CLIP L/14" in capsys.readouterr().err
+
+
+def test_the_table_of_the_docs_is_that_of_the_results() -> None:
+    start, end = table.COUNTERS
+    assert f"{start}{table.render_counters()}{end}" in table.PERFORMANCE.read_text()
