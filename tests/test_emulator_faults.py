@@ -250,9 +250,8 @@ def test_bulk_copies_of_bytes_are_aligned() -> None:
         assert "wanted multiples of 16" in text
     text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 4096, [%r20];")
     assert "shared memory: out of bounds, 4096 bytes" in text
-    assert "read out of bounds, 112 bytes" in tensor_fault(
-        f"@%p2 {copy} [%r2], [%rd1], 112, [%r20];"
-    )
+    text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 112, [%r20];")
+    assert "cp.async.bulk: read out of bounds, 16 bytes" in text.replace(".tensor", "")
 
 
 def test_copies_that_nobody_waits_for() -> None:

@@ -9,11 +9,17 @@ namespace {
 void run_store(Warp& warp, const TensorStore& item) {
     Block& block = *warp.block;
     const Box box = Box::of(item);
-    box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
-        if (from == to) return;
-        block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
-                           kBulkCopy);
-    });
+    try {
+        box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
+            if (from == to) return;
+            block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
+                               kBulkCopy);
+        });
+    } catch (Fault& fault) {
+        const u32 index = warp.kernel->index_of(*item.instruction);
+        fault.message += ", by the store" + block.cluster->location(warp, index) + ", done at";
+        throw;
+    }
 }
 
 void copy_box(const Box& box, const TensorLoad& item, Block& block) {
