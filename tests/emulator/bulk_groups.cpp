@@ -13,7 +13,7 @@ void run_store(Warp& warp, const TensorStore& item) {
         box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
             if (from == to) return;
             block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
-                               kBulkCopy);
+                               box.name);
         });
     } catch (Fault& fault) {
         const u32 index = warp.kernel->index_of(*item.instruction);
@@ -28,7 +28,7 @@ void copy_box(const Box& box, const TensorLoad& item, Block& block) {
         u8* const target = block.shared.data() + shared;
         if (from != 0 || to != kChunk) std::memset(target, 0, kChunk);
         if (from == to) return;
-        device.memory.check_read(global + from, to - from, kBulkCopy);
+        device.memory.check_read(global + from, to - from, box.name);
         if (device.options.races) device.races.read(item.accessor, global + from, to - from);
         std::memcpy(target + from, reinterpret_cast<const void*>(global + from), to - from);
     });

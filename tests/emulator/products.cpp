@@ -88,8 +88,8 @@ struct FloatProduct {
         }
     }
 
-    // 8 rows of 8 columns stay in registers over k. Products are exact, so a fused multiply-add
-    // gives the same sums.
+    // 8 rows of 8 columns stay in registers over k. Products are exact (unless bf16's
+    // underflow), so a fused multiply-add gives the same sums.
     EMULATOR_MAY_FUSE void multiply(u32 columns) {
         for (u32 column = 0; column < columns; column += kWide)
             for (u32 row = 0; row < kRows; row += 8) {

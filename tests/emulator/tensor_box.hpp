@@ -21,6 +21,7 @@ inline u32 swizzled(u32 address, u32 mode) {
 struct Box {
     standin::TensorMap map;
     u32 element_bytes, row_bytes, rows = 1;
+    const char* name = kBulkCopy;
 
     explicit Box(const u8* bytes) {
         if (!standin::decode(bytes, map))
@@ -31,7 +32,7 @@ struct Box {
         for (u32 i = 1; i < map.rank; ++i) rows *= map.box[i];
     }
     // Bytes in order, without a tensor map.
-    Box(u64 address, u32 bytes) : element_bytes(1), row_bytes(bytes) {
+    Box(u64 address, u32 bytes) : element_bytes(1), row_bytes(bytes), name("cp.async.bulk") {
         map = {};
         map.rank = 1;
         map.base = address;
