@@ -103,7 +103,9 @@ def run(subject: Subject, launch: emulator.Launch, **options: Any) -> str:
         emulator.run(launch, ranges, limit=LIMIT, **options)
     except emulator.Fault as fault:
         return str(fault)
-    unwritten = [f"{r.unwritten()} bytes of {r.name} stay unwritten" for r in ranges if r.unwritten()]
+    unwritten = [
+        f"{r.unwritten()} bytes of {r.name} stay unwritten" for r in ranges if r.unwritten()
+    ]
     return "; ".join(unwritten)
 
 

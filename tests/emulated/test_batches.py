@@ -14,14 +14,24 @@ from torch import Tensor
 from emulated.device import Device, EmulatedRunner, unedited
 from emulated.tiny import Open, Outputs, Tiny
 from emulator.call import run_call
-from test_runner import HEADS, TEXT, VISION, bits, images, open_runner, read, see
+from test_runner import (
+    HEADS,
+    TEXT,
+    VISION,
+    bits,
+    images,
+    open_runner,
+    read,
+    same_bits,
+    see,
+)
 from vitrail import plans
 from vitrail.plan import Plan
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail.tune import _Asked, tiles
 from vitrail.workload import Problem, fill, problems
 from vitrail_kernels.compile import SHARED_LIMIT, compile_each, order_of_sums
-from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import Call
 
 MOST = 40
@@ -175,6 +185,32 @@ def check_configurations(problem: Problem, device: Device, tuning: bool) -> int:
             count = differing(ours, wanted.setdefault(name, ours))
             assert count == 0, f"{key}: {config}: {count} numbers of {name} differ"
     return len(tried)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -> None:
+    """Of every key that a model asks for, the table has the tile of the largest batch."""
+    model, spec = tiny(family), VISION[family]
+    name = str(model.dtype).removeprefix("torch.")
+    pixels, table = images(3, spec.image), dict[str, KernelConfig]()
+    for batch in (3, MOST):
+        for problem in problems(Sizes(family), [batch], name):  # type: ignore[arg-type]
+            asked = _Asked()
+            for call in problem.calls(device.target, asked):
+                table[asked.names[0]] = call.ladder()[-1][1] if call.ladder else call.config
+    plan, shapes, outputs = plans.vision_pooled(spec, uint8=True), [], []
+    for forced in ({}, table):
+        model.runner.close()
+        model.runner = EmulatedRunner(device, model.runner.weights, model.dtype)
+        device.driver.reset()
+        device.driver.record(True)
+        with in_force(forced):
+            outputs.append(see(model.runner, spec, plan, pixels))
+        shapes.append([(one.name, one.grid, one.shared) for one in device.driver.launched()])
+        device.driver.record(False)
+    model.runner.close()
+    assert shapes[0] != shapes[1], "the table chose what the heuristic does"
+    assert same_bits(*outputs)
 
 
 TUNING = [
