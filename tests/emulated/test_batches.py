@@ -158,7 +158,9 @@ def configurations(
         chosen = {config for _, config in call.ladder()}
         yield from ((key, config) for config in sorted(chosen, key=repr))
         if tuning:
-            tried = [c for c in tiles(problem.op, call.config, device.arch) if c not in chosen]
+            tried = tiles(problem.op, call.config, device.arch)[
+                ::5
+            ]  # each takes seconds to compile
             calls = [c for t in tried for c in problem.calls(device.target, {key: t})]
             own, *others = compile_each([call, *calls], device.arch)
             assert not isinstance(own, str), own
@@ -213,19 +215,21 @@ def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -
     assert same_bits(*outputs)
 
 
-TUNING = [
-    pytest.param(False, id="heuristic"),
-    pytest.param(True, id="tuning", marks=pytest.mark.slow),
-]
+@pytest.mark.slow
+def test_tiles_that_tuning_may_choose_give_the_same_bits(device: Device) -> None:
+    """Every fifth of those that `vitrail tune` would try, for all forms that DINOv2 launches."""
+    several = 0
+    for problem in problems(Sizes("dinov2"), [6], "float16"):  # type: ignore[arg-type]
+        several += check_configurations(problem, device, tuning=True) > 4
+    assert several >= 3
 
 
-@pytest.mark.parametrize("tuning", TUNING)
 @pytest.mark.parametrize("family", [*VISION, "text"])
 def test_every_configuration_of_an_operator_gives_the_same_bits(
-    device: Device, dtype: torch.dtype, family: str, tuning: bool
+    device: Device, dtype: torch.dtype, family: str
 ) -> None:
     name = str(dtype).removeprefix("torch.")
     several = 0
     for problem in problems(Sizes(family), [6], name):  # type: ignore[arg-type]
-        several += check_configurations(problem, device, tuning) > 1
+        several += check_configurations(problem, device, tuning=False) > 1
     assert several >= 4
