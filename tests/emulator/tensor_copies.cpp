@@ -189,11 +189,17 @@ void store(Warp& warp, const Instruction& instruction) {
 void run_store(Warp& warp, const TensorStore& item) {
     Block& block = *warp.block;
     const Box box(item.map);
-    box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
-        if (from == to) return;
-        block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
-                           kName);
-    });
+    try {
+        box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
+            if (from == to) return;
+            block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
+                               kName);
+        });
+    } catch (Fault& fault) {
+        const u32 index = warp.kernel->index_of(*item.instruction);
+        fault.message += ", by the store" + block.cluster->location(warp, index) + ", done at";
+        throw;
+    }
 }
 
 void copy_box(const Box& box, const TensorLoad& item, Block& block) {
