@@ -17,9 +17,11 @@ CODE = ("engine", "kernels", "csrc", "benchmarks")
 SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
 
 
-def _output(*command: str, folder: Path = ROOT) -> str | None:
+def _output(*command: str, folder: Path | None = None) -> str | None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=folder or ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -480,6 +480,19 @@ def test_a_dirty_tree_is_refused_unless_told(tree: Path) -> None:
         commit = environment.revision()[0]
 
 
+def test_a_folder_is_of_the_commit_that_changed_it_last(tree: Path) -> None:
+    commit, _ = environment.revision()
+    (tree / "notes.txt").write_text("no kernel")
+    _git(tree, "add", ".")
+    _git(tree, "commit", "-qm", "two")
+    assert environment.revision()[0] != commit
+    assert environment.last_change(tree / "kernels") == commit
+    (tree / "kernels" / "new.py").write_text("a = 2\n")
+    assert environment.last_change(tree / "kernels") == f"{commit}-dirty"
+    shutil.rmtree(tree / ".git")
+    assert environment.last_change(tree / "kernels") == "unknown"
+
+
 def test_a_copy_without_git_is_dirty_unless_its_commit_is_told(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

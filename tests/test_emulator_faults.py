@@ -12,7 +12,7 @@ import pytest
 import emulator
 import shared_library
 from emulator import Fault, Launch, Module, Range
-from emulator.programs import Program, bytes_of, execute, program_of
+from emulator.programs import Program, bytes_of, execute
 from emulator.programs.barriers import INIT, WAIT
 from emulator.programs.copies import TENSOR_INIT, fields, tensor
 
@@ -242,6 +242,18 @@ def test_tensor_copies_that_are_wrong() -> None:
     assert "no mbarrier is initialized" in tensor_fault(good.replace("[%r20];", "[%r20+8];"))
 
 
+def test_bulk_copies_of_bytes_are_aligned() -> None:
+    copy = "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
+    for operands in ("[%r2], [%rd1], 24", "[%r2+8], [%rd1], 16", "[%r2], [%rd1+8], 16"):
+        text = tensor_fault(f"@%p2 {copy} {operands}, [%r20];")
+        assert "cp.async.bulk: " in text
+        assert "wanted multiples of 16" in text
+    text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 4096, [%r20];")
+    assert "shared memory: out of bounds, 4096 bytes" in text
+    text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 112, [%r20];")
+    assert "cp.async.bulk: read out of bounds, 16 bytes" in text
+
+
 def test_copies_that_nobody_waits_for() -> None:
     body = f"""{TENSOR_INIT} bar.sync 0; mov.b32 %r40, 0;
 @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 32;
@@ -260,57 +272,3 @@ fence.proxy.async; @%p2 {store} [%rd9, {{%r40, %r40}}], [%r2];"""
         Fault, match=r"a warp ends with a bulk store that was not committed \[cp.async.bulk"
     ):
         execute(program)
-
-
-# -- wgmma
-
-WGMMA = "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16"
-
-
-def wgmma_fault(edit: tuple[str, str], *, strict: int = 0, seed: int = 0) -> str:
-    program = program_of(WGMMA)
-    assert program is not None
-    body = program.body.replace(*edit)
-    assert body != program.body
-    text = Program(body, program.inputs, program.expected, threads=128, shared=program.shared)
-    with pytest.raises(Fault) as caught:
-        execute(text, strict=strict, seed=seed)
-    return str(caught.value)
-
-
-def test_products_that_are_wrong() -> None:
-    fence, wait = "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
-    commit = "wgmma.commit_group.sync.aligned;"
-    assert "wgmma before any wgmma.fence" in wgmma_fault((fence, ""))
-    assert "a register of a wgmma is used that was not waited for" in wgmma_fault((wait, ""))
-    weak = wgmma_fault((wait, "wgmma.wait_group.sync.aligned 1;"))
-    assert "a register of a wgmma is used that was not waited for" in weak
-    assert "ends with a wgmma that was not committed" in wgmma_fault((f"{commit}\n{wait}", "ret;"))
-    part = f"setp.ne.u32 %p7, %r1, 5; @%p7 {WGMMA}"
-    assert "by a part of a warp" in wgmma_fault((WGMMA, part))
-    early = f"{fence} mov.b32 %r100, 0;"
-    assert "written after the latest wgmma.fence" in wgmma_fault((fence, early), strict=1)
-    assert "lanes differ in scale-d" in wgmma_fault(
-        ("setp.eq.u32 %p1, 1,", "setp.eq.u32 %p1, %r1,")
-    )
-
-
-def test_warps_of_a_warpgroup_issue_the_same_products() -> None:
-    fence = "wgmma.fence.sync.aligned;"
-    leave = f"setp.lt.u32 %p8, %r1, 32; @%p8 ret; {fence}"
-    text = wgmma_fault((fence, leave))
-    assert "deadlock in block 0: warp 1 at wgmma.wait_group, for the other warps" in text
-
-
-def test_strictness_is_about_what_ptxas_mends() -> None:
-    """Without `strict` the write after the fence is counted: ptxas puts a fence there (C7519)."""
-    program = program_of(WGMMA)
-    assert program is not None
-    body = program.body.replace(
-        "wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned; mov.b32 %r100, %r11;"
-    ).replace("setp.eq.u32 %p1, 0, 1;", "setp.eq.u32 %p1, 1, 1;")
-    late = Program(body, program.inputs, program.expected, threads=128, shared=program.shared)
-    _, report = execute(late)
-    assert report.injected_fences == 4
-    _, report = execute(program)
-    assert report.injected_fences == 0

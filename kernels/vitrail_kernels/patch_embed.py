@@ -205,7 +205,9 @@ def _patch_embed_kernel(
 
     if not TMA:
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        weight_ptrs = weight + (offs_n[:, None] * PADDED + tl.arange(0, BLOCK_K)[None, :])
+        # (BLOCK_K, BLOCK_N): in the pixels' own shape both would be loaded in one layout, which is
+        # good for one of them only
+        weight_ptrs = weight + (offs_n[None, :] * PADDED + tl.arange(0, BLOCK_K)[:, None])
     # runs too short for cp.async: the next step's pixels wait in registers
     AHEAD: tl.constexpr = BLOCK_K if PREFETCH else 0
     MASK_K: tl.constexpr = PREFETCH or K != PADDED
@@ -224,35 +226,42 @@ def _patch_embed_kernel(
         if not PREFETCH:
             a = _operand(pixels, DTYPE)
         if TMA:
-            w = weight.load([first_n, first_k])
+            w = weight.load([first_n, first_k]).T
         elif WIDTH % BLOCK_N == 0:
             w = tl.load(weight_ptrs + first_k)
         else:
-            w = tl.load(weight_ptrs + first_k, mask=(offs_n < WIDTH)[:, None], other=0.0)
-        acc = tl.dot(a, w.T, acc, input_precision="ieee")
+            w = tl.load(weight_ptrs + first_k, mask=(offs_n < WIDTH)[None, :], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
 
     # in halves where the tile is wide: 126 registers instead of 174, two blocks instead of one
     PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    token = offs_m % tokens
+    # not offs_m % tokens, whose quotients above would be kept in registers through all of K
+    token = ((first_m % tokens + tl.arange(0, BLOCK_M)) % tokens)[:, None, None]
     mask_m = offs_m < rows
-    part_m = tl.arange(0, BLOCK_M)
+    part_m = tl.arange(0, BLOCK_M)[:, None, None]
     tile = out_ptr + first_m.to(tl.int64) * WIDTH
+    # A shape that no other load has, and 4 numbers a thread: in the layout of a 16-byte store, 8,
+    # a load of the table is 16 bytes of every 32. They take twice the addresses, though, for which
+    # sm_80's wide tiles lack registers beside those of short runs.
+    SIDE: tl.constexpr = 4 if TMA or PARTS == 1 or RUN % 16 == 0 else 8
+    chunk = tl.arange(0, PART_N // 64)[None, :, None] * 64
     for part in tl.static_range(PARTS):
         y = acc
         if PARTS == 2:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
             y = left if part == 0 else right
         column = first_n + part * PART_N
-        part_n = column + tl.arange(0, PART_N)
-        mask = mask_m[:, None] & (part_n < WIDTH)[None, :]
-        at = table_ptr + (token[:, None] * WIDTH + part_n[None, :])
+        part_n = chunk + tl.max_contiguous(tl.arange(0, 64), SIDE)[None, None, :]
+        mask = mask_m[:, None, None] & (part_n < WIDTH - column)
+        y = tl.reshape(y, (BLOCK_M, PART_N // 64, 64))
+        at = table_ptr + column + (token * WIDTH + part_n)
         # not a plain sum: see tile.epilogue
         y = tl.fma(y, 1.0, tl.load(at, mask=mask, other=0.0))
         y = y.to(DTYPE)  # the only rounding
-        tl.store(tile + (part_m[:, None] * WIDTH + part_n[None, :]), y, mask=mask)
+        tl.store(tile + column + (part_m * WIDTH + part_n), y, mask=mask)
         if stats_ptr is not None:
-            y = y.to(tl.float32)
+            y = tl.reshape(y.to(tl.float32), (BLOCK_M, PART_N))
             store_stats(
                 stats_ptr, stats_stride, y, offs_m, mask_m, column, WIDTH, BLOCK_M, PART_N, True
             )
@@ -302,9 +311,13 @@ def _patch_config(
     )
     if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
-    if target.arch not in (80, 90, 100) or step == pixels.element_size():
-        # 130 to 190 registers, which two blocks of 256 threads do not have
-        return KernelConfig(64, 128, deep, 4, 3, reason="small blocks, as many as registers allow")
+    floats = pixels.dtype != torch.uint8
+    short = step == pixels.element_size() or (
+        target.arch == 80 and floats and patch[1] % 16 != 0  # short runs, whose addresses are many
+    )
+    if target.arch not in (80, 90, 100) or short:
+        why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
+        return KernelConfig(64, 128, deep, 4, 3, registers=168, reason=why)
     why = "two blocks an SM: one gathers while one multiplies"
     return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
 

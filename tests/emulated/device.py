@@ -15,6 +15,7 @@ import standin
 from emulator.call import run_call
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
+from vitrail.exported import Exported
 from vitrail.program import Program
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
@@ -23,6 +24,11 @@ from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call, Target
 
 CPU = torch.device("cpu")
+
+
+def unedited(call: Call, ptx: str) -> str:
+    """The PTX as it was compiled."""
+    return ptx
 
 
 class Device:
@@ -34,7 +40,7 @@ class Device:
         self.driver = standin.Standin(library)
         self.driver.device(arch // 10, arch % 10, sms)
         self.emulation = Emulation(self.driver)
-        self.edit: Callable[[Call, str], str] = lambda call, ptx: ptx
+        self.edit: Callable[[Call, str], str] = unedited
         """Plants faults: what runs in place of a kernel's PTX."""
 
     def compile(self, call: Call) -> None:
@@ -99,8 +105,8 @@ class EmulatedRunner(NativeRunner):
 
     def close(self) -> None:
         """Give the weights back."""
-        for tensor in self._weights.values():
-            self._emulated.release(tensor)
+        while self._weights:
+            self._emulated.release(self._weights.popitem()[1])
 
     def _load(self, key: str, program: Program) -> None:
         if key in program.calls:

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 import emulator
+import shared_library
 from emulator.call import Compiled, compiled, ranges_of, run_call
 from vitrail_kernels.launch import Call, Target
 from vitrail_kernels.linear import linear_calls
+
+pytestmark = pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/emulator.md").read_text()

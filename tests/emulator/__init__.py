@@ -10,61 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import shared_library
-
-FOLDER = Path(__file__).parent
-FLAGS = (
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-fvisibility=default",
-    "-fwrapv",  # integers wrap, as PTX's do
-    "-ffp-contract=off",  # PTX says which multiply-adds are fused
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-unknown-pragmas",
+from emulator.binding import (
+    CLASSES,
+    COUNTERS,
+    LaunchRecord,
+    OptionsRecord,
+    RangeRecord,
+    ReportRecord,
+    SiteRecord,
+    build,
+    error,
+    library,
 )
-CLASSES = (
-    "integer",
-    "float",
-    "convert",
-    "move",
-    "parameter",
-    "global",
-    "shared",
-    "local",
-    "atomic",
-    "async copy",
-    "matrix move",
-    "mma",
-    "wgmma",
-    "barrier",
-    "branch",
-    "exchange",
-    "other",
-)
-"""Classes of instructions, in the C interface's order."""
 
-
-@functools.cache
-def build() -> Path:
-    """The emulator's library, compiled and kept while its sources stay as they are.
-
-    Raises RuntimeError without a compiler, or with the compiler's errors.
-    """
-    tensor_map = FOLDER.parent / "standin/tensor_map.hpp"
-    headers = (tensor_map, tensor_map.with_name("abi.hpp"))
-    return shared_library.build(
-        "the emulator", FOLDER, "libemulator.so", FLAGS, headers=headers, native=True
-    )
+__all__ = [
+    "CLASSES",
+    "Fault",
+    "Launch",
+    "Module",
+    "Range",
+    "Report",
+    "Site",
+    "broken",
+    "build",
+    "library",
+    "opcodes",
+    "run",
+    "tensor_map",
+]
 
 
 class Fault(RuntimeError):
@@ -144,114 +123,6 @@ class Report:
     sites: tuple[Site, ...] = ()
 
 
-class _Range(ctypes.Structure):
-    _fields_ = [
-        ("start", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("written", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-    ]
-
-
-class _Options(ctypes.Structure):
-    _fields_ = [
-        ("seed", ctypes.c_uint64),
-        ("limit", ctypes.c_uint64),
-        ("races", ctypes.c_int32),
-        ("counters", ctypes.c_int32),
-        ("strict", ctypes.c_int32),
-        ("resident", ctypes.c_uint32),
-        ("multiprocessors", ctypes.c_uint32),
-    ]
-
-
-_COUNTERS = tuple(Report.__slots__)[1:-2]
-
-
-class _Report(ctypes.Structure):
-    _fields_ = [
-        ("seconds", ctypes.c_double),
-        *((name, ctypes.c_uint64) for name in _COUNTERS[:3]),
-        ("by_class", ctypes.c_uint64 * len(CLASSES)),
-        *((name, ctypes.c_uint64) for name in _COUNTERS[3:]),
-    ]
-
-
-class _Fault(ctypes.Structure):
-    _fields_ = [("launch", ctypes.c_int32), ("address", ctypes.c_uint64)]
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = [
-        ("module", ctypes.c_void_p),
-        ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("shared_bytes", ctypes.c_uint32),
-        ("parameters", ctypes.c_char_p),
-        ("pdl", ctypes.c_int32),
-    ]
-
-
-class _Site(ctypes.Structure):
-    _fields_ = [
-        ("opcode", ctypes.c_char_p),
-        ("source", ctypes.c_char_p),
-        ("line", ctypes.c_uint32),
-        ("instruction_class", ctypes.c_uint32),
-        ("runs", ctypes.c_uint64),
-        ("ideal", ctypes.c_uint64),
-        ("actual", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("waits", ctypes.c_uint64),
-    ]
-
-
-_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
-    "load": ([ctypes.c_char_p], ctypes.c_void_p),
-    "unload": ([ctypes.c_void_p], None),
-    "error": ([], ctypes.c_char_p),
-    "last_fault": ([], _Fault),
-    "parameters": (
-        [ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_int],
-        ctypes.c_int,
-    ),
-    "unknown": ([ctypes.c_void_p], ctypes.c_int),
-    "tensor_map": (
-        [
-            ctypes.c_void_p,
-            ctypes.c_uint64,
-            ctypes.c_int,
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 3,
-            ctypes.c_int,
-        ],
-        None,
-    ),
-    "run_chain": (
-        [ctypes.c_void_p, ctypes.c_int] * 2 + [ctypes.c_void_p] * 2,
-        ctypes.c_int,
-    ),
-    "sites": ([ctypes.c_int, ctypes.POINTER(ctypes.POINTER(_Site))], ctypes.c_int),
-    "opcode": ([ctypes.c_int], ctypes.c_char_p),
-    "break": ([ctypes.c_char_p, ctypes.c_int], ctypes.c_int),
-}
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The library, loaded, its functions with their types."""
-    loaded = ctypes.CDLL(str(build()))
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(loaded, f"emulator_{name}")
-        function.argtypes, function.restype = arguments, result
-    return loaded
-
-
-def _error() -> str:
-    return str(library().emulator_error().decode())
-
-
 class Module:
     """The kernels of a PTX text. Raises `Fault` if it does not parse."""
 
@@ -259,7 +130,7 @@ class Module:
         self.ptx = ptx
         self.handle = library().emulator_load(ptx.encode())
         if not self.handle:
-            raise Fault(_error())
+            raise Fault(error())
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -268,7 +139,7 @@ class Module:
     def unknown(self) -> list[str]:
         """Opcodes that the emulator does not know, which are faults if they are executed."""
         count = library().emulator_unknown(self.handle)
-        return _error().split() if count else []
+        return error().split() if count else []
 
     def parameters(self, kernel: str | None = None) -> list[tuple[int, int]]:
         """Offset and size in bytes of each parameter; of the first kernel by default.
@@ -318,7 +189,7 @@ class Launch:
     kernel: str | None = None
     pdl: bool = False
 
-    def _fill(self, record: _Launch) -> None:
+    def _fill(self, record: LaunchRecord) -> None:
         record.module = self.module.handle
         record.kernel = None if self.kernel is None else self.kernel.encode()
         record.grid[:] = (*self.grid, 1, 1)[:3]
@@ -345,12 +216,12 @@ def run(
     Raises `Fault`.
     """
     chain = [launches] if isinstance(launches, Launch) else list(launches)
-    records, reports = (_Launch * len(chain))(), (_Report * len(chain))()
+    records, reports = (LaunchRecord * len(chain))(), (ReportRecord * len(chain))()
     for record, launch in zip(records, chain, strict=True):
         launch._fill(record)
-    memory = (_Range * len(ranges))(
+    memory = (RangeRecord * len(ranges))(
         *(
-            _Range(
+            RangeRecord(
                 item.start,
                 item.size,
                 None if item.written is None else item.written.ctypes.data,
@@ -359,21 +230,21 @@ def run(
             for item in ranges
         )
     )
-    options = _Options(seed, limit, races, counters, strict, resident, multiprocessors)
+    options = OptionsRecord(seed, limit, races, counters, strict, resident, multiprocessors)
     code = library().emulator_run_chain(
         records, len(chain), memory, len(ranges), ctypes.byref(options), reports
     )
     if code != 0:
         fault = library().emulator_last_fault()
-        raise Fault(_error(), fault.launch, fault.address)
+        raise Fault(error(), fault.launch, fault.address)
     return [_report(index, record, counters) for index, record in enumerate(reports)]
 
 
-def _report(index: int, record: _Report, counters: bool) -> Report:
-    values = {name: getattr(record, name) for name in ("seconds", *_COUNTERS)}
+def _report(index: int, record: ReportRecord, counters: bool) -> Report:
+    values = {name: getattr(record, name) for name in ("seconds", *COUNTERS)}
     if not counters:
         return Report(**values)
-    first = ctypes.POINTER(_Site)()
+    first = ctypes.POINTER(SiteRecord)()
     count = library().emulator_sites(index, ctypes.byref(first))
     sites = tuple(
         Site(

@@ -29,10 +29,13 @@ long number(const char* variable) {
 
 // STANDIN_EMULATION: a folder with the emulator's library, emulator.so, and of each kernel the pair
 // NAME.cubin, NAME.ptx. STANDIN_SEED and STANDIN_OVERLAP: standin_emulate's arguments.
+// STANDIN_ARCH: 80 for compute capability 8.0; 9.0 if it is not set.
 [[maybe_unused]] const bool emulated = [] {
     const char* folder = std::getenv("STANDIN_EMULATION");
     if (folder == nullptr) return false;
     const std::filesystem::path base(folder);
+    if (const long arch = number("STANDIN_ARCH"); arch != 0)
+        standin_device(static_cast<int>(arch / 10), static_cast<int>(arch % 10), 132);
     if (standin_emulator((base / "emulator.so").c_str()) != 0) give_up();
     for (const auto& entry : std::filesystem::directory_iterator(base)) {
         std::filesystem::path path = entry.path();

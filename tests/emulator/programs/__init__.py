@@ -165,6 +165,7 @@ def program_of(opcode: str) -> Program | None:
         control,
         conversions,
         copies,
+        floats,
         lanes,
         memory,
         products,

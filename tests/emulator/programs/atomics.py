@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, REGISTER, Program, bytes_of, family, slots
-from emulator.programs.arithmetic import TYPES, from_bfloat, to_bfloat
+from emulator.programs.arithmetic import TYPES
+from emulator.programs.floats import from_bfloat, to_bfloat
 
 UPDATE: dict[str, Callable[[Any, Any, Any], Any]] = {
     "add": lambda old, b, c: old + b,

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, Program, family, lanewise
-from emulator.programs.arithmetic import NARROW, TYPES, integers, to_half, wrapped
+from emulator.programs.arithmetic import TYPES, integers, wrapped
+from emulator.programs.floats import NARROW, to_half
 
 INTEGER = "([us](?:8|16|32|64))"
 

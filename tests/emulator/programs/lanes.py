@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, REGISTER, Program, bytes_of, family, lanewise, slots
-from emulator.programs.arithmetic import TYPES, floats, integers
+from emulator.programs.arithmetic import TYPES, integers
+from emulator.programs.floats import floats
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": np.equal,

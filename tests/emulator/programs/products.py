@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from emulator.programs import LANES, Program, bytes_of, family
-from emulator.programs.arithmetic import to_bfloat, to_half
+from emulator.programs.floats import to_bfloat, to_half
 
 Matrix = np.ndarray[Any, np.dtype[np.int64]]
 RANGES = {"f16": (-3, 4), "bf16": (-3, 4), "s8": (-128, 128), "u8": (0, 256)}

@@ -1,0 +1,211 @@
+"""libvitrail on emulated devices: what it embeds and classifies is what Python gives, and that is
+as near to transformers as PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import emulator
+import standin
+import vitrail
+import vitrail.model
+from emulated.device import Device, EmulatedRunner
+from emulated.exports import ARCHITECTURES, SIDE, Export, export
+from helpers import assert_close, image_embedding, text_embedding
+from test_library import OK, Library, build
+from test_operators import same_bits
+from vitrail.runners import triton
+
+EXPORTS = [
+    pytest.param(("clip", "float16"), id="clip-float16"),
+    *(
+        pytest.param((family, dtype), id=f"{family}-{dtype}", marks=pytest.mark.slow)
+        for family in ("clip", "vit", "dinov2")
+        for dtype in ("float16", "bfloat16")
+        if (family, dtype) != ("clip", "float16")
+    ),
+]
+ITEMS = 12
+
+
+@pytest.fixture(scope="session", params=EXPORTS)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Export]:
+    family, dtype = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        yield export(family, dtype, tmp_path_factory.mktemp("export"), patch)
+
+
+@pytest.fixture
+def python(
+    device: Device, exported: Export, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[vitrail.Model]:
+    """The exported folder as Python serves it, by the C++ executor on ``device``."""
+    runners: list[EmulatedRunner] = []
+
+    def open_runner(weights: Any, dtype: torch.dtype, place: Any, exported: Any) -> EmulatedRunner:
+        runners.append(EmulatedRunner(device, weights, dtype, exported))
+        return runners[-1]
+
+    open_runner.name = "native"  # type: ignore[attr-defined]
+    monkeypatch.setattr(vitrail.model, "NativeRunner", open_runner)
+    monkeypatch.setattr(vitrail.model, "choose", lambda *_: "native")
+    monkeypatch.setattr(triton, "target_of", lambda _: device.target)  # for its fingerprint
+    exported.open(device)
+    yield vitrail.load(exported.folder)
+    for runner in runners:
+        runner.close()
+
+
+class Session:
+    """A session of libvitrail, and its functions over arrays."""
+
+    def __init__(self, device: Device, export: Export, overlap: bool) -> None:
+        export.open(device)
+        self.library = Library(build("csrc") / "libvitrail.so", device.driver.path)
+        code, model = self.library.load(export.folder, overlap=overlap)
+        assert code == OK, self.library.error
+        self.handle = ctypes.c_void_p()
+        assert self.library.c.vitrail_session_create(model, ctypes.byref(self.handle)) == OK
+        self.library.free(model)
+
+    def close(self) -> None:
+        self.library.c.vitrail_session_free(self.handle)
+
+    def __call__(self, name: str, width: int, count: int, *arguments: Any) -> Tensor:
+        """Numbers (``count``, ``width``) of a function that takes ``arguments`` first."""
+        out, status = torch.empty(count, width), torch.empty(count, dtype=torch.int32)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, status)]
+        code = getattr(self.library.c, f"vitrail_{name}")(self.handle, *arguments, *pointers)
+        assert code == OK, f"{self.library.error}; {self.library.driver.complaint()}"
+        assert not status.any()
+        return out
+
+    def images(self, name: str, width: int, pixels: Tensor) -> Tensor:
+        count = ctypes.c_size_t(len(pixels))
+        return self(name, width, len(pixels), ctypes.c_void_p(pixels.data_ptr()), count)
+
+    def texts(self, width: int, ids: Tensor, lengths: Tensor) -> Tensor:
+        stride, count = ctypes.c_size_t(ids.shape[1]), ctypes.c_size_t(len(ids))
+        rows, sizes = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (ids, lengths))
+        return self("embed_text", width, len(ids), rows, stride, sizes, count)
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapped"])
+def session(
+    request: pytest.FixtureRequest, device: Device, exported: Export
+) -> Iterator[Callable[..., Session]]:
+    """Opens sessions; memory that their launches read must have been written if ``track``."""
+    opened: list[Session] = []
+
+    def open_session(track: bool = True) -> Session:
+        device.emulation.schedule(1 + request.param, overlap=request.param)
+        device.emulation.track(track)
+        opened.append(Session(device, exported, request.param))
+        return opened[-1]
+
+    yield open_session
+    for one in opened:
+        one.close()
+    device.emulation.track(False)
+    live = device.driver.live()
+    assert (live.allocations, live.pinned, live.streams) == (0, 0, 0)
+
+
+def check_images(name: str, ours: Tensor, theirs: Any, pixels: Tensor, dtype: torch.dtype) -> None:
+    """``ours`` beside transformers in fp32, and in ``dtype``."""
+
+    def of(model: Any, given: Tensor) -> Tensor:
+        if name == "embedding":
+            return image_embedding(model, given)
+        with torch.no_grad():
+            return model(given).logits
+
+    reference = of(theirs, pixels)
+    peer = of(theirs.to(dtype), pixels.to(dtype))
+    theirs.float()
+    what = "model" if name == "embedding" else "scores"
+    assert_close(ours, reference, peer, what=what, name=name)  # type: ignore[arg-type]
+
+
+def test_images_are_what_python_makes_of_them(
+    python: vitrail.Model, session: Callable[..., Session], exported: Export
+) -> None:
+    vision = python.spec.vision
+    assert vision is not None
+    library = session()
+    bytes_ = torch.randint(256, (ITEMS, SIDE, SIDE, 3), dtype=torch.uint8)
+    floats = torch.randn(ITEMS, 3, SIDE, SIDE)
+    dtype = python._vision.runner.dtype  # type: ignore[union-attr]
+    functions = [("embed", vision.embedding, python.encode_image)]
+    if (head := python.spec.head) is not None:
+        functions.append(("classify", len(head.labels), lambda x: python.classify(x).logits))
+    for name, width, own in functions:
+        for kind, pixels in (("uint8", bytes_), ("float", floats)):
+            ours = library.images(f"{name}_{kind}", width, pixels)
+            assert same_bits(ours, own(pixels)), f"{name}_{kind}"
+        # of floats, which transformers takes too
+        label = "embedding" if name == "embed" else "logits"
+        check_images(label, ours, exported.theirs, floats, dtype)
+
+
+def test_texts_are_what_python_makes_of_them(
+    python: vitrail.Model, session: Callable[..., Session], exported: Export
+) -> None:
+    if (text := python.spec.text) is None:
+        pytest.skip("an image tower alone")
+    # tensor maps reach rows past the texts', which nobody wrote
+    library = session(track=False)
+    lengths = torch.tensor([3 + 3 * i for i in range(ITEMS)], dtype=torch.int32)
+    ids = torch.randint(3, text.vocab - 1, (ITEMS, text.context), dtype=torch.int32)
+    for row, n in zip(ids, lengths.tolist(), strict=True):
+        row[n - 1 :] = text.vocab - 1  # the highest id ends a text
+    ours = library.texts(text.embedding, ids, lengths)
+    assert same_bits(ours, python.encode_text(ids))
+    reference = text_embedding(exported.theirs, ids.long())
+    dtype = python._text.runner.dtype  # type: ignore[union-attr]
+    peer = text_embedding(exported.theirs.to(dtype), ids.long())
+    exported.theirs.float()
+    assert_close(ours, reference, peer, what="model", name="text embedding")
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
+def test_the_example_prints_pythons_own_embedding(
+    python: vitrail.Model, device: Device, exported: Export, tmp_path: Path, overlap: bool
+) -> None:
+    """Another process, told by its environment what the kernels were made of."""
+    pixels = torch.randint(256, (3, SIDE, SIDE, 3), dtype=torch.uint8)
+    files: Sequence[Path] = [tmp_path / f"{number}.ppm" for number in range(len(pixels))]
+    for file, picture in zip(files, pixels.numpy(), strict=True):
+        file.write_bytes(f"P6\n{SIDE} {SIDE}\n255\n".encode() + picture.tobytes())
+    for kernel in exported.kernels.iterdir():
+        (tmp_path / kernel.name).symlink_to(kernel)
+    (tmp_path / "emulator.so").symlink_to(emulator.build())
+    told = {"STANDIN_EMULATION": tmp_path, "STANDIN_ARCH": device.arch, "STANDIN_SEED": 3}
+    told |= {"STANDIN_OVERLAP": int(overlap)}
+    env = {**os.environ, **{name: str(value) for name, value in told.items()}}
+    command = [build("examples/cpp") / "embed", "--driver", standin.build(), exported.folder]
+    run = subprocess.run([*command, *files], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"{exported.folder} on stand-in sm_{device.arch}")
+    wanted = python.encode_image(pixels)
+    printed = re.findall(r"^\S+\.ppm: (.*) \.\.\. similarity", run.stdout, re.M)
+    assert printed == [" ".join(f"{x:8.5f}" for x in row) for row in wanted[:, :3].tolist()]
+    assert np.unique(wanted.numpy(), axis=0).shape == (3, wanted.shape[1])
+
+
+def test_both_architectures_were_exported(exported: Export) -> None:
+    folders = {path.name for path in exported.folder.glob("sm_*")}
+    assert folders == {f"sm_{arch}" for arch in ARCHITECTURES}
