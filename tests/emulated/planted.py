@@ -69,8 +69,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """A fault: what it changes of the PTX, of tensor maps, of parameters, of the launch's fields
-    (a function gets the right value), of inputs in place; and options of `emulator.run`."""
+    """A fault: changes of the PTX, of tensor maps, of parameters, of the launch's fields (a function
+    gets the right value), of inputs, in place; and options of `emulator.run`."""
 
     ptx: Edit | None = None
     maps: MapEdit | None = None
@@ -99,7 +99,7 @@ class Planted:
 
 
 def run(subject: Subject, launch: emulator.Launch, **options: Any) -> str:
-    """What goes wrong in one run, or "". The numbers are not looked at."""
+    """The fault that a run ends with, or ""; the numbers are not compared."""
     outputs = subject.outputs
     ranges = ranges_of(subject.program.tensors | outputs, tuple(outputs.values()))
     try:
@@ -176,13 +176,13 @@ PLACES = (
     r"\d+ bytes of \w+.* stay unwritten",
     r"(wrong|other bits): .+",
 )
-"""How a symptom names its place: an instruction with PTX line, source line, block and warp; waiters
+"""How a symptom says where it is: an instruction with PTX line, source line, block and warp; waiters
 of a deadlock likewise; a launch that is refused; an output."""
 
 
 def names_place(sentence: str) -> bool:
-    """Whether a symptom names the place, as `PLACES` say."""
-    return any(re.match(place, sentence) for place in PLACES)
+    """Whether a symptom says where it is, as `PLACES` have it."""
+    return any(re.match(pattern, sentence) for pattern in PLACES)
 
 
 # -- changes ---------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def of_operator(
     launch: Mapping[str, Any],
     checked: tuple[str, ...] = ("out",),
 ) -> Subject:
-    """The one kernel that ``operator`` launches. ``reference``: the scalars, ``launch``: what the
-    kernel takes beside them."""
+    """The kernel that ``operator`` launches. ``reference``: its scalars; ``launch``: arguments of
+    the kernel alone."""
     target = Target(arch, 1)
     outputs = {name: guarded(tensor) for name, tensor in outputs.items()}
     inputs = {name: guarded(tensor) for name, tensor in inputs.items()}
@@ -63,8 +63,8 @@ def of_operator(
 
     def compute(convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         empty = {name: convert(torch.empty_like(tensor)) for name, tensor in outputs.items()}
-        given = {name: convert(tensor) for name, tensor in inputs.items()}
-        OPERATORS[operator].reference(**empty, **given, **reference)
+        converted = {name: convert(tensor) for name, tensor in inputs.items()}
+        OPERATORS[operator].reference(**empty, **converted, **reference)
         return empty
 
     wide = compute(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)

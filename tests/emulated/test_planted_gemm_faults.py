@@ -15,7 +15,7 @@ them do, in which one block runs ahead of the other."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_by_nvcc(one_thread: None) -> None:
+def compiled_by_nvcc(emulated_kernels: None) -> None:
     if not gemm_ptx():
         pytest.skip("gemm.cu is not compiled: no nvcc in CUDA_HOME or PATH")
 

@@ -11,7 +11,7 @@ import pytest
 from emulated.planted import Planted, Replace, Subject, edit, names_place, symptom
 from emulated.subjects import attention, linear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
 SEEDS = range(3)
 """Each of them notices each of these faults."""
@@ -25,7 +25,7 @@ DEADLOCK = "deadlock in block 0: warp 0 at mbarrier"
 NO_MBARRIER = "no mbarrier is initialized at byte"
 
 Faults = dict[str, tuple[Planted, str]]
-"""A pattern of what tells of the fault; or after "harmless: " the reason why nothing does."""
+"""By name: a fault, and a pattern of its symptom; or after "harmless: " why there is none."""
 
 
 def first(pattern: str, replacement: str | Replace = "", index: int = 0) -> Planted:

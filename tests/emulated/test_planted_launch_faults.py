@@ -23,7 +23,7 @@ from emulated.planted import (
 )
 from emulated.subjects import attention, gathered, layernorm, linear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
 SEEDS = range(3)
 """A launch is wrong in any schedule: each seed notices each of these faults."""
@@ -40,7 +40,7 @@ DEADLOCK = "deadlock in block 0: warp 0 at mbarrier"
 OVERLAP = "write after write at byte .* of shared memory, by a bulk load"
 
 Faults = dict[str, tuple[Planted, str]]
-"""A pattern of what tells of the fault; or after "harmless: " the reason why nothing does."""
+"""By name: a fault, and a pattern of its symptom; or after "harmless: " why there is none."""
 
 
 def launch(**fields: Any) -> Planted:

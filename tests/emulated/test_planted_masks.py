@@ -1,5 +1,5 @@
-"""Masks of loads and stores dropped, each in turn: the emulator says what is read or written past
-an end, or the mask masks nothing in this shape."""
+"""Masks of loads and stores dropped, each in turn: the emulator names the access past an end, or the
+mask masks nothing in this shape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from emulated.planted import Planted, Subject, caught, edit, names_place, sites
 from emulated.subjects import attention, gathered, linear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
 SEEDS = range(3)
 
 MASK = r"@(%p\d+) (?=(ld|st)\.global)"
-FIRST_ROW = "rows past the end read what the first row has, and are not stored"
-NEXT_ROW = "columns past the end read what the next row has, and are not stored"
+FIRST_ROW = "rows past the end read the first row, and are not stored"
+NEXT_ROW = "columns past the end read the next row, and are not stored"
 MASKS: list[tuple[Callable[..., Subject], tuple[int, ...], dict[int, str]]] = [
     (linear, (80,), {}),
     (linear, (90,), {}),

@@ -18,7 +18,7 @@ from emulator.call import Compiled, compiled, module_of, ranges_of
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Target
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
 SEEDS = range(8)
 """Each of them notices each of these faults."""
@@ -30,15 +30,15 @@ FIRST_LOAD = r"(\tgriddepcontrol\.wait;)([^\n]*\n(?:.*\n)*?)(.*ld\.global[^\n]*\
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """layernorm, linear, linear: each reads what the one before writes, the last adds what the
-    first one read to what it reads of the second."""
+    """layernorm, linear, linear: each reads the output of the launch before, and the last adds the
+    output of the first."""
 
     programs: tuple[Compiled, ...]
     written: tuple[Tensor, ...]
     last: Tensor
 
     def run(self, edits: dict[int, Edit], seed: int) -> tuple[str, list[int]]:
-        """What goes wrong if the PTX of some launches is changed, or ""; and which overlapped."""
+        """The fault if the PTX of some launches is changed, or ""; and which launches overlapped."""
         launches = []
         for index, program in enumerate(self.programs):
             if index in edits:
@@ -116,11 +116,11 @@ FAULTS: dict[str, tuple[dict[int, Edit], str]] = {
     ),
     "the first warp does not wait": (
         {1: edit(WAIT, NOT_FIRST)},
-        "harmless: a barrier before the first load passes on what others waited for",
+        "harmless: a barrier before the first load orders the waits of other warps before it",
     ),
     "only the first warp waits": (
         {2: edit(WAIT, NOT_FIRST.replace("gt", "lt").replace("31", "32"))},
-        "harmless: a barrier before the first load passes on what others waited for",
+        "harmless: a barrier before the first load orders the waits of other warps before it",
     ),
     "launches dependents before it waits": (
         {
