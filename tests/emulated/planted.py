@@ -69,8 +69,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """A fault: changes of the PTX, of tensor maps, of parameters, of the launch's fields (a function
-    gets the right value), of inputs, in place; and options of `emulator.run`."""
+    """A fault: changes of the PTX, of tensor maps, of parameters, of the launch's fields (functions
+    get the right value), of inputs, in place; and options of `emulator.run`."""
 
     ptx: Edit | None = None
     maps: MapEdit | None = None
@@ -176,8 +176,8 @@ PLACES = (
     r"\d+ bytes of \w+.* stay unwritten",
     r"(wrong|other bits): .+",
 )
-"""How a symptom says where it is: an instruction with PTX line, source line, block and warp; waiters
-of a deadlock likewise; a launch that is refused; an output."""
+"""How a symptom says where it is: an instruction with PTX line, source line, block and warp; the
+waiters of a deadlock likewise; a launch that is refused; an output."""
 
 
 def names_place(sentence: str) -> bool:

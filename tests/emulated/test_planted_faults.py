@@ -1,5 +1,5 @@
-"""Synchronization removed from the PTX of real kernels, an instruction at a time: the emulator names
-the fault and its line, or a list says why the instruction is not missed.
+"""Synchronization removed from the PTX of real kernels, an instruction at a time: the emulator
+names the fault and its line, or a list says why the instruction is not missed.
 
 If a kernel's PTX changes, the indexes in its lists may change too: a failing test shows them.
 """
@@ -129,7 +129,9 @@ NO_SUMS = "the products after it read no register"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A removal at each such instruction of a kernel in turn. ``harmless``: by index, why nothing goes wrong.
+    """A removal at each such instruction of a kernel in turn.
+
+    ``harmless``: by index, why nothing goes wrong.
     ``doubled``: harmless ones that are not harmless together."""
 
     make: Callable[[int], Subject]

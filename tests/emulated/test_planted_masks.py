@@ -1,5 +1,5 @@
-"""Masks of loads and stores dropped, each in turn: the emulator names the access past an end, or the
-mask masks nothing in this shape."""
+"""Masks of loads and stores dropped, each in turn: the emulator names the access past an end, or
+the mask masks nothing in this shape."""
 
 from __future__ import annotations
 

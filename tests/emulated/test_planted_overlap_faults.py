@@ -38,7 +38,7 @@ class Chain:
     last: Tensor
 
     def run(self, edits: dict[int, Edit], seed: int) -> tuple[str, list[int]]:
-        """The fault if the PTX of some launches is changed, or ""; and which launches overlapped."""
+        """The fault if the PTX of some launches is changed, or ""; which launches overlapped."""
         launches = []
         for index, program in enumerate(self.programs):
             if index in edits:
