@@ -132,7 +132,8 @@ class Sweep:
     """A removal at each such instruction of a kernel in turn.
 
     ``harmless``: by index, why nothing goes wrong.
-    ``doubled``: harmless ones that are not harmless together."""
+    ``doubled``: sets of harmless instructions that are not harmless together.
+    """
 
     make: Callable[[int], Subject]
     arch: int
