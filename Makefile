@@ -29,8 +29,8 @@ ifneq ($(TEST_WORKERS),0)
 pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS)
 endif
 
-.PHONY: help demo test test-interpreted test-slow test-all test-pillow12 test-triton36 lint install
-.PHONY: bench gpu pixels-golden wheel clean
+.PHONY: help demo test test-interpreted test-emulated test-slow test-all test-pillow12 test-triton36
+.PHONY: lint install bench gpu pixels-golden wheel clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -42,11 +42,17 @@ demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact s
 test: .venv/dev.stamp ## the tests that need neither a GPU nor patience
 	$(say) 'Tests (not slow, not gpu)'
 	$(pytest) -m 'not slow and not gpu and not interpreted' $(PYTEST_ARGS)
-	$(MAKE) --no-print-directory test-interpreted
+	$(MAKE) --no-print-directory test-interpreted test-emulated
 
 test-interpreted: .venv/dev.stamp ## the kernels in Triton's interpreter, on the CPU
 	$(say) 'Kernels in the interpreter'
 	TRITON_INTERPRET=1 $(pytest) -m interpreted tests/interpreted
+
+test-emulated: .venv/dev.stamp ## the same tests on compiled kernels, in the emulator
+	$(say) 'Kernels for sm_80 and sm_90 in the emulator'
+	for arch in 80 90; do
+	    VITRAIL_EMULATED=$$arch $(pytest) -m interpreted tests/interpreted
+	done
 
 test-slow: .venv/dev.stamp ## what test-all runs and test does not
 	$(say) 'Tests (slow, not gpu)'
@@ -55,7 +61,7 @@ test-slow: .venv/dev.stamp ## what test-all runs and test does not
 test-all: .venv/dev.stamp ## every test that needs no GPU
 	$(say) 'Tests (not gpu)'
 	$(pytest) -m 'not gpu and not interpreted' $(PYTEST_ARGS)
-	$(MAKE) --no-print-directory test-interpreted
+	$(MAKE) --no-print-directory test-interpreted test-emulated
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'

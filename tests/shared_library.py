@@ -3,6 +3,7 @@ they are."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -44,7 +45,7 @@ def build(
 
     ``headers``: files outside ``folder`` that they include. With ``native`` it may use
     instructions that only this machine has. Raises RuntimeError, which names ``label``, without a
-    compiler or with what it says.
+    compiler, or with the compiler's errors.
     """
     if (program := compiler()) is None:
         raise RuntimeError(f"{label}: got no C++ compiler, wanted c++ or $CXX")
@@ -54,16 +55,21 @@ def build(
     for source in [*sorted(folder.glob("*.[ch]pp")), *sorted(folder.glob("*.h")), *headers]:
         key.update(source.read_bytes())
     built = ROOT / "build" / folder.name / key.hexdigest()[:16] / library
-    if built.exists():
-        return built
     built.parent.mkdir(parents=True, exist_ok=True)
+    with (built.parent / "lock").open("w") as lock:  # other processes wait for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            _compile([program, *flags], folder, built, label)
+    return built
 
+
+def _compile(command: Sequence[str], folder: Path, built: Path, label: str) -> None:
     def compile(unit: Path, object_file: Path) -> str:
-        command: list[str | Path] = [program, *flags, "-c", unit, "-o", object_file]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(
+            [*command, "-c", unit, "-o", object_file], capture_output=True, text=True
+        )
         return run.stderr if run.returncode != 0 else ""
 
-    # Others may build it too: they write to folders of their own.
     with tempfile.TemporaryDirectory(dir=built.parent) as objects:
         units = sorted(folder.glob("*.cpp"))
         files = [Path(objects, f"{unit.stem}.o") for unit in units]
@@ -71,10 +77,10 @@ def build(
             errors = "".join(pool.map(compile, units, files))
         if errors:
             raise RuntimeError(f"{label} does not compile:\n{errors}")
-        unfinished = Path(objects, library)
-        link: list[str | Path] = [program, *flags, "-shared", "-o", unfinished, *files]
-        run = subprocess.run(link, capture_output=True, text=True)
+        unfinished = Path(objects, built.name)
+        run = subprocess.run(
+            [*command, "-shared", "-o", unfinished, *files], capture_output=True, text=True
+        )
         if run.returncode != 0:
             raise RuntimeError(f"{label} does not link:\n{run.stderr}")
         unfinished.replace(built)
-    return built

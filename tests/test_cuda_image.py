@@ -283,7 +283,7 @@ REFUSALS = {
         r"the driver refuses the CUDA image for sm_90 \(nvcc 13.0\): CUDA image: "
         "cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU",
     ),
-    "a fatbin, which the stand-in does not read": (
+    "an empty fatbin": (
         b"\x50\xed\x55\xba\x01\x00\x10\x00" + bytes(80),
         "the driver refuses the CUDA image .*: CUDA_ERROR_INVALID_IMAGE",
     ),

@@ -242,6 +242,18 @@ def test_tensor_copies_that_are_wrong() -> None:
     assert "no mbarrier is initialized" in tensor_fault(good.replace("[%r20];", "[%r20+8];"))
 
 
+def test_bulk_copies_of_bytes_are_aligned() -> None:
+    copy = "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
+    for operands in ("[%r2], [%rd1], 24", "[%r2+8], [%rd1], 16", "[%r2], [%rd1+8], 16"):
+        text = tensor_fault(f"@%p2 {copy} {operands}, [%r20];")
+        assert "cp.async.bulk: " in text
+        assert "wanted multiples of 16" in text
+    text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 4096, [%r20];")
+    assert "shared memory: out of bounds, 4096 bytes" in text
+    text = tensor_fault(f"@%p2 {copy} [%r2], [%rd1], 112, [%r20];")
+    assert "cp.async.bulk: read out of bounds, 16 bytes" in text
+
+
 def test_copies_that_nobody_waits_for() -> None:
     body = f"""{TENSOR_INIT} bar.sync 0; mov.b32 %r40, 0;
 @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 32;

@@ -15,6 +15,7 @@ import standin
 from emulator.call import run_call
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
+from vitrail.exported import Exported
 from vitrail.program import Program
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
@@ -104,8 +105,8 @@ class EmulatedRunner(NativeRunner):
 
     def close(self) -> None:
         """Give the weights back."""
-        for tensor in self._weights.values():
-            self._emulated.release(tensor)
+        while self._weights:
+            self._emulated.release(self._weights.popitem()[1])
 
     def _load(self, key: str, program: Program) -> None:
         if key in program.calls:

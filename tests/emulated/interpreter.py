@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emulator.call import run_call
+from vitrail import runners
 from vitrail_kernels.launch import Call, Target
 
 VARIABLE = "VITRAIL_EMULATED"
@@ -37,6 +38,7 @@ def compile_for(arch: int) -> None:
     def target_of(tensor: Tensor) -> Target:
         return cpu
 
+    runners.why_not_triton = lambda dtype, device: None
     for name, module in list(sys.modules.items()):
         if name.startswith(("vitrail.", "vitrail_kernels.")):
             for attribute, value in (("target_of", target_of), ("INTERPRETED", cpu)):
@@ -57,5 +59,5 @@ def why_not(item: pytest.Item) -> str | None:
         return str(marker.args[0])
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     if parameters.get("dtype") is torch.float32:
-        return "no runner launches kernels that compute in fp32 on a GPU"
+        return "on a GPU float32 goes through PyTorch, not these kernels"
     return None

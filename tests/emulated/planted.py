@@ -6,6 +6,7 @@ that are wrong, or nothing.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import re
@@ -68,8 +69,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """A fault: what it changes of the PTX, of tensor maps, of parameters, of the launch's fields,
-    of inputs in place; and options of `emulator.run`."""
+    """A fault: what it changes of the PTX, of tensor maps, of parameters, of the launch's fields
+    (a function gets the right value), of inputs in place; and options of `emulator.run`."""
 
     ptx: Edit | None = None
     maps: MapEdit | None = None
@@ -87,7 +88,9 @@ class Planted:
         if self.values is not None:
             values = self.values(dict(zip(subject.names, program.values, strict=True)))
             program = dataclasses.replace(program, values=tuple(values.values()))
-        launch = program.launch(**self.launch)
+        fields = self.launch.items()
+        changes = {key: v(getattr(right, key)) if callable(v) else v for key, v in fields}
+        launch = program.launch(**changes)
         if launch == right.launch() and not self.data:
             raise ValueError("the fault changes nothing")
         for name, change in self.data.items():
@@ -103,7 +106,9 @@ def run(subject: Subject, launch: emulator.Launch, **options: Any) -> str:
         emulator.run(launch, ranges, limit=LIMIT, **options)
     except emulator.Fault as fault:
         return str(fault)
-    unwritten = [f"{r.unwritten()} bytes of {r.name} stay unwritten" for r in ranges if r.unwritten()]
+    unwritten = [
+        f"{r.unwritten()} bytes of {r.name} stay unwritten" for r in ranges if r.unwritten()
+    ]
     return "; ".join(unwritten)
 
 
@@ -121,6 +126,15 @@ def symptom(subject: Subject, planted: Planted, seed: int) -> str:
     finally:
         for now, before in inputs.values():
             now.copy_(before)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` whose memory touches that of no other tensor, aligned to 128 bytes."""
+    size = tensor.numel() * tensor.element_size()
+    memory = bytearray(size + 512)
+    start = 256 - ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 128
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, offset=start, count=tensor.numel())
+    return flat.view(tensor.shape).copy_(tensor)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -153,11 +167,13 @@ def caught(subject: Subject, planted: Planted, seeds: Iterable[int]) -> str:
 PLACES = (
     r"\w+: .+\[[\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+.*, block \d+, warp \d+\]",
     r"\w+: deadlock in block \d+: .*warp \d+ at .+ in [\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+",
+    r"\w+: a block of \d+ x \d+ x \d+ threads, the kernel requires",
+    r"\w+: a grid of \d+ blocks, wanted",
     r"\d+ bytes of \w+.* stay unwritten",
-    r"wrong: .+",
+    r"(wrong|other bits): .+",
 )
 """How a symptom names its place: an instruction with PTX line, source line, block and warp; waiters
-of a deadlock likewise; an output."""
+of a deadlock likewise; a launch that is refused; an output."""
 
 
 def names_place(sentence: str) -> bool:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import emulator
-from emulated.planted import MapEdit, Subject
+from emulated.planted import MapEdit, Subject, guarded
 from emulator.call import MAP_TYPES, Compiled, compiled, module_of
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import source_of
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.stats import stats_ref, stats_shape
 
 
 def parameter_names(call: Call, arch: int) -> tuple[str, ...]:
@@ -52,6 +53,8 @@ def of_operator(
     """The one kernel that ``operator`` launches. ``reference``: the scalars, ``launch``: what the
     kernel takes beside them."""
     target = Target(arch, 1)
+    outputs = {name: guarded(tensor) for name, tensor in outputs.items()}
+    inputs = {name: guarded(tensor) for name, tensor in inputs.items()}
     calls = OPERATORS[operator].calls(target, **outputs, **inputs, **reference, **launch)
     (call,) = calls
 
@@ -68,7 +71,7 @@ def of_operator(
     own = compute(lambda tensor: tensor)
     expected = {name: (wide[name], own[name]) for name in checked}
     name = f"{operator} sm_{arch}"
-    return Subject(name, compile, parameter_names(call, arch), dict(outputs), expected)
+    return Subject(name, compile, parameter_names(call, arch), outputs, expected)
 
 
 LARGE = {
@@ -96,19 +99,22 @@ def linear(arch: int) -> Subject:
 
 
 @functools.cache
-def attention(arch: int) -> Subject:
-    """Sequences of 197, 84, 104 and 128 tokens, a head of 64 columns: of each the last tile of keys
-    has another width, and the last sequence has none that is not whole."""
+def attention(arch: int, *lengths: int) -> Subject:
+    """A head of 64 columns, sequences of ``lengths`` tokens: 197, 84, 104 and 128 by default, of
+    each of which the last tile of keys has another width, or all are whole."""
+    lengths = lengths or (197, 84, 104, 128)
+    tokens = sum(lengths)
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(513, 3 * 64, generator=generator).half()
-    cu_seqlens = torch.tensor([0, 197, 281, 385, 513], dtype=torch.int32)
+    qkv = torch.randn(tokens, 3 * 64, generator=generator).half()
+    qkv[:, :64] *= 64**-0.5  # queries as folded weights make them: no key stands out
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     config = {80: KernelConfig(64, 64, 0, 4, 2, 168), 90: KernelConfig(64, 64, 0, 4, 2, 128)}
     return of_operator(
         "attention",
         arch,
-        {"out": torch.empty(513, 64).half()},
+        {"out": torch.empty(tokens, 64).half()},
         {"qkv": qkv, "cu_seqlens": cu_seqlens},
-        reference={"heads": 1, "causal": False, "max_seqlen": 197},
+        reference={"heads": 1, "causal": False, "max_seqlen": max(lengths)},
         launch={"config": config[arch]},
     )
 
@@ -154,9 +160,12 @@ def gemm() -> Subject:
     six steps use two of the four stages twice. Call `gemm_ptx` first, to see whether it is there.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 384, generator=generator).half()
-    w = (torch.randn(240, 384, generator=generator) * 384**-0.5).half()
-    bias, out = torch.randn(240, generator=generator), torch.empty(200, 240).half()
+    x = guarded(torch.randn(200, 384, generator=generator).half())
+    w = guarded((torch.randn(240, 384, generator=generator) * 384**-0.5).half())
+    bias, out = (
+        guarded(torch.randn(240, generator=generator)),
+        guarded(torch.empty(200, 240).half()),
+    )
     names = ("x_map", "w_map", "out", "bias", "m", "n", "k")
     tensors = {"x": x, "w": w, "out": out, "bias": bias}
 
@@ -184,3 +193,29 @@ def gemm() -> Subject:
     reference = torch.nn.functional.linear(x.double(), w.double(), bias.double())
     expected["out"] = reference, torch.nn.functional.linear(x, w, bias.half())
     return Subject("gemm", compile, names, {"out": out}, expected)
+
+
+@functools.cache
+def gathered(arch: int) -> Subject:
+    """residual + scale * gelu(norm(x)[rows] W^T + b), and the statistics of its rows: 90 of 150
+    rows of 192, 72 columns."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight = random(150, 192).half(), (random(72, 192) * 192**-0.5).half()
+    x_stats = torch.empty(stats_shape(150, 192))
+    stats_ref(x_stats, x)
+    inputs = {"x": x, "weight": weight, "bias": random(72), "scale": random(72)}
+    inputs |= {"residual": random(90, 72).half(), "x_stats": x_stats}
+    inputs["rows"] = torch.randperm(150, generator=generator)[:90].int()
+    inputs["row_sums"] = weight.float().sum(dim=1)
+    return of_operator(
+        "linear",
+        arch,
+        {"out": torch.empty(90, 72).half(), "stats": torch.empty(stats_shape(90, 72))},
+        inputs,
+        reference={"norm_eps": 1e-6, "activation": "gelu"},
+        launch={"config": KernelConfig(64, 64, 64, 4, 3)},
+    )

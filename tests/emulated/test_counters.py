@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ SMALL, LARGE = (64, 64), (128, 128)
 FEW_SMS = 4  # so that one image takes the tiles that a hundred multiprocessors take for many
 SMS = 132
 slow = pytest.mark.slow
+GATHER = re.compile(r"patch_embed\.py:\d+ in patch_embed\.py:\d+")
+"""The source of a load of pixels: `_gather`, inlined."""
 
 
 def of_model(name: str, side: int, arch: int, sms: int) -> dict[str, list[Any]]:
@@ -68,6 +72,65 @@ def test_no_kernel_of_a_model_has_a_bank_conflict(
     assert tile in used, f"linear's tiles: {used}"
     for op in ("linear", "attention", "attention_one"):
         assert any(launch.memory("shared")["actual"] for *_, launch in counts[op]), op
+
+
+def pixel_sectors(spec: VisionSpec, side: int, images: int, uint8: bool, step: int) -> int:
+    """Sectors of all patches if ``step`` values of a patch are read at once, and no two pieces of
+    lines share one. Pieces begin anywhere: this is what the layout of the pixels allows."""
+    (down, across), channels = spec.patch, spec.channels
+    if uint8:  # (B, H, W, channels): a patch is lines of pixels of all channels
+        size, planes, run, pitch = 1, 1, across * channels, side * channels
+    else:  # (B, channels, H, W)
+        size, planes, run, pitch = 4, channels, across, side
+    count = 0
+    for corner in itertools.product(range(images), range(side // down), range(side // across)):
+        image, row, column = corner
+        origin = image * channels * side * side + row * down * pitch + column * run
+        values = [
+            origin + plane * side * side + line * pitch + i
+            for plane in range(planes)
+            for line in range(down)
+            for i in range(run)
+        ]
+        for first in range(0, len(values), step):
+            piece = values[first : first + step]
+            starts = [n for n, at in enumerate(piece) if n == 0 or piece[n - 1] != at - 1]
+            for start, end in itertools.pairwise([*starts, len(piece)]):
+                last = (piece[end - 1] * size + size - 1) // 32
+                count += last - piece[start] * size // 32 + 1
+    return count
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float32"])
+@pytest.mark.parametrize(
+    ("name", "side", "sms"),
+    [("ViT-B/16", 64, FEW_SMS), ("DINOv2-B/14", 70, FEW_SMS), ("DINOv2-B/14", 70, SMS)],
+)
+def test_patch_embed_reads_little_more_than_its_bytes(
+    name: str, side: int, sms: int, uint8: bool, arch: int
+) -> None:
+    images = 8  # rows of statistics begin at sectors
+    spec, _ = launches.MODELS[name]
+    first, *_ = launches.launches(spec, side, Target(arch, sms), images, uint8)
+    (call,) = first.calls
+    counts = counters.count(call, arch)
+    lines = [line for line in counts.lines if line.memory == "global"]
+    pixels = [line for line in lines if GATHER.fullmatch(line.source)]
+    others = [line for line in lines if line not in pixels]
+    tiles_across = -(-spec.blocks.width // call.config.block_n)
+    apart = pixel_sectors(spec, side, images, uint8, call.config.block_k)
+    assert 0 < sum(line.actual for line in pixels) <= tiles_across * apart
+    # beside pixels of short runs sm_80's wide tiles lack registers for more addresses of the table
+    wide_table = arch == 80 and call.config.block_n == 128 and spec.patch == (14, 14)
+    for line in others:
+        table_load = line.opcode == "ld.global.v4.b32"
+        assert line.actual <= (2 if wide_table and table_load else 1) * line.ideal, vars(line)
+    memory = counts.memory("global")
+    allowed = sum(line.ideal for line in others) + tiles_across * apart
+    assert memory["actual"] <= 1.3 * allowed
+    if spec.patch == (16, 16):
+        assert memory["actual"] <= 1.3 * memory["ideal"]
 
 
 def test_a_source_is_named_with_the_lines_it_was_inlined_at() -> None:

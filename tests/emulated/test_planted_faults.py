@@ -53,9 +53,7 @@ BARRIER = Removal(
     r"^\tbar\.sync \t0;$",
     f"{RACE}|read of what nobody wrote|no mbarrier is initialized|its initialization by warp",
 )
-COPY_WAIT = Removal(
-    "wait of cp.async", r"(cp\.async\.wait_group \t)\d+;", RACE, r"\g<1>9;"
-)
+COPY_WAIT = Removal("wait of cp.async", r"(cp\.async\.wait_group \t)\d+;", RACE, r"\g<1>9;")
 COPY_COMMIT = Removal("commit of cp.async", r"cp\.async\.commit_group;", RACE)
 MBARRIER_WAIT = Removal(
     "mbarrier's wait",

@@ -94,8 +94,10 @@ struct Random {
 
 // A bulk load under way.
 struct TensorLoad {
-    const u8* map;
+    const u8* map;  // null: `bytes` from `address`
     i32 coordinates[5];
+    u64 address;
+    u32 bytes;
     u32 shared, mbarrier;
     u32 ranks;  // a mask: blocks that get it, all at the same addresses
     Accessor accessor;

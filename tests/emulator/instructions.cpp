@@ -169,6 +169,10 @@ void Parser::take_operand(Instruction& instruction, char letter, const std::stri
             instruction.operand[count++] =
                 address(instruction, text, letter == 'N', instruction.second_immediate);
             return;
+        case 'o':
+            instruction.operand[count++] =
+                address(instruction, text, false, instruction.third_immediate);
+            return;
         case 'i':
             instruction.immediate = number(text);
             return;

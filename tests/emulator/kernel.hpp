@@ -58,7 +58,7 @@ struct Instruction {
     bool negated = false;
     bool sign_extends = false;         // a load
     bool wide = false;                 // the vector's registers have 64 bits
-    u8 wide_addresses = 0;  // bits: the first, the second of shared memory is in 64-bit registers
+    u8 wide_addresses = 0;  // bits: the first to third of shared memory is in 64-bit registers
     bool writes_fragment = false;  // writes registers that some wgmma takes
     bool uses_accumulator = false;  // uses registers that some wgmma accumulates in
     Class instruction_class = kOther;
@@ -66,7 +66,8 @@ struct Instruction {
     u8 options = 0;  // bits that the handler defines
     u32 operand[6] = {};  // offsets in the warp's registers, or numbers of predicates
     Registers vector, second_vector;
-    i64 immediate = 0, second_immediate = 0;  // an address' offset, or a number
+    i64 immediate = 0, second_immediate = 0,
+        third_immediate = 0;  // an address' offset, or a number
     u32 target = 0;  // of a branch
     u32 meet = kNowhere;  // at which the branch's lanes meet again
     u32 opcode = 0;  // in Kernel::opcodes

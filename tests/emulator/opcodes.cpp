@@ -26,10 +26,11 @@ const Opcode* OpcodeTable::find(const std::string& name) const {
 const OpcodeTable& opcode_table() {
     static const OpcodeTable table = [] {
         OpcodeTable result;
-        for (auto add : {add_integers, add_bits, add_floats, add_halves, add_conversions,
-                         add_comparisons, add_moves, add_exchanges, add_branches,
-                         add_loads_and_stores, add_atomics, add_async_copies, add_matrix_moves,
-                         add_barriers, add_mbarriers, add_tensor_copies, add_mma, add_wgmma})
+        for (auto add :
+             {add_integers, add_bits, add_floats, add_halves, add_conversions, add_comparisons,
+              add_moves, add_exchanges, add_branches, add_loads_and_stores, add_atomics,
+              add_async_copies, add_matrix_moves, add_barriers, add_mbarriers, add_tensor_copies,
+              add_bulk_groups, add_mma, add_wgmma})
             add(result);
         return result;
     }();

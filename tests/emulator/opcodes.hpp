@@ -10,7 +10,7 @@ namespace emulator {
 
 // `operands` has a letter for each, results before '=':
 //   p predicate; r register of 32 bits or fewer, R of 64; v vector, w a second vector; _ a sink;
-//   m address of shared memory, n a second address; M, N addresses of global memory;
+//   m address of shared memory, n a second address; o a third; M, N addresses of global memory;
 //   i number, j a second number; J all numbers that are left, a byte each, their count in
 //   `options`; L label; T [tensor map, {coordinates}]; A wgmma's A, registers or a descriptor; V
 //   four vectors of a product, whose sizes follow as digits.
@@ -60,6 +60,7 @@ void add_matrix_moves(OpcodeTable&);
 void add_barriers(OpcodeTable&);
 void add_mbarriers(OpcodeTable&);
 void add_tensor_copies(OpcodeTable&);
+void add_bulk_groups(OpcodeTable&);
 void add_mma(OpcodeTable&);
 void add_wgmma(OpcodeTable&);
 

@@ -167,8 +167,10 @@ u32 Parser::address(Instruction& instruction, const std::string& text, bool wide
     if (const Register* reg = use_register(base)) {
         const bool is_wide = reg->type == RegisterType::kBits64;
         if (wide && !is_wide) fail("an address of 32 bits, wanted 64: " + base);
-        const bool second = &displacement == &instruction.second_immediate;
-        if (!wide && is_wide) instruction.wide_addresses |= second ? 2 : 1;
+        const u8 bit = &displacement == &instruction.immediate          ? 1
+                       : &displacement == &instruction.second_immediate ? 2
+                                                                        : 4;
+        if (!wide && is_wide) instruction.wide_addresses |= bit;
         return reg->offset;
     }
     u32 offset;

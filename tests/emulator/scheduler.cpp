@@ -57,7 +57,8 @@ Cluster::Progress Cluster::advance(u32 turns) {
         run_turn(warp);
         counters.warp_instructions += warp.executed - before;
         if (limit != 0 && counters.warp_instructions > limit)
-            throw Fault("the limit of " + text(limit) + " warp instructions is reached");
+            throw Fault("the limit of " + text(limit) + " warp instructions is reached" +
+                        location(warp, warp.next));
         finish_some_work(warp, false);
         if (warp.state == Warp::kDone) end_warp(warp);
     }

@@ -1,80 +1,10 @@
-// cp.async.bulk.tensor (PTX ISA 9.7.9.25.5): boxes of a tensor, swizzled, zeros outside of it.
-#include <algorithm>
-
-#include "../standin/tensor_map.hpp"
-#include "block.hpp"
+// cp.async.bulk and cp.async.bulk.tensor (PTX ISA 9.7.9.25.4, 9.7.9.25.5): bytes, or boxes of a
+// tensor, swizzled, zeros outside of it.
 #include "opcodes.hpp"
+#include "tensor_box.hpp"
 
 namespace emulator {
 namespace {
-
-constexpr const char* kName = "cp.async.bulk.tensor";
-constexpr u32 kChunk = 16;  // bytes that stay together under any swizzle
-
-u32 swizzled(u32 address, u32 mode) {
-    const u32 bits = mode == 1 ? 1 : mode == 2 ? 3 : mode == 3 ? 7 : 0;
-    return address ^ (address >> 7 & bits) << 4;
-}
-
-// A box: rows of the innermost dimension.
-struct Box {
-    standin::TensorMap map;
-    u32 element_bytes, row_bytes, rows = 1;
-
-    explicit Box(const u8* bytes) {
-        if (!standin::decode(bytes, map))
-            throw Fault(std::string(kName) + ": the 128 bytes are no tensor map",
-                        reinterpret_cast<u64>(bytes));
-        element_bytes = standin::kElementBytes[map.type];
-        row_bytes = map.box[0] * element_bytes;
-        for (u32 i = 1; i < map.rank; ++i) rows *= map.box[i];
-    }
-    u32 bytes() const { return row_bytes * rows; }
-
-    void check(u32 rank, u32 shared) const {
-        static constexpr u32 kPattern[] = {128, 256, 512, 1024};
-        if (map.rank != rank)
-            throw Fault(std::string(kName) + ": " + text(rank) + " coordinates, the map has " +
-                        text(map.rank) + " dimensions");
-        if (map.swizzle > 3 || map.interleave != 0)
-            throw Fault(std::string(kName) + ": swizzle " + text(map.swizzle) + ", interleave " +
-                        text(map.interleave) + " are not known to the emulator");
-        for (u32 i = 0; i < map.rank; ++i)
-            if (map.steps[i] != 1)
-                throw Fault(std::string(kName) + ": element strides are not known to the emulator");
-        if (shared % kPattern[map.swizzle] != 0)
-            throw Fault(std::string(kName) + ": misaligned address " +
-                        std::to_string(i64{shared} - i64{kReservedShared}) +
-                        " of shared memory, wanted a multiple of " + text(kPattern[map.swizzle]));
-    }
-
-    // Visits 16 bytes at a time, with their addresses in shared and in global memory, and from
-    // which to which byte they are inside the tensor.
-    template <class Visit>
-    void chunks(const i32* coordinates, u32 shared, Visit visit) const {
-        for (u32 row = 0; row < rows; ++row) {
-            u64 start = map.base;
-            bool inside = true;
-            u32 rest = row;
-            for (u32 i = 1; i < map.rank; ++i) {
-                const i64 at = i64{coordinates[i]} + rest % map.box[i];
-                rest /= map.box[i];
-                inside &= at >= 0 && static_cast<u64>(at) < map.dims[i];
-                start += static_cast<u64>(at) * map.strides[i - 1];
-            }
-            const i64 end = static_cast<i64>(map.dims[0]) * element_bytes;
-            for (u32 byte = 0; byte < row_bytes; byte += kChunk) {
-                const i64 first = i64{coordinates[0]} * element_bytes + byte;
-                i64 from = std::clamp<i64>(-first, 0, kChunk);
-                i64 to = std::clamp<i64>(end - first, 0, kChunk);
-                if (!inside || to < from) from = to = 0;
-                visit(swizzled(shared + row * row_bytes + byte, map.swizzle),
-                      start + static_cast<u64>(first), static_cast<u32>(from),
-                      static_cast<u32>(to));
-            }
-        }
-    }
-};
 
 void read_coordinates(Warp& warp, const Instruction& instruction, u32 lane, i32* coordinates) {
     const u32* registers = &warp.kernel->pool[instruction.vector.first];
@@ -83,11 +13,13 @@ void read_coordinates(Warp& warp, const Instruction& instruction, u32 lane, i32*
         coordinates[i] = static_cast<i32>(warp.words(registers[i])[lane]);
 }
 
-// The first or the second address of shared memory.
+// The first, second or third address: 0, 1, 2.
 u32 shared_operand(const Warp& warp, const Instruction& instruction, u32 operand, u32 lane,
-                   bool second = false) {
-    const bool wide = instruction.wide_addresses >> u32{second} & 1;
-    const i64 displacement = second ? instruction.second_immediate : instruction.immediate;
+                   u32 number = 0) {
+    const bool wide = instruction.wide_addresses >> number & 1;
+    const i64 displacement = number == 0   ? instruction.immediate
+                             : number == 1 ? instruction.second_immediate
+                                           : instruction.third_immediate;
     return warp.registers[instruction.operand[operand] + (wide ? 2 * lane : lane)] +
            static_cast<u32>(displacement);
 }
@@ -121,58 +53,93 @@ void announce(Warp& warp, TensorLoad& load, u32 bytes) {
     }
 }
 
-// [shared], [map, {coordinates}], [mbarrier], and a mask of the cluster's blocks.
-template <bool multicast>
+// To the own block or another, or by a mask to several.
+void address_blocks(Warp& warp, TensorLoad& item, const u32* mask) {
+    Block& block = *warp.block;
+    if (mask == nullptr) {
+        const Block& target = block.owner(item.shared);
+        item.ranks = 1u << target.rank;
+        require(&block.owner(item.mbarrier) == &target,
+                "cp.async.bulk: data and mbarrier of different blocks");
+        return;
+    }
+    item.shared &= kOffsetMask;
+    item.mbarrier &= kOffsetMask;
+    item.ranks = *mask & 0xffff;
+    if (item.ranks == 0 || item.ranks >> block.cluster->blocks.size() != 0)
+        throw Fault(std::string(kBulkCopy) + ": the mask " + text(item.ranks) +
+                    " names blocks that are not in the cluster");
+}
+
+// Bytes without a tensor map: multiples of 16, at multiples of 16.
+void check_linear(u64 address, u32 bytes, u32 shared) {
+    if (bytes == 0 || bytes % 16 != 0 || address % 16 != 0 || shared % 16 != 0)
+        throw Fault("cp.async.bulk: " + text(bytes) + " bytes, global address " + text(address) +
+                        ", shared " + std::to_string(i64{shared} - i64{kReservedShared}) +
+                        ", wanted multiples of 16",
+                    address);
+}
+
+// [shared], [map, {coordinates}], [mbarrier]; or [shared], [global], bytes, [mbarrier]. Then a mask
+// of the cluster's blocks.
+template <bool tensor, bool multicast>
 void load(Warp& warp, const Instruction& instruction) {
     Block& block = *warp.block;
-    Cluster& cluster = *block.cluster;
+    const u32* operand = instruction.operand;
     for (u32 lane = 0; lane < kLanes; ++lane) {
         if ((warp.mask >> lane & 1) == 0) continue;
         TensorLoad item{};
-        item.map = map_operand(warp, instruction, 1, lane);
-        read_coordinates(warp, instruction, lane, item.coordinates);
+        if (tensor) {
+            item.map = map_operand(warp, instruction, 1, lane);
+            read_coordinates(warp, instruction, lane, item.coordinates);
+        } else {
+            item.address =
+                warp.doublewords(operand[1])[lane] + static_cast<u64>(instruction.second_immediate);
+            item.bytes = warp.words(operand[2])[lane];
+        }
+        const u32 number = tensor ? 1 : 2, last = tensor ? 3 : 4;
         item.shared = shared_operand(warp, instruction, 0, lane);
-        item.mbarrier = shared_operand(warp, instruction, 2, lane, true);
+        item.mbarrier = shared_operand(warp, instruction, last - 1, lane, number);
         item.accessor = block.accessor(warp);
         item.instruction = &instruction;
         item.warp = &warp;
-        const Box box(item.map);
-        if (multicast) {
-            item.shared &= kOffsetMask;
-            item.mbarrier &= kOffsetMask;
-            item.ranks = warp.words(instruction.operand[3])[lane] & 0xffff;
-            if (item.ranks == 0 || item.ranks >> cluster.blocks.size() != 0)
-                throw Fault(std::string(kName) + ": the mask " + text(item.ranks) +
-                            " names blocks that are not in the cluster");
-        } else {
-            const Block& target = block.owner(item.shared);
-            item.ranks = 1u << target.rank;
-            require(&block.owner(item.mbarrier) == &target,
-                    "cp.async.bulk.tensor: data and mbarrier of different blocks");
-        }
-        box.check(instruction.vector.count, item.shared);
+        const Box box = Box::of(item);
+        address_blocks(warp, item, multicast ? warp.words(operand[last]) + lane : nullptr);
+        if (tensor)
+            box.check(instruction.vector.count, item.shared);
+        else
+            check_linear(item.address, item.bytes, item.shared);
         announce(warp, item, box.bytes());
         Counters& counters = block.launch->counters;
         ++counters.tensor_loads;
         counters.tensor_load_bytes += box.bytes();
         note_bytes(warp, instruction, box.bytes());
-        cluster.loads.push_back(item);
+        block.cluster->loads.push_back(item);
     }
     warp.yields = true;
 }
 
-// [map, {coordinates}], [shared]
+// [map, {coordinates}], [shared]; or [global], [shared], bytes.
+template <bool tensor>
 void store(Warp& warp, const Instruction& instruction) {
     Block& block = *warp.block;
+    const u32* operand = instruction.operand;
     for (u32 lane = 0; lane < kLanes; ++lane) {
         if ((warp.mask >> lane & 1) == 0) continue;
         TensorStore item{};
-        item.map = map_operand(warp, instruction, 0, lane);
-        read_coordinates(warp, instruction, lane, item.coordinates);
-        item.shared = shared_operand(warp, instruction, 1, lane);
+        item.shared = shared_operand(warp, instruction, 1, lane, tensor ? 0 : 1);
         item.instruction = &instruction;
-        const Box box(item.map);
-        box.check(instruction.vector.count, item.shared);
+        if (tensor) {
+            item.map = map_operand(warp, instruction, 0, lane);
+            read_coordinates(warp, instruction, lane, item.coordinates);
+        } else {
+            item.address =
+                warp.doublewords(operand[0])[lane] + static_cast<u64>(instruction.immediate);
+            item.bytes = warp.words(operand[2])[lane];
+            check_linear(item.address, item.bytes, item.shared);
+        }
+        const Box box = Box::of(item);
+        if (tensor) box.check(instruction.vector.count, item.shared);
         block.at(item.shared, box.bytes());
         if (block.shadow.checks())
             block.shadow.read(warp, item.shared, box.bytes(),
@@ -186,82 +153,35 @@ void store(Warp& warp, const Instruction& instruction) {
     }
 }
 
-void run_store(Warp& warp, const TensorStore& item) {
-    Block& block = *warp.block;
-    const Box box(item.map);
-    box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
-        if (from == to) return;
-        block.write_global(warp, global + from, block.shared.data() + shared + from, to - from,
-                           kName);
-    });
-}
-
-void copy_box(const Box& box, const TensorLoad& item, Block& block) {
-    Device& device = *block.launch->device;
-    box.chunks(item.coordinates, item.shared, [&](u32 shared, u64 global, u32 from, u32 to) {
-        u8* const target = block.shared.data() + shared;
-        if (from != 0 || to != kChunk) std::memset(target, 0, kChunk);
-        if (from == to) return;
-        device.memory.check_read(global + from, to - from, kName);
-        if (device.options.races) device.races.read(item.accessor, global + from, to - from);
-        std::memcpy(target + from, reinterpret_cast<const void*>(global + from), to - from);
-    });
-}
-
-void commit(Warp& warp, const Instruction&) { warp.stores.commit(); }
-void wait(Warp& warp, const Instruction& instruction) {
-    finish_stores(warp, static_cast<size_t>(instruction.immediate));
+// With and without a cache policy, which changes no result.
+void add_with_hint(OpcodeTable& table, const std::string& name, Handler run,
+                   const std::string& operands) {
+    table.add(name, run, operands, kAsyncCopy);
+    table.add(name + ".L2::cache_hint", run, operands + "R", kAsyncCopy);
 }
 
 }  // namespace
 
-void load_tensor(Cluster& cluster, u32 index) {
-    const TensorLoad item = cluster.loads[index];
-    cluster.loads.erase(cluster.loads.begin() + index);
-    try {
-        const Box box(item.map);
-        for (Block& block : cluster.blocks) {
-            if ((item.ranks >> block.rank & 1) == 0) continue;
-            copy_box(box, item, block);
-            Mbarrier& mbarrier = block.mbarriers.at(item.mbarrier);
-            mbarrier.bytes -= box.bytes();
-            block.advance(mbarrier, item.mbarrier);
-        }
-    } catch (Fault& fault) {
-        fault.message +=
-            cluster.location(*item.warp, cluster.launch->kernel->index_of(*item.instruction));
-        throw;
-    }
-}
-
-void finish_stores(Warp& warp, size_t keep) {
-    while (warp.stores.committed.size() > keep) {
-        for (const TensorStore& item : warp.stores.committed.front()) run_store(warp, item);
-        warp.stores.committed.pop_front();
-    }
-    const Block& block = *warp.block;
-    if (!block.shadow.checks()) return;
-    Clock& clock = warp.clocks.order[block.cluster->agents.stores(block.rank, warp.index)];
-    clock = std::max(clock, warp.stores.finished());
-}
-
 void add_tensor_copies(OpcodeTable& table) {
+    const std::string completes = ".mbarrier::complete_tx::bytes", several = ".multicast::cluster";
     for (u32 rank = 1; rank <= 5; ++rank) {
-        const std::string stem = std::string(kName) + "." + text(rank) + "d";
-        const std::string completes = ".mbarrier::complete_tx::bytes";
-        for (const char* tile : {"", ".tile"}) {
+        const std::string stem = std::string(kBulkCopy) + "." + text(rank) + "d";
+        for (const std::string& tile : {std::string(), std::string(".tile")}) {
             for (const char* space : {".shared::cta", ".shared::cluster"})
-                table.add(stem + space + ".global" + tile + completes, load<false>, "=mTn",
-                          kAsyncCopy);
-            table.add(stem + ".shared::cluster.global" + tile + completes + ".multicast::cluster",
-                      load<true>, "=mTnr", kAsyncCopy);
-            table.add(stem + ".global.shared::cta" + tile + ".bulk_group", store, "=Tm",
-                      kAsyncCopy);
+                add_with_hint(table, stem + space + ".global" + tile + completes, load<true, false>,
+                              "=mTn");
+            add_with_hint(table, stem + ".shared::cluster.global" + tile + completes + several,
+                          load<true, true>, "=mTnr");
+            add_with_hint(table, stem + ".global.shared::cta" + tile + ".bulk_group", store<true>,
+                          "=Tm");
         }
     }
-    table.add("cp.async.bulk.commit_group", commit, "", kAsyncCopy);
-    table.add("cp.async.bulk.wait_group", wait, "i", kAsyncCopy);
-    table.add("cp.async.bulk.wait_group.read", wait, "i", kAsyncCopy);
+    const std::string stem = "cp.async.bulk";
+    for (const char* space : {".shared::cta", ".shared::cluster"})
+        add_with_hint(table, stem + space + ".global" + completes, load<false, false>, "=mNro");
+    add_with_hint(table, stem + ".shared::cluster.global" + completes + several, load<false, true>,
+                  "=mNror");
+    add_with_hint(table, stem + ".global.shared::cta.bulk_group", store<false>, "=Mnr");
 }
 
 }  // namespace emulator

@@ -51,8 +51,10 @@ struct Product {  // a wgmma that was issued: its operands, A's registers as the
 };
 
 struct TensorStore {
-    const u8* map;
+    const u8* map;  // null: `bytes` to `address`
     i32 coordinates[5];
+    u64 address;
+    u32 bytes;
     u32 shared;
     const Instruction* instruction;
 };

@@ -9,6 +9,11 @@
 namespace emulator {
 namespace {
 
+void read_operand(Warp& warp, u32 address, Access access) {
+    warp.block->at(address, 16);
+    warp.block->shadow.read(warp, address, 16, access);
+}
+
 // Reads of B by all warps of a warpgroup are checked once: the first warp notes the clocks that the
 // others must have reached too.
 void check_b(Warp& warp, const Product& product, const ProductForm& form, Access access) {
@@ -34,24 +39,23 @@ void check_b(Warp& warp, const Product& product, const ProductForm& form, Access
     if (form.transposes_b) {
         for (u32 k = 0; k < depth; ++k)
             for (u32 chunk = 0; chunk < form.columns / 8; ++chunk)
-                shadow.read(warp, descriptor.mn_major(chunk, k), 16, access);
+                read_operand(warp, descriptor.mn_major(chunk, k), access);
     } else {
         for (u32 column = 0; column < form.columns; ++column)
             for (u32 chunk = 0; chunk < 2; ++chunk)
-                shadow.read(warp, descriptor.k_major(column, chunk), 16, access);
+                read_operand(warp, descriptor.k_major(column, chunk), access);
     }
     shadow.record(nullptr);
 }
 
 void check_a(Warp& warp, const Product& product, const ProductForm& form, Access access) {
-    Shadow& shadow = warp.block->shadow;
     const Descriptor descriptor(product.a);
     const u32 first = warp.index % 4 * 16;  // row
     for (u32 chunk = 0; chunk < 2; ++chunk)
         for (u32 i = 0; i < 16; ++i) {
             const u32 address = form.transposes_a ? descriptor.mn_major(first / 8 + chunk, i)
                                                   : descriptor.k_major(first + i, chunk);
-            shadow.read(warp, address, 16, access);
+            read_operand(warp, address, access);
         }
 }
 

@@ -11,8 +11,6 @@ import pytest
 from emulated import interpreter
 
 if interpreter.ARCH:  # before the tests' own modules, which make targets
-    import vitrail.runners.triton
-
     interpreter.compile_for(interpreter.ARCH)
 
 

@@ -109,7 +109,8 @@ def judge(
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(head_dim: int) -> None:
     judge(packed_qkv(82, 2, head_dim, torch.float16), [77, 5], 2, False)
-    judge(packed_qkv(82, 1, head_dim, torch.float32), [77, 5], 1, True, target=TARGETS[1])
+    if interpreted():  # nobody launches fp32 on a GPU, and it takes ptxas half a minute
+        judge(packed_qkv(82, 1, head_dim, torch.float32), [77, 5], 1, True, target=TARGETS[1])
 
 
 @ARCH

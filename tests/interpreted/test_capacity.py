@@ -22,7 +22,10 @@ from vitrail.runners.triton import TritonRunner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import INTERPRETED, descriptor
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(not INTERPRETED.tma, reason="there are no tensor maps before sm_90"),
+]
 
 EXTRA = 70
 """Rows past the end of every buffer: more than a tile's."""

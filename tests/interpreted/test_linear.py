@@ -97,6 +97,7 @@ def test_rows_that_tensor_maps_cannot_describe(target: Target) -> None:
     check(target, 33, 3, 37, HALF)
 
 
+@pytest.mark.interpreter_only("fp32 has a configuration for the interpreter alone")
 def test_fp32() -> None:
     for target in TARGETS.values():
         check(target, 70, 130, 72, torch.float32, norm=True, activation="gelu")

@@ -27,6 +27,8 @@ from vitrail.errors import InputError
 
 pytestmark = pytest.mark.interpreted
 
+FP32 = pytest.mark.interpreter_only("on a GPU float32 goes through PyTorch, not these kernels")
+
 # heads of 32, so that attention takes whole heads, and every fused path is met: 72 hidden numbers,
 # widths that are not multiples of 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,6 +47,7 @@ def opened(folder: Path, dtype: str) -> vitrail.Model:
     return model
 
 
+@FP32
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_fp32_equals_transformers_field_by_field(architecture: str, tmp_path: Path) -> None:
     theirs = save(make(architecture, **SHAPES[architecture]), tmp_path)
@@ -85,6 +88,7 @@ def test_fp16_errs_at_most_twice_as_pytorch_does(
     assert_same(out, wanted, outputs(theirs.half(), halved))
 
 
+@FP32
 def test_another_size_and_intermediate_layers(tmp_path: Path) -> None:
     theirs = save(make("Dinov2WithRegistersModel", **SWIGLU), tmp_path)
     pixels = torch.randn(2, 3, 51, 35)
@@ -99,6 +103,7 @@ def test_another_size_and_intermediate_layers(tmp_path: Path) -> None:
         assert_close(a_class, b_class, what="model", name="class token")
 
 
+@FP32
 def test_masks_hide_what_they_hide(tmp_path: Path) -> None:
     theirs = save(make("CLIPTextModel", **SHAPES["CLIPTextModel"]), tmp_path)
     given = arguments("CLIPTextModel", theirs.config, batch=3)
@@ -110,6 +115,7 @@ def test_masks_hide_what_they_hide(tmp_path: Path) -> None:
     assert_same(out, outputs(theirs, given))
 
 
+@FP32
 def test_uint8_images_give_what_the_reference_gives(clip: Path) -> None:
     images = [torch.randint(256, (40 + 3 * i, 50, 3), dtype=torch.uint8) for i in range(3)]
     ours, reference = opened(clip, "float32"), vitrail.load(clip, runner="reference")
@@ -119,6 +125,7 @@ def test_uint8_images_give_what_the_reference_gives(clip: Path) -> None:
     assert ours.fingerprint != reference.fingerprint
 
 
+@FP32
 def test_images_resized_on_the_device_have_the_bits_of_the_host(clip: Path) -> None:
     images = [torch.randint(256, (40 + 9 * i, 50, 3), dtype=torch.uint8) for i in range(2)]
     host = opened(clip, "float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -93,38 +94,54 @@ SHOW = """setp.lt.u32 %p5, %r30, SIZE; mul.wide.u32 %rd12, %r30, 8; add.s64 %rd1
 @%p5 ld.shared.b64 %rd20, [%r31]; @%p5 st.global.b64 [%rd12+OFFSET], %rd20;"""
 
 
-@family(
-    r"cp\.async\.bulk\.tensor\.(\d)d\.shared::(?:cta|cluster)\.global.*?(\.multicast::cluster|)"
-)
-def load(opcode: str, dimensions: str, multicast: str) -> Program:
+HINT = r"(\.L2::cache_hint|)"
+SEVERAL = r"(\.multicast::cluster|)"
+
+
+@family(rf"cp\.async\.bulk\.tensor\.(\d)d\.shared::(?:cta|cluster)\.global.*?{SEVERAL}{HINT}")
+def load(opcode: str, dimensions: str, multicast: str, hint: str) -> Program:
     """The box's bytes, of each block."""
     rank = int(dimensions)
     values, _ = box_of(rank)
-    words = values.size // 4
     moves, names = coordinates(rank)
+    program = bulk_load(opcode, moves, f"[%rd9, {names}]", values, bool(multicast), hint)
+    return dataclasses.replace(program, inputs=bytes_of(tensor(rank)), tensor=("in", fields(rank)))
+
+
+@family(rf"cp\.async\.bulk\.shared::(?:cta|cluster)\.global.*?{SEVERAL}{HINT}")
+def load_bytes(opcode: str, multicast: str, hint: str) -> Program:
+    """Bytes without a tensor map."""
+    values = np.arange(1, 97, dtype=np.uint16)
+    source = f"[%rd1+16], {values.nbytes}"
+    program = bulk_load(opcode, "", source, values, bool(multicast), hint)
+    return dataclasses.replace(program, inputs=bytes_of(np.zeros(8, np.uint16), values))
+
+
+def bulk_load(
+    opcode: str, moves: str, source: str, values: Any, multicast: bool, hint: str
+) -> Program:
+    """Loads ``values`` to shared memory, waits for them and gives them back."""
     lane = "mov.b32 %r30, %r1; shl.b32 %r31, %r1, 3; add.s32 %r31, %r31, %r2;"
-    show = SHOW.replace("SIZE", str(words)).replace("OFFSET", "0")
+    show = SHOW.replace("SIZE", str(values.size // 4)).replace("OFFSET", "0")
     expect = f"@%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], {values.nbytes};"
+    policy = ", %rd30" if hint else ""
     if not multicast:
-        body = f"""{TENSOR_INIT} bar.sync 0; {moves} {expect}
-@%p2 {opcode} [%r2], [%rd9, {names}], [%r20]; {TENSOR_WAIT} {lane} {show}"""
-        return Program(
-            body, bytes_of(tensor(rank)), bytes_of(values), shared=2048, tensor=("in", fields(rank))
-        )
+        body = f"""{TENSOR_INIT} bar.sync 0; {moves} {expect} mov.b64 %rd30, 0;
+@%p2 {opcode} [%r2], {source}, [%r20]{policy}; {TENSOR_WAIT} {lane} {show}"""
+        return Program(body, bytes_of(), bytes_of(values), shared=2048)
     meet = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
     second = f"""mov.u32 %r33, %cluster_ctarank; mul.wide.u32 %rd13, %r33, {values.nbytes};
-add.s64 %rd2, %rd2, %rd13;"""
+add.s64 %rd2, %rd2, %rd13; mov.b64 %rd30, 0;"""
     body = f"""{TENSOR_INIT} {meet} {moves} {second} {expect} mov.b16 %h1, 3;
-setp.eq.u32 %p4, %r3, 0; @%p4 {opcode} [%r2], [%rd9, {names}], [%r20], %h1;
+setp.eq.u32 %p4, %r3, 0; @%p4 {opcode} [%r2], {source}, [%r20], %h1{policy};
 {TENSOR_WAIT} {lane} {show} {meet}"""
     return Program(
         body,
-        bytes_of(tensor(rank)),
+        bytes_of(),
         bytes_of(values, values),
         grid=2,
         shared=2048,
         directives=".explicitcluster .reqnctapercluster 2",
-        tensor=("in", fields(rank)),
     )
 
 
@@ -154,9 +171,31 @@ FENCE, BULK_COMMIT = "fence.proxy.async.shared::cta;", "cp.async.bulk.commit_gro
 BULK_WAIT = "cp.async.bulk.wait_group.read 0;"
 
 
-@family(r"cp\.async\.bulk\.tensor\.(\d)d\.global.*")
-def store(opcode: str, dimensions: str) -> Program:
-    return tensor_store(opcode, FENCE, BULK_COMMIT, BULK_WAIT, int(dimensions))
+@family(rf"cp\.async\.bulk\.tensor\.(\d)d\.global.*?{HINT}")
+def store(opcode: str, dimensions: str, hint: str) -> Program:
+    program = tensor_store(opcode, FENCE, BULK_COMMIT, BULK_WAIT, int(dimensions))
+    return _with_policy(program, hint)
+
+
+@family(rf"cp\.async\.bulk\.global.*?{HINT}")
+def store_bytes(opcode: str, hint: str) -> Program:
+    """Bytes without a tensor map, which are overwritten once the store has read them."""
+    program = tensor_store(opcode, FENCE, BULK_COMMIT, BULK_WAIT, 2)
+    size = program.inputs.size
+    body = program.body.replace("[%rd9, {%r40, %r41}], [%r2];", f"[%rd2+16], [%r2], {size};")
+    assert body != program.body, "the copy stands there"
+    expected = bytes_of(np.full(8, 0xA5A5, np.uint16), program.inputs)
+    program = dataclasses.replace(program, body=body, expected=expected, tensor=None)
+    return _with_policy(program, hint)
+
+
+def _with_policy(program: Program, hint: str) -> Program:
+    """The copy with a cache policy as its last operand."""
+    if not hint:
+        return program
+    at = program.body.index(";", program.body.index("@%p2 cp.async.bulk"))
+    body = f"mov.b64 %rd30, 0; {program.body[:at]}, %rd30{program.body[at:]}"
+    return dataclasses.replace(program, body=body)
 
 
 @family(r"cp\.async\.bulk\.(commit_group|wait_group|wait_group\.read)")
