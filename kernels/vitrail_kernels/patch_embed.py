@@ -315,7 +315,7 @@ def _patch_config(
     short = step == pixels.element_size() or (
         target.arch == 80 and floats and patch[1] % 16 != 0  # short runs, whose addresses are many
     )
-    if target.arch not in (80, 90, 100) or short:
+    if target.arch not in (80, 90) or short:
         why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
         return KernelConfig(64, 128, deep, 4, 3, registers=168, reason=why)
     why = "two blocks an SM: one gathers while one multiplies"
