@@ -169,8 +169,8 @@ def caught(subject: Subject, planted: Planted, seeds: Iterable[int]) -> str:
 
 
 PLACES = (
-    r"\w+: .+\[[\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+.*, block \d+, warp \d+\]",
-    r"\w+: deadlock in block \d+: .*warp \d+ at .+ in [\w.:]+, PTX line \d+, \w+\.\w+:\d+:\d+",
+    r"\w+: .+\[[\w.:]+, PTX line \d+, \w+\.\w+:\d+.*, block \d+, warp \d+\]",
+    r"\w+: deadlock in block \d+: .*warp \d+ at .+ in [\w.:]+, PTX line \d+, \w+\.\w+:\d+",
     r"\w+: a block of \d+ x \d+ x \d+ threads, the kernel requires",
     r"\w+: a grid of \d+ blocks, wanted",
     r"\d+ bytes of \w+.* stay unwritten",
