@@ -217,10 +217,10 @@ def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -
 
 @pytest.mark.slow
 def test_tiles_that_tuning_may_choose_give_the_same_bits(device: Device) -> None:
-    """Every fifth of those that `vitrail tune` would try, for all forms that DINOv2 launches."""
+    """Every twelfth of those that `vitrail tune` would try, for all forms that DINOv2 launches."""
     several = 0
     for problem in problems(Sizes("dinov2"), [6], "float16"):  # type: ignore[arg-type]
-        several += check_configurations(problem, device, tuning=True) > 4
+        several += check_configurations(problem, device, tuning=True) > 2
     assert several >= 3
 
 
