@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -268,10 +268,21 @@ LAST = ["linear", "linear", "attention_one", "linear", "linear", "linear"]
 @drawn
 @given(any_plan())
 def test_a_block_is_five_launches_and_a_pooled_last_one_six(plan: Plan) -> None:
-    found = list(block_launches(plan).values())
-    if plan.name.endswith("pooled"):
-        assert found.pop() == LAST
-    assert all(ops == FULL for ops in found)
+    *others, last = block_launches(plan).values()
+    if not plan.name.endswith("scores"):  # whose last block has a test of its own
+        assert last == (LAST if plan.name.endswith("pooled") else FULL)
+    assert all(ops == FULL for ops in others)
+
+
+@drawn
+@given(vision_specs(), st.sampled_from(["class", "class_mean"]), st.booleans())
+def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
+    spec: VisionSpec, features: Literal["class", "class_mean"], uint8: bool
+) -> None:
+    plan = plans.vision_scores(spec, HeadSpec(("a", "b", "c"), features), uint8=uint8)
+    *others, last = block_launches(plan).values()
+    assert last == (LAST if features == "class" else FULL)
+    assert all(ops == FULL for ops in others)
 
 
 def test_launch_counts_of_published_models() -> None:
