@@ -5,6 +5,7 @@
 #   PYTHON=program     the Python that .venv is made with
 #   TEST_WORKERS=n     test processes of one thread each; 0: one process with every thread
 #   PYTEST_ARGS=...    passed on to pytest
+#   EMULATED='80 90'   architectures that make test-emulated compiles for (90; make test-slow: 80)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,6 +18,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT
 
 TEST_WORKERS ?= 2
+EMULATED ?= 90
 
 py := .venv/bin/python
 pip := -m pip --disable-pip-version-check --no-input
@@ -49,19 +51,20 @@ test-interpreted: .venv/dev.stamp ## the kernels in Triton's interpreter, on the
 	TRITON_INTERPRET=1 $(pytest) -m interpreted tests/interpreted
 
 test-emulated: .venv/dev.stamp ## the same tests on compiled kernels, in the emulator
-	$(say) 'Kernels for sm_80 and sm_90 in the emulator'
-	for arch in 80 90; do
+	$(say) 'Kernels in the emulator for $(EMULATED:%=sm_%)'
+	for arch in $(EMULATED); do
 	    VITRAIL_EMULATED=$$arch $(pytest) -m interpreted tests/interpreted
 	done
 
 test-slow: .venv/dev.stamp ## what test-all runs and test does not
 	$(say) 'Tests (slow, not gpu)'
 	$(pytest) -m 'slow and not gpu' $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-emulated EMULATED=80
 
 test-all: .venv/dev.stamp ## every test that needs no GPU
 	$(say) 'Tests (not gpu)'
 	$(pytest) -m 'not gpu and not interpreted' $(PYTEST_ARGS)
-	$(MAKE) --no-print-directory test-interpreted test-emulated
+	$(MAKE) --no-print-directory test-interpreted test-emulated EMULATED='80 90'
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'

@@ -52,7 +52,13 @@ def per_value(call: Call, code: Compiled) -> dict[str, float]:
     return {name: code.instructions[name] / values for name in ("FFMA", "FADD")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float16, id="fp16"),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     ("model", "label"),

@@ -20,6 +20,20 @@ SMS = 2
 """So few multiprocessors that small batches reach every step of the tables of configurations."""
 
 
+QUICK = ((80, torch.bfloat16), (90, torch.float16))
+"""The pairs of architecture and dtype that `make test` compares batches in; the others are slow,
+for each takes as many kernels to compile as a whole model."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes items away
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        pair = parameters.get("opened"), parameters.get("dtype")
+        if item.path.name == "test_batches.py" and None not in pair and pair not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
+
 def why_not() -> str | None:
     """Why no kernel can be compiled and emulated in this process, or None."""
     if MISSING is not None:

@@ -158,9 +158,7 @@ def configurations(
         chosen = {config for _, config in call.ladder()}
         yield from ((key, config) for config in sorted(chosen, key=repr))
         if tuning:
-            tried = tiles(problem.op, call.config, device.arch)[
-                ::5
-            ]  # each takes seconds to compile
+            tried = tiles(problem.op, call.config, device.arch)[::5]  # seconds each to compile
             calls = [c for t in tried for c in problem.calls(device.target, {key: t})]
             own, *others = compile_each([call, *calls], device.arch)
             assert not isinstance(own, str), own
@@ -217,7 +215,7 @@ def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -
 
 @pytest.mark.slow
 def test_tiles_that_tuning_may_choose_give_the_same_bits(device: Device) -> None:
-    """Every twelfth of those that `vitrail tune` would try, for all forms that DINOv2 launches."""
+    """Every fifth of those that `vitrail tune` would try, for all forms that DINOv2 launches."""
     several = 0
     for problem in problems(Sizes("dinov2"), [6], "float16"):  # type: ignore[arg-type]
         several += check_configurations(problem, device, tuning=True) > 2

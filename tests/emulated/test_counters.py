@@ -27,7 +27,7 @@ counters: Any = importlib.import_module("counters")
 launches: Any = importlib.import_module("launches")
 table: Any = importlib.import_module("table")
 
-ARCHES = (80, 90)
+ARCHES = [pytest.param(80, marks=pytest.mark.slow), 90]
 SMALL, LARGE = (64, 64), (128, 128)
 FEW_SMS = 4  # so that one image takes the tiles that a hundred multiprocessors take for many
 SMS = 132

@@ -19,7 +19,8 @@ import shared_library
 from shared_library import compiler as compiler
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread")
+SYMBOLIC = "-Wl,-Bsymbolic"  # its own copies of templates, not those of a program that opens it
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", SYMBOLIC)
 STICKY = (214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999)
 """Codes after which every later call fails alike, until `Standin.reset`."""
 

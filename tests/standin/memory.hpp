@@ -54,10 +54,11 @@ class Memory {
         // Only the first page, so that an arena of gigabytes costs none.
         std::memset(block, kFresh, size < 4096 || undo ? size : 4096);
         const auto start = reinterpret_cast<uint64_t>(block);
-        Range& range = ranges_[start] = {start, size, false, pooled};
+        Range range{start, size, false, pooled};
         range.name =
             "allocation " + std::to_string(++allocated_) + " of " + std::to_string(size) + " bytes";
         if (tracked) range.track();
+        ranges_[start] = std::move(range);
         ++live;
         bytes += size;
         return start;
