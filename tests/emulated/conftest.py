@@ -21,8 +21,9 @@ SMS = 2
 
 
 QUICK = ((80, torch.bfloat16), (90, torch.float16))
-"""The pairs of architecture and dtype that `make test` compares batches in; the others are slow,
-for each takes as many kernels to compile as a whole model."""
+"""The pairs of architecture and dtype in which `make test` runs `THOROUGH`; the others are slow, for
+each takes as many kernels to compile as several whole models."""
+THOROUGH = ("test_batches.py", "test_models.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes items away
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         pair = parameters.get("opened"), parameters.get("dtype")
-        if item.path.name == "test_batches.py" and None not in pair and pair not in QUICK:
+        if item.path.name in THOROUGH and None not in pair and pair not in QUICK:
             item.add_marker(pytest.mark.slow)
 
 
