@@ -23,7 +23,7 @@ SMS = 2
 QUICK = ((80, torch.bfloat16), (90, torch.float16))
 """The pairs of architecture and dtype in which `make test` runs `THOROUGH`; the others are slow, as
 each takes as many kernels to compile as several whole models."""
-THOROUGH = ("test_batches.py", "test_models.py")
+THOROUGH = ("test_batches.py", "test_models.py", "test_triton_runner.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes items away

@@ -37,6 +37,7 @@ EXPORTS = [
     ),
 ]
 ITEMS = 12
+SCHEDULES = 20
 
 
 @pytest.fixture(scope="session", params=EXPORTS)
@@ -74,6 +75,7 @@ class Session:
 
     def __init__(self, device: Device, export: Export, overlap: bool) -> None:
         export.open(device)
+        self.overlap = overlap
         self.library = Library(build("csrc") / "libvitrail.so", device.driver.path)
         code, model = self.library.load(export.folder, overlap=overlap)
         assert code == OK, self.library.error
@@ -179,6 +181,31 @@ def test_texts_are_what_python_makes_of_them(
     peer = text_embedding(exported.theirs.to(dtype), ids.long())
     exported.theirs.float()
     assert_close(ours, reference, peer, what="model", name="text embedding")
+
+
+@pytest.mark.slow
+def test_every_schedule_gives_the_same_bits(
+    python: vitrail.Model, session: Callable[..., Session], device: Device
+) -> None:
+    """Images, and texts if there are any, in the order of warps of each seed."""
+    vision, text = python.spec.vision, python.spec.text
+    assert vision is not None
+    pixels = torch.randint(256, (ITEMS, SIDE, SIDE, 3), dtype=torch.uint8)
+    images = python.encode_image(pixels)
+    library = session(track=False)
+    for seed in range(SCHEDULES):
+        device.emulation.schedule(seed, overlap=library.overlap)
+        ours = library.images("embed_uint8", vision.embedding, pixels)
+        assert same_bits(ours, images), f"images, seed {seed}"
+    if text is None:
+        return
+    ids = torch.randint(3, text.vocab - 1, (ITEMS, text.context), dtype=torch.int32)
+    ids[:, 9] = text.vocab - 1  # the highest id ends a text
+    texts = python.encode_text(ids)
+    lengths = torch.full((ITEMS,), 10, dtype=torch.int32)
+    for seed in range(SCHEDULES):
+        device.emulation.schedule(seed, overlap=library.overlap)
+        assert same_bits(library.texts(text.embedding, ids, lengths), texts), f"texts, seed {seed}"
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
