@@ -185,6 +185,24 @@ def names_place(sentence: str) -> bool:
     return any(re.match(pattern, sentence) for pattern in PLACES)
 
 
+def check_fault(
+    make: Callable[[int], Subject],
+    arch: int,
+    planted: Planted,
+    message: str,
+    seeds: Iterable[int],
+) -> None:
+    """The fault shows with every seed as the pattern ``message`` has it, and says where it is. A
+    message that begins with "harmless: " is why it never shows."""
+    for seed in seeds:
+        sentence = symptom(make(arch), planted, seed)
+        if message.startswith("harmless: "):
+            assert not sentence
+        else:
+            assert names_place(sentence), sentence
+            assert re.search(message, sentence), sentence
+
+
 # -- changes ---------------------------------------------------------------------------------------
 
 

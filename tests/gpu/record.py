@@ -58,7 +58,7 @@ def _small_spec(checkpoint: str) -> ModelSpec:
 
 
 def small_works() -> Iterator[tuple[str, Work]]:
-    """Pooled and dense plans of a ViT, a CLIP, a DINOv2 with registers, and CLIP's text tower."""
+    """Pooled and dense plans of a ViT, a CLIP and a DINOv2, and the pooled one of CLIP's texts."""
     for checkpoint in ("vit-base-patch16-224", "clip-vit-large-patch14", "dinov2-small"):
         spec = _small_spec(checkpoint)
         vision = spec.vision
