@@ -36,12 +36,10 @@ from vitrail.package import (
     table_places,
     weights_header,
 )
-from vitrail.plain import plain
 from vitrail.program import Program, image_record, lower
-from vitrail.runners.runner import PositionCache
+from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.workload import served
-from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import in_forks, provenance
 from vitrail_kernels.launch import MISSING, Call, Target, interpreted
 
@@ -256,10 +254,9 @@ class _Package:
         places, total = table_places(self.spec, self.dtype, self.size)
         tables = torch.zeros(total - weights.arena.numel(), dtype=torch.uint8, device="cpu")
         if vision is not None and self.size is not None:
-            cache = PositionCache(OPERATORS["position"].reference)
+            reference = ReferenceRunner(weights, self.dtype, weights.arena.device)
             for kind, (start, stop) in places.items():
-                with plain():
-                    table = cache.get(weights, vision, vision.grid_at(self.size), kind)
+                table = reference.table(vision, vision.grid_at(self.size), kind)
                 at = weights.arena.numel()
                 tables[start - at : stop - at] = table.view(-1).view(torch.uint8)
         parts = weights_header(total), weights.arena.numpy().data, tables.numpy().data

@@ -149,6 +149,13 @@ class NativeRunner(TritonRunner):
             self._need_triton(self._exported, f"{target[0]}x{target[1]} patches")
         return super().table(spec, target, kind)
 
+    def _make_table(self, plan: Plan) -> Tensor:
+        try:
+            return super()._make_table(plan)
+        finally:  # the table is kept: its program must not push out those of other image sizes
+            with self._lock:
+                self._programs.pop((id(plan), None), None)
+
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
     ) -> dict[str, Tensor]:
