@@ -951,7 +951,7 @@ def test_a_cpu_gets_the_reference_and_is_told_why(monkeypatch: pytest.MonkeyPatc
     assert runners.choose("auto", torch.float32, CPU) == "reference"
     with pytest.raises(InputError, match="the kernels need a CUDA device"):
         runners.choose("triton", torch.float32, CPU)
-    monkeypatch.setattr(runners, "MISSING", ImportError("triton"))
+    monkeypatch.setattr(runners, "MISSING", ImportError("triton is not installed"))
     assert runners.choose("auto", torch.float16, GPU) == "reference"
     with pytest.raises(InputError, match="triton is not installed"):
         runners.choose("triton", torch.float16, GPU)

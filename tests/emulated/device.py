@@ -14,7 +14,7 @@ import standin
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
 from vitrail.exported import Exported
-from vitrail.program import Program
+from vitrail.program import record_of
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
 from vitrail_kernels.compile import compile_kernel
@@ -40,10 +40,11 @@ class Device:
         self.edit: Callable[[Call, str], str] = unedited
         """Plants faults: what runs in place of a kernel's PTX."""
 
-    def compile(self, call: Call) -> None:
-        """Let the kernel of ``call`` compute once it is loaded."""
+    def compile(self, call: Call) -> Any:
+        """Triton's kernel of ``call``, which computes once it is loaded."""
         kernel = compile_kernel(call, self.arch)
         self.emulation.source(kernel.asm["cubin"], self.edit(call, kernel.asm["ptx"]))
+        return kernel
 
     def hold(self, tensor: Tensor, name: str, *, written: bool = True) -> None:
         """Make ``tensor`` device memory: kernels may use its bytes and none beside them."""
@@ -98,10 +99,8 @@ class EmulatedRunner(NativeRunner):
         while self._weights:
             self._emulated.release(self._weights.popitem()[1])
 
-    def _load(self, key: str, program: Program) -> None:
-        if key in program.calls:
-            self._emulated.compile(program.calls[key])
-        super()._load(key, program)
+    def _record(self, key: str, call: Call) -> bytes:
+        return record_of(key, call, self.target.arch, self._emulated.compile(call))
 
     def _hold(self, tensor: Tensor, name: str, written: bool) -> Tensor:
         if tensor.data_ptr() not in self._held:

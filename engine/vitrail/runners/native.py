@@ -15,23 +15,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.errors import CheckpointError, DeviceError, InputError, OutOfMemoryError
+from vitrail.errors import (
+    CheckpointError,
+    DeviceError,
+    InputError,
+    OutOfMemoryError,
+    VitrailError,
+)
 from vitrail.exported import Exported
+from vitrail.kernel_cache import kernel_record
 from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Buffer, Plan
-from vitrail.program import Program, image_record, lower
+from vitrail.program import Program, lower
 from vitrail.runners.cuda_resize import CudaResize, open_resize
+from vitrail.runners.extension import load_extension
 from vitrail.runners.triton import TritonRunner
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
 from vitrail_kernels.launch import MISSING as NO_TRITON
-from vitrail_kernels.launch import Target
+from vitrail_kernels.launch import Call, Target
 
 try:
-    from vitrail import _C
-except ImportError as error:  # installed without a C++ compiler
+    load_extension()
+except ImportError as error:
     MISSING: ImportError | None = error
+    """Why there is no extension, in words."""
 else:
+    from vitrail import _C
+
     MISSING = None
 
 DRIVER = "libcuda.so.1"
@@ -83,7 +94,7 @@ class NativeRunner(TritonRunner):
         exported: Exported | None = None,
     ) -> None:
         if MISSING is not None:
-            raise RuntimeError("native runner: vitrail._C is not built") from MISSING
+            raise RuntimeError(f"native runner: {MISSING}") from MISSING
         super().__init__(weights, dtype, device)
         try:
             self._gpu = _C.Gpu(driver, self.device.index or 0)
@@ -109,7 +120,7 @@ class NativeRunner(TritonRunner):
         if isinstance(kernels, CudaResize):
             return str(kernels.image)
         if NO_TRITON is not None:
-            raise InputError(f"resize: got 'device', but {kernels}, and triton is not installed")
+            raise InputError(f"resize: got 'device', but {kernels}, and {NO_TRITON}")
         return f"Triton kernels, since {kernels}"
 
     def _resize_by(self) -> CudaResize | str:
@@ -228,8 +239,16 @@ class NativeRunner(TritonRunner):
                 where = self._exported.folder if self._exported is not None else "program"
                 raise CheckpointError(f"{where}: got no kernel {key} for sm_{arch}, wanted it")
             if record is None:
-                record = image_record(key, program.calls[key], arch)
+                record = self._record(key, program.calls[key])
             self._kernels.load(record)
+
+    def _record(self, key: str, call: Call) -> bytes:
+        try:
+            return kernel_record(key, call, self.target.arch)
+        except VitrailError as error:
+            raise DeviceError(
+                f"native runner on {self.device}: {error}; runner='reference' compiles nothing"
+            ) from error
 
     def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:
         """The program of ``plan`` for images of this size, made at the first call."""
@@ -262,8 +281,8 @@ class NativeRunner(TritonRunner):
     def _need_triton(self, exported: Exported, what: str) -> None:
         if NO_TRITON is not None:
             raise InputError(
-                f"{exported.folder}: got a call of {what}, which needs triton, and it is not "
-                f"installed; wanted what was exported: {exported.extent}"
+                f"{exported.folder}: got a call of {what}, which needs triton, and {NO_TRITON}; "
+                f"wanted what was exported: {exported.extent}"
             )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
