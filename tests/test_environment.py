@@ -28,12 +28,14 @@ from torch import Tensor
 import standin
 import vitrail
 from vitrail import info, kernel_cache, program
-from vitrail.errors import DeviceError, InputError
+from vitrail.errors import DeviceError, InputError, OutOfMemoryError
 from vitrail.model import Model, read_model
+from vitrail.plain import plain
 from vitrail.program import image_key
 from vitrail.runners import choose, extension, native, why_not_native
 from vitrail.runners.extension import load_extension
 from vitrail.runners.native import NativeRunner
+from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels import launch as kernel_launch
 from vitrail_kernels.compile import compile_kernel
@@ -504,3 +506,89 @@ def test_a_library_that_is_missing_is_one_line_and_not_of_the_output(tmp_path: P
         text=True,
     )
     assert (done.returncode, done.stderr) == (1, f"vitrail: error: {told}\n")
+
+
+# -- errors that come late -------------------------------------------------------------------------
+
+LATE = "CUDA error: an illegal memory access was encountered"
+MORE = "\nCUDA kernel errors might be asynchronously reported at some other API call."
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return vitrail.load(CLIP, device="cpu")
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("tolist", lambda model: model.encode_image([PHOTO])),
+        ("tolist", lambda model: model.encode_text(["a cat"])),
+        ("cpu", lambda model: model.classify(PHOTO, labels=["a", "b"])),
+        ("to", lambda model: model.encode_image([PHOTO])),
+        ("contiguous", lambda model: model.forward(pixel_values=torch.zeros(1, 3, 64, 64))),
+        ("isfinite", lambda model: model.get_intermediate_layers(torch.zeros(1, 3, 64, 64), 1)),
+        ("to", lambda model: model.as_module()(torch.zeros(1, 3, 64, 64))),
+    ],
+)
+def test_a_late_cuda_error_says_that_the_process_must_go(
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[RuntimeError],
+    function: str,
+    call: Callable[[Model], object],
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise error(LATE + MORE)
+
+    call(model)
+    monkeypatch.setattr(torch if function == "isfinite" else Tensor, function, late)
+    with pytest.raises(DeviceError, match=rf"^{LATE}, .*: start a new one$"):
+        call(model)
+
+
+def test_other_errors_of_pytorch_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^a size$"), plain():
+        raise RuntimeError("a size")
+    captured = "CUDA error: operation not permitted when stream is capturing"
+    with pytest.raises(DeviceError, match=f"^{captured}$"), plain():
+        raise RuntimeError(captured)
+
+
+def test_weights_that_do_not_fit_are_our_error_with_their_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(Weights, "to", full)
+    with pytest.raises(
+        OutOfMemoryError, match=r"no room for [\d,]{7,} bytes .* allocate 1\.00 GiB"
+    ):
+        vitrail.load(CLIP, device="cpu")
+
+
+def test_memory_that_lacks_for_one_item_is_our_error(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(type(model._vision_tower("")), "embed", full)
+    with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 1\.00 GiB"):
+        model.encode_image([PHOTO, PHOTO])
+
+
+@needs_native
+def test_a_fault_of_a_kernel_says_that_the_process_must_go(driver: standin.Standin) -> None:
+    model = open_model(driver)
+    embed(model)
+    driver.fail_launch(3, 700)
+    with pytest.raises(DeviceError, match=r"CUDA_ERROR_ILLEGAL_ADDRESS.*: start a new one$"):
+        embed(model)
+    driver.reset()
+    driver.fail_launch(3, 701)  # too many registers or threads: of this launch alone
+    with pytest.raises(DeviceError, match=r"OUT_OF_RESOURCES[^;]*$"):
+        embed(model)
+    driver.reset()

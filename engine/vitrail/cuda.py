@@ -1,10 +1,36 @@
-"""PyTorch's CUDA: whether it starts, and if not, why and what helps."""
+"""PyTorch's CUDA: whether it starts, if not why, and its errors as ours."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from vitrail.errors import InputError
+from vitrail.errors import DeviceError, InputError, OutOfMemoryError
+
+NEW_PROCESS = "no call in this process can use the GPU any more: start a new one"
+"""What follows from an error that CUDA keeps returning."""
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """What PyTorch raises for a GPU is raised as OutOfMemoryError or DeviceError.
+
+    Kernels run long after they were launched: PyTorch reports a fault of any of them at the next
+    copy or synchronisation, whoever asks for that.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(_one_line(error)) from error
+    except RuntimeError as error:
+        words = str(error).partition("\n")[0]
+        if not isinstance(error, torch.AcceleratorError) and not words.startswith("CUDA "):
+            raise
+        capture = "captur" in words  # of a CUDA graph: it fails, and the GPU works
+        told = words if capture else f"{words}, of this call's work or of earlier; {NEW_PROCESS}"
+        raise DeviceError(told) from error
 
 
 def why_no_cuda() -> str | None:

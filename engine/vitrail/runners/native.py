@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitrail.cuda import NEW_PROCESS
 from vitrail.errors import (
     CheckpointError,
     DeviceError,
@@ -51,6 +52,8 @@ OVERLAP = "VITRAIL_OVERLAP"
 
 PROGRAMS, SIZES = 64, 256
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+STICKY = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
+"""CUresults after which a context gives nothing but errors: faults of a kernel or of the memory."""
 
 
 Size = tuple[int, int, int]
@@ -229,7 +232,8 @@ class NativeRunner(TritonRunner):
 
     def _failed(self, what: str, error: _C.DriverError) -> DeviceError:
         kind = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
-        return kind(f"{what} on {self.device}: {error}")
+        told = f"; {NEW_PROCESS}" if error.code in STICKY else ""
+        return kind(f"{what} on {self.device}: {error}{told}")
 
     def _load(self, key: str, program: Program) -> None:
         with self._compiling:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vitrail import plans
+from vitrail.cuda import device_errors
+from vitrail.errors import OutOfMemoryError
 from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Launch, Plan
 from vitrail.spec import VisionSpec
@@ -89,6 +91,17 @@ class ArenaPool:
                 self._idle.append(arena)
 
 
+def _moved(weights: Weights, device: torch.device) -> Weights:
+    """``weights`` on ``device``. Raises OutOfMemoryError if they do not fit there."""
+    try:
+        with device_errors():
+            return weights.to(device)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{device}: got no room for {weights.arena.numel():,} bytes of weights: {error}"
+        ) from error
+
+
 class Runner(ABC):
     """Runs plans of one model on one device, from any number of threads at once.
 
@@ -101,7 +114,7 @@ class Runner(ABC):
         if device.type == "cuda" and device.index is None:
             # by number: another thread's current device may be another
             device = torch.device("cuda", torch.cuda.current_device())
-        self.weights, self.dtype, self.device = weights.to(device), dtype, device
+        self.weights, self.dtype, self.device = _moved(weights, device), dtype, device
         self._arenas = ArenaPool(device)
         self._positions = PositionCache()
         self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
