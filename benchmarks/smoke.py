@@ -26,9 +26,10 @@ from shapes import VISION
 
 import vitrail
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import compile_kernel, identity, in_forks
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target, launch, target_of
+from vitrail_kernels.processes import in_forks
 
 STEPS = {"cuda": 60, "bundled native": 90, "bundled triton": 90}
 """Seconds of the steps that come first."""

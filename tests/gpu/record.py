@@ -26,9 +26,10 @@ from gpu.common import NAMES, same_bits
 from vitrail import plans
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import compile_kernel, identity, in_forks
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Target
+from vitrail_kernels.processes import in_forks
 
 LENGTHS = (5, 9, 24, 3, 66)
 TILES = (
