@@ -55,22 +55,31 @@ def gelu(y: tl.tensor) -> tl.tensor:
 
 
 @jit()
+def times_sigmoid(y: tl.tensor, s: tl.tensor) -> tl.tensor:
+    """y sigmoid(-s ln 2) = y / (1 + 2^s), of fp32 values, within 3e-7 of the result.
+
+    The square of the reciprocal root is two instructions; a division is six, which keep its range.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(s))
+    return y * root * root
+
+
+@jit()
 def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Of fp32 values. NaN stays NaN."""
-    # sigmoid(s) = 1 / (1 + 2^(-s log2 e)), with the factors of the exponent multiplied beforehand
     LOG2E: tl.constexpr = 1.4426950408889634
     if ACTIVATION == "gelu":
         y = gelu(y)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
         SLOPE: tl.constexpr = -1.5957691216057308 * LOG2E
-        y = y / (1.0 + tl.exp2(y * tl.fma(y * y, 0.044715 * SLOPE, SLOPE)))
+        y = times_sigmoid(y, y * tl.fma(y * y, 0.044715 * SLOPE, SLOPE))
     elif ACTIVATION == "quick_gelu":
-        y = y / (1.0 + tl.exp2(y * (-1.702 * LOG2E)))
+        y = times_sigmoid(y, y * (-1.702 * LOG2E))
     elif ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)
     elif ACTIVATION == "silu":
-        y = y / (1.0 + tl.exp2(y * -LOG2E))
+        y = times_sigmoid(y, y * -LOG2E)
     elif ACTIVATION == "tanh":
-        y = 2.0 / (1.0 + tl.exp2(y * (-2.0 * LOG2E))) - 1.0
+        y = tl.fma(times_sigmoid(2.0, y * (-2.0 * LOG2E)), 1.0, -1.0)
     return y
