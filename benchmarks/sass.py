@@ -88,7 +88,7 @@ def lines(label: str, kernel: Results) -> Iterator[str]:
         loads = loop["tma_loads"] + loop["cp_async"]
         text += (
             f" | {products:18s} {loop['in_flight']:3d} {loop['carried']:3d} "
-            f"{loads:16d} {loop['loads_ahead']:5d} {loop['lead'] or 0:5d} {loop['barriers']:4d} "
+            f"{loads:16d} {loop['loads_ahead']:5d} {loop['lead']:5d} {loop['barriers']:4d} "
             f"{loop['mufu']:4d} {loop['instructions']:4d}"
         )
         if number == 0 and kernel["epilogue"]["instructions"]:

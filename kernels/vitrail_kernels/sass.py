@@ -7,6 +7,7 @@ product of a tile that stores it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ class Loop:
     that still run when the next iteration begins. ``loads`` by tensor map, ``copies`` by cp.async.
     ``loads_ahead``: how many iterations before its use a buffer is loaded, by what the code in
     front of the loop loads. ``lead``: the fewest instructions between the load of a buffer and the
-    wait for it, None if the loop loads nothing asynchronously. ``values``: accumulators a thread
+    wait for it, 0 if the loop loads nothing ahead. ``values``: accumulators a thread
     holds of the last product. ``opcodes``: how often each opcode runs.
     """
 
@@ -37,7 +38,7 @@ class Loop:
     loads: int
     copies: int
     loads_ahead: int
-    lead: int | None
+    lead: int
     values: int
     opcodes: Counter[str]
 
@@ -68,7 +69,7 @@ class Sass:
 def read_sass(text: str) -> Sass:
     """Read what ``nvdisasm -c`` prints of a cubin with one kernel."""
     graph = _Graph(list(_instructions(text)))
-    main = [loop for loop in graph.loops() if _products(graph.code(loop.always))]
+    main = [loop for loop in graph.loops if _products(graph.code(loop.always))]
     loops = tuple(_loop(graph, loop) for loop in main)
     return Sass(loops, Counter(each.opcode for each in graph.code(_epilogue(graph, main))))
 
@@ -171,6 +172,7 @@ class _Graph:
     def code(self, blocks: Iterable[int]) -> list[_Instruction]:
         return [each for number in sorted(blocks) for each in self._blocks[number]]
 
+    @functools.cached_property
     def loops(self) -> list[_NaturalLoop]:
         """Natural loops, in the order of their headers."""
         latches: dict[int, set[int]] = {}
@@ -224,7 +226,7 @@ def _loop(graph: _Graph, loop: _NaturalLoop) -> Loop:
         loads=counts[TMA_LOAD],
         copies=counts[ASYNC_COPY],
         loads_ahead=ahead,
-        lead=_lead(code, load, ahead) if ahead else None,
+        lead=_lead(code, load, ahead) if ahead else 0,
         values=_accumulators(code),
         opcodes=counts,
     )
@@ -233,7 +235,7 @@ def _loop(graph: _Graph, loop: _NaturalLoop) -> Loop:
 def _in_flight(code: Sequence[_Instruction]) -> tuple[int, int, int]:
     """Groups that an iteration commits, the most that run at once, and those that outlive it."""
     groups = pending = most = 0
-    for iteration in range(8):  # more than any wait leaves in flight: the counts then repeat
+    for _ in range(8):  # more than any wait leaves in flight: the counts then repeat
         groups = most = 0
         for each in code:
             if each.opcode == "HGMMA" and "gsb0" in each.operands:
@@ -247,32 +249,27 @@ def _in_flight(code: Sequence[_Instruction]) -> tuple[int, int, int]:
 def _in_front(graph: _Graph, loop: _NaturalLoop, load: str) -> int:
     """How many loads always run before the loop does, behind the loop before it."""
     before = graph.dominators[loop.header] - {loop.header}
-    inner = [other.blocks for other in graph.loops() if other.header in before]
+    inner = [other.blocks for other in graph.loops if other.header in before]
     first = max((max(blocks & before) + 1 for blocks in inner), default=0)
     code = graph.code(number for number in before if number >= first)
     return sum(each.opcode == load for each in code)
 
 
-def _lead(code: Sequence[_Instruction], load: str, ahead: int) -> int | None:
+def _lead(code: Sequence[_Instruction], load: str, ahead: int) -> int:
     """Instructions between a load and the wait for it; every mbarrier by its own address."""
     waits: dict[str, int] = {}
     loads: dict[str, int] = {}
     address = ""
     for at, each in enumerate(code):
-        if load == ASYNC_COPY and each.name.startswith("DEPBAR") or "TRYWAIT" in each.name:
+        copied = load == ASYNC_COPY and each.name.startswith("DEPBAR")
+        if copied or "TRYWAIT" in each.name:
             waits.setdefault(_offset(each), at)
         elif each.name.startswith("SYNCS.ARRIVE"):
             address = _offset(each)
         elif each.opcode == load:
             loads[address] = at
-    return min(
-        (
-            (ahead - 1) * len(code) + len(code) - loads[at] + waits[at]
-            for at in loads
-            if at in waits
-        ),
-        default=None,
-    )
+    awaited = loads.keys() & waits.keys()
+    return min((ahead * len(code) - loads[at] + waits[at] for at in awaited), default=0)
 
 
 def _offset(instruction: _Instruction) -> str:
