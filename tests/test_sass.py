@@ -6,8 +6,13 @@ The numbers that a change of a kernel may move are in FACTS.
 from __future__ import annotations
 
 import functools
+import importlib
+import json
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +28,10 @@ from vitrail_kernels.sass import Loop, Sass, opcodes, read_sass
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+benchmark: Any = importlib.import_module("sass")
+table: Any = importlib.import_module("table")
 
 HALF = torch.float16
 HOPPER = Target(90, CARDS[90].sms)
@@ -228,3 +237,42 @@ def test_opcodes_are_read_from_a_disassembly() -> None:
 def test_a_branch_to_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="known label"):
         read_sass("        /*0000*/                   BRA `(.L_x_9) ;")
+
+
+# -- the command and its table ---------------------------------------------------------------------
+
+
+def test_the_command_prints_and_keeps_each_kernel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sass.json"
+    assert benchmark.main(["ViT-B/16", "--batch", "1", "--json", str(file), "--allow-dirty"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    results = json.loads(file.read_text())["results"]["ViT-B/16, batch 1, sm_90"]
+    for launch in launches(SHAPES["ViT-B/16"], HALF, 1):
+        assert any(line.startswith(f"{launch.label} ") for line in lines), launch.label
+        record = results[launch.label]
+        _, code, sass = kernels(1)[launch.label]
+        if "same_as" in record:
+            record = results[record["same_as"]]
+        assert (record["registers"], record["shared"]) == (code.registers, code.shared)
+        assert record["epilogue"]["instructions"] == sass.epilogue.total()
+        assert [loop["lead"] for loop in record["loops"]] == [loop.lead for loop in sass.loops]
+
+
+def test_the_documents_have_the_committed_numbers() -> None:
+    start, end = table.SASS
+    assert f"{start}{table.render_sass()}{end}" in table.PERFORMANCE.read_text()
+    for file in (table.RESULTS / "compiled").glob("*.json"):
+        record = json.loads(file.read_text())
+        triton = file.stem.rpartition("-")[2]
+        assert record["results"]["triton"].startswith(f"{triton}."), file.name
+        assert not record["environment"]["dirty"], file.name
+        spills = [
+            (case, label)
+            for case, kernels in record["results"].items()
+            if isinstance(kernels, dict)
+            for label, kernel in kernels.items()
+            if kernel.get("spills", 0) or kernel.get("stack", 0)
+        ]
+        assert not spills, file.name
