@@ -30,6 +30,7 @@ from environment import ROOT
 from harness import (
     OURS,
     Case,
+    Keep,
     Results,
     Run,
     arguments,
@@ -317,14 +318,14 @@ def main(given: Sequence[str] | None = None) -> int:
     if cuda:
         timer = sample(1, time.perf_counter, torch.cuda.synchronize)
 
-    def run(name: str) -> Results:
+    def run(name: str, keep: Keep) -> Results:
         if name == allocations:
             return counts(forward)
         if name == turns:  # both fit one arena: every call writes its sizes anew
             case = Case({CPP: forward.alone(63, 64)}, lambda *_: None)
         else:
             case = forward.case(int(name.split()[1]))
-        return measure(case, timer, ROUNDS)
+        return measure(case, timer, ROUNDS, keep=keep)
 
     chosen = [name for name in options.cases if not (cuda and name == allocations)]
     cases = {name: functools.partial(run, name) for name in chosen}

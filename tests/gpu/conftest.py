@@ -1,7 +1,12 @@
-"""Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models."""
+"""Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models.
+
+A test that loses the device ends the session, as nothing after it could run; one that takes longer
+than VITRAIL_GPU_TEST_SECONDS, if that is set, ends the process with the stacks of its threads.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -18,6 +23,28 @@ from gpu.models import Zoo
 
 if DRY:  # NumPy's products depend on where in a tile a row stands
     from interpreted.conftest import ordered_dot  # noqa: F401
+
+
+TERMINAL = pytest.StashKey[int]()
+"""A descriptor of the real stderr, which no test captures."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TERMINAL] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A kernel that never ends holds its thread where no Python signal reaches it."""
+    seconds = float(os.environ.get("VITRAIL_GPU_TEST_SECONDS", "0"))
+    if seconds > 0:
+        terminal = item.config.stash[TERMINAL]
+        os.write(terminal, f"{item.nodeid}\n".encode())
+        faulthandler.dump_traceback_later(seconds, exit=True, file=terminal)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,7 +101,12 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
-    """What a test leaves is given back to the GPU."""
+    """Memory that a test leaves is given back to the GPU, if the GPU still answers."""
     yield
-    if not DRY:
-        torch.cuda.empty_cache()
+    if DRY:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the device is lost to this process: {error}")
+    torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from vitrail import plans
 from vitrail.files import open_checkpoint
 from vitrail.spec import ModelSpec
 from vitrail.zoo import read_spec
-from vitrail_kernels.compile import compile_call, identity
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.launch import Call, Target
 
 SECONDS = 200
@@ -120,22 +120,25 @@ def tower_work(spec: ModelSpec, batch: int) -> Iterator[Work]:
                 yield vision_work(spec, plan, batch, vision.image, uint8)
 
 
-def needed(modules: Iterable[str], target: Target) -> list[Call]:
-    """The kernel calls of test modules, calls alike once; the longest to compile first."""
+def needed(
+    modules: Iterable[str], target: Target, dtypes: Sequence[torch.dtype] = HALVES
+) -> list[Call]:
+    """The kernel calls of test modules in these dtypes, calls alike once; the longest to compile
+    first."""
     calls: list[Call] = []
     for module in modules:
         if module == "test_kernels":
             for shapes in SHAPES.values():
                 for work in works(shapes):
-                    for dtype in HALVES:
+                    for dtype in dtypes:
                         calls += calls_of(work, dtype, target)
         if module in SMALL_ONES:
             for work in small_work():
-                for dtype in HALVES:
+                for dtype in dtypes:
                     calls += calls_of(work, dtype, target)
         for served in MODELS.get(module, ()):
             for work in served_work(served):
-                for dtype in served.dtypes:
+                for dtype in set(served.dtypes) & set(dtypes):
                     calls += calls_of(work, dtype, target)
     different = {identity(call): call for call in calls}.values()
     return sorted(different, key=lambda call: "linear" not in call.kernel.__name__)
@@ -148,7 +151,7 @@ _CALLS: list[Call] = []
 def _compile(position: int, arch: int) -> str | None:
     call = _CALLS[position]
     try:
-        compile_call(call, arch)
+        compile_kernel(call, arch)
     except Exception as error:
         return f"{call.kernel.__name__} {call.config}: {type(error).__name__}: {error}"
     return None
