@@ -26,5 +26,5 @@ cd "$(dirname "$0")/.." || exit
 PATH=$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # -P and no root in the path: transformers would take the folder kernels/ for a package
-export PYTHONPATH=$PWD/engine:$PWD/kernels:$PWD/tests
+export PYTHONPATH=$PWD/engine:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python3}" benchmarks/calls.py "$@"
