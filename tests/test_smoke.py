@@ -137,33 +137,18 @@ def test_a_planted_wrong_kernel_is_timed_and_marked(run: Run) -> None:
 
 
 ILLEGAL = """
-import ctypes, tempfile, pathlib
+import pathlib, tempfile
 import standin
 driver = standin.own(pathlib.Path(tempfile.mkdtemp()))
-
-def context():
-    device, handle = ctypes.c_int(), ctypes.c_void_p()
-    for name, *given in (
-        ("cuInit", 0),
-        ("cuDeviceGet", ctypes.byref(device), 0),
-        ("cuDevicePrimaryCtxRetain", ctypes.byref(handle), 0),
-        ("cuCtxPushCurrent_v2", handle),
-    ):
-        assert getattr(driver.driver, name)(*given) == 0, name
-
-def synchronize(device):
-    code = driver.driver.cuStreamSynchronize(ctypes.c_void_p())
-    if code:
-        raise RuntimeError(f"CUDA error: {code}")
+standin.open_context(driver)
 
 def bundled(name, device):
     if name == "illegal":
         driver.fail(1, 700)  # an illegal access, which every later call gives too
-    synchronize(device)
+    standin.synchronize(driver)
     return "right"
 
-context()
-steps.bundled, steps.synchronize = bundled, synchronize
+steps.bundled, steps.synchronize = bundled, lambda device: standin.synchronize(driver)
 """
 
 

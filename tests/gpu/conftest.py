@@ -33,14 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TERMINAL] = os.dup(2)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A kernel that never ends holds its thread where no Python signal reaches it."""
+def limit(config: pytest.Config) -> None:
+    """From now on the test has VITRAIL_GPU_TEST_SECONDS. A kernel that never ends holds its thread
+    where no Python signal reaches it."""
     seconds = float(os.environ.get("VITRAIL_GPU_TEST_SECONDS", "0"))
     if seconds > 0:
-        terminal = item.config.stash[TERMINAL]
-        os.write(terminal, f"{item.nodeid}\n".encode())
-        faulthandler.dump_traceback_later(seconds, exit=True, file=terminal)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=config.stash[TERMINAL])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    limit(item.config)
+    if "VITRAIL_GPU_TEST_SECONDS" in os.environ:
+        os.write(item.config.stash[TERMINAL], f"{item.nodeid}\n".encode())
     try:
         return (yield)
     finally:
@@ -65,14 +70,18 @@ def kernels(request: pytest.FixtureRequest) -> None:
     """
     if DRY:
         return
+    faulthandler.cancel_dump_traceback_later()  # that process has a limit of its own
     modules = sorted({item.path.stem for item in request.session.items})
+    every_dtype = any("bfloat16" in item.nodeid for item in request.session.items)
     card = torch.cuda.get_device_properties()
     target = [f"{card.major}{card.minor}", str(card.multi_processor_count)]
+    target += [] if every_dtype else ["--float16"]
     # not the root, in whose kernels/ transformers would see a package
     paths = [path for path in sys.path if path not in ("", str(request.config.rootpath))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-P", "-m", "gpu.precompile", *target, *modules]
     subprocess.run(command, env=environment, check=False)
+    limit(request.config)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Compile what GPU tests launch into Triton's cache: `python -m gpu.precompile 90 132 MODULE...`
 
 A process of its own, because it forks one for every core and CUDA does not survive a fork: the
-architecture and its number of multiprocessors are given, nothing here asks the GPU.
+architecture and its number of multiprocessors are given, nothing here asks the GPU. ``--float16``
+in front of the modules leaves out bfloat16.
 """
 
 from __future__ import annotations
@@ -157,10 +158,11 @@ def _compile(position: int, arch: int) -> str | None:
     return None
 
 
-def main(arch: int, sms: int, modules: Sequence[str]) -> int:
+def main(arch: int, sms: int, words: Sequence[str]) -> int:
     """Compile, and say what failed. Always 0: the tests say it again where they need it."""
     start = time.monotonic()
-    _CALLS[:] = needed(modules, Target(arch, sms))
+    modules = [word for word in words if word != "--float16"]
+    _CALLS[:] = needed(modules, Target(arch, sms), FP16 if "--float16" in words else HALVES)
     if not _CALLS:
         return 0
     context = multiprocessing.get_context("fork")
