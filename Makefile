@@ -72,7 +72,7 @@ test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 
 test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
 	$(say) 'What the kernels compile to under triton 3.6'
-	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py \
+	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py tests/test_sass.py \
 	    tests/test_calls.py::test_tritons_binding_is_compiled_without_a_driver
 
 lint: .venv/dev.stamp ## ruff and mypy --strict

@@ -14,15 +14,11 @@ import triton
 
 from vitrail_kernels.attention import attention_calls
 from vitrail_kernels.compile import (
-    ASYNC_COPY,
     SHARED_LIMIT,
-    TMA_LOAD,
-    TMA_STORE,
     Compiled,
     compile_all,
     compile_call,
     identity,
-    opcodes,
     order_of_sums,
 )
 from vitrail_kernels.configs import KernelConfig
@@ -30,6 +26,7 @@ from vitrail_kernels.launch import Call, Grid, Target, jit, tl
 from vitrail_kernels.linear import linear_calls
 from vitrail_kernels.overlap import wait_for_previous
 from vitrail_kernels.report import CARDS, SHAPES, Launch, launches, table
+from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
@@ -252,16 +249,6 @@ def test_rows_of_any_alignment_are_one_kernel() -> None:
 
 
 # -- the tools themselves --------------------------------------------------------------------------
-
-
-def test_opcodes_are_read_from_a_disassembly() -> None:
-    sass = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 BRA `(.L_x_0) ;
-        /*0020*/             @P2 STL.64 [R1+0x8], R4 ;
-        /*0030*/        @!UP0 UTMALDG.2D [UR8], [UR4], desc[UR6] ;
-    """
-    assert opcodes(sass) == {"LDC": 1, "BRA": 1, "STL": 1, "UTMALDG": 1}
 
 
 @jit()

@@ -226,7 +226,7 @@ class FakeGPU:
         self.bench = Bench(HOPPER, CPU, self.compile, self.launch, self.seconds)
 
     def compile(self, calls: Sequence[Call]) -> list[Compiled | str]:
-        fine = Compiled("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "")
+        fine = Compiled("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "", "")
         given = [self.codes.get(call.config, {}) for call in calls]
         return [one if isinstance(one, str) else dataclasses.replace(fine, **one) for one in given]
 
@@ -632,7 +632,7 @@ BLOCKED = """
 
 
 def read(ttgir: str) -> frozenset[tuple[str, ...]]:
-    return order_of_sums(Compiled("fake", 90, 24, 0, 0, 8, Counter(), ttgir, ""))
+    return order_of_sums(Compiled("fake", 90, 24, 0, 0, 8, Counter(), ttgir, "", ""))
 
 
 def test_the_order_of_sums_is_read_from_tritons_code() -> None:
