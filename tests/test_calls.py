@@ -347,3 +347,97 @@ def test_the_script_is_a_door_and_no_more(tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert "got kernel" in done.stdout
+
+
+# -- a whole call ----------------------------------------------------------------------------------
+
+
+SETTINGS = {"LIMIT", "FRESH", "ALLOW_DIRTY", "VITRAIL_COMMIT", "VITRAIL_RESULTS", "VITRAIL_TUNED"}
+NO_DEVICE = ("Found no NVIDIA driver", "Torch not compiled with CUDA enabled")
+
+
+class Machine:
+    """gpu.sh in the copy ``tree``, without git, on a machine whose torch claims an H100."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+
+    def __call__(self, *words: str) -> tuple[int, str]:
+        """The exit code and the output of a call, which finds an empty folder for its files."""
+        out = self.tree.parent / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name not in SETTINGS},
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT / "tests/claimed_device"),
+            "GIT_CEILING_DIRECTORIES": str(self.tree.parent),
+            "OUT": str(out),
+        }
+        command = ["bash", "benchmarks/gpu.sh", *words]
+        done = subprocess.run(
+            command, cwd=self.tree, env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A copy of this tree's files, and of the extension that is built here."""
+    tree = tmp_path_factory.mktemp("copy") / "tree"
+    listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
+    built = [str(file.relative_to(ROOT)) for file in (ROOT / pack.ENGINE).glob("_C.*.so")]
+    for name in filter(None, [*names.decode().split("\0"), *built]):
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    return Machine(tree)
+
+
+def check_faults(said: str) -> None:
+    """Whatever failed did so for want of a device."""
+    for line in said.splitlines():
+        fault = any(f"{word} " in line for word in ("FAILED", "FAULT", "WRONG", "HANGS", "DIED"))
+        if fault and " after " not in line:  # a step's note
+            assert any(reason in line for reason in NO_DEVICE), line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do all of it, for minutes")
+def test_both_calls_run_to_the_end_on_a_machine_that_lacks_only_the_gpu(machine: Machine) -> None:
+    code, said = machine("first")
+    assert code == 1
+    check_faults(said)
+    smoke = importlib.import_module("smoke")
+    for name in (name for group in smoke.groups_of("cuda") for name in group.names):
+        assert f"@ {name} " in said, "every step has its line"
+    for note in ("smoke              FAILED", "record             FAILED", "ncu                "):
+        assert note in said, said[-3000:]
+    assert "commit unknown-dirty" in said, "without git nothing refuses"
+
+    code, said = machine("models", "latency")
+    assert code == 1
+    check_faults(said)
+    for name in ("B/16, batch 256", "load"):
+        assert name in said
+    assert "commit unknown dirty" in said, "in the table"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do all of it, for minutes")
+def test_three_calls_in_a_row_share_a_state(machine: Machine) -> None:
+    """Though the first leaves images, a tuned table and results in the tree."""
+    state = machine.tree / "build/gpu"
+    for number in range(3):
+        code, said = machine("ceilings")
+        assert code == 1, said
+        assert (state / "mark").exists() == (number > 0)
+        (state / "mark").touch()
+        assert (machine.tree.parent / "out/nvidia-h100-claimed/ceilings.json").exists()
+        for built in ("images/resize.json", "tuned/sm_90.json"):
+            file = machine.tree / "kernels/vitrail_kernels" / built
+            file.parent.mkdir(exist_ok=True)
+            file.write_text('{"provenance": {}, "configs": {}}')
+    (machine.tree / "kernels/vitrail_kernels/configs.py").open("a").write("# changed\n")
+    machine("ceilings")
+    assert not (state / "mark").exists(), "other sources have another state"
