@@ -17,6 +17,8 @@ CODE = ("engine", "kernels", "csrc", "benchmarks")
 SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
 BUILT = ("results", "images", "tuned")
 """Folders inside `CODE` that a build, a tuning or a measurement writes."""
+SECONDS = 20
+"""For nvidia-smi, or git, to answer."""
 PACKED = "build/pack/commit"
 """Whose files these are in a copy without git, written by ``benchmarks/gpu.sh pack``."""
 DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -25,9 +27,9 @@ DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=
 def _output(*command: str, folder: Path | None = None) -> str | None:
     try:
         done = subprocess.run(
-            command, cwd=folder or ROOT, capture_output=True, text=True, check=True
+            command, cwd=folder or ROOT, capture_output=True, text=True, check=True, timeout=SECONDS
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 

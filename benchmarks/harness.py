@@ -30,6 +30,9 @@ UNFINISHED = 3
 LOST = 70
 """Exit code of a process whose device is lost, after which nothing in it would run."""
 
+LEAST = 45.0
+"""Seconds under which no case is begun: what one takes to have its first times."""
+
 Results = dict[str, Any]
 Run = Callable[[], Any]
 Timer = Callable[[Run], float]
@@ -271,7 +274,7 @@ def arguments(about: str | None, names: Sequence[str], given: Sequence[str] | No
     )
     parser.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file holds")
-    parser.add_argument("--seconds", type=float, help="start no case that would end past these")
+    parser.add_argument("--seconds", type=float, help="begin no case near their end")
     options = parser.parse_args(given)
     options.cases = [name for name in names if name.startswith(tuple(options.cases or ("",)))]
     if not options.cases:
@@ -293,17 +296,16 @@ def run_suite(
 
     A case gets a function that writes its results so far, marked "unfinished". ``resume``: whole
     cases that the file already holds, of the same sources and without a fault, are kept and not run
-    again; those with a fault come last. None is started that would end past ``seconds`` if it took
-    as long as the longest so far. ``beside`` goes into the file beside the cases.
+    again; those with a fault come last. None is begun with less than `LEAST` of ``seconds`` left.
+    ``beside`` goes into the file beside the cases.
     """
     earlier, faulty = _earlier(path, device) if resume else ({}, [])
     results: Results = earlier | beside
-    start, longest, broken = clock(), 0.0, False
+    start, broken = clock(), False
     for name, run in sorted(cases.items(), key=lambda case: case[0] in faulty):
         if name in results:
             continue
-        begun = clock()
-        if seconds is not None and begun - start + longest > seconds:
+        if seconds is not None and seconds - (clock() - start) < LEAST:
             return UNFINISHED
 
         def keep(partial: Results, name: str = name) -> None:
@@ -324,7 +326,6 @@ def run_suite(
         except Exception as error:
             print(f"LOST after {name}: {_first_line(error)}", flush=True)
             return LOST
-        longest = max(longest, clock() - begun)
     return int(broken)
 
 
