@@ -233,10 +233,10 @@ class FakeGPU:
     def launch(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.last = call
-            if "out_map" not in call.arguments:
-                call.arguments["out_ptr"].fill_(1)
+            out, stats = call.arguments["out_ptr"], call.arguments.get("stats_ptr")
+            if "x_map" not in call.arguments:
+                out.fill_(1)
                 continue
-            out, stats = call.arguments["out_map"].base, call.arguments["stats_ptr"]
             x, weight = call.arguments["x_map"].base, call.arguments["weight_map"].base
             out += x @ weight.t()
             stats.copy_(out.float().mean(1).expand_as(stats))

@@ -147,6 +147,7 @@ def launches(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iter
     yield linear("qkv", n, m, 3 * c, c, norm=True)
     given = {"out": empty(m, c), "qkv": empty(m, 3 * c), "cu_seqlens": lengths}
     scalars = {"heads": shape.heads, "causal": shape.causal, "max_seqlen": shape.tokens}
+    scalars["equal_lengths"] = not shape.causal
     yield launch("attention", "attention", n, given, **scalars)
     yield linear("out", n, m, c, c, residual=True)
     yield linear("up", n, m, up, c, **act)
