@@ -95,9 +95,10 @@ def brief(config: KernelConfig) -> str:
     """A configuration in a few words."""
     sides = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
     limit = "" if config.registers is None else f", {config.registers} registers"
+    turns = f", staggered {config.stagger} ns" if config.stagger else ""
     return (
         f"{sides}, {config.warps} warps, {config.stages} stages{limit}, {config.ctas} an SM, "
-        f"groups of {config.group_m}"
+        f"groups of {config.group_m}{turns}"
     )
 
 

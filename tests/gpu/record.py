@@ -32,9 +32,11 @@ from vitrail_kernels.launch import Call, Target, triton_version
 LENGTHS = (5, 9, 24, 3, 66)
 TILES = (
     KernelConfig(64, 64, 64, 4, 3),
-    KernelConfig(64, 128, 64, 4, 3),
+    KernelConfig(64, 64, 64, 4, 6, ctas=2),
+    KernelConfig(64, 128, 64, 4, 4, ctas=2),
     KernelConfig(128, 128, 64, 8, 2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128),
+    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
+    KernelConfig(128, 256, 64, 8, 4),
 )
 
 
