@@ -47,8 +47,8 @@ from triton.backends.driver import GPUDriver
 from triton.runtime import driver as triton_driver
 
 from vitrail import plans
+from vitrail.kernel_cache import kernel_record
 from vitrail.plan import Launch, Plan
-from vitrail.program import image_record
 from vitrail.runners.native import DRIVER, NativeRunner, Size
 from vitrail.runners.triton import TritonRunner
 from vitrail.spec import ModelSpec, VisionSpec
@@ -284,7 +284,7 @@ def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
         folder = Path(name)
         (folder / "plan").write_bytes(ready.program.record)
         for number, (key, call) in enumerate(ready.program.calls.items()):
-            record = image_record(key, call, TARGET.arch)
+            record = kernel_record(key, call, TARGET.arch)
             (folder / f"image{number}").write_bytes(record)
         csrc, program = ROOT / "csrc", folder / "host"
         sources = [PROGRAM, *(csrc / source for source in SOURCES)]

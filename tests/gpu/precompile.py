@@ -1,4 +1,6 @@
-"""Compile what GPU tests launch into Triton's cache: `python -m gpu.precompile 90 132 MODULE...`
+"""Compile what GPU tests launch, before them: `python -m gpu.precompile 90 132 MODULE...`
+
+Into Triton's cache for the Triton runner, and into Vitrail's for the native one.
 
 A process of its own, because it forks one for every core and CUDA does not survive a fork: the
 architecture and its number of multiprocessors are given, nothing here asks the GPU. ``--float16``
@@ -26,6 +28,8 @@ from gpu.models import BUNDLED, SMALL
 from helpers import make, save
 from vitrail import plans
 from vitrail.files import open_checkpoint
+from vitrail.kernel_cache import keep
+from vitrail.program import image_key, record_of
 from vitrail.spec import ModelSpec
 from vitrail.zoo import read_spec
 from vitrail_kernels.compile import compile_kernel, identity
@@ -152,7 +156,8 @@ _CALLS: list[Call] = []
 def _compile(position: int, arch: int) -> str | None:
     call = _CALLS[position]
     try:
-        compile_kernel(call, arch)
+        key = image_key(call, arch)
+        keep(key, record_of(key, call, arch, compile_kernel(call, arch)))
     except Exception as error:
         return f"{call.kernel.__name__} {call.config}: {type(error).__name__}: {error}"
     return None
