@@ -1,7 +1,8 @@
 """`gpu.sh pack` builds beforehand what a call on a GPU would spend minutes on, to be taken along.
 
-build/pack holds the extension, the CUDA images, Triton's cache with every kernel and launcher of
-the calls, and the commit. Triton's cache keeps absolute paths: both sides have it in one folder.
+build/pack holds the extension, the CUDA images, the commit, and the caches of Triton and Vitrail
+with every kernel and launcher of the calls. Triton's keeps absolute paths: it is in `CACHE` on both
+machines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from environment import PACKED, ROOT, describe
 
 FOLDER = "build/pack"
-CACHE = Path("/var/tmp/vitrail-triton")
+CACHE, ARCHIVE = Path("/var/tmp/vitrail-kernels"), "kernels.tar.xz"
 BUILDS = {
     "the extension": ("setup.py", "build_ext", "--inplace"),
     "the CUDA images": ("setup.py", "build_cuda_images", "--editable-mode"),
@@ -27,9 +28,15 @@ KERNELS = ("benchmarks/precompile.py", "--launchers")
 ENGINE, IMAGES = "engine/vitrail", "kernels/vitrail_kernels/images"
 
 
+def use_caches() -> None:
+    """Children of this process find and keep kernels in `CACHE`."""
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+    os.environ["VITRAIL_CACHE"] = str(CACHE / "vitrail")
+
+
 def pack() -> int:
     """Build all of it, a line a part; 1 if a part fails."""
-    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    use_caches()
     shutil.rmtree(CACHE, ignore_errors=True)
     folder = ROOT / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
@@ -44,7 +51,7 @@ def pack() -> int:
         shutil.copy(extension, folder)
     if (ROOT / IMAGES).exists():
         shutil.copytree(ROOT / IMAGES, folder / "images")
-    with tarfile.open(folder / "triton.tar.xz", "w:xz") as archive:
+    with tarfile.open(folder / ARCHIVE, "w:xz") as archive:
         archive.add(CACHE, CACHE.name)
     (ROOT / PACKED).write_text(f"{describe()}\n")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -62,9 +69,9 @@ def unpack() -> Iterator[str]:
         shutil.copy(extension, ROOT / ENGINE)
     if (folder / "images").exists():
         shutil.copytree(folder / "images", ROOT / IMAGES, dirs_exist_ok=True)
-    archive, mark = folder / "triton.tar.xz", CACHE / "unpacked"
+    archive, mark = folder / ARCHIVE, CACHE / "unpacked"
     if archive.exists():
-        os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+        use_caches()
         stamp = str(archive.stat().st_size)
         if not mark.exists() or mark.read_text() != stamp:
             with tarfile.open(archive) as opened:

@@ -1,8 +1,8 @@
-"""Compile what the GPU calls will launch, in parallel, into Triton's cache.
+"""Compile what the GPU calls will launch, in parallel, into Triton's cache and Vitrail's.
 
 `python benchmarks/precompile.py --arch 90 --sms 132` does so for a GPU that is not here: calls are
-made of meta tensors, by the launchers' own code. Triton's own launchers, a C compiler's run each,
-are made too. Exit code 1 if a kernel does not compile.
+made of meta tensors, by the launchers' own code. ``--launchers``: Triton's own launchers too, each
+a run of a C compiler. Exit code 1 if a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from steps import sweep_calls
 from gpu import precompile as gpu_tests
 from gpu import record
 from vitrail import plans
+from vitrail.kernel_cache import keep
 from vitrail.plan import Plan
+from vitrail.program import image_key, record_of
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_kernel, identity, in_forks
 from vitrail_kernels.launch import Call, Target
@@ -118,9 +120,17 @@ def launchers_for_elsewhere() -> Iterator[None]:
         yield
 
 
+def compile_for_both(call: Call, arch: int) -> Any:
+    """The kernel, for the Triton runner's cache and the native one's: Triton's own."""
+    kernel = compile_kernel(call, arch)
+    key = image_key(call, arch)
+    keep(key, record_of(key, call, arch, kernel))
+    return kernel
+
+
 def compile_with_launcher(call: Call, arch: int) -> None:
-    """The kernel, and Triton's launcher for its signature."""
-    kernel: Any = compile_kernel(call, arch)
+    """`compile_for_both`, and Triton's launcher for the signature."""
+    kernel = compile_for_both(call, arch)
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):  # until 3.6; later versions have one for all signatures
@@ -156,7 +166,7 @@ def main(given: Sequence[str] | None = None) -> int:
     target = Target(options.arch, options.sms)
     names = options.suites or tuple(SUITES)
     if not options.launchers:
-        return compile_suites(names, target, compile_kernel)
+        return compile_suites(names, target, compile_for_both)
     with launchers_for_elsewhere():
         from triton.backends.nvidia.driver import CudaUtils
 

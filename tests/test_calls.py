@@ -248,7 +248,8 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "ROOT", tree)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setenv("VITRAIL_COMMIT", "0123abcd")
-    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    for name in ("TRITON_CACHE_DIR", "VITRAIL_CACHE"):
+        monkeypatch.setenv(name, "elsewhere")
     return tree
 
 
@@ -264,7 +265,8 @@ def test_a_pack_is_put_where_it_belongs(copy: Path, monkeypatch: pytest.MonkeyPa
     assert len(list((copy / pack.ENGINE).glob("_C.*.so"))) == 1
     assert (copy / pack.IMAGES / "a.fatbin").read_text() == "built"
     assert (pack.CACHE / "key/a.cubin").read_text() == "built"
-    assert os.environ["TRITON_CACHE_DIR"] == str(pack.CACHE)
+    assert os.environ["TRITON_CACHE_DIR"] == str(pack.CACHE / "triton")
+    assert os.environ["VITRAIL_CACHE"] == str(pack.CACHE / "vitrail")
     assert environment.revision() == ("0123abcd", False)
     (pack.CACHE / "key/later.cubin").write_text("compiled in a call")
     list(pack.unpack())
@@ -289,6 +291,7 @@ def test_tritons_binding_is_compiled_without_a_driver(
         pytest.importorskip, ("triton.runtime.build", "triton.backends.nvidia.driver")
     )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "own"))
     half = {"dtype": torch.float16, "device": "meta"}
     x, out = torch.empty(10, 64, **half), torch.empty(2, 128, **half)
     (call,) = class_mean_calls(Target(90, 132), out, x, tokens=5, prefix=1)
@@ -301,6 +304,7 @@ def test_tritons_binding_is_compiled_without_a_driver(
         compile_both()
     expected = 1 + hasattr(driver, "make_launcher")
     assert len(list(tmp_path.glob("*/*.so"))) == expected
+    assert len(list(tmp_path.glob("own/*.kernel"))) == 1
 
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("compiled again"))
     with mock.patch.object(build, "_load_module_from_path") as load:
