@@ -2,7 +2,8 @@
 
 A variant is a callable without arguments, a timer a function of it that returns seconds: wall clock
 (`host_timer`) or device events (`device_timer`). `measure` times a `Case`; `run_suite` runs many
-and keeps the file after each, so that a suite that was cut off goes on where it stopped.
+and writes the file whenever a variant has its time, so that a suite that was cut off keeps what it
+had and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, environment, refuse_dirty, sources
+from environment import ROOT, environment, refuse_dirty
 
 OURS = "vitrail"
 UNFINISHED = 3
 """Exit code of a suite whose time was up: the same command goes on with the next case."""
+LOST = 70
+"""Exit code of a process whose device is lost, after which nothing in it would run."""
+
+LEAST = 45.0
+"""Seconds under which no case is begun: what one takes to have its first times."""
 
 Results = dict[str, Any]
 Run = Callable[[], Any]
 Timer = Callable[[Run], float]
+Keep = Callable[[Results], None]
+"""Takes the results of a case so far."""
 
 # -- timing ----------------------------------------------------------------------------------------
 
@@ -129,14 +137,16 @@ def ratio(seconds: Mapping[str, Sequence[float]], peer: str, ours: str) -> float
 class Case:
     """What is timed together: ``variants`` by name, `OURS` among them.
 
-    ``check(name, result)`` raises AssertionError where a variant's first result is wrong.
-    ``bounds``: variants that do less than the others, timed beside them but no peers. ``flops``,
-    ``bytes``, ``items``: what one run of a variant computes, moves, serves, where it is counted.
+    ``check(name, result)`` raises AssertionError if a variant's first result is wrong.
+    ``bounds``: variants that do less than the others, timed beside them but no peers. ``late``:
+    variants whose first run takes minutes (a compiler's); each is timed beside `OURS` once all
+    others have their times. ``flops``, ``bytes``, ``items``: the work of one run, if it is counted.
     """
 
     variants: Mapping[str, Run]
     check: Callable[[str, Any], None]
     bounds: frozenset[str] = frozenset()
+    late: Sequence[str] = ()
     flops: Mapping[str, int] = field(default_factory=dict)
     bytes: Mapping[str, int] = field(default_factory=dict)
     items: Mapping[str, int] = field(default_factory=dict)
@@ -148,35 +158,55 @@ def measure(
     rounds: int = 15,
     warmup: int = 2,
     ceilings: Mapping[str, float] | None = None,
+    keep: Keep = lambda _: None,
 ) -> Results:
-    """Check every variant, then time those that are right, in turn.
+    """Check every variant, then time it, in turn with those of its group.
 
-    A wrong variant gets "wrong" and why, one that cannot run gets "failed" and why; neither gets a
-    time, and where it is ours nothing is timed. ``ratio``: ours over the fastest peer.
-    ``ceilings``: "tflops" and "gbs" of the device, measured in the same process.
+    The first group is all but ``case.late``; of those each is a group with `OURS`. ``keep`` gets
+    the results after each group. A wrong variant is timed, marked "wrong" with the reason, and
+    enters no ratio; one that cannot run gets "failed" with the reason. ``ratio``: ours over the
+    fastest peer. ``ceilings``: "tflops" and "gbs" of the device.
     """
-    runs: dict[str, Run] = {}
     variants: dict[str, Results] = {}
-    for name, run in case.variants.items():
-        try:
-            case.check(name, run())
-            runs[name], variants[name] = run, {}
-        except AssertionError as error:
-            variants[name] = {"wrong": _first_line(error)}
-        except Exception as error:  # a backend that refuses these shapes, a compiler, memory
-            variants[name] = {"failed": _first_line(error)}
     results: Results = {"variants": variants}
-    if OURS in case.variants and OURS not in runs:
-        return results
-    seconds = interleave(runs, rounds, warmup, timer)
-    for name, values in seconds.items():
-        variants[name] |= summary(values) | _rates(case, name, values, ceilings or {})
-    peers = [name for name in runs if name not in case.bounds and not name.startswith(OURS)]
-    if OURS in runs and peers:
-        ratios = {peer: ratio(seconds, peer, OURS) for peer in peers}
-        results |= {"ratio": min(ratios.values()), "against": min(ratios, key=ratios.__getitem__)}
-        results["ratios"] = ratios
+    groups = [[name for name in case.variants if name not in case.late]]
+    for group in [*groups, *([OURS, name] for name in case.late)]:
+        if group != groups[0] and "failed" in variants.get(OURS, {}):
+            break  # nothing to compare a compiler's minutes with
+        for name in group:
+            if name not in variants:
+                variants[name] = _checked(case, name)
+        runs = {name: case.variants[name] for name in group if "failed" not in variants[name]}
+        if all("median_ms" in variants[name] for name in runs):
+            continue
+        seconds = interleave(runs, rounds, warmup, timer)
+        for name, values in seconds.items():
+            if "median_ms" not in variants[name]:
+                variants[name] |= summary(values) | _rates(case, name, values, ceilings or {})
+        _compare(case, results, seconds)
+        keep(results)
     return results
+
+
+def _checked(case: Case, name: str) -> Results:
+    """Run a variant once: nothing, or "wrong" or "failed" with the reason."""
+    try:
+        case.check(name, case.variants[name]())
+    except AssertionError as error:
+        return {"wrong": _first_line(error)}
+    except Exception as error:  # a backend that refuses these shapes, a compiler, memory
+        return {"failed": _first_line(error)}
+    return {}
+
+
+def _compare(case: Case, results: Results, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Add the ratios of the peers in ``seconds``, if they and ours are right."""
+    right = [name for name in seconds if "wrong" not in results["variants"][name]]
+    peers = [name for name in right if name not in case.bounds and not name.startswith(OURS)]
+    if OURS in right and peers:
+        ratios = results.setdefault("ratios", {})
+        ratios |= {peer: ratio(seconds, peer, OURS) for peer in peers}
+        results |= {"ratio": min(ratios.values()), "against": min(ratios, key=ratios.__getitem__)}
 
 
 def _first_line(error: Exception) -> str:
@@ -203,10 +233,10 @@ def _rates(
 def faults(results: Results) -> dict[str, str]:
     """Variants of ours that are wrong or failed, and why."""
     return {
-        name: f"{kind}: {found[kind]}"
-        for name, found in results.get("variants", {}).items()
-        for kind in ("wrong", "failed")
-        if name.startswith(OURS) and kind in found
+        name: f"{fault}: {variant[fault]}"
+        for name, variant in results.get("variants", {}).items()
+        for fault in ("wrong", "failed")
+        if name.startswith(OURS) and fault in variant
     }
 
 
@@ -244,7 +274,7 @@ def arguments(about: str | None, names: Sequence[str], given: Sequence[str] | No
     )
     parser.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file holds")
-    parser.add_argument("--seconds", type=float, help="start no case that would end past these")
+    parser.add_argument("--seconds", type=float, help="begin no case near their end")
     options = parser.parse_args(given)
     options.cases = [name for name in names if name.startswith(tuple(options.cases or ("",)))]
     if not options.cases:
@@ -255,47 +285,66 @@ def arguments(about: str | None, names: Sequence[str], given: Sequence[str] | No
 
 def run_suite(
     path: Path,
-    cases: Mapping[str, Callable[[], Results]],
+    cases: Mapping[str, Callable[[Keep], Results]],
     device: str,
     resume: bool = False,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     **beside: Any,
 ) -> int:
-    """Run ``cases`` into the file ``path``; 0, 1 where one of ours is at fault, or `UNFINISHED`.
+    """Run ``cases`` into the file ``path``; 0, 1 if one of ours is at fault, `UNFINISHED`, `LOST`.
 
-    ``resume``: cases that the file already holds, of the same sources and without a fault, are kept
-    and not run again. None is started that would end past ``seconds`` if it took as long as the
-    longest so far. ``beside`` goes into the file beside the cases.
+    A case gets a function that writes its results so far, marked "unfinished". ``resume``: whole
+    cases that the file already holds, of the same sources and without a fault, are kept and not run
+    again; those with a fault come last. None is begun with less than `LEAST` of ``seconds`` left.
+    ``beside`` goes into the file beside the cases.
     """
-    results: Results = dict(beside)
-    if resume and path.exists():
-        record: Results = json.loads(path.read_text())
-        if record["environment"].get("sources") == sources():
-            results = {k: v for k, v in record["results"].items() if not faults(v)} | beside
-    start, longest, broken = clock(), 0.0, False
-    for name, run in cases.items():
+    earlier, faulty = _earlier(path, device) if resume else ({}, [])
+    results: Results = earlier | beside
+    start, broken = clock(), False
+    for name, run in sorted(cases.items(), key=lambda case: case[0] in faulty):
         if name in results:
             continue
-        begun = clock()
-        if seconds is not None and begun - start + longest > seconds:
+        if seconds is not None and seconds - (clock() - start) < LEAST:
             return UNFINISHED
+
+        def keep(partial: Results, name: str = name) -> None:
+            print(f"  {line(name, partial)}", flush=True)
+            write(path, {**results, name: {**partial, "unfinished": True}}, device)
+
         try:
-            results[name] = run()
+            results[name] = run(keep)
         except Exception as error:  # building a case failed: said in its place, the next one runs
             results[name] = {"variants": {OURS: {"failed": _first_line(error)}}}
         for variant, why in faults(results[name]).items():
             broken = True
-            print(f"FAULT {name}, {variant}: {why}", file=sys.stderr)
+            print(f"FAULT {name}, {variant}: {why}", flush=True)
         print(line(name, results[name]), flush=True)
         write(path, results, device)
-        _between(device)
-        longest = max(longest, clock() - begun)
+        try:
+            _free(device)
+        except Exception as error:
+            print(f"LOST after {name}: {_first_line(error)}", flush=True)
+            return LOST
     return int(broken)
 
 
-def _between(device: str) -> None:
-    """Free what a case held. Raises where the device is lost, since nothing after it would run."""
+def _earlier(path: Path, device: str) -> tuple[Results, list[str]]:
+    """Of the cases that ``path`` holds of the same sources and tuned table: whole ones without a
+    fault, and the names of those with one."""
+    if not path.exists():
+        return {}, []
+    record: Results = json.loads(path.read_text())
+    now, before = environment(device), record["environment"]
+    if any(before.get(name) != now.get(name) for name in ("sources", "tuned")):
+        return {}, []
+    whole = {k: v for k, v in record["results"].items() if not v.get("unfinished")}
+    faulty = [name for name, result in whole.items() if faults(result)]
+    return {name: result for name, result in whole.items() if name not in faulty}, faulty
+
+
+def _free(device: str) -> None:
+    """Free what a case held. Raises if the device is lost."""
     if device == "cuda":
         import torch
 
@@ -307,9 +356,10 @@ def _between(device: str) -> None:
 
 def line(name: str, results: Results) -> str:
     """One case in one line: ours (or the best there is), its rate, the ratio to the best peer."""
-    timed = {k: v for k, v in results.get("variants", {}).items() if "median_ms" in v}
+    variants = results.get("variants", {})
+    timed = {k: v for k, v in variants.items() if "median_ms" in v}
     rates = ("tflops", "gbs", "per_second")
-    if OURS in results.get("variants", {}) or not timed:
+    if OURS in variants or not timed:
         timed = {OURS: timed[OURS]} if OURS in timed else {}
     if not timed:
         return f"{name:44s} {'no time':>12s}"
@@ -319,6 +369,8 @@ def line(name: str, results: Results) -> str:
         if rate in timed[best]:
             text += f" {timed[best][rate]:9.0f} {unit}"
             break
+    if "wrong" in timed[best]:
+        text += " WRONG"
     if "ratio" in results:
         text += f" {results['ratio']:6.2f}x {results['against']}"
     return text

@@ -30,6 +30,7 @@ from environment import ROOT
 from harness import (
     OURS,
     Case,
+    Keep,
     Results,
     Run,
     arguments,
@@ -46,8 +47,8 @@ from triton.backends.driver import GPUDriver
 from triton.runtime import driver as triton_driver
 
 from vitrail import plans
+from vitrail.kernel_cache import kernel_record
 from vitrail.plan import Launch, Plan
-from vitrail.program import image_record
 from vitrail.runners.native import DRIVER, NativeRunner, Size
 from vitrail.runners.triton import TritonRunner
 from vitrail.spec import ModelSpec, VisionSpec
@@ -283,7 +284,7 @@ def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
         folder = Path(name)
         (folder / "plan").write_bytes(ready.program.record)
         for number, (key, call) in enumerate(ready.program.calls.items()):
-            record = image_record(key, call, TARGET.arch)
+            record = kernel_record(key, call, TARGET.arch)
             (folder / f"image{number}").write_bytes(record)
         csrc, program = ROOT / "csrc", folder / "host"
         sources = [PROGRAM, *(csrc / source for source in SOURCES)]
@@ -317,14 +318,14 @@ def main(given: Sequence[str] | None = None) -> int:
     if cuda:
         timer = sample(1, time.perf_counter, torch.cuda.synchronize)
 
-    def run(name: str) -> Results:
+    def run(name: str, keep: Keep) -> Results:
         if name == allocations:
             return counts(forward)
         if name == turns:  # both fit one arena: every call writes its sizes anew
             case = Case({CPP: forward.alone(63, 64)}, lambda *_: None)
         else:
             case = forward.case(int(name.split()[1]))
-        return measure(case, timer, ROUNDS)
+        return measure(case, timer, ROUNDS, keep=keep)
 
     chosen = [name for name in options.cases if not (cuda and name == allocations)]
     cases = {name: functools.partial(run, name) for name in chosen}

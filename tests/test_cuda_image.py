@@ -308,7 +308,7 @@ def test_triton_serves_where_no_image_does(
     resized(batch(), serving)
     assert len(called) == 3, "a refusal is remembered"
     assert driver.launched() == []
-    monkeypatch.setattr(native, "NO_TRITON", ImportError())
+    monkeypatch.setattr(native, "NO_TRITON", ImportError("triton is not installed"))
     with pytest.raises(
         InputError, match=f"resize: got 'device', but {why}.*triton is not installed"
     ):

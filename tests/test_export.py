@@ -38,10 +38,9 @@ from vitrail.files import open_checkpoint
 from vitrail.model import Model, read_model
 from vitrail.package import COPIED, exported_plans, manifest_bytes, pixel_batch
 from vitrail.program import image_record, lower
-from vitrail.runners import native, triton
+from vitrail.runners import native
 from vitrail.runners.native import NativeRunner
-from vitrail.runners.runner import PositionCache
-from vitrail_kernels import OPERATORS
+from vitrail.runners.reference import ReferenceRunner
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
 pytestmark = [
@@ -110,7 +109,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports whose kernels are names alone: enough for what runs on a CPU."""
-    monkeypatch.setattr(export, "image_record", lambda key, call, arch: f"{key} {arch}".encode())
+    monkeypatch.setattr(export, "kernel_record", lambda key, call, arch: f"{key} {arch}".encode())
 
 
 def save_classifier(architecture: str, folder: Path) -> None:
@@ -341,12 +340,12 @@ def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: 
     assert arena[: record.packed] == found.weights.arena.numpy().tobytes()
     vision = found.spec.vision
     assert vision is not None
-    cache = PositionCache(OPERATORS["position"].reference)
+    reference = ReferenceRunner(found.weights, torch.float16, torch.device("cpu"))
     [(_, _, programs, _)] = record.builds
     assert programs["text"][1] == -1
     for kind in ("uint8", "float"):
         at = programs[f"image.{kind}"][1]
-        table = cache.get(found.weights, vision, vision.grid, kind)
+        table = reference.table(vision, vision.grid, kind)
         assert at % 256 == 0
         assert arena[at : at + table.numel() * 4] == table.numpy().tobytes()
 
@@ -358,9 +357,9 @@ def test_tables_are_those_of_the_size(tmp_path: Path) -> None:
     found = opened(tmp_path / "out")
     weights, vision = found.load(), found.spec.vision
     assert vision is not None
-    cache = PositionCache(OPERATORS["position"].reference)
+    reference = ReferenceRunner(weights, torch.float16, torch.device("cpu"))
     assert found.tables.keys() == {"float"}
-    assert same(found.tables["float"], cache.get(weights, vision, (6, 3), "float"))
+    assert same(found.tables["float"], reference.table(vision, (6, 3), "float"))
 
 
 def test_exporting_again_gives_the_same_bytes(clip: Path, whole: Path, tmp_path: Path) -> None:
@@ -369,7 +368,7 @@ def test_exporting_again_gives_the_same_bytes(clip: Path, whole: Path, tmp_path:
 
 
 def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
-    clip: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = read_model(clip, torch.float16)
     assert found.spec.vision is not None
@@ -378,11 +377,9 @@ def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
         pixels = pixel_batch(found.spec.vision, kind, (32, 32)) if kind else None
         program = lower(plan, Target(90, 132), torch.float16, found.weights, pixels)
         assert (whole / f"sm_90/{name}.plan").read_bytes() == program.record
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # nothing is there
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     for key, call in list(program.calls.items())[:2]:
         assert (whole / f"sm_90/{key}.image").read_bytes() == image_record(key, call, 90)
-    assert any((tmp_path / "cache").iterdir())
 
 
 # -- it starts without triton ----------------------------------------------------------------------
@@ -402,13 +399,6 @@ def driver(library: standin.Standin, monkeypatch: pytest.MonkeyPatch) -> standin
     return library
 
 
-class OnCpu(NativeRunner):
-    """With the reference's tables, where no export has them."""
-
-    def position(self, *tensors: Tensor, **scalars: Any) -> None:
-        OPERATORS["position"].reference(*tensors, **scalars)
-
-
 def serve(folder: Path, runner: NativeRunner) -> Model:
     found = opened(folder)
     return Model(found.checkpoint(), found.spec, lambda: found.weights_hash, runner)
@@ -420,28 +410,28 @@ def refuse_to_compile(*_: Any) -> None:
 
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = ImportError("no triton")
+    absent = ImportError("triton is not installed")
     monkeypatch.setattr(native, "NO_TRITON", absent)
     monkeypatch.setattr(runners, "MISSING", absent)
-    monkeypatch.setattr(native, "image_record", refuse_to_compile)
+    monkeypatch.setattr(native, "kernel_record", refuse_to_compile)
     monkeypatch.setattr(native, "lower", refuse_to_compile)
 
 
 def launches(driver: standin.Standin, call: Callable[[], object]) -> list[tuple[Any, ...]]:
-    """What a call launches: all but addresses."""
+    """What a call launches: all but addresses, and but position tables, which exports hold."""
     driver.reset()
     driver.record(True)
     call()
     assert driver.complaint() == ""
-    found = [(one.name, one.grid, one.block, one.shared) for one in driver.launched()]
+    launched = [launch for launch in driver.launched() if launch.name != "_position_kernel"]
     driver.reset()
-    return found
+    return [(launch.name, launch.grid, launch.block, launch.shared) for launch in launched]
 
 
 def natively(driver: standin.Standin, folder: Path) -> Model:
     """The folder, loaded as where the native runner serves."""
 
-    class Standing(OnCpu):
+    class Standing(NativeRunner):
         def __init__(self, *given: Any, exported: Exported) -> None:
             super().__init__(*given, str(driver.path), exported)
 
@@ -472,7 +462,7 @@ def test_stored_programs_launch_what_new_ones_do(
     found = read_model(clip, torch.float16)
     # what an export is made for, where the machine has another GPU: configurations follow from it
     monkeypatch.setattr(native, "Target", lambda arch, _: Target(arch, 132))
-    fresh = OnCpu(found.weights, torch.float16, torch.device("cpu"), str(driver.path))
+    fresh = NativeRunner(found.weights, torch.float16, torch.device("cpu"), str(driver.path))
     wanted = launches(driver, lambda: call(serve(whole, fresh)))
     request.getfixturevalue("without_triton")
     assert launches(driver, lambda: call(natively(driver, whole))) == wanted
@@ -493,7 +483,7 @@ def test_stored_programs_score_as_new_ones_do(
     export_model(checkpoint, out, [90])
     monkeypatch.setattr(native, "Target", lambda arch, _: Target(arch, 132))
     found = read_model(checkpoint, torch.float16)
-    fresh = OnCpu(found.weights, torch.float16, CPU, str(driver.path))
+    fresh = NativeRunner(found.weights, torch.float16, CPU, str(driver.path))
 
     def call(model: Model) -> None:
         monkeypatch.setattr(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))
@@ -517,7 +507,9 @@ def test_other_sizes_and_kinds_of_pixels_are_not_taken_for_the_stored_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "Target", lambda arch, _: Target(arch, 132))
-    fresh = OnCpu(read_model(clip, torch.float16).weights, torch.float16, CPU, str(driver.path))
+    fresh = NativeRunner(
+        read_model(clip, torch.float16).weights, torch.float16, CPU, str(driver.path)
+    )
     wanted = launches(driver, lambda: serve(whole, fresh)._vision_tower("").embed(pixels))
     ours = natively(driver, whole)
     assert launches(driver, lambda: ours._vision_tower("").embed(pixels)) == wanted
@@ -558,7 +550,9 @@ def test_tables_come_from_the_folder(driver: standin.Standin, whole: Path) -> No
     found = opened(whole)
     weights = found.load()
     found.tables["uint8"] += 1
-    runner = OnCpu(weights, found.dtype, torch.device("cpu"), str(driver.path), exported=found)
+    runner = NativeRunner(
+        weights, found.dtype, torch.device("cpu"), str(driver.path), exported=found
+    )
     assert found.spec.vision is not None
     assert runner.table(found.spec.vision, (4, 4), "uint8") is found.tables["uint8"]
     assert runner.table(found.spec.vision, (4, 5), "uint8").shape == (21, 64)
@@ -571,16 +565,16 @@ def test_the_fingerprint_is_of_the_kernels_that_serve(
     manifest = json.loads((whole / "vitrail.json").read_text())["builds"]["90"]
     stored = found.builds[90]
     monkeypatch.setattr(runners.TritonRunner, "identity", stored)  # with the triton that made it
-    runner = OnCpu(found.load(), found.dtype, CPU, str(driver.path), exported=found)
+    runner = NativeRunner(found.load(), found.dtype, CPU, str(driver.path), exported=found)
     assert runner.identity == stored
     assert serve(whole, runner).fingerprint == manifest["fingerprint"] != model.source
     original = read_model(clip, torch.float16)
-    fresh = OnCpu(original.weights, torch.float16, CPU, str(driver.path))
+    fresh = NativeRunner(original.weights, torch.float16, CPU, str(driver.path))
     wanted = Model(original.checkpoint, original.spec, original.hash_weights, fresh).fingerprint
     assert wanted == manifest["fingerprint"]
     monkeypatch.setattr(runners.TritonRunner, "identity", "triton 9")  # another would compile
     assert runner.identity == f"{stored}; plans that are not exported: triton 9"
-    monkeypatch.setattr(native, "NO_TRITON", ImportError())
+    monkeypatch.setattr(native, "NO_TRITON", ImportError("triton is not installed"))
     assert runner.identity == stored
 
 
@@ -598,8 +592,7 @@ def test_each_architecture_has_the_fingerprint_of_its_own_runner(
     for arch in (80, 90):
         path = Path(shutil.copy(library.path, tmp_path / f"sm_{arch}.so"))
         standin.Standin(path).device(*divmod(arch, 10))
-        monkeypatch.setattr(triton, "target_of", lambda _, arch=arch: Target(arch, 132))
-        fresh = OnCpu(original.weights, torch.float16, CPU, str(path))
+        fresh = NativeRunner(original.weights, torch.float16, CPU, str(path))
         assert fresh.target.arch == arch
         model = Model(original.checkpoint, original.spec, original.hash_weights, fresh)
         wanted[arch] = model.fingerprint
@@ -842,9 +835,9 @@ def test_without_its_compiler_triton_is_asked_for(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "interpreted", lambda: True)
-    with pytest.raises(InputError, match="triton is interpreting"):
+    with pytest.raises(InputError, match=r"TRITON_INTERPRET=1 is set.*: unset it"):
         export_model(clip, tmp_path / "out", [90])
-    monkeypatch.setattr(export, "MISSING", ImportError())
+    monkeypatch.setattr(export, "MISSING", ImportError("triton is not installed"))
     with pytest.raises(InputError, match="triton is not installed"):
         export_model(clip, tmp_path / "out", [90])
 
@@ -932,7 +925,7 @@ def test_what_a_killed_export_leaves_does_not_load(
 ) -> None:
     code = (
         "import os, signal, sys; from vitrail import export;"
-        "export.image_record = lambda key, call, arch: key.encode();"
+        "export.kernel_record = lambda key, call, arch: key.encode();"
         "put = export._put;"
         "stop = lambda path: os.kill(os.getpid(), signal.SIGKILL);"
         "export._put = lambda path, *parts:"
@@ -954,10 +947,10 @@ def test_a_kernel_that_does_not_compile_is_named(
     def fail(*_: Any) -> bytes:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(export, "image_record", fail)
+    monkeypatch.setattr(export, "kernel_record", fail)
     with pytest.raises(VitrailError, match=r"export: sm_90: _\w+: ZeroDivisionError: of all thing"):
         export_model(clip, tmp_path / "out", [90])
-    monkeypatch.setattr(export, "image_record", lambda *_: os._exit(9))
+    monkeypatch.setattr(export, "kernel_record", lambda *_: os._exit(9))
     with pytest.raises(VitrailError, match="export: a compiler process was killed"):
         export_model(clip, tmp_path / "out", [90])
     assert list(tmp_path.iterdir()) == []

@@ -33,6 +33,7 @@ ORDER = (
     "_C",
     "record",
     "program",
+    "kernel_cache",
     "package",
     "exported",
     "runners",
@@ -68,7 +69,7 @@ PART_OF = {
     "decoding": "images",
     "crops": "images",
 }
-FROM_ANYWHERE = {"errors", "plain", "_version"}
+FROM_ANYWHERE = {"errors", "plain", "cuda", "_version"}
 
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {

@@ -30,7 +30,8 @@ class Small(ReferenceRunner):
     ) -> dict[str, Tensor]:
         if batch > self.most:
             raise OutOfMemoryError(f"got {batch} sequences, wanted {self.most} or fewer")
-        Small.batches.append(batch)
+        if plan.inputs:  # not the position table
+            Small.batches.append(batch)
         return super().run(plan, inputs, batch=batch, tokens=tokens, longest=longest)
 
 

@@ -25,6 +25,7 @@ from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels.compile import compile_kernel, source_of
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
+POSITION = "_position_kernel"
 SMS = 2
 """So few that small batches reach every step of the tables of configurations."""
 
@@ -49,11 +50,7 @@ def undisturbed(driver: standin.Standin) -> Iterator[None]:
 
 
 class Runner(NativeRunner):
-    """On the CPU, which is the stand-in's device; tables are the reference's, which needs none."""
-
-    @staticmethod
-    def position(*tensors: Tensor, **scalars: Any) -> None:
-        OPERATORS["position"].reference(*tensors, **scalars)
+    """On the CPU, which is the stand-in's device."""
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros: the stand-in also takes into its digests what launches are about to write."""
@@ -162,9 +159,10 @@ def check_run(
     lengths: Sequence[int],
     known: Mapping[str, Tensor],
 ) -> set[tuple[str, int]]:
-    """Every launch since the last reset; returns the kernels by name and block's bytes."""
+    """Every launch since the last reset but that of a position table; returns the kernels by name
+    and block's bytes."""
     expected = list(Expected(plan, runner, lengths, known.get("pixels")).calls())
-    launched = driver.launched()
+    launched = [launch for launch in driver.launched() if launch.name != POSITION]
     assert len(launched) == len(expected)
     places = Places(runner, plan, known)
     for found, (call, names) in zip(launched, expected, strict=True):
@@ -239,6 +237,34 @@ def test_other_sizes_and_kinds_of_pixels_are_other_programs(
         lengths = [spec.tokens_at((28, 28))] * 2
         check_run(driver, runner, plan, lengths, {"pixels": pixels, **out})
     assert len(runner._programs) == 6
+
+
+def test_a_position_table_is_one_launch_and_leaves_no_program(
+    driver: standin.Standin, tmp_path: Path
+) -> None:
+    runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
+    for target, kind in itertools.product([spec.grid, (2, 7)], ["uint8", "float"]):
+        table = runner.table(spec, target, kind)
+        assert runner.table(spec, target, kind) is table
+        assert table.shape == (spec.prefix + target[0] * target[1], spec.blocks.width)
+        [launched] = driver.launched()
+        plan = plans.vision_table(spec, target, uint8=kind == "uint8")
+        [(call, names)] = Expected(plan, runner, [1]).calls()
+        check_launch(launched, call, names, Places(runner, plan, {"vision.table": table}))
+        driver.reset()
+        driver.record(True)
+    assert not runner._programs
+
+
+def test_a_position_table_whose_launch_fails_is_a_device_error(
+    driver: standin.Standin, tmp_path: Path
+) -> None:
+    runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
+    driver.fail_launch(1, 701)
+    with pytest.raises(DeviceError, match=r"^vision.table on cpu: vision.position: cuLaunchKernel"):
+        runner.table(spec, spec.grid, "float")
+    driver.reset()
+    assert runner.table(spec, spec.grid, "float").numel()
 
 
 def test_pixels_at_an_odd_address_are_moved(driver: standin.Standin, tmp_path: Path) -> None:

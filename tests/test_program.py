@@ -95,7 +95,7 @@ def test_code_that_takes_other_parameters_is_refused(
     text: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a triton would make it that hands over descriptors in another way."""
-    compiled = program.compile_kernel
+    compiled = program.compile_privately
 
     def other(call: Call, arch: int) -> SimpleNamespace:
         kernel = compiled(call, arch)
@@ -105,6 +105,6 @@ def test_code_that_takes_other_parameters_is_refused(
 
     key, call = next((k, c) for k, c in text.calls.items() if "map" in str(c.arguments.keys()))
     assert image_record(key, call, 90).startswith(program.IMAGE_MAGIC)
-    monkeypatch.setattr(program, "compile_kernel", other)
+    monkeypatch.setattr(program, "compile_privately", other)
     with pytest.raises(VitrailError, match=r"got parameters of \[8, .*, wanted \[128, 4, 4, 8, 8"):
         image_record(key, call, 90)

@@ -33,7 +33,7 @@ from vitrail.plan import Plan
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.runners.runner import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionCache
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
-from vitrail.weights import Weights, load_weights
+from vitrail.weights import load_weights
 from vitrail.zoo import Source
 from vitrail_kernels import OPERATORS
 
@@ -533,6 +533,7 @@ def test_an_empty_batch_gives_empty_outputs(
 ) -> None:
     spec, head = VISION[family], HEADS.get(family)
     _, runner = open_runner(tmp_path, spec, head=head)
+    runner.table(spec, spec.grid, "uint8")
     monkeypatch.setattr(ReferenceRunner, "walk", None)  # nothing may be launched
     none = images(0, spec.image)
     dense = see(runner, spec, plans.vision_dense(spec, head, uint8=True, taps=(0,)), none)
@@ -739,56 +740,71 @@ def test_a_thousand_calls_of_mixed_sizes_do_not_grow_the_pool(
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, VisionSpec]:
-    spec = VISION["clip"]
-    runner = open_runner(tmp_path_factory.mktemp("tables"), spec)[1]
-    return runner.weights, spec
+def tables(tmp_path_factory: pytest.TempPathFactory) -> ReferenceRunner:
+    """A runner whose tables are 48 wide."""
+    return open_runner(tmp_path_factory.mktemp("tables"), VISION["clip"])[1]
+
+
+def ask(
+    cache: PositionCache, runner: ReferenceRunner, target: tuple[int, int], kind: str = "float"
+) -> Tensor:
+    """A table from ``cache``, which ``runner`` computes if it is not there."""
+    plan = plans.vision_table(VISION["clip"], target, uint8=kind == "uint8")
+    return cache.get(target, kind, lambda: runner._make_table(plan))
 
 
 def table_bytes(target: tuple[int, int]) -> int:
     return 4 * 48 * (1 + target[0] * target[1])
 
 
-def test_a_table_is_made_once_for_each_grid_and_kind(tables: tuple[Weights, VisionSpec]) -> None:
-    weights, spec = tables
-    cache = PositionCache(POSITION)
+def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) -> None:
+    weights, spec = tables.weights, VISION["clip"]
     made = {
-        (target, kind): cache.get(weights, spec, target, kind)
+        (target, kind): tables.table(spec, target, kind)
         for target in ((4, 4), (2, 8), (8, 2))
         for kind in ("float", "uint8")
     }
     for (target, kind), table in made.items():
-        assert cache.get(weights, spec, target, kind) is table
+        assert tables.table(spec, target, kind) is table
         other = made[target, "uint8" if kind == "float" else "float"]
         assert not torch.equal(table[1:], other[1:])
         assert torch.equal(table[:1], other[:1])
         assert table.shape == (17, 48)
+        expected = torch.empty(17, 48)
+        POSITION(
+            expected,
+            weights["vision.position"],
+            weights["vision.prefix"],
+            weights[f"vision.patch.{kind}.bias"],
+            grid=spec.grid,
+            target=target,
+            antialias=spec.position_antialias,
+        )
+        assert torch.equal(table, expected)
     bias = weights["vision.patch.uint8.bias"] - weights["vision.patch.float.bias"]
     assert_close(
         made[(4, 4), "uint8"][1:], (made[(4, 4), "float"][1:] + bias).double(), name="uint8 table"
     )
 
 
-def test_the_table_used_longest_ago_goes_first(tables: tuple[Weights, VisionSpec]) -> None:
-    weights, spec = tables
+def test_the_table_used_longest_ago_goes_first(tables: ReferenceRunner) -> None:
     grids = [(1, 1), (1, 2), (2, 1)]
-    cache = PositionCache(POSITION, sum(map(table_bytes, grids)))
-    first = {grid: cache.get(weights, spec, grid, "float") for grid in grids}
-    assert cache.get(weights, spec, (1, 1), "float") is first[1, 1]  # now the newest
-    cache.get(weights, spec, (1, 1), "uint8")  # two rows: three of (1, 2) make room
-    assert cache.get(weights, spec, (2, 1), "float") is first[2, 1]
-    assert cache.get(weights, spec, (1, 1), "float") is first[1, 1]
-    assert cache.get(weights, spec, (1, 2), "float") is not first[1, 2]
+    cache = PositionCache(sum(map(table_bytes, grids)))
+    first = {grid: ask(cache, tables, grid) for grid in grids}
+    assert ask(cache, tables, (1, 1)) is first[1, 1]  # now the newest
+    ask(cache, tables, (1, 1), "uint8")  # two rows: three of (1, 2) make room
+    assert ask(cache, tables, (2, 1)) is first[2, 1]
+    assert ask(cache, tables, (1, 1)) is first[1, 1]
+    assert ask(cache, tables, (1, 2)) is not first[1, 2]
 
 
-def test_a_table_over_the_limit_is_kept_alone(tables: tuple[Weights, VisionSpec]) -> None:
-    weights, spec = tables
-    cache = PositionCache(POSITION, table_bytes((2, 2)))
-    small = cache.get(weights, spec, (2, 2), "float")
-    large = cache.get(weights, spec, (2, 3), "float")
-    assert cache.get(weights, spec, (2, 3), "float") is large
+def test_a_table_over_the_limit_is_kept_alone(tables: ReferenceRunner) -> None:
+    cache = PositionCache(table_bytes((2, 2)))
+    small = ask(cache, tables, (2, 2))
+    large = ask(cache, tables, (2, 3))
+    assert ask(cache, tables, (2, 3)) is large
     assert cache._bytes == table_bytes((2, 3))
-    assert cache.get(weights, spec, (2, 2), "float") is not small
+    assert ask(cache, tables, (2, 2)) is not small
     assert cache._bytes == table_bytes((2, 2))
 
 
@@ -805,23 +821,25 @@ class OnCuda:
 
 
 def test_a_table_that_a_graph_was_captured_with_is_never_forgotten(
-    tables: tuple[Weights, VisionSpec], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weights, spec = tables
-    cache, capturing = PositionCache(POSITION, 400), [False]
+    cache, capturing = PositionCache(400), [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(cache, "_made", lambda *_: OnCuda())
-    captured = cache.get(weights, spec, (1, 1), "float")
-    plain = cache.get(weights, spec, (1, 2), "float")
-    assert cache.get(weights, spec, (1, 1), "float") is not captured  # it was forgotten
-    captured = cache.get(weights, spec, (1, 1), "float")
+
+    def get(target: tuple[int, int]) -> object:
+        return cache.get(target, "float", OnCuda)  # type: ignore[arg-type]
+
+    captured = get((1, 1))
+    plain = get((1, 2))
+    assert get((1, 1)) is not captured  # it was forgotten
+    captured = get((1, 1))
     capturing[0] = True
-    assert cache.get(weights, spec, (1, 1), "float") is captured
+    assert get((1, 1)) is captured
     capturing[0] = False
     for grid in ((1, 3), (1, 4), (1, 2)):
-        cache.get(weights, spec, grid, "float")
-    assert cache.get(weights, spec, (1, 1), "float") is captured
-    assert cache.get(weights, spec, (1, 2), "float") is not plain
+        get(grid)
+    assert get((1, 1)) is captured
+    assert get((1, 2)) is not plain
 
 
 def test_a_runner_goes_with_the_last_that_holds_it(tmp_path: Path) -> None:
@@ -846,14 +864,13 @@ def test_a_runner_goes_with_the_last_that_holds_it(tmp_path: Path) -> None:
     ),
 )
 def test_the_cache_is_a_least_recently_used_one_under_its_limit(
-    tables: tuple[Weights, VisionSpec], limit: int, asked: list[tuple[int, int, str]]
+    tables: ReferenceRunner, limit: int, asked: list[tuple[int, int, str]]
 ) -> None:
-    weights, spec = tables
-    cache = PositionCache(POSITION, limit)
+    cache = PositionCache(limit)
     model: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
     for down, across, kind in asked:
         key = (down, across, kind)
-        table = cache.get(weights, spec, (down, across), kind)
+        table = ask(cache, tables, (down, across), kind)
         assert (model.get(key) is table) == (key in model)
         model[key] = table
         model.move_to_end(key)
@@ -865,21 +882,18 @@ def test_the_cache_is_a_least_recently_used_one_under_its_limit(
         assert cache._bytes <= limit or len(held) == 1
 
 
-def test_threads_that_ask_for_one_table_count_its_bytes_once(
-    tables: tuple[Weights, VisionSpec],
-) -> None:
-    weights, spec = tables
+def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: ReferenceRunner) -> None:
     for _ in range(20):
-        cache, barrier = PositionCache(POSITION), threading.Barrier(8)
+        cache, barrier = PositionCache(), threading.Barrier(8)
 
-        def ask(
+        def get(
             _: int, cache: PositionCache = cache, barrier: threading.Barrier = barrier
         ) -> Tensor:
             barrier.wait(timeout=60)
-            return cache.get(weights, spec, (6, 6), "float")
+            return ask(cache, tables, (6, 6))
 
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(ask, range(8)))
+            found = list(pool.map(get, range(8)))
         assert cache._bytes == table_bytes((6, 6))
         assert all(torch.equal(table, found[0]) for table in found)
 
@@ -937,7 +951,7 @@ def test_a_cpu_gets_the_reference_and_is_told_why(monkeypatch: pytest.MonkeyPatc
     assert runners.choose("auto", torch.float32, CPU) == "reference"
     with pytest.raises(InputError, match="the kernels need a CUDA device"):
         runners.choose("triton", torch.float32, CPU)
-    monkeypatch.setattr(runners, "MISSING", ImportError("triton"))
+    monkeypatch.setattr(runners, "MISSING", ImportError("triton is not installed"))
     assert runners.choose("auto", torch.float16, GPU) == "reference"
     with pytest.raises(InputError, match="triton is not installed"):
         runners.choose("triton", torch.float16, GPU)

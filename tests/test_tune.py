@@ -575,8 +575,7 @@ def test_a_malformed_table_is_named_when_the_model_is_loaded(
     with pytest.raises(ValueError, match=re.escape(str(file))) as error:
         tuned(90)
     assert message in str(error.value)
-    monkeypatch.setattr(triton_runner, "target_of", lambda _: HOPPER)
-    runner: Any = SimpleNamespace(weights=SimpleNamespace(arena=None))
+    runner: Any = SimpleNamespace(target=HOPPER)
     identity: Any = triton_runner.TritonRunner.identity
     with pytest.raises(InputError, match=re.escape(str(file))):
         identity.fget(runner)

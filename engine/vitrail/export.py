@@ -21,6 +21,7 @@ import torch
 from vitrail._version import __version__
 from vitrail.errors import InputError, VitrailError
 from vitrail.files import EXPORT, sync
+from vitrail.kernel_cache import kernel_record
 from vitrail.model import Found, fingerprint, read_model
 from vitrail.package import (
     COPIED,
@@ -36,14 +37,12 @@ from vitrail.package import (
     table_places,
     weights_header,
 )
-from vitrail.plain import plain
-from vitrail.program import Program, image_record, lower
-from vitrail.runners.runner import PositionCache
+from vitrail.program import Program, lower
+from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.workload import served
-from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import in_forks, provenance
-from vitrail_kernels.launch import MISSING, Call, Target, interpreted
+from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical GPU of each architecture, from NVIDIA's architecture papers: A100,
@@ -86,8 +85,7 @@ def export_model(
     CheckpointError as `vitrail.load`.
     """
     if MISSING is not None or interpreted():
-        why = "not installed" if MISSING is not None else "interpreting (TRITON_INTERPRET=1)"
-        raise InputError(f"export: triton is {why}, wanted its compiler: pip install triton")
+        raise InputError(f"export: it needs triton's compiler, but {MISSING or INTERPRETING}")
     targets = _targets(architectures)
     if dtype not in DTYPES:
         raise InputError(f"dtype: got {dtype!r}, wanted one of {tuple(DTYPES)}")
@@ -187,7 +185,7 @@ class _Package:
         def image(call: Call) -> bytes:
             # lines of source, and with them where on this machine it lies, stay out of the code
             os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-            return image_record(keys[id(call)], call, arch)
+            return kernel_record(keys[id(call)], call, arch)
 
         for key, record in zip(calls, in_forks(image, list(calls.values())), strict=True):
             if isinstance(record, str):
@@ -256,10 +254,9 @@ class _Package:
         places, total = table_places(self.spec, self.dtype, self.size)
         tables = torch.zeros(total - weights.arena.numel(), dtype=torch.uint8, device="cpu")
         if vision is not None and self.size is not None:
-            cache = PositionCache(OPERATORS["position"].reference)
+            reference = ReferenceRunner(weights, self.dtype, weights.arena.device)
             for kind, (start, stop) in places.items():
-                with plain():
-                    table = cache.get(weights, vision, vision.grid_at(self.size), kind)
+                table = reference.table(vision, vision.grid_at(self.size), kind)
                 at = weights.arena.numel()
                 tables[start - at : stop - at] = table.view(-1).view(torch.uint8)
         parts = weights_header(total), weights.arena.numpy().data, tables.numpy().data

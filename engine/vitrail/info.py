@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from vitrail._version import __version__
 from vitrail.exported import Exported, open_exported
 from vitrail.files import Checkpoint, open_checkpoint
 from vitrail.package import WEIGHTS
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
+INTERPRETER = "TRITON_INTERPRET=1 lets the kernels run on the CPU, slowly: runner='triton'"
 FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")
 
 
@@ -176,8 +176,9 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     """Which runner and device would serve, and what of the faster parts is installed."""
     import torch
 
-    from vitrail.runners import choose, why_not_triton
-    from vitrail_kernels.launch import triton_version
+    from vitrail.cuda import why_no_cuda
+    from vitrail.runners import choose, why_not_kernels, why_not_native
+    from vitrail_kernels.launch import MISSING, triton_version
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -185,11 +186,14 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     dtype = dtype if exported is None else exported.dtype
     name = choose("auto", dtype, device, exported)
     if name == "reference":
-        runner = f"reference (PyTorch {torch.__version__}; {why_not_triton(dtype, device)})"
+        unused = why_no_cuda() if not cuda and _sees_gpu() else None
+        why = unused or why_not_kernels(dtype, device) or INTERPRETER
+        runner = f"reference (PyTorch {torch.__version__}; {why})"
+    elif name == "triton":
+        runner = f"triton (Vitrail's kernels; {why_not_native(dtype, device, exported)})"
     else:
         runner = f"{name} (Vitrail's kernels)"
-    version = triton_version()
-    kernels = "triton is not installed" if version is None else f"triton {version}"
+    kernels = str(MISSING) if MISSING is not None else f"triton {triton_version()}"
     return {
         "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
         "kernels": f"{kernels}; resize: {_resize(name)}",
@@ -214,11 +218,27 @@ def _resize(runner: str, library: str | None = None) -> str:
     return str(found.image) if isinstance(found, CudaResize) else f"Triton, since {found}"
 
 
-def _native() -> str:
-    try:
+def _sees_gpu() -> bool:
+    """Whether the driver, or PyTorch, counts a GPU, usable or not."""
+    import torch
+
+    from vitrail.runners.native import MISSING
+
+    if MISSING is None:
         from vitrail import _C
-    except ImportError:
-        return f"vitrail._C is not built (vitrail {__version__} is installed in pure Python)"
+
+        if _C.driver().devices:
+            return True
+    return torch.cuda.device_count() > 0
+
+
+def _native() -> str:
+    from vitrail.runners.native import MISSING
+
+    if MISSING is not None:
+        return str(MISSING)
+    from vitrail import _C
+
     driver = _C.driver()
     if not driver.available:
         return f"vitrail._C {_C.version()}; no GPU: {driver.reason}"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitrail.cuda import cuda_capability, why_no_cuda
 from vitrail.decoding import PixelInput, Readable
 from vitrail.errors import InputError, VitrailError
 from vitrail.images import linear_scale
@@ -143,10 +144,13 @@ def check_device(device: str | torch.device, what: str = "device") -> torch.devi
         raise refusal from error
     if place.type not in ("cpu", "cuda"):
         raise refusal
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"{what}: got {device!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices"
-        )
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if (place.index or 0) >= count:
+            why = why_no_cuda()
+            reason = f"PyTorch finds {count} CUDA devices" if why is None else why
+            raise InputError(f"{what}: got {device!r}, but {reason}")
+        cuda_capability(place)
     return place
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from vitrail.cuda import device_errors
 from vitrail.errors import VitrailError
 
 _first_process: list[int] = []
@@ -15,8 +16,12 @@ _first_process: list[int] = []
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched."""
+    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched.
+
+    What PyTorch raises for a GPU comes out as `device_errors` has it.
+    """
     with ExitStack() as stack:
+        stack.enter_context(device_errors())
         if torch.is_inference_mode_enabled():  # leaving it costs 20 us a forward: not for nothing
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

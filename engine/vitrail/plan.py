@@ -201,8 +201,9 @@ class Builder:
         packed = tuple((arg, name) for arg, name in (weights or {}).items() if name is not None)
         self.launches.append(Launch(op, label, used, packed, tuple(scalars.items())))
 
-    def _drop_unread_stats(self) -> None:
-        """Row statistics that nothing reads before they are written again are not written."""
+    def _drop_unread(self, inputs: Sequence[str]) -> None:
+        """Row statistics that nothing reads before they are written again are not written, and
+        buffers that no launch uses go, unless they are among the ``inputs`` of every such plan."""
         read: set[str] = set()
         for number, launch in reversed(list(enumerate(self.launches))):
             buffers = dict(launch.buffers)
@@ -215,7 +216,7 @@ class Builder:
                 read.add(buffers["x_stats"])
         used = {name for launch in self.launches for _, name in launch.buffers}
         self.buffers = {
-            name: b for name, b in self.buffers.items() if name in used or not b.transposed
+            name: b for name, b in self.buffers.items() if name in used or name in inputs
         }
 
     def finish(
@@ -225,7 +226,7 @@ class Builder:
         inputs: Sequence[str],
         outputs: Sequence[str],
     ) -> Plan:
-        self._drop_unread_stats()
+        self._drop_unread(inputs)
         last_use = {
             buffer: number
             for number, launch in enumerate(self.launches)

@@ -1,4 +1,4 @@
-"""spec -> Plan: pooled, dense and layer plans of the image and the text tower.
+"""spec -> Plan: pooled, dense and layer plans of the image and the text tower, position tables.
 
 A full transformer block is five launches; the pooled plans' last block is six, for one token a
 sequence. Plans are cached by spec.
@@ -211,6 +211,29 @@ def _embed_ids(build: Builder, x: str) -> None:
         {"out": x, "ids": "ids", "positions": "positions", "stats": build.stats(x)},
         {"token": "text.token", "position": "text.position"},
     )
+
+
+@functools.lru_cache(maxsize=256)
+def vision_table(spec: VisionSpec, target: tuple[int, int], *, uint8: bool) -> Plan:
+    """-> ``vision.table`` (T, C) fp32, of ``target`` patches down and across: what is added to
+    every token beside its pixels. Its size does not depend on the sizes of the call."""
+    build, kind = Builder(), "uint8" if uint8 else "float"
+    rows = Rows(constant=spec.prefix + target[0] * target[1])
+    table = build.buffer("vision.table", rows, spec.blocks.width, "float32")
+    build.launch(
+        "position",
+        "vision.position",
+        {"out": table},
+        {
+            "table": "vision.position",
+            "prefix": "vision.prefix",
+            "bias": f"vision.patch.{kind}.bias",
+        },
+        grid=spec.grid,
+        target=target,
+        antialias=spec.position_antialias,
+    )
+    return build.finish("vision.table", vision_layout(spec), (), [table])
 
 
 _VISION_INPUTS = ("pixels", "table", "cu_seqlens", "rows")

@@ -24,9 +24,10 @@ from vitrail.plan import Launch, Plan, Rows
 from vitrail.record import items, string
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
-from vitrail_kernels.compile import compile_kernel, compilers, identity, source_of
+from vitrail_kernels.compile import CompileError, compile_privately, identity, source_of
 from vitrail_kernels.configs import MOST, KernelConfig
 from vitrail_kernels.launch import Target
+from vitrail_kernels.toolchain import compilers
 
 PLAN_MAGIC, IMAGE_MAGIC = b"vitrail plan 1\n", b"vitrail image 1\n"
 
@@ -332,8 +333,16 @@ def _check_parameters(call: Call, arch: int, kernel: Any) -> None:
 
 
 def image_record(key: str, call: Call, arch: int) -> bytes:
-    """Compile ``call`` (Triton's cache has it from the second time on) into an image for C++."""
-    kernel = compile_kernel(call, arch)
+    """Compile ``call`` into an image for C++, past Triton's cache. Raises VitrailError if it does
+    not compile."""
+    try:
+        return record_of(key, call, arch, compile_privately(call, arch))
+    except CompileError as error:
+        raise VitrailError(str(error)) from error
+
+
+def record_of(key: str, call: Call, arch: int, kernel: Any) -> bytes:
+    """The image for C++ of a ``kernel`` that Triton has compiled."""
     meta = kernel.metadata
     scratch = meta.global_scratch_size, meta.profile_scratch_size, meta.num_ctas
     assert scratch == (0, 0, 1), f"{meta.name}: got scratch or clusters {scratch}"

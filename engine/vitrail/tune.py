@@ -42,6 +42,9 @@ OTHER_BITS = "give other bits"
 
 # -- what is tried ---------------------------------------------------------------------------------
 
+Stage = Callable[[str, KernelConfig, int], Iterable[KernelConfig]]
+"""Configurations to time beside a key's best so far: of an operator, that best, an architecture."""
+
 
 def orders(op: str, base: KernelConfig, arch: int) -> list[KernelConfig]:
     """``base`` with its tiles visited in another order, which only `linear` can."""
@@ -92,9 +95,10 @@ def brief(config: KernelConfig) -> str:
     """A configuration in a few words."""
     sides = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
     limit = "" if config.registers is None else f", {config.registers} registers"
+    turns = f", staggered {config.stagger} ns" if config.stagger else ""
     return (
         f"{sides}, {config.warps} warps, {config.stages} stages{limit}, {config.ctas} an SM, "
-        f"groups of {config.group_m}"
+        f"groups of {config.group_m}{turns}"
     )
 
 
@@ -120,6 +124,7 @@ def tune(
     bench: Bench,
     say: Callable[[str], None] = lambda _: None,
     keep: Callable[[Finding], None] = lambda _: None,
+    stages: Sequence[Stage] = (candidates, orders),
 ) -> list[Finding]:
     """Tile and pipeline first; then the order of tiles, where the first result is timed again.
 
@@ -134,7 +139,7 @@ def tune(
         for call in problem.calls(bench.target, asked):
             new = Finding(asked.names[0], [], call.config)
             findings.setdefault(new.key, new).problems.append(problem)
-    for stage in (candidates, orders):
+    for stage in stages:
         fitting = _fitting(bench, findings, stage, say)
         for number, (key, one) in enumerate(findings.items(), 1):
             again = [] if one.config is None else [one.config]
@@ -152,7 +157,7 @@ def tune(
 def _fitting(
     bench: Bench,
     findings: Mapping[str, Finding],
-    stage: Callable[[str, KernelConfig, int], Iterable[KernelConfig]],
+    stage: Stage,
     say: Callable[[str], None],
 ) -> dict[str, list[KernelConfig]]:
     """Those that compile to a kernel of their own, within the registers and shared memory."""

@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 import torch
 
 from vitrail_kernels.configs import config_hash
-from vitrail_kernels.launch import MISSING, Call, interpreted, triton_version
+from vitrail_kernels.launch import INTERPRETING, MISSING, Call, interpreted
+from vitrail_kernels.private_cache import private_cache
 from vitrail_kernels.sass import TENSOR_CORE, opcodes
+from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory one block may use, by architecture (CUDA C++ guide, compute capabilities,
@@ -172,6 +174,28 @@ def compile_kernel(call: Call, arch: int) -> Any:
     return compile(source, target=target, options=options)
 
 
+class CompileError(RuntimeError):
+    """A kernel does not compile. One line."""
+
+
+def compile_privately(call: Call, arch: int) -> Any:
+    """`compile_kernel`, whatever Triton's cache holds and wherever that is; leaves nothing in it.
+
+    Raises CompileError naming the kernel, triton, ptxas and what they say.
+    """
+    why_not = why_not_compiled(arch)
+    if why_not is not None:
+        raise CompileError(f"{call.kernel.__name__}: {why_not}")
+    try:
+        with private_cache():
+            return compile_kernel(call, arch)
+    except Exception as error:  # each stage of Triton's has errors of its own
+        raise CompileError(
+            f"{call.kernel.__name__}: {' '.join(compiler_names(arch))} cannot compile it for "
+            f"sm_{arch}: {type(error).__name__}: {first_fault(str(error))}"
+        ) from error
+
+
 def source_of(call: Call, arch: int) -> tuple[Any, Any, dict[str, Any]]:
     """What Triton compiles of ``call`` for ``arch``: its ASTSource, GPUTarget and options.
 
@@ -179,8 +203,7 @@ def source_of(call: Call, arch: int) -> tuple[Any, Any, dict[str, Any]]:
     its interpreter is on.
     """
     if MISSING is not None or interpreted():
-        why = "its interpreter is on" if MISSING is None else "it is not installed"
-        raise RuntimeError(f"compile: needs triton's compiler, but {why}") from MISSING
+        raise RuntimeError(f"compile: needs triton's compiler, but {MISSING or INTERPRETING}")
     from triton.compiler import ASTSource
 
     target, backend, bind = _binder(call.kernel, arch)
@@ -202,14 +225,6 @@ def _binder(kernel: Any, arch: int) -> tuple[Any, Any, Any]:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
-
-
-@functools.cache
-def compilers(arch: int) -> tuple[str, str]:
-    """The versions of triton, and of the ptxas that it takes for ``arch``."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    return str(triton_version()), str(get_ptxas(arch).version)
 
 
 def provenance(arch: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,33 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig, Ladder
 
+OLDEST_TRITON = "3.6"
+
+
+def _why_no_triton(error: ImportError) -> ImportError:
+    """The reason in words, ready to be shown: absent, too old, or damaged."""
+    version = getattr(sys.modules.get("triton"), "__version__", None)
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return ImportError("triton is not installed")
+    if version is not None and isinstance(error, ModuleNotFoundError):
+        return ImportError(f"triton {version} is too old, wanted {OLDEST_TRITON} or later")
+    return ImportError(f"triton does not load: {error}")
+
+
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:  # CPUs and platforms that triton has no wheel for
+    MISSING: ImportError | None = _why_no_triton(error)
+    """Why there are no kernels, in words."""
     triton = tl = TensorDescriptor = None
-    MISSING: ImportError | None = error
 else:
     MISSING = None
 
 __all__ = [
     "INTERPRETED",
+    "INTERPRETING",
     "MISSING",
     "Call",
     "Grid",
@@ -98,7 +114,7 @@ def _cuda(index: int) -> Target:
 def target_of(tensor: Tensor) -> Target:
     """The GPU that holds ``tensor``, or `INTERPRETED`. Raises RuntimeError where none can run."""
     if MISSING is not None:
-        raise RuntimeError("kernels: triton is not installed") from MISSING
+        raise RuntimeError(f"kernels: {MISSING}") from MISSING
     if tensor.device.type == "cuda":
         return _cuda(tensor.device.index)
     if not interpreted():
@@ -112,6 +128,9 @@ def target_of(tensor: Tensor) -> Target:
 def triton_version() -> str | None:
     """The version of triton, under whatever name it was installed; None without it."""
     return None if triton is None else str(triton.__version__)
+
+
+INTERPRETING = "TRITON_INTERPRET=1 is set, with which triton compiles nothing: unset it"
 
 
 def interpreted() -> bool:

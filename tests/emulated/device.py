@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor
 
 import standin
-from emulator.call import run_call
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
 from vitrail.exported import Exported
-from vitrail.program import Program
+from vitrail.program import record_of
 from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights import Weights
-from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call, Target
 
@@ -43,10 +40,11 @@ class Device:
         self.edit: Callable[[Call, str], str] = unedited
         """Plants faults: what runs in place of a kernel's PTX."""
 
-    def compile(self, call: Call) -> None:
-        """Let the kernel of ``call`` compute once it is loaded."""
+    def compile(self, call: Call) -> Any:
+        """Triton's kernel of ``call``, which computes once it is loaded."""
         kernel = compile_kernel(call, self.arch)
         self.emulation.source(kernel.asm["cubin"], self.edit(call, kernel.asm["ptx"]))
+        return kernel
 
     def hold(self, tensor: Tensor, name: str, *, written: bool = True) -> None:
         """Make ``tensor`` device memory: kernels may use its bytes and none beside them."""
@@ -67,12 +65,6 @@ class Device:
             self.emulation.check_written(tensor.data_ptr(), size)
 
 
-def _position(device: Device, out: Tensor, *tensors: Tensor, **scalars: Any) -> None:
-    """The operator `position`, which has a launch of its own, not one of a plan."""
-    for call in OPERATORS["position"].calls(device.target, out, *tensors, **scalars):
-        run_call(call, device.arch, [out])
-
-
 class EmulatedRunner(NativeRunner):
     """The native runner on a `Device`. Every tensor of a call is device memory of its own, and
     every output must be written in full. Raises DeviceError for a fault of a kernel."""
@@ -84,7 +76,6 @@ class EmulatedRunner(NativeRunner):
         dtype: torch.dtype,
         exported: Exported | None = None,
     ) -> None:
-        self.position = partial(_position, device)  # type: ignore[method-assign]
         super().__init__(weights, dtype, CPU, str(device.driver.path), exported)
         self._emulated = device
         self._held: dict[int, Tensor] = {}
@@ -108,10 +99,8 @@ class EmulatedRunner(NativeRunner):
         while self._weights:
             self._emulated.release(self._weights.popitem()[1])
 
-    def _load(self, key: str, program: Program) -> None:
-        if key in program.calls:
-            self._emulated.compile(program.calls[key])
-        super()._load(key, program)
+    def _record(self, key: str, call: Call) -> bytes:
+        return record_of(key, call, self.target.arch, self._emulated.compile(call))
 
     def _hold(self, tensor: Tensor, name: str, written: bool) -> Tensor:
         if tensor.data_ptr() not in self._held:

@@ -16,6 +16,7 @@ from emulated.device import Device
 from export_folder import LABELS, PROBLEM
 from helpers import clip_folder, make, save
 from vitrail.export import export_model
+from vitrail.program import record_of
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call
 
@@ -80,7 +81,6 @@ def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch)
     checkpoint, kernels = base / "checkpoint", base / "kernels"
     for folder in (checkpoint, kernels):
         folder.mkdir()
-    image_record = vitrail.export.image_record
 
     def kept(key: str, call: Call, arch: int) -> bytes:
         """In a process of its own, of which files are left."""
@@ -88,10 +88,10 @@ def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch)
         name = hashlib.sha256(kernel.asm["cubin"]).hexdigest()
         (kernels / f"{name}.cubin").write_bytes(kernel.asm["cubin"])
         (kernels / f"{name}.ptx").write_text(kernel.asm["ptx"])
-        return image_record(key, call, arch)
+        return record_of(key, call, arch, kernel)
 
     theirs = CHECKPOINTS[family](checkpoint)
     with monkeypatch.context() as patched:
-        patched.setattr(vitrail.export, "image_record", kept)
+        patched.setattr(vitrail.export, "kernel_record", kept)
         export_model(checkpoint, base / "exported", ARCHITECTURES, dtype=dtype)
     return Export(family, base / "exported", theirs, kernels)

@@ -419,7 +419,7 @@ def test_an_exported_folder_gives_the_same_bits_and_compiles_nothing(
         raise AssertionError("the folder should have it")
 
     monkeypatch.setattr(native, "lower", refuse)
-    monkeypatch.setattr(native, "image_record", refuse)
+    monkeypatch.setattr(native, "kernel_record", refuse)
     loaded = vitrail.load(exported)
     assert loaded.runner == "native"
     found = [*(loaded.encode_image(pool) for pool in pools), loaded.encode_text(words)]

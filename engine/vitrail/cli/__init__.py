@@ -7,9 +7,12 @@ Exit codes: 0 done; 1 an error, or every image failed; 2 wrong usage; 3 some ima
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -22,13 +25,40 @@ from vitrail.cli.options import say
 from vitrail.errors import VitrailError
 
 
+class OutputError(OSError):
+    """Results cannot be written to stdout."""
+
+
+class Output(TextIOWrapper):
+    """A stdout whose errors are told from those of other files. Names that a terminal cannot show
+    are escaped."""
+
+    def write(self, text: str) -> int:
+        with self._own_errors():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._own_errors():
+            super().flush()
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from error
+
+
 class Commands(TyperGroup):
     """Turns what users may meet into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except VitrailError as error:
+        except OutputError:
+            raise
+        except (VitrailError, OSError, ImportError) as error:
+            # the last two: a disk or a library of this machine
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -78,7 +108,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show
+        own, line_buffering = sys.stdout, sys.stdout.line_buffering
+        sys.stdout = Output(own.buffer, own.encoding, "backslashreplace", None, line_buffering)
     code: int | str | None = 0
     try:
         try:
@@ -86,10 +117,10 @@ def main() -> None:
         except SystemExit as done:
             code = done.code
         sys.stdout.flush()
-    except OSError as error:
+    except OutputError as error:
         # The interpreter would flush once more at its end, and fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # of a reader that has seen enough
+        if error.errno != errno.EPIPE:  # of a reader that has seen enough
             say(f"error: cannot write the output: {error.strerror or error}")
         sys.exit(1)
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vitrail.cuda import cuda_capability
 from vitrail.errors import InputError
 from vitrail.exported import Exported
 from vitrail.runners import native
@@ -11,7 +12,8 @@ from vitrail.runners.native import NativeRunner
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.runners.runner import Runner
 from vitrail.runners.triton import TritonRunner
-from vitrail_kernels.launch import MISSING, interpreted
+from vitrail_kernels.launch import INTERPRETING, MISSING, interpreted
+from vitrail_kernels.toolchain import why_no_launcher, why_not_compiled
 
 RUNNERS: dict[str, type[Runner]] = {
     "reference": ReferenceRunner,
@@ -22,36 +24,50 @@ ARCHITECTURE = (8, 0)
 """The oldest CUDA capability that the kernels are compiled for."""
 
 
-def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the Triton runner cannot serve ``dtype`` on ``device``; None where it can."""
+def why_not_kernels(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel can be compiled for ``dtype`` on ``device``; None if they can.
+
+    Raises InputError if CUDA does not start.
+    """
     if MISSING is not None:
-        return "triton is not installed"
+        return str(MISSING)
     if device.type == "cpu":
         return None if interpreted() else "the kernels need a CUDA device"
+    if torch.version.hip is not None:
+        return f"the kernels need an NVIDIA GPU, and this PyTorch is for ROCm {torch.version.hip}"
     if dtype == torch.float32:
         return "float32 goes through PyTorch"
-    capability = torch.cuda.get_device_capability(device)
+    capability = cuda_capability(device)
     if capability < ARCHITECTURE:
         return f"the kernels need sm_80 or later, and this is sm_{capability[0]}{capability[1]}"
-    return None
+    if interpreted():
+        return INTERPRETING
+    return why_not_compiled(10 * capability[0] + capability[1])
+
+
+def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the Triton runner cannot serve ``dtype`` on ``device``; None if it can."""
+    why = why_not_kernels(dtype, device)
+    return why_no_launcher() if why is None and device.type == "cuda" else why
 
 
 def why_not_native(
     dtype: torch.dtype, device: torch.device, exported: Exported | None = None
 ) -> str | None:
-    """Why the native runner cannot serve ``dtype`` on ``device``; None where it can, which takes
-    no triton for an architecture that was ``exported``."""
+    """Why the native runner cannot serve ``dtype`` on ``device``; None if it can, which takes no
+    triton for an architecture that was ``exported``."""
     if device.type == "cpu":
         return "the native runner needs a CUDA device"
     if native.MISSING is not None:
-        return "vitrail._C is not built"
-    if exported is not None and dtype == exported.dtype and _arch(device) in exported.builds:
+        return str(native.MISSING)
+    served = exported is not None and dtype == exported.dtype and torch.version.hip is None
+    if served and exported is not None and _arch(device) in exported.builds:
         return None
-    return why_not_triton(dtype, device)
+    return why_not_kernels(dtype, device)
 
 
 def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = cuda_capability(device)
     return 10 * major + minor
 
 

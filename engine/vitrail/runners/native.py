@@ -15,23 +15,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.errors import CheckpointError, DeviceError, InputError, OutOfMemoryError
+from vitrail.cuda import NEW_PROCESS
+from vitrail.errors import (
+    CheckpointError,
+    DeviceError,
+    InputError,
+    OutOfMemoryError,
+    VitrailError,
+)
 from vitrail.exported import Exported
+from vitrail.kernel_cache import kernel_record
 from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Buffer, Plan
-from vitrail.program import Program, image_record, lower
+from vitrail.program import Program, lower
 from vitrail.runners.cuda_resize import CudaResize, open_resize
+from vitrail.runners.extension import load_extension
 from vitrail.runners.triton import TritonRunner
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
 from vitrail_kernels.launch import MISSING as NO_TRITON
-from vitrail_kernels.launch import Target
+from vitrail_kernels.launch import Call, Target
 
 try:
-    from vitrail import _C
-except ImportError as error:  # installed without a C++ compiler
+    load_extension()
+except ImportError as error:
     MISSING: ImportError | None = error
+    """Why there is no extension, in words."""
 else:
+    from vitrail import _C
+
     MISSING = None
 
 DRIVER = "libcuda.so.1"
@@ -40,6 +52,8 @@ OVERLAP = "VITRAIL_OVERLAP"
 
 PROGRAMS, SIZES = 64, 256
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+STICKY = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
+"""CUresults after which a context gives nothing but errors: faults of a kernel or of the memory."""
 
 
 Size = tuple[int, int, int]
@@ -83,7 +97,7 @@ class NativeRunner(TritonRunner):
         exported: Exported | None = None,
     ) -> None:
         if MISSING is not None:
-            raise RuntimeError("native runner: vitrail._C is not built") from MISSING
+            raise RuntimeError(f"native runner: {MISSING}") from MISSING
         super().__init__(weights, dtype, device)
         try:
             self._gpu = _C.Gpu(driver, self.device.index or 0)
@@ -109,7 +123,7 @@ class NativeRunner(TritonRunner):
         if isinstance(kernels, CudaResize):
             return str(kernels.image)
         if NO_TRITON is not None:
-            raise InputError(f"resize: got 'device', but {kernels}, and triton is not installed")
+            raise InputError(f"resize: got 'device', but {kernels}, and {NO_TRITON}")
         return f"Triton kernels, since {kernels}"
 
     def _resize_by(self) -> CudaResize | str:
@@ -148,6 +162,13 @@ class NativeRunner(TritonRunner):
                 return self._tables[kind]
             self._need_triton(self._exported, f"{target[0]}x{target[1]} patches")
         return super().table(spec, target, kind)
+
+    def _make_table(self, plan: Plan) -> Tensor:
+        try:
+            return super()._make_table(plan)
+        finally:  # the table is kept: its program must not push out those of other image sizes
+            with self._lock:
+                self._programs.pop((id(plan), None), None)
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
@@ -211,7 +232,8 @@ class NativeRunner(TritonRunner):
 
     def _failed(self, what: str, error: _C.DriverError) -> DeviceError:
         kind = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
-        return kind(f"{what} on {self.device}: {error}")
+        told = f"; {NEW_PROCESS}" if error.code in STICKY else ""
+        return kind(f"{what} on {self.device}: {error}{told}")
 
     def _load(self, key: str, program: Program) -> None:
         with self._compiling:
@@ -221,8 +243,16 @@ class NativeRunner(TritonRunner):
                 where = self._exported.folder if self._exported is not None else "program"
                 raise CheckpointError(f"{where}: got no kernel {key} for sm_{arch}, wanted it")
             if record is None:
-                record = image_record(key, program.calls[key], arch)
+                record = self._record(key, program.calls[key])
             self._kernels.load(record)
+
+    def _record(self, key: str, call: Call) -> bytes:
+        try:
+            return kernel_record(key, call, self.target.arch)
+        except VitrailError as error:
+            raise DeviceError(
+                f"native runner on {self.device}: {error}; runner='reference' compiles nothing"
+            ) from error
 
     def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:
         """The program of ``plan`` for images of this size, made at the first call."""
@@ -255,8 +285,8 @@ class NativeRunner(TritonRunner):
     def _need_triton(self, exported: Exported, what: str) -> None:
         if NO_TRITON is not None:
             raise InputError(
-                f"{exported.folder}: got a call of {what}, which needs triton, and it is not "
-                f"installed; wanted what was exported: {exported.extent}"
+                f"{exported.folder}: got a call of {what}, which needs triton, and {NO_TRITON}; "
+                f"wanted what was exported: {exported.extent}"
             )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -19,10 +18,6 @@ class ReferenceRunner(Runner):
     """Runs plans with PyTorch."""
 
     name = "reference"
-
-    @staticmethod
-    def position(*tensors: Tensor, **scalars: Any) -> None:
-        OPERATORS["position"].reference(*tensors, **scalars)
 
     @property
     def resizer(self) -> str:

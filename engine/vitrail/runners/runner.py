@@ -9,11 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitrail import plans
+from vitrail.cuda import device_errors
+from vitrail.errors import OutOfMemoryError
 from vitrail.plain import plain, refuse_lost_threads
 from vitrail.plan import Launch, Plan
 from vitrail.spec import VisionSpec
@@ -29,14 +31,18 @@ class PositionCache:
     A table that a CUDA graph was captured with is never forgotten: the graph knows its address.
     """
 
-    def __init__(self, position: Callable[..., None], limit: int = POSITION_CACHE_BYTES) -> None:
-        self._position, self._limit, self._bytes = position, limit, 0
+    def __init__(self, limit: int = POSITION_CACHE_BYTES) -> None:
+        self._limit, self._bytes = limit, 0
         self._tables: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
         self._captured: dict[tuple[int, int, str], Tensor] = {}
         self._lock = threading.Lock()
 
-    def get(self, weights: Weights, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
-        """The (T, C) fp32 table for ``target`` patches down and across; kind "float" or "uint8"."""
+    def get(self, target: tuple[int, int], kind: str, make: Callable[[], Tensor]) -> Tensor:
+        """The (T, C) fp32 table for ``target`` patches down and across; kind "float" or "uint8".
+
+        ``make`` computes it the first time. No function is kept: a runner that its own cache holds
+        would live on, with its weights, until the garbage collector comes by.
+        """
         key = (*target, kind)
         with self._lock:
             table = self._captured.get(key, self._tables.get(key))
@@ -46,13 +52,7 @@ class PositionCache:
                 if table.is_cuda and torch.cuda.is_current_stream_capturing():
                     self._captured[key] = table
                 return table
-        if weights["vision.prefix"].is_cuda:
-            # on a thread of its own: a caller's may take its memory from the pool of a CUDA graph,
-            # as torch.compile's does while it warms up, and the table outlives that
-            with ThreadPoolExecutor(1, "vitrail-positions") as pool:
-                table = pool.submit(self._made, weights, spec, target, kind).result()
-        else:
-            table = self._made(weights, spec, target, kind)
+        table = make()
         with self._lock:
             if key not in self._tables:
                 self._tables[key] = table
@@ -60,26 +60,6 @@ class PositionCache:
                 while self._bytes > self._limit and len(self._tables) > 1:
                     _, dropped = self._tables.popitem(last=False)
                     self._bytes -= _bytes(dropped)
-        return table
-
-    def _made(
-        self, weights: Weights, spec: VisionSpec, target: tuple[int, int], kind: str
-    ) -> Tensor:
-        prefix = weights["vision.prefix"]
-        rows, device = prefix.shape[0] + target[0] * target[1], prefix.device
-        with plain(), torch.cuda.device(device) if prefix.is_cuda else nullcontext():
-            table = torch.empty(rows, prefix.shape[1], dtype=torch.float32, device=device)
-            self._position(
-                table,
-                weights["vision.position"],
-                prefix,
-                weights[f"vision.patch.{kind}.bias"],
-                grid=spec.grid,
-                target=target,
-                antialias=spec.position_antialias,
-            )
-            if prefix.is_cuda:  # it is for any stream from now on
-                torch.cuda.current_stream(device).synchronize()
         return table
 
 
@@ -111,6 +91,17 @@ class ArenaPool:
                 self._idle.append(arena)
 
 
+def _moved(weights: Weights, device: torch.device) -> Weights:
+    """``weights`` on ``device``. Raises OutOfMemoryError if they do not fit there."""
+    try:
+        with device_errors():
+            return weights.to(device)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{device}: got no room for {weights.arena.numel():,} bytes of weights: {error}"
+        ) from error
+
+
 class Runner(ABC):
     """Runs plans of one model on one device, from any number of threads at once.
 
@@ -123,20 +114,14 @@ class Runner(ABC):
         if device.type == "cuda" and device.index is None:
             # by number: another thread's current device may be another
             device = torch.device("cuda", torch.cuda.current_device())
-        self.weights, self.dtype, self.device = weights.to(device), dtype, device
+        self.weights, self.dtype, self.device = _moved(weights, device), dtype, device
         self._arenas = ArenaPool(device)
-        self._positions = PositionCache(self.position)
+        self._positions = PositionCache()
         self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
 
     @property
     def identity(self) -> str:
         return self.name
-
-    @staticmethod
-    @abstractmethod
-    def position(*tensors: Tensor, **scalars: Any) -> None:
-        """The operator `position`. Static: a runner that its own cache holds would live on, with
-        its weights, until the garbage collector comes by."""
 
     @property
     @abstractmethod
@@ -173,10 +158,27 @@ class Runner(ABC):
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
         refuse_lost_threads()
         with plain(), self._on_device():
-            table = self._positions.get(self.weights, spec, target, kind)
+            plan = plans.vision_table(spec, target, uint8=kind == "uint8")
+            table = self._positions.get(target, kind, lambda: self._make_table(plan))
             if table.is_cuda:  # so that its memory waits for this stream too once it is forgotten
                 table.record_stream(torch.cuda.current_stream(table.device))
             return table
+
+    def _make_table(self, plan: Plan) -> Tensor:
+        """The output of ``plan``, ready for every stream."""
+
+        def run() -> Tensor:
+            (table,) = self.run(plan, {}, batch=1, tokens=1, longest=1).values()
+            if table.is_cuda:
+                torch.cuda.current_stream(table.device).synchronize()
+            return table
+
+        if self.device.type != "cuda":
+            return run()
+        # on a thread of its own: a caller's may take its memory from the pool of a CUDA graph, as
+        # torch.compile's does while it warms up, and the table outlives that
+        with ThreadPoolExecutor(1, "vitrail-positions") as pool:
+            return pool.submit(run).result()
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from vitrail.plan import Launch
 from vitrail.runners.runner import Runner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import provenance
-from vitrail_kernels.launch import target_of
+from vitrail_kernels.launch import Target, target_of
 
 
 class TritonRunner(Runner):
@@ -23,13 +23,14 @@ class TritonRunner(Runner):
     @property
     def identity(self) -> str:
         try:
-            return provenance(target_of(self.weights.arena).arch)
+            return provenance(self.target.arch)
         except ValueError as error:  # a tuned table of the user's own
             raise InputError(str(error)) from error
 
-    @staticmethod
-    def position(*tensors: Tensor, **scalars: Any) -> None:
-        OPERATORS["position"].launch(*tensors, **scalars)
+    @functools.cached_property
+    def target(self) -> Target:
+        """The GPU that kernels are launched on."""
+        return target_of(self.weights.arena)
 
     @property
     def resizer(self) -> str:
