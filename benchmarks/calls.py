@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,8 +271,7 @@ def main(words: Sequence[str]) -> int:
     open_state(out, bool(os.environ.get("FRESH")))
     code = prepare(call) or call.run(names)
     table = [f"{name:18s} {note}" for name, note in call.notes.items()]
-    with suppress(subprocess.CalledProcessError):
-        table += report.render(out)
+    table += report.render(out)
     (out / "gpu-table.txt").write_text("".join(f"{text.rstrip()}\n" for text in table))
     call.say("\n" + "\n".join(table))
     return code
