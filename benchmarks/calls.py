@@ -17,9 +17,9 @@ from typing import NamedTuple
 import pack
 import report
 from environment import ROOT, describe, refuse_dirty, sources
-from harness import LOST, UNFINISHED
 from limits import Ended, run_limited
 from smoke import STOPPED
+from suite import LOST, UNFINISHED
 
 STATE = ROOT / "build/gpu"
 NOT_RUN = 4
