@@ -70,7 +70,7 @@ NATIVE = "(triton_bits or graph or threads or memory_goes) and not bfloat16 and 
 STEPS = {
     "smoke": Step(SMOKE, 260, shown="@ "),
     "record": Step(("-P", "-m", "gpu.record", "{out}/recorded.safetensors"), 45),
-    "ncu": Step(("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}"), 60),
+    "ncu": Step(("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}"), 80),
     "models": _suite("models", 250),
     "latency": _suite("latency", 120),
     "native": _tests("-x", "tests/gpu/test_native.py", "-k", NATIVE, seconds=150),
