@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pack
 import report
 from environment import ROOT, describe, refuse_dirty, sources
-from harness import LOST, UNFINISHED
 from limits import Ended, run_limited
 from smoke import STOPPED
+from suite import LOST, UNFINISHED
 
 STATE = ROOT / "build/gpu"
 NOT_RUN = 4
@@ -72,7 +70,7 @@ NATIVE = "(triton_bits or graph or threads or memory_goes) and not bfloat16 and 
 STEPS = {
     "smoke": Step(SMOKE, 260, shown="@ "),
     "record": Step(("-P", "-m", "gpu.record", "{out}/recorded.safetensors"), 45),
-    "ncu": Step(("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}"), 60),
+    "ncu": Step(("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}"), 80),
     "models": _suite("models", 250),
     "latency": _suite("latency", 120),
     "native": _tests("-x", "tests/gpu/test_native.py", "-k", NATIVE, seconds=150),
@@ -273,8 +271,7 @@ def main(words: Sequence[str]) -> int:
     open_state(out, bool(os.environ.get("FRESH")))
     code = prepare(call) or call.run(names)
     table = [f"{name:18s} {note}" for name, note in call.notes.items()]
-    with suppress(subprocess.CalledProcessError):
-        table += report.render(out)
+    table += report.render(out)
     (out / "gpu-table.txt").write_text("".join(f"{text.rstrip()}\n" for text in table))
     call.say("\n" + "\n".join(table))
     return code

@@ -14,20 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import (
-    Case,
-    Keep,
-    Results,
-    Run,
-    Timer,
-    arguments,
-    device_timer,
-    host_timer,
-    measure,
-    results_folder,
-    run_suite,
-    tolerances,
-)
+from harness import Case, Keep, Results, Run, Timer, device_timer, host_timer, measure, tolerances
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

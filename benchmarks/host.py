@@ -27,20 +27,9 @@ from typing import Any
 
 import torch
 from environment import ROOT
-from harness import (
-    OURS,
-    Case,
-    Keep,
-    Results,
-    Run,
-    arguments,
-    measure,
-    results_folder,
-    rotate,
-    run_suite,
-    tolerances,
-)
+from harness import OURS, Case, Keep, Results, Run, measure, rotate, tolerances
 from shapes import VISION
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver

@@ -18,21 +18,10 @@ from contextlib import contextmanager
 
 import torch
 import transformers
-from harness import (
-    OURS,
-    Case,
-    Keep,
-    Results,
-    Run,
-    arguments,
-    host_timer,
-    measure,
-    results_folder,
-    run_suite,
-    summary,
-)
+from harness import OURS, Case, Keep, Results, Run, host_timer, measure, summary
 from models import _called, _ids, _numbers, _ours, checkpoint, graphed
 from shapes import TEXT, VISION, captions
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail

@@ -32,15 +32,13 @@ from harness import (
     Results,
     Run,
     Timer,
-    arguments,
     device_timer,
     host_timer,
     measure,
-    results_folder,
-    run_suite,
     tolerances,
 )
 from shapes import BOS, MODEL_CASES, TEXT, VISION, captions
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail

@@ -17,19 +17,9 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from ceilings import ceilings, timer_of
-from harness import (
-    OURS,
-    Case,
-    Keep,
-    Results,
-    arguments,
-    measure,
-    results_folder,
-    rotate,
-    run_suite,
-    tolerances,
-)
+from harness import OURS, Case, Keep, Results, measure, rotate, tolerances
 from problems import Problem, problems
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS

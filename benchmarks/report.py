@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import OURS, results_root
+from harness import OURS
+from suite import results_root
 
 Record = Mapping[str, Any]
 UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s", "per_second": "/s"}

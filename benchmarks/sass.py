@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from environment import last_change, refuse_dirty
-from harness import write
+from suite import write
 
 import vitrail_kernels
 from vitrail_kernels.compile import Compiled, compile_all, compilers

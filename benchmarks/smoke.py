@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import LOST
 from limits import Ended, run_limited
+from suite import LOST
 
 CASES = (
     "B/16 x 256 qkv", "B/16 x 256 attention", "B/16 x 256 out", "B/16 x 256 up",

@@ -41,6 +41,7 @@ sys.path.append(str(ROOT / "benchmarks"))
     precompile,
     report,
     latency,
+    suite,
 ) = map(
     importlib.import_module,
     (
@@ -54,6 +55,7 @@ sys.path.append(str(ROOT / "benchmarks"))
         "precompile",
         "report",
         "latency",
+        "suite",
     ),
 )
 
@@ -170,7 +172,7 @@ def test_a_wrong_result_is_timed_and_marked_and_enters_no_ratio() -> None:
     assert all("median_ms" in results["variants"][name] for name in ("vitrail", "peer"))
     assert "ratio" not in results
     assert harness.faults(results) == {"vitrail": "wrong: AssertionError: off by 0.3"}
-    assert "WRONG" in harness.line("qkv", results)
+    assert "WRONG" in suite.line("qkv", results)
 
 
 def test_ours_and_eager_have_their_times_before_a_compiler_begins() -> None:
@@ -394,7 +396,7 @@ def _result(folder: Path, milliseconds: float, name: str = "kernels", **other: A
     case = harness.measure(harness.Case(variants, _right), timer, rounds=9)
     ceiling = {"variants": {"8192": {"median_ms": other.pop("ceiling", 1.0)}}}
     path = folder / f"{name}.json"
-    harness.write(path, {"qkv": case, "out": case, "ceilings": {"matmul": ceiling}} | other)
+    suite.write(path, {"qkv": case, "out": case, "ceilings": {"matmul": ceiling}} | other)
     return path
 
 
@@ -443,7 +445,7 @@ def test_other_devices_are_compared_by_their_peers(
 ) -> None:
     old = _result(tmp_path / "old", 1.0)
     found = environment.environment()
-    monkeypatch.setattr(harness, "environment", lambda device: found | {"gpu": "another"})
+    monkeypatch.setattr(suite, "environment", lambda device: found | {"gpu": "another"})
     same = _result(tmp_path / "same", 0.5, peer=1.5e-3)
     slower = _result(tmp_path / "slower", 0.5, peer=1.35e-3)
     assert _compare(old, same) == 2
@@ -509,9 +511,9 @@ def test_a_dirty_tree_is_refused_unless_told(tree: Path) -> None:
         with pytest.raises(SystemExit, match="uncommitted changes"):
             environment.refuse_dirty(allowed=False)
         with pytest.raises(SystemExit, match="uncommitted changes"):
-            harness.arguments("about", ["case"], ["--device", "cpu"])
+            suite.arguments("about", ["case"], ["--device", "cpu"])
         environment.refuse_dirty(allowed=True)
-        assert harness.arguments("about", ["case"], ["--allow-dirty"]).cases == ["case"]
+        assert suite.arguments("about", ["case"], ["--allow-dirty"]).cases == ["case"]
         _git(tree, "add", ".")
         _git(tree, "commit", "-qm", "two")
         commit = environment.revision()[0]
@@ -568,7 +570,7 @@ def test_sources_are_the_code_and_nothing_else(tree: Path) -> None:
 
 
 def _suite(path: Path, cases: dict[str, Any], **options: Any) -> int:
-    code: int = harness.run_suite(path, cases, "cpu", **options)
+    code: int = suite.run_suite(path, cases, "cpu", **options)
     return code
 
 
@@ -588,10 +590,10 @@ def test_a_suite_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         raise ValueError("cannot be built")
 
     found = environment.environment() | {"sources": "here"}
-    monkeypatch.setattr(harness, "environment", lambda device: found)
+    monkeypatch.setattr(suite, "environment", lambda device: found)
     cases = {"a": case("a"), "b": case("b", "off"), "c": case("c"), "d": broken}
     options = {"resume": True, "clock": clock}
-    assert _suite(path, cases, seconds=100.0, **options) == harness.UNFINISHED
+    assert _suite(path, cases, seconds=100.0, **options) == suite.UNFINISHED
     assert ran == ["a", "b"], "a third one would not have had its first times"
     assert json.loads(path.read_text())["results"].keys() == {"a", "b"}
     assert _suite(path, cases, ceilings={"matmul": {}}, **options) == 1
@@ -644,10 +646,10 @@ def test_a_lost_device_ends_the_suite_and_comes_last_in_the_next(
         if ran[-1] in lost:
             raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(harness, "_free", free)
+    monkeypatch.setattr(suite, "_free", free)
     cases = {name: case(name) for name in "abc"}
-    assert _suite(path, cases, resume=True) == harness.LOST
-    assert _suite(path, cases, resume=True) == harness.LOST
+    assert _suite(path, cases, resume=True) == suite.LOST
+    assert _suite(path, cases, resume=True) == suite.LOST
     assert ran == ["a", "b", "c", "a"], "it costs its own case"
     lost.clear()
     assert _suite(path, cases, resume=True) == 0
@@ -662,7 +664,7 @@ def test_a_suite_without_resume_measures_anew(tmp_path: Path) -> None:
 
 def test_an_unknown_case_is_refused() -> None:
     with pytest.raises(SystemExit):
-        harness.arguments("about", ["B/16 x 64 qkv"], ["--allow-dirty", "C/16"])
+        suite.arguments("about", ["B/16 x 64 qkv"], ["--allow-dirty", "C/16"])
 
 
 def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
@@ -676,9 +678,9 @@ def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
     }
     wrong = {"variants": {"vitrail": {"wrong": "off by 0.3", "median_ms": 0.2}}}
     found = environment.environment() | {"gpu": "Card", "dirty": True}
-    for suite in ("kernels", "models"):
+    for name in ("kernels", "models"):
         record = {"environment": found, "results": {"B/16 qkv": right, "B/16 out": wrong}}
-        (tmp_path / "card" / f"{suite}.json").write_text(json.dumps(record))
+        (tmp_path / "card" / f"{name}.json").write_text(json.dumps(record))
     lines = list(report.render(tmp_path))
     assert lines[0].startswith("Card, driver None, torch ")
     assert lines[0].endswith(" dirty")
@@ -690,10 +692,10 @@ def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
 
     times = {"vitrail": {"median_ms": 0.0512}, "triton": {"median_ms": 7.5}}
     bad = {"variants": {"vitrail": {"wrong": "off by 0.3"}}}
-    for suite in ("host", "latency"):
+    for name in ("host", "latency"):
         results = {"batch 1": {"variants": times, "goal_ms": 0.45}, "batch 8": bad}
         record = {"environment": found, "results": results}
-        (tmp_path / "card" / f"{suite}.json").write_text(json.dumps(record))
+        (tmp_path / "card" / f"{name}.json").write_text(json.dumps(record))
     lines = [" ".join(line.split()) for line in report.render(tmp_path)]
     assert "batch 1 vitrail 51.2, triton 7500.0" in lines
     assert "batch 1 vitrail 0.051, triton 7.500 (goal 0.45)" in lines

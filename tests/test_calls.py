@@ -219,15 +219,6 @@ def test_a_table_that_was_brought_along_is_in_force(gpu: Gpu) -> None:
     assert "tuned by /" in (gpu.folder / "out" / "gpu.log").read_text()
 
 
-def test_a_few_files_come_back() -> None:
-    """At most eight do, of a call on a machine that is lent."""
-    named = {"gpu.log", "gpu-table.txt", "sm_90.json"}
-    first = named | {"recorded.safetensors", "ncu-details.csv", "ncu-source.csv.gz"}
-    second = named | {f"{suite}.json" for suite in ("models", "latency", "ceilings")}
-    assert len(first) <= 8
-    assert len(second) <= 8
-
-
 # -- what is built beforehand ----------------------------------------------------------------------
 
 
@@ -364,18 +355,21 @@ class Machine:
     """gpu.sh in the copy ``tree``, without git, on a machine whose torch claims an H100."""
 
     def __init__(self, tree: Path) -> None:
-        self.tree = tree
+        self.tree, self.out = tree, tree.parent / "out"
+
+    def files(self) -> list[Path]:
+        """What the last call left for its caller."""
+        return [path for path in self.out.rglob("*") if path.is_file()]
 
     def __call__(self, *words: str) -> tuple[int, str]:
         """The exit code and the output of a call, which finds an empty folder for its files."""
-        out = self.tree.parent / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(self.out, ignore_errors=True)
         environment = {
             **{name: value for name, value in os.environ.items() if name not in SETTINGS},
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT / "tests/claimed_device"),
             "GIT_CEILING_DIRECTORIES": str(self.tree.parent),
-            "OUT": str(out),
+            "OUT": str(self.out),
         }
         command = ["bash", "benchmarks/gpu.sh", *words]
         done = subprocess.run(
@@ -418,6 +412,7 @@ def test_both_calls_run_to_the_end_on_a_machine_that_lacks_only_the_gpu(machine:
     for note in ("smoke              FAILED", "record             FAILED", "ncu                "):
         assert note in said, said[-3000:]
     assert "commit unknown-dirty" in said, "without git nothing refuses"
+    assert len(machine.files()) <= 5, "ncu writes two more, the sweep one: eight come back"
 
     code, said = machine("models", "latency")
     assert code == 1
@@ -425,6 +420,7 @@ def test_both_calls_run_to_the_end_on_a_machine_that_lacks_only_the_gpu(machine:
     for name in ("B/16, batch 256", "load"):
         assert name in said
     assert "commit unknown dirty" in said, "in the table"
+    assert len(machine.files()) <= 7
 
 
 @pytest.mark.slow
@@ -437,7 +433,7 @@ def test_three_calls_in_a_row_share_a_state(machine: Machine) -> None:
         assert code == 1, said
         assert (state / "mark").exists() == (number > 0)
         (state / "mark").touch()
-        assert (machine.tree.parent / "out/nvidia-h100-claimed/ceilings.json").exists()
+        assert (machine.out / "nvidia-h100-claimed/ceilings.json").exists()
         for built in ("images/resize.json", "tuned/sm_90.json"):
             file = machine.tree / "kernels/vitrail_kernels" / built
             file.parent.mkdir(exist_ok=True)

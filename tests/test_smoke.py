@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import standin
+from vitrail_kernels.compile import Compiled
+from vitrail_kernels.configs import KernelConfig, read_table
+from vitrail_kernels.launch import Call, Target
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -175,6 +181,46 @@ def test_every_case_exists() -> None:
         names = [name for group in smoke.groups_of(device) for name in group.names]
         assert len(set(names)) == len(names)
     assert smoke.groups_of("cuda")[0].names == ["cuda"], "the safest comes first"
+
+
+def test_a_sweep_leaves_its_winner_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vitrail tune` of one kernel after the other, each of which is kept at once."""
+    steps, tune = map(importlib.import_module, ("steps", "vitrail.tune"))
+    fine = Compiled("fake", 90, 24, 0, 16_000, 4, Counter(HGMMA=4), "", "", "")
+    winner = KernelConfig(64, 64, 64, 4, 8, ctas=2)
+
+    class Clock:
+        """A GPU that computes nothing; ``winner`` takes half the time."""
+
+        def launch(self, calls: Sequence[Call]) -> None:
+            self.config = dataclasses.replace(calls[0].config, reason="")
+
+        def seconds(self, run: Callable[[], None]) -> float:
+            run()
+            return 1e-6 if self.config == winner else 2e-6
+
+    clock = Clock()
+    bench = tune.Bench(
+        Target(90, 132),
+        torch.device("cpu"),
+        lambda calls: [fine for _ in calls],
+        clock.launch,
+        clock.seconds,
+    )
+    monkeypatch.setattr(tune, "cuda_bench", lambda: bench)
+    monkeypatch.setattr(tune, "provenance", lambda device, command: {"date": "now", "gpu": "card"})
+    names = ("B/16 x 1 qkv", "B/16 x 1 out")
+    for name in names:
+        text = steps.sweep(name, "cuda", tmp_path)
+        assert text.startswith("heuristic 2.0 us, 64x64x64, 4 warps, 6 stages")
+        assert ": 2.00x, 64x64x64, 4 warps, 8 stages" in text
+        assert text.count("2.0 64x") >= 4, "the time of every candidate"
+    provenance, table = read_table(tmp_path / "sm_90.json")
+    assert len(table) == len(names)
+    assert {dataclasses.replace(config, reason="") for config in table.values()} == {winner}
+    assert "earlier" not in provenance, "one run"
 
 
 def test_the_rehearsal_on_a_cpu_is_right() -> None:
