@@ -1,5 +1,6 @@
 #include "driver.hpp"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -47,7 +48,15 @@ Gpu::Gpu(const char* library, int ordinal) : driver_(kept(library)) {
     driver_("", driver_.device_get, &device_, ordinal);
     info_ = describe(driver_, device_);
     multiprocessors_ = attribute(driver_, cu::kMultiprocessors, device_);
+    threads_ = attribute(driver_, cu::kThreadsAtOnce, device_);
+    shared_ = attribute(driver_, cu::kSharedAtOnce, device_);
     driver_("the context", driver_.context_retain, &context_, device_);
+}
+
+int Gpu::carveout(int threads, int shared) const {
+    const int64_t blocks = std::clamp(threads_ / std::max(threads, 1), 1, cu::kBlocksAtOnce);
+    const int64_t wanted = blocks * (int64_t{shared} + cu::kSharedOfBlock);
+    return static_cast<int>(std::min<int64_t>(100, (100 * wanted + shared_ - 1) / shared_));
 }
 
 Gpu::~Gpu() { driver_.context_release.call(device_); }

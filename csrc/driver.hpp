@@ -30,13 +30,17 @@ constexpr Result kInvalidDevice = 101;
 constexpr Result kNotSupported = 801;
 
 constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kThreadsAtOnce = 39;    // ..._MAX_THREADS_PER_MULTIPROCESSOR
 constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+constexpr int kSharedAtOnce = 81;     // ..._MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
 
 constexpr int kMaxThreads = 0;          // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
 constexpr int kMaxDynamicShared = 8;    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kSharedCarveout = 9;      // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kSharedWithoutAsking = 48 << 10;
+constexpr int kSharedOfBlock = 1 << 10;  // what CUDA keeps of each block's shared memory
+constexpr int kBlocksAtOnce = 32;        // on a multiprocessor, at most
 
 constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING
@@ -199,6 +203,10 @@ class Gpu {
     const DeviceInfo& info() const { return info_; }
     int multiprocessors() const { return multiprocessors_; }
 
+    // Percent of a multiprocessor's shared memory and L1 cache that as many blocks need as its
+    // threads allow. The driver's own choice may hold fewer of them.
+    int carveout(int threads, int shared) const;
+
     // Whether the device has stream-ordered memory, as far as is known: some virtual ones do not,
     // and say so when asked for it.
     bool pools() const { return pools_; }
@@ -239,6 +247,8 @@ class Gpu {
     cu::Context context_ = nullptr;
     DeviceInfo info_;
     int multiprocessors_ = 0;
+    int threads_ = 0;  // of a multiprocessor at once
+    int shared_ = 0;   // bytes of a multiprocessor
     mutable std::atomic<bool> pools_{true};
 };
 

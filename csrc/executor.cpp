@@ -48,12 +48,14 @@ Kernel::Kernel(const Gpu& gpu, const Image& wanted)
                           std::to_string(entry.threads) + " threads, wanted " +
                           std::to_string(image.threads));
     }
-    if (image.shared > static_cast<uint32_t>(cu::kSharedWithoutAsking)) {
-        const Driver& driver = gpu.driver();
-        const int shared = static_cast<int>(image.shared);
+    if (image.shared == 0) return;
+    const Driver& driver = gpu.driver();
+    const int shared = static_cast<int>(image.shared);
+    if (shared > cu::kSharedWithoutAsking) {
         driver(name, driver.function_set, entry.function, cu::kMaxDynamicShared, shared);
-        driver(name, driver.function_set, entry.function, cu::kSharedCarveout, 100);
     }
+    driver(name, driver.function_set, entry.function, cu::kSharedCarveout,
+           gpu.carveout(static_cast<int>(image.threads), shared));
 }
 
 void Kernels::load(std::string_view record) {

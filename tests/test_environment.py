@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import standin
 import vitrail
-from vitrail import info, kernel_cache, program
+from vitrail import info, kernel_cache, program, runners
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError
 from vitrail.model import Model, read_model
 from vitrail.plain import plain
@@ -35,10 +36,12 @@ from vitrail.program import image_key
 from vitrail.runners import choose, extension, native, why_not_native
 from vitrail.runners.extension import load_extension
 from vitrail.runners.native import NativeRunner
+from vitrail.runners.reference import ReferenceRunner
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels import launch as kernel_launch
 from vitrail_kernels.compile import compile_kernel
+from vitrail_kernels.configs import KernelConfig, read_table, write_table
 from vitrail_kernels.launch import MISSING, Target, interpreted, triton_version
 from vitrail_kernels.private_cache import private_cache
 from vitrail_kernels.toolchain import compilers, why_no_launcher, why_not_compiled
@@ -592,3 +595,85 @@ def test_a_fault_of_a_kernel_says_that_the_process_must_go(driver: standin.Stand
     with pytest.raises(DeviceError, match=r"OUT_OF_RESOURCES[^;]*$"):
         embed(model)
     driver.reset()
+
+
+# -- switches and tables ---------------------------------------------------------------------------
+
+
+@needs_native
+def test_without_tma_no_kernel_takes_a_tensor_map(
+    driver: standin.Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def maps() -> bool:
+        driver.record(True)
+        embed(open_model(driver))
+        launched = driver.launched()
+        driver.record(False)
+        driver.reset()
+        return any(part.map for launch in launched for part in launch.parameters)
+
+    assert maps()
+    print_with = open_model(driver).fingerprint
+    monkeypatch.setenv("VITRAIL_TMA", "0")
+    assert not maps()
+    assert open_model(driver).fingerprint != print_with
+
+
+def test_info_says_that_tma_is_off(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runners, "choose", lambda *_: "native")
+    monkeypatch.setattr(info, "_resize", lambda _: "")
+    gpu((9, 0))
+    assert "TMA" not in info._serving()["kernels"]
+    monkeypatch.setenv("VITRAIL_TMA", "0")
+    assert "without TMA (VITRAIL_TMA=0)" in info._serving()["kernels"]
+
+
+def test_an_export_with_tma_is_refused_without_it(
+    library: standin.Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = read_model(CLIP, FP16)
+    identity = "triton 3.7.1 ptxas 12.8 sm_90 0123"
+
+    def open_export(identity: str) -> NativeRunner:
+        exported: Any = SimpleNamespace(builds={90: identity}, tables={}, folder="clip")
+        return NativeRunner(loaded.weights, FP16, CPU, str(library.path), exported=exported)
+
+    open_export(identity)
+    monkeypatch.setenv("VITRAIL_TMA", "0")
+    with pytest.raises(InputError, match=r"^VITRAIL_TMA=0: got clip, .* sm_90 use TMA; export it"):
+        open_export(identity)
+    open_export(f"{identity}, without TMA")
+
+
+def test_weights_that_are_freed_wait_for_every_stream_that_used_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = ReferenceRunner(read_model(CLIP, FP16).weights, FP16, CPU)
+    streams, recorded = iter([7, 0, 7, 9]), []
+    runner.device = GPU
+    arena: Any = SimpleNamespace(record_stream=lambda stream: recorded.append(stream.cuda_stream))
+    runner.weights = dataclasses.replace(runner.weights, arena=arena)
+    current = lambda device: SimpleNamespace(cuda_stream=next(streams))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    assert [runner._stream() for _ in range(4)] == [7, 0, 7, 9]
+    assert recorded == [7, 0, 9]
+
+
+def test_two_writers_of_one_tuned_table_leave_a_whole_one(tmp_path: Path) -> None:
+    file = tmp_path / "sm_90.json"
+    rows = {f"linear|{i}": KernelConfig(64, 64, 64, 4, 2, reason="r" * 50) for i in range(200)}
+
+    def write(_: int) -> None:
+        for _ in range(20):
+            write_table(file, {}, rows)
+            assert read_table(file)[1] == rows
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert list(tmp_path.iterdir()) == [file]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask

@@ -103,6 +103,16 @@ def test_targets(arch: int) -> None:
     assert target.pdl == (arch >= 90 and not interpreted())
 
 
+def test_tensor_maps_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_TMA", "0")
+    assert not Target(90, 132).tma
+    assert Target(90, 132).without_tma
+    assert not Target(80, 108).without_tma
+    monkeypatch.setenv("VITRAIL_TMA", "1")
+    assert Target(90, 132).tma
+    assert not Target(90, 132).without_tma
+
+
 def test_the_interpreter_has_no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, there in (("0", True), ("1", False)):
         monkeypatch.setenv("TRITON_INTERPRET", value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,9 @@ def check_launch(
     assert found.grid == (call.grid.blocks, 1, 1)
     assert found.block == (32 * call.config.warps, 1, 1)
     assert found.shared == kernel.metadata.shared
+    blocks = min(32, 2048 // (32 * call.config.warps))  # as many as its threads allow
+    asked = math.ceil(100 * blocks * (found.shared + 1024) / 233_472)
+    assert found.carveout == (min(100, asked) if found.shared else -1)
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     source, _, _ = source_of(call, 90)

@@ -365,6 +365,7 @@ def test_a_launch_writes_the_digest_of_what_it_was_given(cuda: Cuda) -> None:
         shared=0,
         stream=stream,
         pdl=True,
+        carveout=-1,
         digest=digest(first, (b"before..", b"head and", None)),
         parameters=(
             Parameter(0, 8, struct.pack("<Q", out), None),

@@ -144,6 +144,7 @@ def _size(spec: ModelSpec, size: tuple[int, int] | None) -> tuple[int, int] | No
 class _Build:
     """Programs by name, and by its key every kernel that they launch."""
 
+    target: Target
     programs: dict[str, Program]
     calls: dict[str, Call]
 
@@ -167,7 +168,7 @@ class _Package:
             except ValueError as error:  # what no kernel takes
                 raise InputError(f"export: {plan.name}: {error}") from error
         calls = {key: call for one in programs.values() for key, call in one.calls.items()}
-        self.builds[target.arch] = _Build(programs, calls)
+        self.builds[target.arch] = _Build(target, programs, calls)
 
     def compile(self, progress: Progress) -> None:
         with progress(sum(len(build.calls) for build in self.builds.values())) as tell:
@@ -213,8 +214,8 @@ class _Package:
         }
         checkpoint, weights = self.found.checkpoint, self.found.hash_weights()
         built = {}
-        for arch in self.builds:
-            runner = self._identity(arch)
+        for arch, build in self.builds.items():
+            runner = self._identity(build.target)
             print_of = fingerprint(checkpoint, self.spec, weights, self.dtype, runner)
             built[arch] = {"runner": runner, "fingerprint": print_of}
         prints = {arch: one["fingerprint"] for arch, one in built.items()}
@@ -237,13 +238,13 @@ class _Package:
         }
         _put(folder / EXPORT, manifest_bytes(content))
 
-    def _identity(self, arch: int) -> str:
+    def _identity(self, target: Target) -> str:
         """That of the runners whose bits the exported kernels give: see `TritonRunner.identity`.
 
         A position table for another grid than the checkpoint's is interpolated, here by the
         reference and there by a kernel: the same but for fp32's last bits.
         """
-        kernels = provenance(arch)
+        kernels = provenance(target)
         vision, size = self.spec.vision, self.size
         if vision is None or size is None or vision.grid_at(size) == vision.grid:
             return kernels

@@ -176,9 +176,9 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     """Which runner and device would serve, and what of the faster parts is installed."""
     import torch
 
-    from vitrail.cuda import why_no_cuda
+    from vitrail.cuda import cuda_capability, why_no_cuda
     from vitrail.runners import choose, why_not_kernels, why_not_native
-    from vitrail_kernels.launch import MISSING, triton_version
+    from vitrail_kernels.launch import MISSING, TMA, Target, triton_version
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -194,6 +194,10 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     else:
         runner = f"{name} (Vitrail's kernels)"
     kernels = str(MISSING) if MISSING is not None else f"triton {triton_version()}"
+    if name != "reference":
+        major, minor = cuda_capability(device)
+        if Target(10 * major + minor, 1).without_tma:
+            kernels += f", without TMA ({TMA}=0)"
     return {
         "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
         "kernels": f"{kernels}; resize: {_resize(name)}",

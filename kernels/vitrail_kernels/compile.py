@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from vitrail_kernels.configs import config_hash
-from vitrail_kernels.launch import INTERPRETING, MISSING, Call, interpreted
+from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 from vitrail_kernels.private_cache import private_cache
 from vitrail_kernels.sass import TENSOR_CORE, opcodes
 from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
@@ -227,11 +227,15 @@ def _binder(kernel: Any, arch: int) -> tuple[Any, Any, Any]:
     return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def provenance(arch: int) -> str:
-    """What the machine code of ``arch`` follows from besides these sources: part of a model's
+WITHOUT_TMA = ", without TMA"
+
+
+def provenance(target: Target) -> str:
+    """What the machine code for ``target`` follows from besides these sources: part of a model's
     fingerprint. Raises ValueError for a tuned table that cannot be read."""
-    triton, ptxas = compilers(arch)
-    return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}"
+    arch, (triton, ptxas) = target.arch, compilers(target.arch)
+    switched = WITHOUT_TMA if target.without_tma else ""
+    return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}{switched}"
 
 
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.(\w+)<\{(.*)\}>$", re.M)

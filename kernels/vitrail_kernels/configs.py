@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -142,12 +143,20 @@ def _fits(name: str, value: Any) -> bool:
 def write_table(
     file: Path, provenance: Mapping[str, Any], configs: Mapping[str, KernelConfig]
 ) -> None:
-    """What `read_table` reads, whole or not at all."""
+    """What `read_table` reads, whole or not at all; of two writers at once the last stays."""
     rows = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
-    partial = file.with_name(f"{file.name}.partial")
     text = json.dumps({"provenance": provenance, "configs": rows}, indent=1)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(file)
+    descriptor, partial = tempfile.mkstemp(".partial", f".{file.name}.", file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as draft:
+            draft.write(text + "\n")
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # mkstemp's are private
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def config_hash(arch: int) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -78,12 +78,24 @@ def jit(*, varying: Sequence[str] = ()) -> Callable[[_F], Any]:
     return decorate
 
 
+TMA = "VITRAIL_TMA"
+"""Set to 0: no kernel uses tensor maps, as before sm_90. For GPUs or drivers on which they hang."""
+
+
+def _maps() -> bool:
+    return os.environ.get(TMA) != "0"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU: ``arch`` as 80, 86, 89, 90, 100 or 120, and its number of multiprocessors."""
+    """A GPU: ``arch`` as 80, 86, 89, 90, 100 or 120, and its number of multiprocessors.
+
+    ``maps``: whether kernels may use tensor maps; VITRAIL_TMA decides if it is left out.
+    """
 
     arch: int
     sms: int
+    maps: bool = field(default_factory=_maps)
 
     @property
     def tcgen05(self) -> bool:
@@ -93,7 +105,12 @@ class Target:
     @property
     def tma(self) -> bool:
         """Loads and stores whole tiles by tensor descriptors (sm_90 and later)."""
-        return self.arch >= 90
+        return self.arch >= 90 and self.maps
+
+    @property
+    def without_tma(self) -> bool:
+        """It has tensor maps, and they are switched off."""
+        return self.arch >= 90 and not self.maps
 
     @property
     def pdl(self) -> bool:

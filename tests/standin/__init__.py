@@ -74,7 +74,8 @@ class Parameter:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One launch: ``grid`` and ``block`` as x, y, z, ``shared`` bytes of dynamic shared memory,
-    ``stream`` the handle, ``pdl`` whether it may overlap the launch before it, ``digest`` what it
+    ``stream`` the handle, ``pdl`` whether it may overlap the launch before it, ``carveout``
+    the percent of shared memory that was asked for its kernel (-1: not asked), ``digest`` what it
     wrote (0 where computing is off)."""
 
     name: str
@@ -83,6 +84,7 @@ class Launch:
     shared: int
     stream: int
     pdl: bool
+    carveout: int
     digest: int
     parameters: tuple[Parameter, ...]
 
@@ -117,6 +119,8 @@ class _Record(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("shared", ctypes.c_uint32),
         ("pdl", ctypes.c_uint32),
+        ("carveout", ctypes.c_int32),
+        ("padding", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
         ("digest", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
@@ -286,6 +290,7 @@ class Standin:
                     shared=record.shared,
                     stream=record.stream,
                     pdl=bool(record.pdl),
+                    carveout=record.carveout,
                     digest=record.digest,
                     parameters=tuple(parameters),
                 )

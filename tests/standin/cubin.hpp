@@ -28,6 +28,7 @@ struct Kernel {
     uint32_t registers = 0;
     uint32_t local = 0;      // bytes of a thread
     int64_t allowed = -1;    // dynamic shared memory set by cuFuncSetAttribute, bytes; -1: not set
+    int32_t carveout = -1;   // percent set by cuFuncSetAttribute; -1: the driver's choice
     uint32_t arch = 0;       // 90 for sm_90
     uint32_t buffer() const {  // bytes of all parameters
         uint32_t end = 0;

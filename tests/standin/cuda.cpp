@@ -40,6 +40,8 @@ int device_attribute(int attribute, int& value) {
         case kUnifiedAddressing: return value = 1, kSuccess;
         case kMajor: return value = s.major, kSuccess;
         case kMinor: return value = s.minor, kSuccess;
+        case kSharedPerMultiprocessor:
+            return value = static_cast<int>(shared_optin(s.major, s.minor) + 1024), kSuccess;
         case kSharedOptin:
             return value = static_cast<int>(shared_optin(s.major, s.minor)), kSuccess;
         case kMemoryPools: return value = 1, kSuccess;
@@ -255,7 +257,8 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     if (call.failed()) return call.code;
     Kernel* kernel = find_function(call, function);
     if (kernel == nullptr) return call.code;
-    if (attribute == kFunctionCarveout && value >= -1 && value <= 100) return kSuccess;  // a wish
+    if (attribute == kFunctionCarveout && value >= -1 && value <= 100)
+        return kernel->carveout = value, kSuccess;
     if (attribute != kFunctionDynamicShared)
         return call.complain(kInvalidValue, "attribute " + std::to_string(attribute) + " = " +
                                                 std::to_string(value) +

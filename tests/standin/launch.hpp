@@ -256,6 +256,7 @@ class Launch {
         std::copy(config_.block, config_.block + 3, record.block);
         record.shared = config_.shared;
         record.pdl = static_cast<uint32_t>(pdl_);
+        record.carveout = kernel_.carveout;
         record.stream = reinterpret_cast<uint64_t>(config_.stream);
         record.digest = digest_;
         record.count = kept.parameters.size();

@@ -80,6 +80,8 @@ struct Record {
     uint32_t block[3];
     uint32_t shared;
     uint32_t pdl;
+    int32_t carveout;
+    uint32_t padding;
     uint64_t stream;
     uint64_t digest;  // 0 for a launch that was emulated, or where nothing was computed
     uint64_t count;   // of parameters

@@ -33,8 +33,9 @@ from vitrail.runners.extension import load_extension
 from vitrail.runners.triton import TritonRunner
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
+from vitrail_kernels.compile import WITHOUT_TMA
 from vitrail_kernels.launch import MISSING as NO_TRITON
-from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.launch import TMA, Call, Target
 
 try:
     load_extension()
@@ -78,6 +79,14 @@ class _Ready(NamedTuple):
     sizes: dict[Size, _Sized]
 
 
+def _check_without_tma(exported: Exported, arch: int) -> None:
+    if WITHOUT_TMA not in exported.builds[arch]:
+        raise InputError(
+            f"{TMA}=0: got {exported.folder}, whose kernels for sm_{arch} use TMA; export it again "
+            f"with {TMA}=0, load the checkpoint itself, or unset {TMA}"
+        )
+
+
 class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
@@ -108,6 +117,8 @@ class NativeRunner(TritonRunner):
         self._kernels = _C.Kernels(self._gpu)
         if exported is not None and self.target.arch not in exported.builds:
             exported = None
+        if exported is not None and self.target.without_tma:
+            _check_without_tma(exported, self.target.arch)
         self._exported = exported
         tables = {} if exported is None else exported.tables
         self._tables = {kind: table.to(self.device) for kind, table in tables.items()}
@@ -304,9 +315,3 @@ class NativeRunner(TritonRunner):
             return torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"{self.device}: {error}") from error
-
-    def _stream(self) -> int:
-        """The current stream, as the driver's handle; the default one in tests without a GPU."""
-        if self.device.type != "cuda":
-            return 0
-        return int(torch.cuda.current_stream(self.device).cuda_stream)

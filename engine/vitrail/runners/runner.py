@@ -118,6 +118,7 @@ class Runner(ABC):
         self._arenas = ArenaPool(device)
         self._positions = PositionCache()
         self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
+        self._streams: set[int] = set()
 
     @property
     def identity(self) -> str:
@@ -206,6 +207,7 @@ class Runner(ABC):
                     raw = arena[start : start + math.prod(shape) * dtype.itemsize]
                     tensors[buffer.name] = raw.view(dtype).view(shape)
             if batch:
+                self._stream()  # of which the weights take note
                 self.walk(plan.launches, tensors, longest)
             self._give(arena)
             return {name: tensors[name] for name in plan.outputs}
@@ -220,6 +222,18 @@ class Runner(ABC):
     def _on_device(self) -> AbstractContextManager[object]:
         """Kernels launch on the current device, which need not be the tensors'."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _stream(self) -> int:
+        """The current stream, as the driver's handle; 0 without a GPU. Weights that are freed wait
+        for the work of every stream that this was called on."""
+        if self.device.type != "cuda":
+            return 0
+        stream = torch.cuda.current_stream(self.device)
+        handle = int(stream.cuda_stream)
+        if handle not in self._streams:
+            self.weights.arena.record_stream(stream)
+            self._streams.add(handle)
+        return handle
 
     # PyTorch's own allocator of a GPU gives memory back in the order of a stream; an arena that
     # waits here could be taken by another stream while the first still writes to it

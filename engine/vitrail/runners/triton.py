@@ -23,7 +23,7 @@ class TritonRunner(Runner):
     @property
     def identity(self) -> str:
         try:
-            return provenance(self.target.arch)
+            return provenance(self.target)
         except ValueError as error:  # a tuned table of the user's own
             raise InputError(str(error)) from error
 
