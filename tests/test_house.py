@@ -36,6 +36,7 @@ ORDER = (
     "package",
     "exported",
     "runners",
+    "tokens",
     "towers",
     "module",
     "images",
