@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, refuse_dirty
+from environment import ROOT, last_change, refuse_dirty
 from harness import OURS, Case, Results, Run, faults, line, measure, results_folder, write
 
 CAPTIONS, LABELS, CALLS = 100_000, 1_000, 200
@@ -204,6 +204,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if broken := {name: faults(found) for name, found in results.items() if faults(found)}:
         print(f"nothing is written: {broken}", file=sys.stderr)
         return 1
+    if options.before:
+        results["before"] = last_change(options.before)
     write(results_folder("cpu") / "captions.json", results)
     return 0
 
