@@ -27,6 +27,7 @@ from torch import Tensor
 import vitrail
 from vitrail.runners.native import OVERLAP
 from vitrail.spec import TextSpec, VisionSpec
+from vitrail.tokens import TokenIds
 
 GOALS = {"B/16": 0.45, "load": 1000.0}
 """Milliseconds; the bar for B/16 is 0.28."""
@@ -94,7 +95,7 @@ def text_case(spec: TextSpec, device: str) -> Case:
 
     def run(model: vitrail.Model) -> Tensor:
         assert model._text is not None, "the checkpoint has a text tower"
-        return model._text.embed(ids)["text.embedding"]
+        return model._text.embed(TokenIds.of(ids))["text.embedding"]
 
     variants = _variants(spec, device, run) | _peers(theirs, {"input_ids": rows}, device)
     return Case(variants, check, late=LATE if device == "cuda" else ())

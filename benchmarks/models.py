@@ -44,6 +44,7 @@ from torch import Tensor
 import vitrail
 from vitrail import plans
 from vitrail.spec import TextSpec, VisionSpec
+from vitrail.tokens import TokenIds
 
 CHECKED = 64
 """Items of a batch that are compared with fp32."""
@@ -255,7 +256,7 @@ def text_case(spec: TextSpec, batch: int, device: str) -> Case:
     theirs, check = _numbers(spec, {"input_ids": rows}, device)
     tower = _ours(spec, device)._text
     assert tower is not None, "the checkpoint has a text tower"
-    variants: dict[str, Run] = {OURS: lambda: tower.embed(ids)["text.embedding"]}
+    variants: dict[str, Run] = {OURS: lambda: tower.embed(TokenIds.of(ids))["text.embedding"]}
     flops = {OURS: plans.text_pooled(spec).flops(lengths)}
     for padded in (spec.context, max(lengths)):
         given = {"input_ids": rows[:, :padded].contiguous()}
