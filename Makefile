@@ -72,7 +72,8 @@ test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 
 test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
 	$(say) 'What the kernels compile to under triton 3.6'
-	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py
+	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py tests/test_sass.py \
+	    tests/test_calls.py::test_tritons_binding_is_compiled_without_a_driver
 
 lint: .venv/dev.stamp ## ruff and mypy --strict
 	$(say) 'ruff check, ruff format --check, mypy --strict'
@@ -87,7 +88,7 @@ bench: .venv/dev.stamp ## the CPU benchmarks against transformers
 	$(py) benchmarks/cpu.py
 	$(py) benchmarks/host.py --device cpu
 
-gpu: ## the GPU tests and benchmarks (benchmarks/gpu.sh)
+gpu: ## the benchmarks and tests on a GPU (benchmarks/gpu.sh)
 	@bash benchmarks/gpu.sh
 
 pixels-golden: .venv-pillow12/stamp ## make the pixel hashes anew, under Pillow 12

@@ -1,30 +1,21 @@
 """What this device does at best: matrix products, copies, attention.
 
 `python benchmarks/ceilings.py` writes ceilings.json. Random data, fp16, PyTorch's own operators.
-The other suites measure these in their own process too, and give every rate as a part of them.
+The other suites give every rate as a part of the first two, which are measured once for a file.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import (
-    Case,
-    Results,
-    Run,
-    Timer,
-    arguments,
-    device_timer,
-    host_timer,
-    measure,
-    results_folder,
-    run_suite,
-    tolerances,
-)
+from harness import Case, Keep, Results, Run, Timer, device_timer, host_timer, measure, tolerances
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -119,14 +110,15 @@ def attention(device: str) -> Case:
 
 
 CASES: dict[str, Callable[[str], Case]] = {"matmul": matmul, "copy": copy, "attention": attention}
+BOUNDS = ("matmul", "copy")
 
 
 def timer_of(device: str) -> Timer:
     return device_timer() if device == "cuda" else host_timer()
 
 
-def _measured(name: str, device: str) -> Results:
-    return measure(CASES[name](device), timer_of(device), rounds=11)
+def _measured(name: str, device: str, keep: Keep = lambda _: None) -> Results:
+    return measure(CASES[name](device), timer_of(device), rounds=11, keep=keep)
 
 
 def best(results: Results, rate: str) -> float:
@@ -134,10 +126,17 @@ def best(results: Results, rate: str) -> float:
     return max((found.get(rate, 0.0) for found in results["variants"].values()), default=0.0)
 
 
-def ceilings(device: str) -> tuple[Results, dict[str, float]]:
-    """Every case measured now, and of them the two that bound a kernel: "tflops" and "gbs"."""
-    found = {name: _measured(name, device) for name in CASES}
-    return found, {"tflops": best(found["matmul"], "tflops"), "gbs": best(found["copy"], "gbs")}
+def ceilings(device: str, folder: Path | None = None) -> tuple[Results, dict[str, float]]:
+    """Rates that bound a kernel, and of them the best: "tflops" of a matmul, "gbs" of a copy.
+
+    They are taken from ``ceilings.json`` in ``folder`` (`results_folder`) if it holds them of the
+    same sources, else measured now and written there: once a call, not once a suite.
+    """
+    path = (folder or results_folder(device)) / "ceilings.json"
+    run_suite(path, {name: partial(_measured, name, device) for name in BOUNDS}, device, True)
+    kept = json.loads(path.read_text())["results"]
+    bounds = {name: kept[name] for name in BOUNDS}
+    return bounds, {"tflops": best(bounds["matmul"], "tflops"), "gbs": best(bounds["copy"], "gbs")}
 
 
 def main(given: Sequence[str] | None = None) -> int:

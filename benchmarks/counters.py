@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from environment import ROOT, last_change, refuse_dirty
-from harness import write
 from launches import MODELS, Repeated, launches
+from suite import write
 
 import vitrail_kernels
 from vitrail_kernels.launch import Call, Target

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from harness import ROOT, interleave, ratio, refuse_dirty, summary, write
+from environment import ROOT, refuse_dirty
+from harness import interleave, ratio, summary
 from PIL import Image
+from suite import write
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import vitrail

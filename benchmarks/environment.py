@@ -15,14 +15,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("engine", "kernels", "csrc", "benchmarks")
 SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
+BUILT = ("results", "images", "tuned")
+"""Folders inside `CODE` that a build, a tuning or a measurement writes."""
+SECONDS = 20
+"""For nvidia-smi, or git, to answer."""
+PACKED = "build/pack/commit"
+"""Whose files these are in a copy without git, written by ``benchmarks/gpu.sh pack``."""
+DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _output(*command: str, folder: Path | None = None) -> str | None:
     try:
         done = subprocess.run(
-            command, cwd=folder or ROOT, capture_output=True, text=True, check=True
+            command, cwd=folder or ROOT, capture_output=True, text=True, check=True, timeout=SECONDS
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
@@ -30,17 +37,26 @@ def _output(*command: str, folder: Path | None = None) -> str | None:
 def revision() -> tuple[str, bool]:
     """The commit, and whether the files differ from it; results are no difference.
 
-    A copy without git is told by VITRAIL_COMMIT: a hash, with ``-dirty`` behind it or not, as
-    ``git describe --always --dirty --abbrev=40 --exclude='*'`` prints it.
+    A copy without git takes VITRAIL_COMMIT, or the file `PACKED`: a hash, with ``-dirty`` behind it
+    or not, as `DESCRIBE` prints it. Without either the commit is "unknown", and dirty.
     """
     head = _output("git", "rev-parse", "HEAD")
     if head is None:
-        told = os.environ.get("VITRAIL_COMMIT", "")
-        return told.removesuffix("-dirty") or "unknown", not told or told.endswith("-dirty")
+        packed = ROOT / PACKED
+        commit = os.environ.get("VITRAIL_COMMIT") or (
+            packed.read_text().strip() if packed.exists() else ""
+        )
+        return commit.removesuffix("-dirty") or "unknown", not commit or commit.endswith("-dirty")
     status, no_results = ("git", "status", "--porcelain"), ":!benchmarks/results"
     changed = _output(*status, "--untracked-files=no", "--", ".", no_results)
     new = _output(*status, "--", *CODE, no_results)
     return head, changed != "" or new != ""
+
+
+def describe() -> str:
+    """The commit as `PACKED` holds it."""
+    commit, dirty = revision()
+    return f"{commit}{'-dirty' * dirty}"
 
 
 def last_change(folder: Path) -> str:
@@ -54,12 +70,15 @@ def last_change(folder: Path) -> str:
 
 
 def sources() -> str:
-    """SHA-256 of the code that is measured and that measures: what a result belongs to."""
+    """SHA-256 of the code that is measured and that measures: a result belongs to it.
+
+    Files of `BUILT` folders do not count, so that a build between two calls changes nothing.
+    """
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*")):
             name = path.relative_to(ROOT)
-            if path.suffix in SUFFIXES and "results" not in name.parts:
+            if path.suffix in SUFFIXES and not set(BUILT) & set(name.parts):
                 digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -71,6 +90,23 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _ptxas() -> str | None:
+    """The version of the ptxas that Triton takes, which TRITON_PTXAS_PATH may change."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return str(get_ptxas(90).version)
+    except (ImportError, RuntimeError, OSError):
+        return None
+
+
+def _tuned(arch: int) -> str | None:
+    """The hash of the tuned table in force for ``arch``, None without one."""
+    from vitrail_kernels.configs import config_hash, tuned
+
+    return config_hash(arch)[:16] if tuned(arch) else None
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -79,17 +115,18 @@ def _cpu() -> str:
 
 
 def _gpu(present: bool) -> dict[str, Any]:
-    names = ("gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks")
+    names = ("gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks", "tuned")
     if not present:
         return dict.fromkeys(names)
     import torch
 
     card = torch.cuda.get_device_properties()
     query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    said = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0") or "unknown"
-    driver, _, clocks = said.partition(", ")
-    arch, memory = f"sm_{card.major}{card.minor}", card.total_memory
-    values = (card.name, arch, memory, card.multi_processor_count, driver, clocks or None)
+    answer = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0") or "unknown"
+    driver, _, clocks = answer.partition(", ")
+    arch = 10 * card.major + card.minor
+    sizes = (card.total_memory, card.multi_processor_count)
+    values = (card.name, f"sm_{arch}", *sizes, driver, clocks or None, _tuned(arch))
     return dict(zip(names, values, strict=True))
 
 
@@ -110,6 +147,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: _version(name) for name in ("triton", "numpy", "pillow", "transformers")},
+        "ptxas": _ptxas(),
         "commit": commit,
         "dirty": dirty,
         "sources": sources(),
@@ -119,9 +157,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def refuse_dirty(allowed: bool) -> None:
-    """Stop where the numbers would belong to no commit."""
-    if not allowed and revision()[1]:
-        sys.exit(
-            "the tree has uncommitted changes, or no git tells its commit; commit them (in a copy "
-            "without git set VITRAIL_COMMIT), or give --allow-dirty"
-        )
+    """Stop if git says that the numbers would belong to no commit; a copy without git goes on."""
+    if not allowed and _output("git", "rev-parse", "HEAD") and revision()[1]:
+        sys.exit("the tree has uncommitted changes; commit them, or give --allow-dirty")

@@ -1,35 +1,29 @@
-"""How a benchmark is run and kept: checked first, timed in turn, recorded with its environment.
+"""How a case is measured: checked first, timed in turn, a wrong one marked.
 
 A variant is a callable without arguments, a timer a function of it that returns seconds: wall clock
-(`host_timer`) or device events (`device_timer`). `measure` times a `Case`; `run_suite` runs many
-and keeps the file after each, so that a suite that was cut off goes on where it stopped.
+(`host_timer`) or device events (`device_timer`). `measure` times a `Case`.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import importlib
 import itertools
-import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from environment import ROOT, environment, refuse_dirty, sources
+from environment import ROOT
 
 OURS = "vitrail"
-UNFINISHED = 3
-"""Exit code of a suite whose time was up: the same command goes on with the next case."""
 
 Results = dict[str, Any]
 Run = Callable[[], Any]
 Timer = Callable[[Run], float]
+Keep = Callable[[Results], None]
+"""Takes the results of a case so far."""
 
 # -- timing ----------------------------------------------------------------------------------------
 
@@ -129,14 +123,16 @@ def ratio(seconds: Mapping[str, Sequence[float]], peer: str, ours: str) -> float
 class Case:
     """What is timed together: ``variants`` by name, `OURS` among them.
 
-    ``check(name, result)`` raises AssertionError where a variant's first result is wrong.
-    ``bounds``: variants that do less than the others, timed beside them but no peers. ``flops``,
-    ``bytes``, ``items``: what one run of a variant computes, moves, serves, where it is counted.
+    ``check(name, result)`` raises AssertionError if a variant's first result is wrong.
+    ``bounds``: variants that do less than the others, timed beside them but no peers. ``late``:
+    variants whose first run takes minutes (a compiler's); each is timed beside `OURS` once all
+    others have their times. ``flops``, ``bytes``, ``items``: the work of one run, if it is counted.
     """
 
     variants: Mapping[str, Run]
     check: Callable[[str, Any], None]
     bounds: frozenset[str] = frozenset()
+    late: Sequence[str] = ()
     flops: Mapping[str, int] = field(default_factory=dict)
     bytes: Mapping[str, int] = field(default_factory=dict)
     items: Mapping[str, int] = field(default_factory=dict)
@@ -148,38 +144,58 @@ def measure(
     rounds: int = 15,
     warmup: int = 2,
     ceilings: Mapping[str, float] | None = None,
+    keep: Keep = lambda _: None,
 ) -> Results:
-    """Check every variant, then time those that are right, in turn.
+    """Check every variant, then time it, in turn with those of its group.
 
-    A wrong variant gets "wrong" and why, one that cannot run gets "failed" and why; neither gets a
-    time, and where it is ours nothing is timed. ``ratio``: ours over the fastest peer.
-    ``ceilings``: "tflops" and "gbs" of the device, measured in the same process.
+    The first group is all but ``case.late``; of those each is a group with `OURS`. ``keep`` gets
+    the results after each group. A wrong variant is timed, marked "wrong" with the reason, and
+    enters no ratio; one that cannot run gets "failed" with the reason. ``ratio``: ours over the
+    fastest peer. ``ceilings``: "tflops" and "gbs" of the device.
     """
-    runs: dict[str, Run] = {}
     variants: dict[str, Results] = {}
-    for name, run in case.variants.items():
-        try:
-            case.check(name, run())
-            runs[name], variants[name] = run, {}
-        except AssertionError as error:
-            variants[name] = {"wrong": _first_line(error)}
-        except Exception as error:  # a backend that refuses these shapes, a compiler, memory
-            variants[name] = {"failed": _first_line(error)}
     results: Results = {"variants": variants}
-    if OURS in case.variants and OURS not in runs:
-        return results
-    seconds = interleave(runs, rounds, warmup, timer)
-    for name, values in seconds.items():
-        variants[name] |= summary(values) | _rates(case, name, values, ceilings or {})
-    peers = [name for name in runs if name not in case.bounds and not name.startswith(OURS)]
-    if OURS in runs and peers:
-        ratios = {peer: ratio(seconds, peer, OURS) for peer in peers}
-        results |= {"ratio": min(ratios.values()), "against": min(ratios, key=ratios.__getitem__)}
-        results["ratios"] = ratios
+    groups = [[name for name in case.variants if name not in case.late]]
+    for group in [*groups, *([OURS, name] for name in case.late)]:
+        if group != groups[0] and "failed" in variants.get(OURS, {}):
+            break  # nothing to compare a compiler's minutes with
+        for name in group:
+            if name not in variants:
+                variants[name] = _checked(case, name)
+        runs = {name: case.variants[name] for name in group if "failed" not in variants[name]}
+        if all("median_ms" in variants[name] for name in runs):
+            continue
+        seconds = interleave(runs, rounds, warmup, timer)
+        for name, values in seconds.items():
+            if "median_ms" not in variants[name]:
+                variants[name] |= summary(values) | _rates(case, name, values, ceilings or {})
+        _compare(case, results, seconds)
+        keep(results)
     return results
 
 
-def _first_line(error: Exception) -> str:
+def _checked(case: Case, name: str) -> Results:
+    """Run a variant once: nothing, or "wrong" or "failed" with the reason."""
+    try:
+        case.check(name, case.variants[name]())
+    except AssertionError as error:
+        return {"wrong": first_line(error)}
+    except Exception as error:  # a backend that refuses these shapes, a compiler, memory
+        return {"failed": first_line(error)}
+    return {}
+
+
+def _compare(case: Case, results: Results, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Add the ratios of the peers in ``seconds``, if they and ours are right."""
+    right = [name for name in seconds if "wrong" not in results["variants"][name]]
+    peers = [name for name in right if name not in case.bounds and not name.startswith(OURS)]
+    if OURS in right and peers:
+        ratios = results.setdefault("ratios", {})
+        ratios |= {peer: ratio(seconds, peer, OURS) for peer in peers}
+        results |= {"ratio": min(ratios.values()), "against": min(ratios, key=ratios.__getitem__)}
+
+
+def first_line(error: Exception) -> str:
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
@@ -203,122 +219,8 @@ def _rates(
 def faults(results: Results) -> dict[str, str]:
     """Variants of ours that are wrong or failed, and why."""
     return {
-        name: f"{kind}: {found[kind]}"
-        for name, found in results.get("variants", {}).items()
-        for kind in ("wrong", "failed")
-        if name.startswith(OURS) and kind in found
+        name: f"{fault}: {variant[fault]}"
+        for name, variant in results.get("variants", {}).items()
+        for fault in ("wrong", "failed")
+        if name.startswith(OURS) and fault in variant
     }
-
-
-# -- files and suites -----------------------------------------------------------------------------
-
-
-def write(path: Path, results: Mapping[str, Any], device: str = "cpu") -> None:
-    """Keep one suite's results beside the environment they were measured in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "environment": environment(device), "results": results}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
-
-
-def results_root() -> Path:
-    """``benchmarks/results``, or VITRAIL_RESULTS."""
-    return Path(os.environ.get("VITRAIL_RESULTS") or ROOT / "benchmarks" / "results")
-
-
-def results_folder(device: str) -> Path:
-    """Where a device's results are: "cpu", or the GPU's name in small letters."""
-    import torch
-
-    name = torch.cuda.get_device_properties().name if device == "cuda" else device
-    return results_root() / "-".join(name.lower().split())
-
-
-def arguments(about: str | None, names: Sequence[str], given: Sequence[str] | None) -> Any:
-    """What every suite for a GPU is told; stops at an unknown case, and at a dirty tree."""
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="only cases that begin like this")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal"
-    )
-    parser.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree")
-    parser.add_argument("--resume", action="store_true", help="keep the cases the file holds")
-    parser.add_argument("--seconds", type=float, help="start no case that would end past these")
-    options = parser.parse_args(given)
-    options.cases = [name for name in names if name.startswith(tuple(options.cases or ("",)))]
-    if not options.cases:
-        parser.error(f"no such case; wanted the beginning of one of {', '.join(names)}")
-    refuse_dirty(options.allow_dirty)
-    return options
-
-
-def run_suite(
-    path: Path,
-    cases: Mapping[str, Callable[[], Results]],
-    device: str,
-    resume: bool = False,
-    seconds: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    **beside: Any,
-) -> int:
-    """Run ``cases`` into the file ``path``; 0, 1 where one of ours is at fault, or `UNFINISHED`.
-
-    ``resume``: cases that the file already holds, of the same sources and without a fault, are kept
-    and not run again. None is started that would end past ``seconds`` if it took as long as the
-    longest so far. ``beside`` goes into the file beside the cases.
-    """
-    results: Results = dict(beside)
-    if resume and path.exists():
-        record: Results = json.loads(path.read_text())
-        if record["environment"].get("sources") == sources():
-            results = {k: v for k, v in record["results"].items() if not faults(v)} | beside
-    start, longest, broken = clock(), 0.0, False
-    for name, run in cases.items():
-        if name in results:
-            continue
-        begun = clock()
-        if seconds is not None and begun - start + longest > seconds:
-            return UNFINISHED
-        try:
-            results[name] = run()
-        except Exception as error:  # building a case failed: said in its place, the next one runs
-            results[name] = {"variants": {OURS: {"failed": _first_line(error)}}}
-        for variant, why in faults(results[name]).items():
-            broken = True
-            print(f"FAULT {name}, {variant}: {why}", file=sys.stderr)
-        print(line(name, results[name]), flush=True)
-        write(path, results, device)
-        _between(device)
-        longest = max(longest, clock() - begun)
-    return int(broken)
-
-
-def _between(device: str) -> None:
-    """Free what a case held. Raises where the device is lost, since nothing after it would run."""
-    if device == "cuda":
-        import torch
-
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-
-
-def line(name: str, results: Results) -> str:
-    """One case in one line: ours (or the best there is), its rate, the ratio to the best peer."""
-    timed = {k: v for k, v in results.get("variants", {}).items() if "median_ms" in v}
-    rates = ("tflops", "gbs", "per_second")
-    if OURS in results.get("variants", {}) or not timed:
-        timed = {OURS: timed[OURS]} if OURS in timed else {}
-    if not timed:
-        return f"{name:44s} {'no time':>12s}"
-    best = max(timed, key=lambda k: max(timed[k].get(rate, 0.0) for rate in rates))
-    text = f"{name if best == OURS else f'{name}, {best}':44s} {timed[best]['median_ms']:9.3f} ms"
-    for rate, unit in zip(rates, ("TFLOP/s", "GB/s", "/s"), strict=True):
-        if rate in timed[best]:
-            text += f" {timed[best][rate]:9.0f} {unit}"
-            break
-    if "ratio" in results:
-        text += f" {results['ratio']:6.2f}x {results['against']}"
-    return text

@@ -27,19 +27,9 @@ from typing import Any
 
 import torch
 from environment import ROOT
-from harness import (
-    OURS,
-    Case,
-    Results,
-    Run,
-    arguments,
-    measure,
-    results_folder,
-    rotate,
-    run_suite,
-    tolerances,
-)
+from harness import OURS, Case, Keep, Results, Run, measure, rotate, tolerances
 from shapes import VISION
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
@@ -317,14 +307,14 @@ def main(given: Sequence[str] | None = None) -> int:
     if cuda:
         timer = sample(1, time.perf_counter, torch.cuda.synchronize)
 
-    def run(name: str) -> Results:
+    def run(name: str, keep: Keep) -> Results:
         if name == allocations:
             return counts(forward)
         if name == turns:  # both fit one arena: every call writes its sizes anew
             case = Case({CPP: forward.alone(63, 64)}, lambda *_: None)
         else:
             case = forward.case(int(name.split()[1]))
-        return measure(case, timer, ROUNDS)
+        return measure(case, timer, ROUNDS, keep=keep)
 
     chosen = [name for name in options.cases if not (cuda and name == allocations)]
     cases = {name: functools.partial(run, name) for name in chosen}

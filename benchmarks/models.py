@@ -1,6 +1,8 @@
 """Whole models against transformers in pure fp16, in one run: eager, torch.compile, max-autotune.
 
-`python benchmarks/models.py`, or with the beginning of some cases' names; writes models.json.
+`python benchmarks/models.py`, or with the beginning of some cases' names; writes models.json. Ours
+and eager are timed and written before anything is compiled; max-autotune, which takes minutes,
+compiles the models of `AUTOTUNED` alone.
 
 Random weights, which cost the same as trained ones. Pixels are on the device and preprocessed:
 float32 for ours, fp16 for the peers; "vitrail uint8" takes the bytes of a decoded image instead, as
@@ -26,26 +28,27 @@ from ceilings import ceilings
 from harness import (
     OURS,
     Case,
+    Keep,
     Results,
     Run,
     Timer,
-    arguments,
     device_timer,
     host_timer,
     measure,
-    results_folder,
-    run_suite,
     tolerances,
 )
 from shapes import BOS, MODEL_CASES, TEXT, VISION, captions
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail
 from vitrail import plans
 from vitrail.spec import TextSpec, VisionSpec
+from vitrail.tokens import TokenIds
 
 CHECKED = 64
 """Items of a batch that are compared with fp32."""
+AUTOTUNED = (("B/16", 256),)
 SAMPLE_SECONDS = 0.1
 """About how long one sample of back-to-back runs takes."""
 
@@ -120,13 +123,24 @@ def _called(function: Callable[..., Any], given: dict[str, Tensor]) -> Run:
     return run
 
 
-def _peers(model: Any, given: dict[str, Tensor], device: str, label: str = "") -> dict[str, Run]:
+def _peers(
+    model: Any, given: dict[str, Tensor], modes: Sequence[str], label: str = ""
+) -> dict[str, Run]:
+    """PyTorch's ways to run ``model``: eager, then compiled by every mode of ``modes``."""
     peers = {f"eager{label}": _called(model, given)}
-    if device == "cuda":
-        for name, mode in (("compile", "default"), ("max-autotune", "max-autotune")):
-            compiled = torch.compile(model, mode=mode, dynamic=False)
-            peers[name + label] = _called(compiled, given)
+    for mode in modes:  # compiled at the first call
+        compiled = torch.compile(model, mode=mode, dynamic=False)
+        name = "compile" if mode == "default" else mode
+        peers[name + label] = _called(compiled, given)
     return peers
+
+
+def _modes(spec: VisionSpec | TextSpec, batch: int, device: str) -> tuple[str, ...]:
+    """The modes of torch.compile that a model is compared with."""
+    if device == "cpu":
+        return ()
+    autotuned = any(spec == VISION[name] and batch == each for name, each in AUTOTUNED)
+    return ("default", "max-autotune") if autotuned else ("default",)
 
 
 def graphed(run: Run) -> Run:
@@ -210,14 +224,16 @@ def vision_case(spec: VisionSpec, batch: int, device: str) -> Case:
     if device == "cuda":
         variants["graph"] = graphed(variants[OURS])
     given = pixels.half() if device == "cuda" else pixels
-    variants |= _peers(theirs, {"pixel_values": given}, device)
+    peers = _peers(theirs, {"pixel_values": given}, _modes(spec, batch, device))
+    variants |= peers
     lengths = [spec.tokens_at(spec.image)] * batch
     pooled = plans.vision_pooled(spec, uint8=False).flops(lengths)
     dense = plans.vision_dense(spec).flops(lengths)
     ours = (OURS, f"{OURS} uint8", "graph")
     flops = {name: pooled if name in ours else dense for name in variants}
     items = dict.fromkeys(variants, batch)
-    return Case(variants, check, frozenset({"graph"}), flops=flops, items=items)
+    late = [name for name in peers if name != "eager"]
+    return Case(variants, check, frozenset({"graph"}), late, flops, items=items)
 
 
 def _ids(spec: TextSpec, lengths: Sequence[int]) -> list[list[int]]:
@@ -240,14 +256,16 @@ def text_case(spec: TextSpec, batch: int, device: str) -> Case:
     theirs, check = _numbers(spec, {"input_ids": rows}, device)
     tower = _ours(spec, device)._text
     assert tower is not None, "the checkpoint has a text tower"
-    variants: dict[str, Run] = {OURS: lambda: tower.embed(ids)["text.embedding"]}
+    variants: dict[str, Run] = {OURS: lambda: tower.embed(TokenIds.of(ids))["text.embedding"]}
     flops = {OURS: plans.text_pooled(spec).flops(lengths)}
     for padded in (spec.context, max(lengths)):
         given = {"input_ids": rows[:, :padded].contiguous()}
-        peers = _peers(theirs, given, device, f" at {padded}")
+        peers = _peers(theirs, given, _modes(spec, batch, device), f" at {padded}")
         variants |= peers
         flops |= dict.fromkeys(peers, plans.text_dense(spec).flops([padded] * batch))
-    return Case(variants, check, flops=flops, items=dict.fromkeys(variants, batch))
+    late = [name for name in variants if not name.startswith((OURS, "eager"))]
+    items = dict.fromkeys(variants, batch)
+    return Case(variants, check, late=late, flops=flops, items=items)
 
 
 # -- the suite -------------------------------------------------------------------------------------
@@ -278,11 +296,11 @@ def main(given: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     bounds, limits = ceilings(options.device)
 
-    def run(name: str) -> Results:
+    def run(name: str, keep: Keep) -> Results:
         build, batch = builds[name]
         case = build(options.device)
         timer, rounds = timing(case, batch, options.device)
-        return measure(case, timer, rounds, 3, limits)
+        return measure(case, timer, rounds, 3, limits, keep)
 
     cases = {name: functools.partial(run, name) for name in options.cases}
     path = results_folder(options.device) / "models.json"

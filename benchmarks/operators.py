@@ -17,18 +17,9 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from ceilings import ceilings, timer_of
-from harness import (
-    OURS,
-    Case,
-    Results,
-    arguments,
-    measure,
-    results_folder,
-    rotate,
-    run_suite,
-    tolerances,
-)
+from harness import OURS, Case, Keep, Results, measure, rotate, tolerances
 from problems import Problem, problems
+from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS
@@ -38,7 +29,7 @@ SAMPLE = 2048
 """Rows of a peer's result that are compared; ours is compared whole."""
 
 
-def _check(problem: Problem) -> Callable[[str, Tensor], None]:
+def checks(problem: Problem) -> Callable[[str, Tensor], None]:
     """Ours whole, by the rule for kernels; a peer by rows, by the rule for models."""
     rules, own, wide = tolerances(), problem.tensors["out"].dtype, torch.float64
 
@@ -83,7 +74,8 @@ def case_of(build: Callable[[str], Problem], device: str) -> Case:
     variants |= {name: rotate([p.peers[name] for p in sets]) for name in one.peers}
     cost = operator.cost(**one.tensors, **one.scalars, lengths=one.lengths)
     counted = dict.fromkeys(variants, cost.flops), dict.fromkeys(variants, cost.bytes)
-    return Case(variants, _check(one), frozenset({"cublas"}), *counted)
+    late = [name for name in variants if name == "compile"]
+    return Case(variants, checks(one), frozenset({"cublas"}), late, *counted)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -93,8 +85,8 @@ def main(given: Sequence[str] | None = None) -> int:
     bounds, limits = ceilings(options.device)
     timer, rounds = timer_of(options.device), 40 if options.device == "cuda" else 3
 
-    def run(name: str) -> Results:
-        return measure(case_of(found[name], options.device), timer, rounds, 3, limits)
+    def run(name: str, keep: Keep) -> Results:
+        return measure(case_of(found[name], options.device), timer, rounds, 3, limits, keep)
 
     cases = {name: functools.partial(run, name) for name in options.cases}
     path = results_folder(options.device) / "kernels.json"

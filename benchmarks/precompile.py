@@ -1,39 +1,43 @@
-"""Compile what the suites will launch, in parallel, into Triton's cache, and say what it takes.
+"""Compile what the GPU calls will launch, in parallel, into Triton's cache and Vitrail's.
 
-`python benchmarks/precompile.py`, with ``--arch 90 --sms 132`` for a GPU that is not here. Calls
-are made of meta tensors, by the launchers' own code. Exit code 1 where one does not compile.
+`python benchmarks/precompile.py --arch 90 --sms 132` does so for a GPU that is not here: calls are
+made of meta tensors, by the launchers' own code. ``--launchers``: Triton's own launchers too, each
+a run of a C compiler. Exit code 1 if a kernel does not compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from problems import problems
 from shapes import MODEL_CASES, TEXT, VISION, captions
+from smoke import CASES, SWEPT
+from steps import sweep_calls
 
+from gpu import precompile as gpu_tests
+from gpu import record
 from vitrail import plans
+from vitrail.kernel_cache import keep
 from vitrail.plan import Plan
+from vitrail.program import image_key, record_of
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import Compiled, compile_each, identity
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.processes import in_forks
 
-PROPERTIES = """
-import torch
-card = torch.cuda.get_device_properties()
-print(10 * card.major + card.minor, card.multi_processor_count)
-"""
-
-
-def _target(arch: int | None, sms: int) -> Target:
-    if arch is None:  # asked in another process: this one forks, which CUDA does not survive
-        said = subprocess.run([sys.executable, "-c", PROPERTIES], capture_output=True, check=True)
-        arch, sms = map(int, said.stdout.split())
-    return Target(arch, sms)
+TESTS = ("test_native", "test_small")
+"""Modules of tests/gpu whose kernels are compiled too."""
 
 
 def plan_calls(
@@ -47,12 +51,26 @@ def plan_calls(
         yield from OPERATORS[launch.op].calls(target, **tensors, **scalars)
 
 
-def every_call(target: Target) -> Iterator[Call]:
-    """The kernels suite's calls, then those of the models and latency suites."""
+def smoke_calls(target: Target) -> Iterator[Call]:
+    """The kernels of `smoke.py`, and the candidates of those that it sweeps."""
+    for name in CASES:
+        problem = problems()[name]("meta")
+        yield from OPERATORS[problem.op].calls(target, **problem.tensors, **problem.scalars)
+    for name in SWEPT:
+        for calls in sweep_calls(name, target):
+            yield from calls
+
+
+def kernel_calls(target: Target) -> Iterator[Call]:
+    """The kernels suite."""
     for build in problems().values():
         problem = build("meta")
         yield from OPERATORS[problem.op].calls(target, **problem.tensors, **problem.scalars)
-    for model, batch in (*MODEL_CASES, ("B/32", 1)):
+
+
+def model_calls(target: Target) -> Iterator[Call]:
+    """The models and latency suites, and the models of `smoke.py`."""
+    for model, batch in (*MODEL_CASES, ("B/32", 1), ("DINOv2-B@518", 1)):
         if model in TEXT:
             yield from plan_calls(plans.text_pooled(TEXT[model]), captions(batch), target)
             continue
@@ -66,32 +84,95 @@ def every_call(target: Target) -> Iterator[Call]:
             yield from plan_calls(plan, lengths, target, pixels=pixels)
 
 
-def _line(call: Call, found: Compiled) -> str:
-    size = f"{call.config.block_m}x{call.config.block_n}x{call.config.block_k}"
-    return (
-        f"{found.name:28s} {size:12s} {found.registers:4d} registers {found.spills:4d} spills "
-        f"{found.shared:7d} bytes shared"
-    )
+def test_calls(target: Target) -> Iterator[Call]:
+    """The recorded launches, and `TESTS` in fp16; the bundled model is among theirs."""
+    yield from record.needed(target)
+    yield from gpu_tests.needed(TESTS, target, (torch.float16,))
+
+
+SUITES: Mapping[str, Callable[[Target], Iterator[Call]]] = {
+    "smoke": smoke_calls,
+    "models": model_calls,
+    "tests": test_calls,
+    "kernels": kernel_calls,
+}
+
+# -- launchers -------------------------------------------------------------------------------------
+
+
+def stub_driver(folder: Path) -> None:
+    """An empty libcuda.so.1 in ``folder``, for the linker: launchers are not run here."""
+    (folder / "empty.c").write_text("")
+    library = folder / "libcuda.so.1"
+    compiler = os.environ.get("CC", "cc")
+    command = [compiler, "-shared", "-o", str(library), f"-Wl,-soname,{library.name}"]
+    subprocess.run([*command, str(folder / "empty.c")], check=True)
+
+
+@contextmanager
+def launchers_for_elsewhere() -> Iterator[None]:
+    """Inside it Triton compiles launchers without a driver: the linker sees an empty one, and what
+    is compiled is kept but not loaded."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stub_driver(Path(folder))
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": folder}))
+        load = "triton.runtime.build._load_module_from_path"
+        stack.enter_context(mock.patch(load))
+        yield
+
+
+def compile_for_both(call: Call, arch: int) -> Any:
+    """The kernel, for the Triton runner's cache and the native one's: Triton's own."""
+    kernel = compile_kernel(call, arch)
+    key = image_key(call, arch)
+    keep(key, record_of(key, call, arch, kernel))
+    return kernel
+
+
+def compile_with_launcher(call: Call, arch: int) -> None:
+    """`compile_for_both`, and Triton's launcher for the signature."""
+    kernel = compile_for_both(call, arch)
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):  # until 3.6; later versions have one for all signatures
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def compile_suites(
+    names: Sequence[str], target: Target, work: Callable[[Call, int], object]
+) -> int:
+    """``work`` of the calls of these suites, each once: 1 if one does not compile, else 0."""
+    start, failed = time.monotonic(), 0
+    each = (call for name in names for call in SUITES[name](target))
+    calls = list({identity(call): call for call in each}.values())
+    for failure in in_forks(lambda call: work(call, target.arch) and None, calls):
+        if isinstance(failure, str):  # told, and the others are compiled
+            failed += 1
+            print(f"FAILED {failure.splitlines()[0][:300]}", flush=True)
+    seconds = time.monotonic() - start
+    print(f"{len(calls) - failed} of {len(calls)} kernels in {seconds:.0f} s", flush=True)
+    return int(failed > 0)
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Compile, a line a kernel."""
+    """Compile, a line for each failure and one for all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, help="as 90 for sm_90; asked of the GPU by default")
-    parser.add_argument("--sms", type=int, default=132, help="multiprocessors, with --arch")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all")
+    parser.add_argument("--arch", type=int, default=90, help="as 90 for sm_90")
+    parser.add_argument("--sms", type=int, default=132, help="multiprocessors")
+    parser.add_argument("--launchers", action="store_true", help="Triton's launchers too")
     options = parser.parse_args(given)
-    target = _target(options.arch, options.sms)
-    calls = list({identity(call): call for call in every_call(target)}.values())
-    start, failed = time.monotonic(), 0
-    for call, found in zip(calls, compile_each(calls, target.arch), strict=True):
-        if isinstance(found, str):  # said, and the others are compiled
-            failed += 1
-            print(f"FAILED {found}", file=sys.stderr)
-        else:
-            print(_line(call, found))
-    seconds = time.monotonic() - start
-    print(f"{len(calls) - failed} of {len(calls)} kernels in {seconds:.0f} s")
-    return int(failed > 0)
+    if unknown := set(options.suites) - SUITES.keys():
+        parser.error(f"got {', '.join(sorted(unknown))}, wanted some of {', '.join(SUITES)}")
+    target = Target(options.arch, options.sms)
+    names = options.suites or tuple(SUITES)
+    if not options.launchers:
+        return compile_suites(names, target, compile_for_both)
+    with launchers_for_elsewhere():
+        from triton.backends.nvidia.driver import CudaUtils
+
+        CudaUtils()  # the binding of the driver: the first thing that Triton compiles in a process
+        return compile_suites(names, target, compile_with_launcher)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def attention(device: str, batch: int, tokens: int, heads: int, width: int) -> P
     lengths = [tokens] * batch
     t = {"out": _unwritten(device, batch * tokens, width), "qkv": qkv}
     t["cu_seqlens"] = _starts(device, lengths)
-    scalars = {"heads": heads, "causal": False, "max_seqlen": tokens}
+    scalars = {"heads": heads, "causal": False, "max_seqlen": tokens, "equal_lengths": True}
     return Problem("attention", t, scalars, _backends(q, k, v), lengths)
 
 

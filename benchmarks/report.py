@@ -1,18 +1,18 @@
-"""A short table of what was measured on a GPU: `python benchmarks/report.py [STAGES]`.
+"""A short table of what was measured on a GPU: `python benchmarks/report.py [FOLDER]`.
 
-Reads every result below ``benchmarks/results`` (or VITRAIL_RESULTS) but the CPU's. STAGES is a file
-with a line a stage, printed as it is.
+Reads every result below FOLDER (``benchmarks/results``, or VITRAIL_RESULTS) but the CPU's.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import OURS, results_root
+from harness import OURS
+from suite import results_root
 
 Record = Mapping[str, Any]
 UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s", "per_second": "/s"}
@@ -146,15 +146,11 @@ def render(root: Path) -> Iterator[str]:
             yield from lines(record["results"])
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Print the stages, then the results."""
-    stages = sys.argv[1:] if given is None else given
-    for path in stages:
-        print(Path(path).read_text(), end="")
-    for text in render(results_root()):
+def main() -> None:
+    """Print the results."""
+    for text in render(Path(sys.argv[1]) if len(sys.argv) > 1 else results_root()):
         print(text.rstrip())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,12 +1,13 @@
 """The tables of the docs from the committed results: `python benchmarks/table.py`.
 
-README.md has the speed table, docs/performance.md the emulator's counts before and after.
+README.md has the speed table, docs/performance.md the emulator's counts and the facts of sm_90's
+machine code, before and after changes of the kernels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from harness import ROOT
@@ -15,6 +16,7 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- speed: written by benchmarks/table.py -->\n", "<!-- /speed -->"
+SASS = "<!-- sass: written by benchmarks/table.py -->\n", "<!-- /sass -->"
 COUNTERS = "<!-- counters: written by benchmarks/table.py -->\n", "<!-- /counters -->"
 
 Launches = list[dict[str, Any]]
@@ -93,11 +95,64 @@ def render_counters() -> str:
     return "\n".join(lines) + "\n"
 
 
+SASS_CASES = (("ViT-B/16", 256), ("ViT-B/16", 1), ("CLIP L/14", 256))
+SASS_LAUNCHES = ("patch_embed", "qkv", "attention", "out", "up", "down")
+SASS_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "registers": lambda kernel: f"{kernel['registers']}",
+    "KiB": lambda kernel: f"{kernel['shared'] / 1024:.0f}",
+    "blocks": lambda kernel: f"{kernel['blocks']}",
+    "in flight": lambda kernel: f"{kernel['loops'][0]['in_flight']}",
+    "ahead": lambda kernel: f"{kernel['loops'][0]['loads_ahead']}",
+    "lead": lambda kernel: f"{kernel['loops'][0]['lead']}",
+    "iteration": lambda kernel: f"{kernel['loops'][0]['instructions']}",
+    "epilogue": lambda kernel: f"{kernel['epilogue']['instructions']}",
+    "a value": lambda kernel: f"{kernel['epilogue']['per_value']:.1f}",
+    "MOV": lambda kernel: f"{kernel['epilogue'].get('MOV', 0)}",
+}
+TRITONS = ("3.7", "3.6")
+
+
+def _kernel(results: dict[str, Any], case: str, label: str) -> dict[str, Any]:
+    kernel: dict[str, Any] = results[case][label]
+    return _kernel(results, case, kernel["same_as"]) if "same_as" in kernel else kernel
+
+
+def _joined(values: Sequence[str], between: str) -> str:
+    """The values in order, or one if all are equal."""
+    return values[0] if len(set(values)) == 1 else between.join(values)
+
+
+def _sass_cells(kernels: Sequence[Sequence[dict[str, Any]]]) -> Iterable[str]:
+    """``kernels``: before and after, of each version of Triton."""
+    for column in SASS_COLUMNS.values():
+        yield _joined(
+            [_joined([column(k) for k in versions], " / ") for versions in kernels], " -> "
+        )
+
+
+def render_sass() -> str:
+    """The table of the machine code: before and after, under both versions of Triton."""
+    files = [f"compiled/{time}-triton-{{}}" for time in ("before", "after")]
+    results = [
+        [_results(file.format(triton)) for triton in TRITONS]
+        for file in files
+        if (RESULTS / f"{file.format(TRITONS[0])}.json").exists()
+    ]
+    lines = [f"| kernel | {' | '.join(SASS_COLUMNS)} |", "|---" * (1 + len(SASS_COLUMNS)) + "|"]
+    for model, batch in SASS_CASES:
+        for label in SASS_LAUNCHES:
+            case = f"{model}, batch {batch}, sm_90"
+            cells = _sass_cells([[_kernel(r, case, label) for r in each] for each in results])
+            lines.append(f"| {model} x {batch}, {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the tables between their marks."""
     for file, (start, end), text in (
         (README, (START, END), render()),
         (PERFORMANCE, COUNTERS, render_counters()),
+        (PERFORMANCE, SASS, render_sass()),
     ):
         head, rest = file.read_text().split(start)
         file.write_text(head + start + text + end + rest.split(end)[1])

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ sys.path.append(str(ROOT / "benchmarks"))
     precompile,
     report,
     latency,
+    suite,
 ) = map(
     importlib.import_module,
     (
@@ -53,6 +55,7 @@ sys.path.append(str(ROOT / "benchmarks"))
         "precompile",
         "report",
         "latency",
+        "suite",
     ),
 )
 
@@ -146,34 +149,71 @@ def test_device_time_is_the_devices() -> None:
 # -- wrong results ---------------------------------------------------------------------------------
 
 
-def test_a_wrong_result_gets_no_time() -> None:
-    clock, timed = Clock(), []
-
-    def timer(run: Callable[[], Any]) -> float:
-        timed.append(run)
-        return 1.0
-
+def test_a_wrong_result_is_timed_and_marked_and_enters_no_ratio() -> None:
     def check(name: str, result: Any) -> None:
-        assert name != "wrong", "off by 0.3"
+        assert name not in wrong, "off by 0.3"
 
     def broken() -> None:
         raise RuntimeError("no such backend\nmore")
 
-    right, wrong = clock.work(1.0), clock.work(1.0)
-    variants = {"vitrail": right, "wrong": wrong, "absent": broken, "peer": clock.work(1.0)}
-    found = harness.measure(harness.Case(variants, check), timer, rounds=2)
-    assert found["variants"]["wrong"] == {"wrong": "AssertionError: off by 0.3"}
-    assert found["variants"]["absent"] == {"failed": "RuntimeError: no such backend"}
-    assert found["ratios"] == {"peer": 1.0}
-    assert wrong not in timed
-    assert timed.count(right) == 2
-    assert not harness.faults(found), "a peer's fault is not ours"
+    wrong = {"spoiled"}
+    variants = {name: Clock().work(1.0) for name in ("vitrail", "spoiled", "peer")}
+    variants["absent"] = broken
+    results = harness.measure(harness.Case(variants, check), lambda run: 1.0, rounds=2)
+    spoiled = results["variants"]["spoiled"]
+    assert spoiled["wrong"] == "AssertionError: off by 0.3"
+    assert spoiled["median_ms"] == 1000
+    assert results["variants"]["absent"] == {"failed": "RuntimeError: no such backend"}
+    assert results["ratios"] == {"peer": 1.0}
+    assert not harness.faults(results), "a peer's fault is not ours"
 
-    ours = {"vitrail": wrong, "peer": right}
-    timed.clear()
-    found = harness.measure(harness.Case(ours, lambda *_: check("wrong", 0)), timer)
-    assert not timed, "where ours is wrong nothing is timed"
-    assert harness.faults(found) == {"vitrail": "wrong: AssertionError: off by 0.3"}
+    wrong = {"vitrail"}
+    results = harness.measure(harness.Case(variants, check), lambda run: 1.0, rounds=2)
+    assert all("median_ms" in results["variants"][name] for name in ("vitrail", "peer"))
+    assert "ratio" not in results
+    assert harness.faults(results) == {"vitrail": "wrong: AssertionError: off by 0.3"}
+    assert "WRONG" in suite.line("qkv", results)
+
+
+def test_ours_and_eager_have_their_times_before_a_compiler_begins() -> None:
+    """And each result is kept as soon as it is there."""
+    order: list[str] = []
+    kept: list[Any] = []
+    variants = {
+        name: functools.partial(order.append, name) for name in ("vitrail", "compile", "eager")
+    }
+    case = harness.Case(variants, _right, late=("compile",))
+    whole = harness.measure(
+        case, harness.host_timer(), 2, 1, keep=lambda results: kept.append(json.dumps(results))
+    )
+    assert "compile" not in order[: order.index("compile")]
+    first = order[: order.index("compile")]
+    assert (first.count("vitrail"), first.count("eager")) == (4, 4), "one check, one, two timed"
+    early, late = map(json.loads, kept)
+    assert early["variants"].keys() == {"vitrail", "eager"}
+    assert early["ratios"].keys() == {"eager"}
+    assert late == json.loads(json.dumps(whole))
+    assert whole["ratios"].keys() == {"eager", "compile"}
+    assert whole["variants"]["vitrail"] == early["variants"]["vitrail"], "one time of ours"
+
+
+@pytest.mark.parametrize("fails", ["vitrail", "compile"])
+def test_a_failure_costs_no_more_compilers(fails: str) -> None:
+    timed: list[Any] = []
+
+    def broken() -> None:
+        raise RuntimeError("no")
+
+    variants = {name: Clock().work(1.0) for name in ("vitrail", "eager", "compile", "autotune")}
+    variants[fails] = broken
+    case = harness.Case(variants, _right, late=("compile", "autotune"))
+    results = harness.measure(case, lambda run: timed.append(run) or 1.0, rounds=1)
+    assert results["variants"][fails] == {"failed": "RuntimeError: no"}
+    if fails == "vitrail":
+        assert results["variants"].keys() == {"vitrail", "eager"}
+    else:
+        assert results["ratios"].keys() == {"eager", "autotune"}
+        assert timed.count(variants["vitrail"]) == 2, "not beside nothing"
 
 
 PLANTED: dict[str, Callable[[Any], Any]] = {
@@ -185,7 +225,7 @@ PLANTED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_error_in_a_kernel_is_caught_before_timing(planted: str) -> None:
+def test_a_planted_error_in_a_kernel_is_caught(planted: str) -> None:
     built: list[Any] = []
 
     def build(device: str) -> Any:
@@ -193,7 +233,7 @@ def test_a_planted_error_in_a_kernel_is_caught_before_timing(planted: str) -> No
         return built[-1]
 
     case = operators.case_of(build, "cpu")
-    whole, timed = case.variants["vitrail"], []
+    whole = case.variants["vitrail"]
 
     def ours() -> torch.Tensor:
         out: torch.Tensor = whole()
@@ -201,28 +241,26 @@ def test_a_planted_error_in_a_kernel_is_caught_before_timing(planted: str) -> No
             PLANTED[planted](problem.tensors)
         return out
 
-    def timer(run: Callable[[], Any]) -> float:
-        timed.append(run)
-        return 1.0
-
     variants = {**case.variants, "vitrail": ours}
-    found = harness.measure(dataclasses.replace(case, variants=variants), timer, rounds=1)
+    changed = dataclasses.replace(case, variants=variants)
+    results = harness.measure(changed, lambda run: 1.0, rounds=1)
+    assert "median_ms" in results["variants"]["vitrail"]
     if planted == "nothing":
-        assert not harness.faults(found)
-        assert len(timed) == 3
-        assert found["ratios"].keys() == {"torch"}, "the product alone is a bound, not a peer"
+        assert not harness.faults(results)
+        assert results["ratios"].keys() == {"torch"}, "the product alone is a bound, not a peer"
     else:
-        assert "wrong" in found["variants"]["vitrail"], found
-        assert not timed
+        assert "wrong" in results["variants"]["vitrail"], results
+        assert "ratios" not in results
 
 
-def test_a_wrong_peer_of_a_kernel_gets_no_time() -> None:
+def test_a_wrong_peer_of_a_kernel_gets_no_ratio() -> None:
     case = operators.case_of(lambda device: problems.attention(device, 2, 9, 2, 64), "cpu")
     right = case.variants["math"]
     swapped = {**case.variants, "math": lambda: right().flip(0)}
-    found = harness.measure(dataclasses.replace(case, variants=swapped), rounds=1)["variants"]
-    assert "wrong" in found["math"]
-    assert "median_ms" in found["flash"]
+    results = harness.measure(dataclasses.replace(case, variants=swapped), rounds=1)
+    assert "wrong" in results["variants"]["math"]
+    assert "math" not in results["ratios"]
+    assert "flash" in results["ratios"]
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -358,7 +396,7 @@ def _result(folder: Path, milliseconds: float, name: str = "kernels", **other: A
     case = harness.measure(harness.Case(variants, _right), timer, rounds=9)
     ceiling = {"variants": {"8192": {"median_ms": other.pop("ceiling", 1.0)}}}
     path = folder / f"{name}.json"
-    harness.write(path, {"qkv": case, "out": case, "ceilings": {"matmul": ceiling}} | other)
+    suite.write(path, {"qkv": case, "out": case, "ceilings": {"matmul": ceiling}} | other)
     return path
 
 
@@ -407,7 +445,7 @@ def test_other_devices_are_compared_by_their_peers(
 ) -> None:
     old = _result(tmp_path / "old", 1.0)
     found = environment.environment()
-    monkeypatch.setattr(harness, "environment", lambda device: found | {"gpu": "another"})
+    monkeypatch.setattr(suite, "environment", lambda device: found | {"gpu": "another"})
     same = _result(tmp_path / "same", 0.5, peer=1.5e-3)
     slower = _result(tmp_path / "slower", 0.5, peer=1.35e-3)
     assert _compare(old, same) == 2
@@ -430,8 +468,9 @@ def test_a_record_says_what_its_numbers_depend_on() -> None:
     found = environment.environment()
     assert found.keys() >= {"gpu", "driver", "torch", "triton", "commit", "dirty", "command"}
     unknown = {name for name, value in found.items() if value is None}
-    assert {"gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks"} <= unknown
-    assert unknown <= {"gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks", "cuda"}
+    card = {"gpu", "gpu_arch", "gpu_memory", "gpu_sms", "driver", "clocks", "tuned"}
+    assert card <= unknown <= card | {"cuda"}
+    assert re.match(r"\d+\.\d+", found["ptxas"])
     assert found["torch"] == torch.__version__
     assert found["transformers"] == transformers.__version__
     assert found["date"].endswith("UTC")
@@ -472,9 +511,9 @@ def test_a_dirty_tree_is_refused_unless_told(tree: Path) -> None:
         with pytest.raises(SystemExit, match="uncommitted changes"):
             environment.refuse_dirty(allowed=False)
         with pytest.raises(SystemExit, match="uncommitted changes"):
-            harness.arguments("about", ["case"], ["--device", "cpu"])
+            suite.arguments("about", ["case"], ["--device", "cpu"])
         environment.refuse_dirty(allowed=True)
-        assert harness.arguments("about", ["case"], ["--allow-dirty"]).cases == ["case"]
+        assert suite.arguments("about", ["case"], ["--allow-dirty"]).cases == ["case"]
         _git(tree, "add", ".")
         _git(tree, "commit", "-qm", "two")
         commit = environment.revision()[0]
@@ -493,22 +532,36 @@ def test_a_folder_is_of_the_commit_that_changed_it_last(tree: Path) -> None:
     assert environment.last_change(tree / "kernels") == "unknown"
 
 
-def test_a_copy_without_git_is_dirty_unless_its_commit_is_told(
+def test_a_copy_without_git_is_of_the_commit_that_was_packed(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(tree / ".git")
+    monkeypatch.delenv("VITRAIL_COMMIT", raising=False)
     assert environment.revision() == ("unknown", True)
-    monkeypatch.setenv("VITRAIL_COMMIT", "0123abcd")
-    assert environment.revision() == ("0123abcd", False)
-    monkeypatch.setenv("VITRAIL_COMMIT", "0123abcd-dirty")
-    assert environment.revision() == ("0123abcd", True)
+    environment.refuse_dirty(allowed=False)
+    packed = tree / environment.PACKED
+    packed.parent.mkdir(parents=True)
+    for text, revision in (
+        ("0123abcd\n", ("0123abcd", False)),
+        ("0123abcd-dirty\n", ("0123abcd", True)),
+    ):
+        packed.write_text(text)
+        assert environment.revision() == revision
+        assert environment.describe() == text.strip()
+        environment.refuse_dirty(allowed=False)
+    monkeypatch.setenv("VITRAIL_COMMIT", "4567-dirty")
+    assert environment.revision() == ("4567", True)
 
 
 def test_sources_are_the_code_and_nothing_else(tree: Path) -> None:
     first = environment.sources()
     (tree / "benchmarks" / "results").mkdir(parents=True)
     (tree / "benchmarks" / "results" / "a.json").write_text("{}")
-    assert environment.sources() == first
+    for built in ("images/resize.json", "tuned/sm_90.json"):
+        file = tree / "kernels/vitrail_kernels" / built
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    assert environment.sources() == first, "what calls build and measure is none of it"
     (tree / "kernels" / "a.py").write_text("a = 2\n")
     assert environment.sources() != first
 
@@ -517,35 +570,34 @@ def test_sources_are_the_code_and_nothing_else(tree: Path) -> None:
 
 
 def _suite(path: Path, cases: dict[str, Any], **options: Any) -> int:
-    code: int = harness.run_suite(path, cases, "cpu", **options)
+    code: int = suite.run_suite(path, cases, "cpu", **options)
     return code
 
 
 def test_a_suite_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, clock, ran = tmp_path / "kernels.json", Clock(), []
 
-    def case(name: str, fault: str | None = None) -> Callable[[], Any]:
-        def run() -> Any:
+    def case(name: str, fault: str | None = None) -> Callable[[Any], Any]:
+        def run(keep: Any) -> Any:
             ran.append(name)
-            clock.now += 10.0
+            clock.now += 40.0
             ours = {"wrong": fault} if fault else {"median_ms": 1.0}
             return {"variants": {"vitrail": ours}}
 
         return run
 
-    def broken() -> Any:
+    def broken(keep: Any) -> Any:
         raise ValueError("cannot be built")
 
-    monkeypatch.setattr(harness, "sources", lambda: "here")
     found = environment.environment() | {"sources": "here"}
-    monkeypatch.setattr(harness, "environment", lambda device: found)
+    monkeypatch.setattr(suite, "environment", lambda device: found)
     cases = {"a": case("a"), "b": case("b", "off"), "c": case("c"), "d": broken}
     options = {"resume": True, "clock": clock}
-    assert _suite(path, cases, seconds=25.0, **options) == harness.UNFINISHED
-    assert ran == ["a", "b"], "a third one would not have ended in time"
+    assert _suite(path, cases, seconds=100.0, **options) == suite.UNFINISHED
+    assert ran == ["a", "b"], "a third one would not have had its first times"
     assert json.loads(path.read_text())["results"].keys() == {"a", "b"}
     assert _suite(path, cases, ceilings={"matmul": {}}, **options) == 1
-    assert ran == ["a", "b", "b", "c"], "what was wrong is run again, what was right is not"
+    assert ran == ["a", "b", "c", "b"], "what was wrong is run again, and last"
     results = json.loads(path.read_text())["results"]
     assert results.keys() == {"a", "b", "c", "d", "ceilings"}
     assert results["d"]["variants"]["vitrail"] == {"failed": "ValueError: cannot be built"}
@@ -553,22 +605,66 @@ def test_a_suite_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     cases |= {"b": case("b"), "d": case("d")}
     assert _suite(path, cases, **options) == 0
     assert ran[4:] == ["b", "d"]
-    monkeypatch.setattr(harness, "sources", lambda: "changed")
-    assert _suite(path, {"a": case("a")}, **options) == 0
-    assert ran[6:] == ["a"], "results of other sources are not kept"
-    assert json.loads(path.read_text())["results"].keys() == {"a"}
+    for number, name in enumerate(("sources", "tuned"), 7):
+        found[name] = "changed"
+        assert _suite(path, {"a": case("a")}, **options) == 0
+        assert ran[6:] == ["a"] * (number - 6), "results of other sources or tables are not kept"
+        assert json.loads(path.read_text())["results"].keys() == {"a"}
+
+
+def test_a_case_that_is_cut_in_half_leaves_its_half(tmp_path: Path) -> None:
+    path = tmp_path / "models.json"
+    half = {"variants": {"vitrail": {"median_ms": 1.0}}}
+
+    def cut(keep: Any) -> Any:
+        keep(half)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _suite(path, {"a": lambda keep: half, "b": cut})
+    results = json.loads(path.read_text())["results"]
+    assert results == {"a": half, "b": {**half, "unfinished": True}}
+    assert _suite(path, {"a": cut, "b": lambda keep: half}, resume=True) == 0
+    assert json.loads(path.read_text())["results"] == {"a": half, "b": half}
+
+
+def test_a_lost_device_ends_the_suite_and_comes_last_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lost, ran = tmp_path / "models.json", {"a"}, list[str]()
+
+    def case(name: str) -> Callable[[Any], Any]:
+        def run(keep: Any) -> Any:
+            ran.append(name)
+            if name in lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return {"variants": {"vitrail": {"median_ms": 1.0}}}
+
+        return run
+
+    def free(device: str) -> None:
+        if ran[-1] in lost:
+            raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(suite, "_free", free)
+    cases = {name: case(name) for name in "abc"}
+    assert _suite(path, cases, resume=True) == suite.LOST
+    assert _suite(path, cases, resume=True) == suite.LOST
+    assert ran == ["a", "b", "c", "a"], "it costs its own case"
+    lost.clear()
+    assert _suite(path, cases, resume=True) == 0
 
 
 def test_a_suite_without_resume_measures_anew(tmp_path: Path) -> None:
     path, ran = tmp_path / "kernels.json", []
-    cases = {"a": lambda: ran.append("a") or {"variants": {"vitrail": {"median_ms": 1.0}}}}
+    cases = {"a": lambda keep: ran.append("a") or {"variants": {"vitrail": {"median_ms": 1.0}}}}
     assert [_suite(path, cases), _suite(path, cases)] == [0, 0]
     assert ran == ["a", "a"]
 
 
 def test_an_unknown_case_is_refused() -> None:
     with pytest.raises(SystemExit):
-        harness.arguments("about", ["B/16 x 64 qkv"], ["--allow-dirty", "C/16"])
+        suite.arguments("about", ["B/16 x 64 qkv"], ["--allow-dirty", "C/16"])
 
 
 def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
@@ -580,11 +676,11 @@ def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
         "against": "compile",
         "ratios": {"eager": 2.0, "compile": 1.5},
     }
-    wrong = {"variants": {"vitrail": {"wrong": "off by 0.3"}}}
+    wrong = {"variants": {"vitrail": {"wrong": "off by 0.3", "median_ms": 0.2}}}
     found = environment.environment() | {"gpu": "Card", "dirty": True}
-    for suite in ("kernels", "models"):
+    for name in ("kernels", "models"):
         record = {"environment": found, "results": {"B/16 qkv": right, "B/16 out": wrong}}
-        (tmp_path / "card" / f"{suite}.json").write_text(json.dumps(record))
+        (tmp_path / "card" / f"{name}.json").write_text(json.dumps(record))
     lines = list(report.render(tmp_path))
     assert lines[0].startswith("Card, driver None, torch ")
     assert lines[0].endswith(" dirty")
@@ -596,10 +692,10 @@ def test_the_report_shows_rates_ratios_and_faults(tmp_path: Path) -> None:
 
     times = {"vitrail": {"median_ms": 0.0512}, "triton": {"median_ms": 7.5}}
     bad = {"variants": {"vitrail": {"wrong": "off by 0.3"}}}
-    for suite in ("host", "latency"):
+    for name in ("host", "latency"):
         results = {"batch 1": {"variants": times, "goal_ms": 0.45}, "batch 8": bad}
         record = {"environment": found, "results": results}
-        (tmp_path / "card" / f"{suite}.json").write_text(json.dumps(record))
+        (tmp_path / "card" / f"{name}.json").write_text(json.dumps(record))
     lines = [" ".join(line.split()) for line in report.render(tmp_path)]
     assert "batch 1 vitrail 51.2, triton 7500.0" in lines
     assert "batch 1 vitrail 0.051, triton 7.500 (goal 0.45)" in lines
@@ -673,6 +769,30 @@ def test_every_named_case_can_be_built() -> None:
     assert max(shapes.CAPTIONS) == 40
 
 
+def test_the_headline_is_measured_first() -> None:
+    assert shapes.MODEL_CASES[0] == ("B/16", 256) == models.AUTOTUNED[0]
+    assert next(iter(problems.problems())).startswith("B/16 x 256 ")
+    spec = shapes.VISION["B/16"]
+    assert models._modes(spec, 256, "cuda") == ("default", "max-autotune")
+    assert models._modes(spec, 64, "cuda") == ("default",), "max-autotune takes minutes"
+
+
+def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings, ran = sys.modules["ceilings"], list[str]()
+
+    def measured(name: str, device: str, keep: Any) -> Any:
+        ran.append(name)
+        rate = {"matmul": "tflops", "copy": "gbs"}[name]
+        return {"variants": {"8192": {"median_ms": 1.0, rate: 2.0}}}
+
+    monkeypatch.setattr(ceilings, "_measured", measured)
+    for _ in range(2):
+        bounds, best = ceilings.ceilings("cpu", tmp_path)
+        assert bounds.keys() == {"matmul", "copy"}
+        assert best == {"tflops": 2.0, "gbs": 2.0}
+    assert ran == ["matmul", "copy"]
+
+
 def test_what_a_model_launches_is_compiled_ahead() -> None:
     wide = dataclasses.replace(BLOCKS, width=128)
     target = Target(90, 132)
@@ -688,148 +808,3 @@ def test_what_a_model_launches_is_compiled_ahead() -> None:
     assert identities(BLOCKS, 2) == identities(BLOCKS, 3), "the batch makes no other kernel"
     shared = identities(BLOCKS, 2) & identities(wide, 2)
     assert not {name for name, *_ in shared if "linear" in name}, "the width does"
-
-
-# -- gpu.sh ----------------------------------------------------------------------------------------
-
-STUB = """#!/usr/bin/env bash
-echo "$*" | head -n 1 >>"$STUB_LOG"
-case "$*" in
-*report.py*) cat "${@: -1}"; echo 'the table' ;;
-*torch.cuda.is_available*) exit "${STUB_ENV:-0}" ;;
-*operators.py*) echo 'kernels ran'; mkdir -p "$VITRAIL_RESULTS/card"
-    echo '{}' >"$VITRAIL_RESULTS/card/kernels.json"; exit "${STUB_KERNELS:-0}" ;;
-*ceilings.py*) sleep "${STUB_SLEEP:-0}" ;;
-*models.py*) exit "${STUB_MODELS:-0}" ;;
-esac
-"""
-
-
-SETTINGS = {"ALLOW_DIRTY", "FRESH", "LIMIT", "PYTHON", "STAGES", "STAGE_LIMIT", "VITRAIL_RESULTS"}
-
-
-class Stage:
-    """A copy of gpu.sh in a tree of its own, with a python3 that only notes what it is asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log, self.out = folder, folder / "log", folder / "out"
-        for name in ("engine", "kernels", "csrc", "benchmarks", "tests", "bin"):
-            (folder / name).mkdir()
-        for name in ("setup.py", "pyproject.toml", "engine/a.py"):
-            (folder / name).write_text("")
-        shutil.copy(ROOT / "benchmarks" / "gpu.sh", folder / "benchmarks")
-        refused = "#!/bin/sh\necho 'Error: Device not supported'\nexit 1\n"
-        for name, text in (("python3", STUB), ("compute-sanitizer", refused)):
-            (folder / "bin" / name).write_text(text)
-            (folder / "bin" / name).chmod(0o755)
-
-    def __call__(self, **settings: str) -> tuple[int, list[str], str]:
-        """Exit code, what python3 was asked, and the output."""
-        self.log.write_text("")
-        done = subprocess.run(
-            ["bash", "benchmarks/gpu.sh"],
-            cwd=self.folder,
-            env={
-                **{name: value for name, value in os.environ.items() if name not in SETTINGS},
-                "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-                "STUB_LOG": str(self.log),
-                "OUT": str(self.out),
-                **settings,
-            },
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, self.log.read_text().splitlines(), done.stdout + done.stderr
-
-
-@pytest.fixture
-def gpu(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
-
-
-def test_gpu_stages_run_in_order_once(gpu: Stage) -> None:
-    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
-    code, asked, said = gpu()
-    assert code == 0, said
-    tests = "-P -m pytest -m gpu -q -ra --durations=5"
-    wanted = "-c|setup.py build_ext --inplace|setup.py build_cuda_images --editable-mode|"
-    wanted += "-P -c import vitrail._C|benchmarks/precompile.py|"
-    wanted += f"{tests} tests/gpu/test_native.py|benchmarks/latency.py --resume|"
-    wanted += "benchmarks/models.py --resume|benchmarks/host.py --resume|"
-    wanted += f"{tests} --ignore=tests/gpu/test_native.py tests/gpu|"
-    wanted += "benchmarks/operators.py --resume --seconds 480|benchmarks/ceilings.py --resume|"
-    wanted += "benchmarks/report.py"
-    for line, start in zip(asked, wanted.split("|"), strict=True):
-        assert line.startswith(start)
-    assert said.rstrip().endswith("the table"), "the table comes last"
-    assert "sanitizer    NOT RUN: compute-sanitizer does not support this device" in said
-    assert (gpu.out / "card" / "kernels.json").exists()
-    assert "kernels ran" in (gpu.out / "gpu.log").read_text()
-    assert (gpu.out / "gpu-table.txt").read_text() in said
-
-    code, asked, said = gpu()
-    assert (code, len(asked)) == (0, 1), "only the table again"
-    assert "kernels      ok, earlier" in said
-    (gpu.folder / "engine" / "a.py").write_text("changed = True")
-    assert len(gpu(ALLOW_DIRTY="1")[1]) == 13, "other files, nothing is known of them"
-    assert len(gpu(FRESH="1")[1]) == 13
-
-
-def test_a_failed_stage_is_told_and_the_others_run(gpu: Stage) -> None:
-    code, asked, said = gpu(STUB_KERNELS="1", STUB_MODELS="3", ALLOW_DIRTY="1")
-    assert code == 1
-    assert len(asked) == 13
-    assert all(line.endswith("--allow-dirty") for line in asked if "--resume" in line)
-    assert "kernels      FAILED with 1" in said
-    assert "models       unfinished" in said
-    code, asked, said = gpu(STAGES="kernels models")  # in the order that is asked for
-    assert code == 0
-    assert [line.split()[0] for line in asked] == [
-        "benchmarks/operators.py",
-        "benchmarks/models.py",
-        "benchmarks/report.py",
-    ]
-
-
-def test_the_sanitizer_looks_at_overlapped_launches_too(gpu: Stage) -> None:
-    """Each tool, with and without; what passed is not run again."""
-    noted = f"""#!/bin/sh
-echo "$2 $VITRAIL_OVERLAP $VITRAIL_GPU_TESTS_RUNNER" >>"{gpu.log}"
-case "$2 $VITRAIL_OVERLAP" in "racecheck 1") exit "${{STUB_RACE:-0}}" ;; esac
-"""
-    (gpu.folder / "bin" / "compute-sanitizer").write_text(noted)
-    code, asked, said = gpu(STAGES="sanitizer", STUB_RACE="9")
-    assert (code, "sanitizer    FAILED with 1" in said) == (1, True)
-    tools = ("memcheck", "racecheck")
-    assert asked[:4] == [f"{tool} {overlap} native" for tool in tools for overlap in "01"]
-    code, asked, said = gpu(STAGES="sanitizer")
-    assert (code, asked[0], len(asked)) == (0, "racecheck 1 native", 2)
-
-
-def test_a_stage_that_hangs_is_ended(gpu: Stage) -> None:
-    code, asked, said = gpu(STAGES="ceilings kernels", STAGE_LIMIT="1", STUB_SLEEP="60")
-    assert code == 1
-    assert "ceilings     TIMED OUT" in said
-    assert "kernels      ok" in said
-    assert len(asked) == 3
-
-
-def test_stages_share_what_is_left_of_the_limit(gpu: Stage) -> None:
-    code, asked, said = gpu(LIMIT="415", STAGES="env native latency models")
-    assert code == 0, said
-    seconds = [int(line.rpartition(" ")[2]) for line in asked if "--seconds" in line]
-    # Of 400 seconds the last has all that the others did not take, the one before a third of it.
-    assert seconds == [pytest.approx(400 * 3 / 9 - 60, abs=10), pytest.approx(340, abs=20)]
-    assert "models       ok" in said
-
-
-def test_nothing_starts_without_a_gpu_or_time(gpu: Stage) -> None:
-    code, asked, said = gpu(STUB_ENV="1")
-    assert code == 1
-    assert len(asked) == 2, "the look at the GPU, and the table"
-    assert said.count("not started: env failed") == 10
-    code, asked, said = gpu(LIMIT="80")
-    assert (code, len(asked)) == (1, 1)
-    assert "not started: LIMIT is near" in said
-    code, asked, said = gpu(STAGES="kernel")
-    assert (code, asked) == (2, [])

@@ -41,6 +41,7 @@ from vitrail.program import image_record, lower
 from vitrail.runners import native
 from vitrail.runners.native import NativeRunner
 from vitrail.runners.reference import ReferenceRunner
+from vitrail.tokens import TokenIds
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
 pytestmark = [
@@ -446,7 +447,7 @@ def natively(driver: standin.Standin, folder: Path) -> Model:
 CALLS: dict[str, Callable[[Model], object]] = {
     "uint8": lambda model: model._vision_tower("").embed(torch.zeros(3, 32, 32, 3).byte()),
     "float": lambda model: model._vision_tower("").embed(torch.zeros(40, 3, 32, 32)),
-    "text": lambda model: model._text_tower("").embed([[1, 2, 3], [4, 5], [6] * 9]),
+    "text": lambda model: model._text_tower("").embed(TokenIds.of([[1, 2, 3], [4, 5], [6] * 9])),
 }
 
 

@@ -37,6 +37,7 @@ ORDER = (
     "package",
     "exported",
     "runners",
+    "tokens",
     "towers",
     "module",
     "images",

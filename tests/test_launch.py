@@ -229,7 +229,8 @@ def test_the_ladder_of_linear_is_what_its_calls_take(
                 assert call.config == held(call), f"{m} rows"
     assert steps[1] == 1, "equal entries are one"
     if n <= 2304:
-        assert steps[0] == 3 if n > 8 else steps[0] >= 2
+        wide = arch == 90 and (k > 2048 or not residual)  # one step more, 256 columns wide
+        assert steps[0] == 3 + wide if n > 8 else steps[0] >= 2
         assert len(set(steps)) >= 3
 
 

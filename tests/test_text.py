@@ -17,7 +17,8 @@ from transformers import CLIPTokenizer
 from helpers import small_vocabulary
 from vitrail.errors import CheckpointError, InputError
 from vitrail.spec import BlockSpec, TextSpec
-from vitrail.text import BOS, EOS, MAX_CHARACTERS, load_tokenizer, pad
+from vitrail.text import BOS, CHUNK, EOS, MAX_CHARACTERS, load_tokenizer, pad
+from vitrail.tokens import TokenIds
 
 VOCAB, MERGES = small_vocabulary()
 SIZE = len(VOCAB)
@@ -113,7 +114,7 @@ def test_ids_equal_transformers(
     text: str, files: str, request: pytest.FixtureRequest, oracle: CLIPTokenizer
 ) -> None:
     tokenizer = load_tokenizer(Folder(request.getfixturevalue(files)), text_spec(context=400))
-    assert tokenizer.encode([text]) == [oracle(text).input_ids]
+    assert tokenizer.encode([text]).lists() == [oracle(text).input_ids]
 
 
 @given(texts=st.lists(st.text(max_size=60), max_size=6))
@@ -123,14 +124,16 @@ def test_ids_of_generated_texts_equal_transformers(
 ) -> None:
     wanted = [oracle(text).input_ids for text in texts]
     for folder in (saved, plain):
-        assert load_tokenizer(Folder(folder), text_spec(context=1000)).encode(texts) == wanted
+        assert (
+            load_tokenizer(Folder(folder), text_spec(context=1000)).encode(texts).lists() == wanted
+        )
 
 
 def test_one_string_is_one_text_and_no_texts_are_no_rows(saved: Path) -> None:
     tokenizer = load_tokenizer(Folder(saved), text_spec())
-    assert tokenizer.encode("a cat") == tokenizer.encode(["a cat"])
-    assert tokenizer.encode([]) == []
-    assert tokenizer.encode("") == [[VOCAB[BOS], VOCAB[EOS]]]
+    assert tokenizer.encode("a cat").lists() == tokenizer.encode(["a cat"]).lists()
+    assert tokenizer.encode([]).lists() == []
+    assert tokenizer.encode("").lists() == [[VOCAB[BOS], VOCAB[EOS]]]
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8])
@@ -139,7 +142,8 @@ def test_truncation_equals_transformers_and_keeps_the_end(
 ) -> None:
     texts = ["", "cat", "a photo of a cat and a dog", "xyzzy " * 50]
     wanted = [oracle(t, truncation=True, max_length=context).input_ids for t in texts]
-    rows = load_tokenizer(Folder(saved), text_spec(context)).encode(texts, overflow="truncate")
+    tokenizer = load_tokenizer(Folder(saved), text_spec(context))
+    rows = tokenizer.encode(texts, overflow="truncate").lists()
     assert rows == wanted
     assert all(row[-1] == VOCAB[EOS] for row in rows)
 
@@ -156,16 +160,16 @@ def test_warn_warns_once_a_call_with_the_count(saved: Path) -> None:
     tokenizer = load_tokenizer(Folder(saved), text_spec(context=5))
     texts = ["cat", "cat " * 20, "dog " * 20]
     with pytest.warns(UserWarning, match=r"2 of 3 texts were cut to 5 tokens") as caught:
-        rows = tokenizer.encode(texts, overflow="warn")
+        rows = tokenizer.encode(texts, overflow="warn").lists()
     assert len(caught) == 1
-    assert rows == tokenizer.encode(texts, overflow="truncate")
+    assert rows == tokenizer.encode(texts, overflow="truncate").lists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer.encode(texts[:1], overflow="warn")
 
 
 def test_a_text_of_exactly_the_context_length_is_whole(saved: Path) -> None:
-    whole = load_tokenizer(Folder(saved), text_spec(context=22)).encode("cat " * 20)
+    whole = load_tokenizer(Folder(saved), text_spec(context=22)).encode("cat " * 20).lists()
     assert len(whole[0]) == 22
 
 
@@ -188,7 +192,7 @@ def test_what_is_not_text_is_refused_by_index(texts: Any, message: str, saved: P
 
 def test_the_longest_allowed_text_is_tokenised(saved: Path) -> None:
     tokenizer = load_tokenizer(Folder(saved), text_spec(context=5))
-    rows = tokenizer.encode("a" * MAX_CHARACTERS, overflow="truncate")
+    rows = tokenizer.encode("a" * MAX_CHARACTERS, overflow="truncate").lists()
     assert len(rows[0]) == 5
     assert rows[0][-1] == VOCAB[EOS]
 
@@ -201,12 +205,16 @@ def test_padding_and_truncation_stored_in_the_file_are_switched_off(
     backend.enable_truncation(4)
     backend.save(str(edited / "tokenizer.json"))
     text = "a photo of a cat"
-    assert load_tokenizer(Folder(edited), text_spec()).encode(text) == [oracle(text).input_ids]
+    assert load_tokenizer(Folder(edited), text_spec()).encode(text).lists() == [
+        oracle(text).input_ids
+    ]
 
 
 def test_bos_and_eos_are_added_where_the_file_does_not(edited: Path, oracle: CLIPTokenizer) -> None:
     folder = edit(edited, "tokenizer.json", post_processor=None)
-    assert load_tokenizer(folder, text_spec()).encode("a cat") == [oracle("a cat").input_ids]
+    assert load_tokenizer(folder, text_spec()).encode("a cat").lists() == [
+        oracle("a cat").input_ids
+    ]
 
 
 def test_an_end_token_that_cannot_be_added_is_refused(edited: Path) -> None:
@@ -240,7 +248,7 @@ def test_an_added_token_above_the_end_is_refused_only_under_the_highest_id_rule(
     backend.add_tokens([AddedToken("<my-cat>")])
     backend.save(str(edited / "tokenizer.json"))
     texts = ["a cat", "a <my-cat>"]
-    by_id = load_tokenizer(Folder(edited), text_spec(vocab=SIZE + 1)).encode(texts)
+    by_id = load_tokenizer(Folder(edited), text_spec(vocab=SIZE + 1)).encode(texts).lists()
     assert by_id[1][-2:] == [SIZE, VOCAB[EOS]]
     with pytest.raises(
         InputError, match=rf"text 1: token id {SIZE} \('<my-cat>'\) is above the end"
@@ -266,11 +274,11 @@ def test_added_tokens_of_a_plain_vocabulary_equal_transformers(plain: Path, tmp_
     wanted = CLIPTokenizer.from_pretrained(folder)
     texts = ["a <my-cat> sits", "a   <my-cat>", "<MY-CAT>", EOS]
     spec = text_spec(vocab=SIZE + 1)
-    rows = load_tokenizer(Folder(folder), spec).encode(texts)
+    rows = load_tokenizer(Folder(folder), spec).encode(texts).lists()
     assert rows == [wanted(text).input_ids for text in texts]
     (folder / "tokenizer_config.json").unlink()
     (folder / "added_tokens.json").write_text(json.dumps({"<my-cat>": SIZE}))
-    assert load_tokenizer(Folder(folder), spec).encode("<my-cat>")[0][1] == SIZE
+    assert load_tokenizer(Folder(folder), spec).encode("<my-cat>").lists()[0][1] == SIZE
     (folder / "added_tokens.json").write_text(json.dumps({"<my-cat>": SIZE + 5}))
     with pytest.raises(CheckpointError, match=rf"'<my-cat>' gets the id {SIZE}, wanted {SIZE + 5}"):
         load_tokenizer(Folder(folder), spec)
@@ -353,11 +361,11 @@ def test_pad_equals_transformers(context: int, saved: Path, oracle: CLIPTokenize
 
 def test_pad_refuses_a_row_longer_than_the_context() -> None:
     with pytest.raises(InputError, match="text 1: got 9 tokens, wanted at most 8"):
-        pad([[0], [0] * 9], text_spec(context=8), 0)
+        pad(TokenIds.of([[0], [0] * 9]), text_spec(context=8), 0)
 
 
 def test_pad_of_nothing_keeps_the_context_length() -> None:
-    input_ids, mask = pad([], text_spec(context=8), 0)
+    input_ids, mask = pad(TokenIds.of([]), text_spec(context=8), 0)
     assert input_ids.shape == mask.shape == (0, 8)
 
 
@@ -394,9 +402,27 @@ def test_the_older_special_tokens_map_is_read(plain: Path, tmp_path: Path) -> No
     assert load_tokenizer(Folder(folder), text_spec()).pad_id == VOCAB["!"]
 
 
+def test_texts_of_several_chunks_keep_their_order_and_their_numbers(saved: Path) -> None:
+    tokenizer = load_tokenizer(Folder(saved), text_spec(context=5))
+    texts = ["cat", "a cat", "", "dogs"] * CHUNK
+    four = tokenizer.encode(texts[:4]).lists()
+    assert tokenizer.encode(texts).lists() == four * CHUNK
+    long = CHUNK + 7
+    texts[long] = texts[-1] = "cat " * 20
+    with pytest.raises(InputError, match=f"text {long}: got 22 tokens, wanted at most 5"):
+        tokenizer.encode(texts)
+    with pytest.warns(UserWarning, match=rf"2 of {4 * CHUNK} texts .*\(first: {long}\)"):
+        rows = tokenizer.encode(texts, overflow="warn").lists()
+    assert rows[long] == rows[-1] == tokenizer.encode("cat " * 20, overflow="truncate").lists()[0]
+    texts[-1] = "cat"
+    texts[long] = "b\ud800"
+    with pytest.raises(InputError, match=f"text {long}: got the lone surrogate"):
+        tokenizer.encode(texts)
+
+
 def test_threads_share_a_tokenizer(saved: Path) -> None:
     tokenizer = load_tokenizer(Folder(saved), text_spec())
     batches = [[f"a photo of {i} cats and {j} dogs" for i in range(50)] for j in range(16)]
-    wanted = [tokenizer.encode(batch) for batch in batches]
+    wanted = [tokenizer.encode(batch).lists() for batch in batches]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(tokenizer.encode, batches)) == wanted
+        assert [tokens.lists() for tokens in pool.map(tokenizer.encode, batches)] == wanted

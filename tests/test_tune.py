@@ -23,10 +23,19 @@ from vitrail import plans, tune
 from vitrail.cli import app
 from vitrail.errors import InputError, VitrailError
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, TextSpec, VisionSpec
-from vitrail.tune import Bench, Finding, fastest, orders, save, tiles
+from vitrail.tune import Bench, Finding, fastest, orders, save
 from vitrail.workload import Problem, fill, problems
 from vitrail_kernels import OPERATORS, configs
-from vitrail_kernels.compile import Compiled, compile_call, compile_each, order_of_sums
+from vitrail_kernels.candidates import candidates
+from vitrail_kernels.compile import (
+    REGISTERS,
+    SHARED_TOTAL,
+    Compiled,
+    compile_call,
+    compile_each,
+    identity,
+    order_of_sums,
+)
 from vitrail_kernels.configs import KernelConfig, config_hash, in_force, read_table, tuned
 from vitrail_kernels.launch import Call, Target, jit, tl
 from vitrail_kernels.linear import linear_config, linear_key
@@ -73,43 +82,62 @@ def key_of(problem: Problem) -> str:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("op", ["linear", "patch_embed", "attention"])
-def test_a_candidate_keeps_what_decides_bits(op: str, arch: int) -> None:
-    base = KernelConfig(64, 32, 0 if op == "attention" else 64, 4, 2, group_m=4)
-    found = tiles(op, base, arch)
-    assert len(set(found)) == len(found) >= 12
-    for config in found:
-        assert config.block_m in (64, 128), "HGMMA takes 64 rows"
-        assert config.warps in (4, 8), "a warpgroup or two"
+@pytest.mark.parametrize("op", ["linear", "attention", "patch_embed"])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -> None:
+    base = KernelConfig(block_m, 32, 0 if op == "attention" else 64, 4, 2, group_m=4)
+    some = list(candidates(op, base, arch))
+    assert 5 <= len(set(some)) == len(some) <= 12, "a dozen, each of which costs a compilation"
+    for config in some:
+        assert config.block_m >= 64, "HGMMA takes 64 rows"
         assert config.block_m // config.warps >= 16, "a row is summed by one warp"
+        assert config.block_m * config.block_n // (32 * config.warps) <= 128, "sums of a thread"
         assert config.group_m == base.group_m
         if op == "attention":
             assert (config.block_n, config.block_k) == (32, 0), "the tile of keys stays"
         else:
-            assert config.block_n in (64, 128, 256)[: 2 if op == "patch_embed" else 3]
-            assert config.block_k in (32, 64)
-        assert 2 <= config.stages <= 4
-        limit = 65536 // (32 * config.warps * config.ctas)
-        assert config.registers == (None if limit >= 255 else limit // 8 * 8)
-        assert (config.registers or 255) >= 128
-    assert {config.block_m for config in found} == {64, 128}
-    assert {config.warps for config in found} == {4, 8}
+            assert config.block_k in (32, 64, 128)
+        threads = 32 * config.warps * config.ctas
+        assert config.registers is None or config.registers * threads <= REGISTERS
+        step = 2 * (config.block_m + config.block_n) * config.block_k
+        assert (config.stages - 1) * step * config.ctas <= SHARED_TOTAL[arch], config
     for config in orders(op, base, arch):
+        assert config != base
         assert dataclasses.replace(config, group_m=4) == base
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_heuristics_own_tiles_are_among_the_candidates(arch: int) -> None:
-    """So that what was reasoned is compared with its neighbours."""
-    found = {dataclasses.replace(config, ctas=1) for config in tiles("linear", BASE, arch)}
-    for m in (64, 100_000):
-        for form in ("", "residual"):
-            with in_force({}):
-                config = linear_config(Target(arch, 100), HALF, m, 4096, 1024, form)
-            assert dataclasses.replace(config, ctas=1, reason="") in found, config
+@pytest.mark.parametrize("m", [64, 100_000])
+@pytest.mark.parametrize("form", ["", "residual"])
+def test_the_heuristics_own_choice_is_no_candidate(arch: int, m: int, form: str) -> None:
+    """It is timed anyway; as a row it would be timed twice."""
+    with in_force({}):
+        own = linear_config(Target(arch, 100), HALF, m, 4096, 1024, form)
+    some = list(candidates("linear", own, arch))
+    assert plain(own) not in some
+    assert min(config.block_m for config in some) <= own.block_m
 
 
-BASE = KernelConfig(128, 128, 64, 8, 3)
+def test_a_whole_model_takes_a_hundred_kernels_to_tune() -> None:
+    """ViT-B/16 at batch 256: a minute on 16 cores, where every combination took 900 kernels."""
+    blocks = BlockSpec(768, 12, 12, 3072, "gelu", 1e-12)
+    spec = model(vision=VisionSpec(blocks, (224, 224), (16, 16)))
+    compiled: set[Any] = set()
+
+    class Counting(FakeGPU):
+        def compile(self, calls: Sequence[Call]) -> list[Compiled | str]:
+            compiled.update(map(identity, calls))
+            return super().compile(calls)
+
+    gpu = Counting(quick())
+    for problem in problems(spec, [256], "float16"):
+        asked = tune._Asked()
+        (own,) = problem.calls(HOPPER, asked)
+        key = asked.names[0]
+        for stage in (candidates, orders):
+            finding = Finding(key, [problem], own.config)
+            tune._fitting(gpu.bench, {key: finding}, stage, lambda _: None)
+    assert 60 < len(compiled) < 160
 
 
 def test_problems_are_the_plans_own_calls_equal_ones_once() -> None:
@@ -198,17 +226,17 @@ class FakeGPU:
         self.bench = Bench(HOPPER, CPU, self.compile, self.launch, self.seconds)
 
     def compile(self, calls: Sequence[Call]) -> list[Compiled | str]:
-        fine = Compiled("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "")
+        fine = Compiled("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "", "")
         given = [self.codes.get(call.config, {}) for call in calls]
         return [one if isinstance(one, str) else dataclasses.replace(fine, **one) for one in given]
 
     def launch(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.last = call
-            if "out_map" not in call.arguments:
-                call.arguments["out_ptr"].fill_(1)
+            out, stats = call.arguments["out_ptr"], call.arguments.get("stats_ptr")
+            if "x_map" not in call.arguments:
+                out.fill_(1)
                 continue
-            out, stats = call.arguments["out_map"].base, call.arguments["stats_ptr"]
             x, weight = call.arguments["x_map"].base, call.arguments["weight_map"].base
             out += x @ weight.t()
             stats.copy_(out.float().mean(1).expand_as(stats))
@@ -231,9 +259,9 @@ def plain(config: KernelConfig) -> KernelConfig:
 
 
 ORDER = "add in another order"
-WINNER = KernelConfig(128, 256, 32, 8, 3)
-DENSE = KernelConfig(128, 128, 32, 8, 3, registers=128, ctas=2)
-SECOND = KernelConfig(128, 64, 64, 8, 2)
+WINNER = KernelConfig(64, 128, 64, 4, 4, ctas=2)
+DENSE = KernelConfig(64, 64, 64, 4, 4, registers=168, ctas=3)
+SECOND = KernelConfig(64, 64, 64, 4, 8, ctas=2)
 
 
 def quick(*ranked: KernelConfig) -> Callable[[KernelConfig, int], float]:
@@ -252,14 +280,14 @@ def test_the_fastest_is_chosen_and_the_heuristic_is_timed_beside_it() -> None:
     assert (finding.key, finding.config) == (key_of(linear()), WINNER)
     assert finding.gain == pytest.approx(2)
     assert finding.refused == []
-    assert "2.00x, 128x256x32" in str(finding)
+    assert "2.00x, 64x128x64" in str(finding)
     heuristic = finding.old
     assert heuristic.reason
     rounds = gpu.order.count(heuristic)
     assert rounds == 2 * tune.ROUNDS
     # in turn: between two of the heuristic's samples every other one has its own
     first, second = [i for i, config in enumerate(gpu.order) if config == heuristic][:2]
-    assert len(set(gpu.order[first:second])) == second - first > 20
+    assert len(set(gpu.order[first:second])) == second - first >= 5
 
 
 def test_the_order_of_tiles_is_tried_last_on_the_best_tile() -> None:
@@ -273,7 +301,7 @@ def test_the_order_of_tiles_is_tried_last_on_the_best_tile() -> None:
 def test_a_first_place_by_noise_is_timed_again(op: str) -> None:
     problem, lucky = {
         "linear": (linear(), WINNER),
-        "attention": (attended(), KernelConfig(64, 64, 0, 4, 3, 168, 3)),
+        "attention": (attended(), KernelConfig(64, 64, 0, 4, 3, 168)),
     }[op]
     times: Counter[KernelConfig] = Counter()
 
@@ -356,7 +384,7 @@ def test_the_same_nan_is_the_same_bits() -> None:
         ({"instructions": Counter(HGMMA=4, STL=1)}, "spill"),
         ({"stack": 8}, "spill"),
         ({"shared": 232_449}, "take too much shared memory"),
-        ({"registers": 160}, "leave no room for as many blocks"),
+        ({"registers": 208}, "leave no room for as many blocks"),
         ({"instructions": Counter(HMMA=4)}, ORDER),
         ({"ttgir": "#mma = #ttg.nvidia_mma<{versionMajor = 2, instrShape = [16, 8]}>"}, ORDER),
     ],
@@ -417,11 +445,13 @@ def test_equal_machine_code_is_timed_once() -> None:
     problem, asked = attended(), tune._Asked()
     (own,) = problem.calls(HOPPER, asked)
     found = {asked.names[0]: Finding(asked.names[0], [problem], own.config)}
-    (fitting,) = tune._fitting(FakeGPU(quick()).bench, found, tiles, lambda _: None).values()
-    sides = [(c.block_m, c.warps, c.stages, c.registers) for c in fitting]
-    assert len(set(sides)) == len(sides) > 8
-    mine = own.config
-    assert (mine.block_m, mine.warps, mine.stages, mine.registers) not in sides
+    other = dataclasses.replace(own.config, stages=own.config.stages + 1)
+
+    def repeated(*_: object) -> list[KernelConfig]:
+        return [dataclasses.replace(each, ctas=n) for each in (own.config, other) for n in (1, 2)]
+
+    (fitting,) = tune._fitting(FakeGPU(quick()).bench, found, repeated, lambda _: None).values()
+    assert fitting == [dataclasses.replace(other, ctas=1)]
 
 
 def test_every_operator_that_varies_is_found_by_its_key() -> None:
@@ -462,7 +492,7 @@ def test_what_is_saved_is_what_a_launch_takes(folder: Path) -> None:
     assert plain(found) == WINNER
     assert found.reason == f"2.00 times as fast as {tune.brief(reasoned)}"
     (call,) = problem.calls(HOPPER, tuned(90))
-    assert (call.config, call.arguments["BLOCK_N"]) == (found, 256)
+    assert (call.config, call.arguments["BLOCK_N"]) == (found, 128)
     assert config_hash(90) != before
     assert linear_config(Target(80, 108), HALF, 256, 128, 64, "residual stats").block_n != 256
 
@@ -601,7 +631,7 @@ BLOCKED = """
 
 
 def read(ttgir: str) -> frozenset[tuple[str, ...]]:
-    return order_of_sums(Compiled("fake", 90, 24, 0, 0, 8, Counter(), ttgir, ""))
+    return order_of_sums(Compiled("fake", 90, 24, 0, 0, 8, Counter(), ttgir, "", ""))
 
 
 def test_the_order_of_sums_is_read_from_tritons_code() -> None:
@@ -638,14 +668,14 @@ def test_rows_and_their_warps_make_no_other_order(old: str, new: str, same: bool
 @pytest.mark.parametrize("target", [HOPPER, Target(80, 108)], ids=str)
 @pytest.mark.parametrize("op", ["linear", "attention"])
 def test_candidates_add_in_one_order_in_compiled_code(op: str, target: Target) -> None:
-    """Nine of them, which compile without the heuristic's help."""
+    """Those that compile without the heuristic's help."""
     problem = linear(256, 256, 128) if op == "linear" else attended()
     asked = tune._Asked()
     (own,) = problem.calls(target, asked)
-    some = tiles(op, own.config, target.arch)[4::11][:9]
+    some = list(candidates(op, own.config, target.arch))
     calls = [own, *(problem.calls(target, {asked.names[0]: config})[0] for config in some)]
     codes = [code for code in compile_each(calls, target.arch) if isinstance(code, Compiled)]
-    assert len(codes) == len(calls)
+    assert len(codes) >= 6
     assert len({order_of_sums(code) for code in codes}) == 1
     assert any(kind == "reduction" for kind, *_ in order_of_sums(codes[0]))
 
@@ -702,6 +732,24 @@ def test_the_command_writes_a_table_and_says_how_to_use_it(gpu: FakeGPU, folder:
     assert sum("heuristic stays" in line for line in lines) == len(lines) - len(table) > 0
     assert f"{len(table)} of {len(lines)} keys faster" in result.stderr
     assert f"VITRAIL_TUNED={folder}" in result.stderr
+
+
+def test_a_run_that_is_cut_short_leaves_its_table(
+    gpu: FakeGPU, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, kept = tune.save, list[Finding]()
+
+    def interrupted(file: Path, findings: list[Finding], origin: Any) -> None:
+        whole(file, findings, origin)
+        kept.extend(finding for finding in findings if finding.config)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "save", interrupted)
+    assert run(CLIP, "--batch", 40).exit_code != 0
+    provenance, table = read_table(folder / "sm_90.json")
+    assert table.keys() == {finding.key for finding in kept}
+    assert "earlier" not in provenance, "one run, however often it writes"
 
 
 def test_the_command_writes_where_it_is_told(gpu: FakeGPU, folder: Path) -> None:
@@ -761,10 +809,8 @@ def test_help_says_what_it_does_and_names_the_variables() -> None:
 
 @pytest.mark.gpu
 def test_a_real_gpu_tunes_a_small_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Twelve tiles a key, of which none may give other bits; the table then serves."""
+    """A dozen tiles a key, of which none may give other bits; the table then serves."""
     monkeypatch.setattr(tune, "ENOUGH", 1 << 16)
-    some = tiles
-    monkeypatch.setattr(tune, "tiles", lambda *given: some(*given)[::8])
     bench = tune.cuda_bench()
     found = problems(model(vision=VISION, text=TEXT), [2, 64], "float16")
     findings = tune.tune(found, bench)

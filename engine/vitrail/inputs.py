@@ -17,6 +17,7 @@ from vitrail.decoding import PixelInput, Readable
 from vitrail.errors import InputError, VitrailError
 from vitrail.images import linear_scale
 from vitrail.spec import ImageSpec, VisionSpec
+from vitrail.tokens import TokenIds
 
 Images = PixelInput | Sequence[PixelInput]
 Texts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]
@@ -171,31 +172,30 @@ def any_string(texts: Sequence[Any]) -> bool:
     return any(isinstance(text, str) for text in texts)
 
 
-def id_lists(ids: object, vocab: int, context: int) -> list[list[int]]:
-    """Token ids as lists: from a tensor or array (N, T), or nested lists of any lengths."""
+def token_ids(ids: object, vocab: int, context: int) -> TokenIds:
+    """Token ids as `TokenIds`: from a tensor or array (N, T), or nested lists of any lengths."""
     if isinstance(ids, np.ndarray):
         if ids.dtype.kind != "i":
             raise InputError(f"texts: got an array of {ids.dtype}, wanted strings or int64 ids")
         ids = torch.from_numpy(ids.astype(ids.dtype.newbyteorder("=")))
     if isinstance(ids, Tensor):
-        tensor: list[list[int]] = check_id_tensor(ids, vocab, context).tolist()
-        return tensor
+        matrix = check_id_tensor(ids, vocab, context).cpu().numpy()
+        texts, tokens = matrix.shape
+        return TokenIds(matrix.reshape(-1), tokens * np.arange(texts + 1))
     if not isinstance(ids, Sequence):
         raise InputError(f"texts: got {type(ids).__name__}, wanted strings or token ids")
     if ids and all(isinstance(token, int) for token in ids):
         ids = [ids]
-    rows = []
     for position, row in enumerate(ids):
-        plain = isinstance(row, Sequence) and all(type(token) is int for token in row)
-        if isinstance(row, str) or not plain or not row:
+        plain = isinstance(row, Sequence) and set(map(type, row)) == {int}
+        if isinstance(row, str) or not plain:
             raise InputError(f"text {position}: got {row!r:.80}, wanted a string or a list of ids")
         if len(row) > context or min(row) < 0 or max(row) >= vocab:
             raise InputError(
                 f"text {position}: got {len(row)} ids from {min(row)} to {max(row)}, "
                 f"wanted at most {context} from 0 to {vocab - 1}"
             )
-        rows.append(list(row))
-    return rows
+    return TokenIds.of(ids)
 
 
 def check_id_tensor(ids: Tensor, vocab: int, context: int) -> Tensor:

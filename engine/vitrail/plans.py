@@ -49,6 +49,7 @@ def _block(
         heads=spec.heads,
         causal=spec.causal,
         max_seqlen=MAX_SEQLEN,
+        equal_lengths=tower == "vision",
     )
     _tail(build, spec, name, attended, x, out, hidden)
 

@@ -21,6 +21,7 @@ from vitrail.errors import CheckpointError, InputError
 from vitrail.files import Checkpoint, read_json
 from vitrail.header import place
 from vitrail.spec import TextSpec
+from vitrail.tokens import TokenIds
 
 Overflow = Literal["error", "warn", "truncate"]
 
@@ -35,6 +36,8 @@ CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 # About two seconds and 200 MB at worst; a context of 77 tokens uses a few hundred of them.
 MAX_CHARACTERS = 1_000_000
 MAX_VOCAB_BYTES = 1 << 24  # CLIP's vocab.json has close to 1 MiB
+CHUNK = 4096
+"""Texts that are split into tokens at once: the library keeps about 1 KiB for each until then."""
 
 
 class Tokenizer:
@@ -53,7 +56,7 @@ class Tokenizer:
         highest = self._eos if spec.eos is None else spec.vocab - 1
         self.pad_id: int = self._eos if pad_id is None or pad_id > highest else pad_id
 
-    def encode(self, texts: str | Sequence[str], overflow: Overflow = "error") -> list[list[int]]:
+    def encode(self, texts: str | Sequence[str], overflow: Overflow = "error") -> TokenIds:
         """BOS, the text's tokens, EOS, for each text; a single string counts as one text.
 
         ``overflow`` says what becomes of a text of more than ``spec.context`` ids: "error" raises,
@@ -69,38 +72,49 @@ class Tokenizer:
         if overflow not in get_args(Overflow):
             raise InputError(f"overflow: got {overflow!r}, wanted one of {get_args(Overflow)}")
         batch = _checked([texts] if isinstance(texts, str) else texts)
-        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(batch)]
         context = self._spec.context
-        long = [index for index, ids in enumerate(rows) if len(ids) > context]
-        if long and overflow == "error":
-            raise InputError(
-                f"text {long[0]}: got {len(rows[long[0]])} tokens, wanted at most {context} "
-                "(overflow='truncate' or 'warn' cuts the text and keeps its end token)"
-            )
-        for index in long:
-            rows[index] = [*rows[index][: context - 1], self._eos]
+        parts, long = [], []
+        for first in range(0, len(batch), CHUNK):
+            encodings = self._backend.encode_batch_fast(batch[first : first + CHUNK])
+            rows = [encoding.ids for encoding in encodings]
+            for index, ids in enumerate(rows):
+                if len(ids) > context:
+                    if overflow == "error":
+                        raise InputError(
+                            f"text {first + index}: got {len(ids)} tokens, wanted at most {context}"
+                            " (overflow='truncate' or 'warn' cuts the text and keeps its end token)"
+                        )
+                    rows[index] = [*ids[: context - 1], self._eos]
+                    long.append(first + index)
+            parts.append(TokenIds.of(rows))
         if long and overflow == "warn":
             warnings.warn(
-                f"{len(long)} of {len(rows)} texts were cut to {context} tokens (first: {long[0]})",
+                f"{len(long)} of {len(batch)} texts were cut to {context} tokens "
+                f"(first: {long[0]})",
                 stacklevel=2,
             )
-        for index, ids in enumerate(rows):
-            self._check(index, ids)
-        return rows
+        tokens = TokenIds.join(parts or [TokenIds.of([])])
+        self._check(tokens)
+        return tokens
 
-    def _check(self, index: int, ids: list[int]) -> None:
-        highest = max(ids)
-        if highest >= self._spec.vocab:
+    def _check(self, tokens: TokenIds) -> None:
+        most = self._spec.vocab - 1
+        if self._spec.eos is None:
+            most = min(most, self._eos)
+        highest = tokens.highest
+        if not (over := highest > most).any():
+            return
+        text = int(over.argmax())
+        token = int(highest[text])
+        where = f"text {text}: token id {token} ({self._backend.id_to_token(token)!r})"
+        if token >= self._spec.vocab:
             raise InputError(
-                f"text {index}: token id {highest} ({self._backend.id_to_token(highest)!r}), "
-                f"wanted ids under the text tower's vocabulary size {self._spec.vocab}"
+                f"{where}, wanted ids under the text tower's vocabulary size {self._spec.vocab}"
             )
-        if self._spec.eos is None and highest > self._eos:
-            raise InputError(
-                f"text {index}: token id {highest} ({self._backend.id_to_token(highest)!r}) is "
-                f"above the end token {self._eos}; this text tower pools at the highest id, so the "
-                "embedding would not be the text's"
-            )
+        raise InputError(
+            f"{where} is above the end token {self._eos}; this text tower pools at the highest id, "
+            "so the embedding would not be the text's"
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
@@ -135,21 +149,21 @@ def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
 
 
 def pad(
-    ids: Sequence[Sequence[int]], spec: TextSpec, pad_id: int
+    tokens: TokenIds, spec: TextSpec, pad_id: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of ids, padded on the right to the context length T.
+    """Texts of ids, padded on the right to the context length T.
 
     Returns ``input_ids`` (N, T) and ``attention_mask`` (N, T), 1 at the ids given. Raises
-    InputError where a row has more than T ids.
+    InputError where a text has more than T ids.
     """
-    input_ids = np.full((len(ids), spec.context), pad_id, dtype=np.int64)
-    mask = np.zeros_like(input_ids)
-    for index, row in enumerate(ids):
-        if len(row) > spec.context:
-            raise InputError(f"text {index}: got {len(row)} tokens, wanted at most {spec.context}")
-        input_ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return input_ids, mask
+    lengths = tokens.lengths
+    if (long := lengths > spec.context).any():
+        text = int(long.argmax())
+        raise InputError(f"text {text}: got {lengths[text]} tokens, wanted at most {spec.context}")
+    mask = np.arange(spec.context) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = tokens.ids
+    return input_ids, mask.astype(np.int64)
 
 
 def _checked(texts: Sequence[str]) -> list[str]:
@@ -163,7 +177,8 @@ def _checked(texts: Sequence[str]) -> list[str]:
                 f"text {index}: got {len(text)} characters, wanted at most {MAX_CHARACTERS}"
             )
         try:
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"text {index}: got the lone surrogate {text[error.start]!r} at {error.start}, "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from vitrail import plans
 from vitrail.plan import Plan
 from vitrail.runners.runner import Runner
 from vitrail.spec import HeadSpec, TextSpec, VisionSpec
+from vitrail.tokens import Ints, TokenIds
 
 
-def largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
+def _largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
     """The largest power of two of sequences whose activations fit ``budget`` bytes."""
     batch = 1
     while plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= budget and batch < 4096:
@@ -21,10 +24,30 @@ def largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
     return batch
 
 
-def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(B + 1,) int32: where each packed sequence starts, and where the last one ends."""
-    counts = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu")
-    return counts.cumsum(0).to(torch.int32).to(device)
+# a search takes longer than a forward of one item takes the host
+@functools.lru_cache(maxsize=256)
+def _images_at_once(spec: VisionSpec, size: tuple[int, int], itemsize: int, budget: int) -> int:
+    plan = plans.vision_pooled(spec, uint8=True)
+    return _largest_batch(plan, spec.tokens_at(size), itemsize, budget)
+
+
+@functools.lru_cache(maxsize=256)
+def _texts_at_once(spec: TextSpec, itemsize: int, budget: int) -> int:
+    return _largest_batch(plans.text_pooled(spec), spec.context, itemsize, budget)
+
+
+def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
+    """The arrays in int32, as parts of one tensor: one copy. Each starts at 16 bytes, as kernels
+    want it."""
+    places, size = {}, 0
+    for name, array in arrays.items():
+        places[name] = size
+        size += -(-len(array) // 4) * 4
+    host = np.zeros(size, np.int32)
+    for name, array in arrays.items():
+        host[places[name] : places[name] + len(array)] = array
+    whole = torch.from_numpy(host).to(device)
+    return {name: whole[places[name] : places[name] + len(arrays[name])] for name in arrays}
 
 
 class VisionTower:
@@ -83,12 +106,11 @@ class VisionTower:
 
     def batch(self, size: tuple[int, int], budget: int) -> int:
         """How many images of ``size`` go through at once within ``budget`` bytes of activations."""
-        plan = plans.vision_pooled(self.spec, uint8=True)
-        return largest_batch(plan, self.spec.tokens_at(size), self.runner.dtype.itemsize, budget)
+        return _images_at_once(self.spec, tuple(size), self.runner.dtype.itemsize, budget)
 
 
 class TextTower:
-    """A text tower. Texts are lists of token ids, cut at the token that is pooled."""
+    """A text tower. Texts are token ids, cut at the token that is pooled."""
 
     def __init__(self, spec: TextSpec, runner: Runner) -> None:
         self.spec, self.runner = spec, runner
@@ -102,21 +124,21 @@ class TextTower:
         key = ids if self.spec.eos is None else (ids == self.spec.eos).int()
         return key.argmax(dim=1)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def embed(self, texts: TokenIds) -> dict[str, Tensor]:
         """``text.embedding`` (B, D), ``text.status`` (B,) of ids that end at the pooled token."""
-        device = self.runner.device
-        lengths = [len(ids) for ids in texts]
-        offsets = _offsets(lengths, device)
-        flat = [token for ids in texts for token in ids]
-        positions = [place for length in lengths for place in range(length)]
         inputs = {
-            "ids": torch.tensor(flat, dtype=torch.int32, device=device),
-            "positions": torch.tensor(positions, dtype=torch.int32, device=device),
-            "cu_seqlens": offsets,
-            "rows": offsets[1:] - 1,
+            "ids": texts.ids,
+            "positions": texts.positions,
+            "cu_seqlens": texts.starts,
+            "rows": texts.starts[1:] - 1,
         }
-        plan, longest = plans.text_pooled(self.spec), max(lengths, default=0)
-        return self.runner.run(plan, inputs, batch=len(texts), tokens=len(flat), longest=longest)
+        return self.runner.run(
+            plans.text_pooled(self.spec),
+            _to_device(inputs, self.runner.device),
+            batch=len(texts),
+            tokens=len(texts.ids),
+            longest=int(texts.lengths.max(initial=0)),
+        )
 
     def dense(
         self, ids: Tensor, kv_lens: Tensor | None = None, taps: tuple[int, ...] = ()
@@ -141,7 +163,20 @@ class TextTower:
         shape, packed = (batch, tokens, self.spec.blocks.width), ("text.hidden.", "text.last")
         return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}
 
-    def batch(self, budget: int) -> int:
-        """How many texts of full length go through at once in ``budget`` bytes of activations."""
-        plan = plans.text_pooled(self.spec)
-        return largest_batch(plan, self.spec.context, self.runner.dtype.itemsize, budget)
+    def batches(self, lengths: Ints, batch_size: int | None, budget: int) -> Iterator[Ints]:
+        """The texts of each call by position, the shortest first; ``lengths`` (N,) in tokens.
+
+        ``batch_size`` texts; without it as many as would, padded to the longest of the call, be no
+        more tokens than the texts of full length whose activations fit ``budget`` bytes.
+        """
+        order = np.argsort(lengths, kind="stable")
+        room = _texts_at_once(self.spec, self.runner.dtype.itemsize, budget) * self.spec.context
+        start = 0
+        while start < len(order):
+            taken = batch_size
+            if taken is None:
+                longest = lengths[order[start : start + room // lengths[order[start]]]]
+                padded = longest * np.arange(1, len(longest) + 1)
+                taken = int(np.searchsorted(padded, room, side="right"))
+            yield order[start : start + taken]
+            start += taken

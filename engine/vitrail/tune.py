@@ -1,9 +1,10 @@
 """`vitrail tune`: times kernel configurations on the GPU at hand, for the shapes of a checkpoint.
 
-What varies changes no bit: sides of tiles, warps, pipeline stages, registers, blocks of a
-multiprocessor, the order of tiles. What does not compile, spills or does not fit is dropped before
-anything is timed; what differs from the heuristic's output in one bit is refused; what remains is
-taken where it is 2 % faster than the heuristic. Nothing is timed while serving.
+Tuning tries the short lists of `vitrail_kernels.candidates`: tiles, warps, pipeline stages,
+registers, blocks of a multiprocessor; then the order of tiles. Candidates that fail to compile,
+spill or do not fit are dropped first. A candidate whose output differs from the heuristic's in any
+bit is rejected. Of the rest, one must be at least 2 % faster than the heuristic to win. Nothing is
+timed while serving.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import os
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,8 @@ from vitrail._version import __version__
 from vitrail.errors import InputError, VitrailError
 from vitrail.runners import why_not_triton
 from vitrail.workload import Problem, fill
-from vitrail_kernels.compile import (
-    REGISTERS,
-    SHARED_LIMIT,
-    SHARED_TOTAL,
-    Compiled,
-    compile_each,
-    identity,
-    order_of_sums,
-)
+from vitrail_kernels.candidates import candidates
+from vitrail_kernels.compile import SHARED_LIMIT, Compiled, compile_each, identity, order_of_sums
 from vitrail_kernels.configs import KernelConfig, read_table, write_table
 from vitrail_kernels.launch import Call, Target, interpreted, launch, target_of
 
@@ -49,33 +42,14 @@ OTHER_BITS = "give other bits"
 
 # -- what is tried ---------------------------------------------------------------------------------
 
-
-def tiles(op: str, base: KernelConfig, arch: int) -> list[KernelConfig]:
-    """Configurations that keep the bits of ``base``: its keys a tile, in attention; else any tile.
-
-    A warpgroup has 64 rows of a tile: one MMA family. A warp has 16: no row is shared out.
-    """
-    attention = op == "attention"
-    columns = {"attention": (base.block_n,), "patch_embed": (64, 128)}.get(op, (64, 128, 256))
-    steps = [(32, 3), (32, 4), (64, 2), (64, 3), (64, 4)]
-    if attention:
-        steps = [(base.block_k, stages) for stages in (2, 3, 4)]
-    found = []
-    for m, n, (k, stages), warps, ctas in product((64, 128), columns, steps, (4, 8), (1, 2, 3, 4)):
-        limit = REGISTERS // (32 * warps * ctas)
-        sums = m * n // (32 * warps)  # of a thread
-        shared = 2 * (stages - 1) * (m + n) * k * ctas  # at least
-        if 16 * warps > m or limit < max(128, sums + 1) or sums > 128:
-            continue
-        if shared <= SHARED_TOTAL[arch]:
-            registers = limit // 8 * 8 if limit < 255 else None
-            found.append(KernelConfig(m, n, k, warps, stages, registers, ctas, base.group_m))
-    return found
+Stage = Callable[[str, KernelConfig, int], Iterable[KernelConfig]]
+"""Configurations to time beside a key's best so far: of an operator, that best, an architecture."""
 
 
 def orders(op: str, base: KernelConfig, arch: int) -> list[KernelConfig]:
     """``base`` with its tiles visited in another order, which only `linear` can."""
-    return [replace(base, group_m=g) for g in (4, 8, 16, 32)] if op == "linear" else []
+    groups = (4, 8, 16, 32) if op == "linear" else ()
+    return [replace(base, group_m=group) for group in groups if group != base.group_m]
 
 
 # -- how it is judged ------------------------------------------------------------------------------
@@ -94,7 +68,10 @@ class Bench:
 
 @dataclass
 class Finding:
-    """What came of one key: ``config`` is None where the heuristic, ``old``, stays."""
+    """The result for one key: ``config`` is None if the heuristic, ``old``, stays.
+
+    ``seconds``: what every timed configuration took, summed over ``problems``.
+    """
 
     key: str
     problems: list[Problem]
@@ -102,6 +79,7 @@ class Finding:
     config: KernelConfig | None = None
     gain: float = 1.0
     timed: int = 0
+    seconds: dict[KernelConfig, float] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     refused: list[KernelConfig] = field(default_factory=list)
 
@@ -117,9 +95,10 @@ def brief(config: KernelConfig) -> str:
     """A configuration in a few words."""
     sides = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
     limit = "" if config.registers is None else f", {config.registers} registers"
+    turns = f", staggered {config.stagger} ns" if config.stagger else ""
     return (
         f"{sides}, {config.warps} warps, {config.stages} stages{limit}, {config.ctas} an SM, "
-        f"groups of {config.group_m}"
+        f"groups of {config.group_m}{turns}"
     )
 
 
@@ -141,12 +120,18 @@ class _Asked(Mapping[str, KernelConfig]):
 
 
 def tune(
-    problems: Sequence[Problem], bench: Bench, say: Callable[[str], None] = lambda _: None
+    problems: Sequence[Problem],
+    bench: Bench,
+    say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Finding], None] = lambda _: None,
+    stages: Sequence[Stage] = (candidates, orders),
 ) -> list[Finding]:
     """Tile and pipeline first; then the order of tiles, where the first result is timed again.
 
-    ``say`` is told how far it is. Raises InputError where a problem does not fit the GPU's memory,
-    VitrailError where the heuristic's own kernel does not compile.
+    ``say`` gets a line of progress. ``keep`` gets each finding as soon as it is judged, and again
+    after the second round, so that a run that is cut short leaves a table. Raises InputError if a
+    problem does not fit the GPU's memory, VitrailError if the heuristic's own kernel does not
+    compile.
     """
     findings: dict[str, Finding] = {}
     for problem in sorted(problems, key=lambda one: -one.tensors["out"].numel()):
@@ -154,7 +139,7 @@ def tune(
         for call in problem.calls(bench.target, asked):
             new = Finding(asked.names[0], [], call.config)
             findings.setdefault(new.key, new).problems.append(problem)
-    for stage in (tiles, orders):
+    for stage in stages:
         fitting = _fitting(bench, findings, stage, say)
         for number, (key, one) in enumerate(findings.items(), 1):
             again = [] if one.config is None else [one.config]
@@ -165,13 +150,14 @@ def tune(
                 except torch.OutOfMemoryError as error:
                     raise InputError(f"batch: too large for the GPU's memory at {key}") from error
                 say(f"{number} of {len(findings)}: {one}")
+                keep(one)
     return list(findings.values())
 
 
 def _fitting(
     bench: Bench,
     findings: Mapping[str, Finding],
-    stage: Callable[[str, KernelConfig, int], list[KernelConfig]],
+    stage: Stage,
     say: Callable[[str], None],
 ) -> dict[str, list[KernelConfig]]:
     """Those that compile to a kernel of their own, within the registers and shared memory."""
@@ -243,6 +229,7 @@ def _race(bench: Bench, one: Finding, configs: Sequence[KernelConfig]) -> None:
     one.refused += [config for config, why in out.items() if why == OTHER_BITS]
     raced = {c: seconds for c, seconds in times.items() if c is not None and c not in out}
     one.timed += len(raced)
+    one.seconds |= {one.old: sum(times[None]), **{c: sum(each) for c, each in raced.items()}}
     one.config, one.gain = fastest(times[None], raced)
 
 
@@ -371,12 +358,16 @@ def existing(file: Path) -> tuple[dict[str, Any], dict[str, KernelConfig]]:
 
 
 def save(file: Path, findings: Sequence[Finding], origin: Mapping[str, Any]) -> None:
-    """Write what was found into the table ``file``, in the place of what it held of these keys."""
+    """Write the winners into the table ``file``, replacing its entries for these keys.
+
+    A file of the same ``origin`` is the same run going on; another's is kept under "earlier".
+    """
     earlier, table = existing(file)
+    older = earlier.pop("earlier", [])
     table = {key: config for key, config in table.items() if key not in {f.key for f in findings}}
     for one in findings:
         if one.config is not None:
             reason = f"{one.gain:.2f} times as fast as {brief(one.old)}"
             table[one.key] = replace(one.config, reason=reason)
-    before = [*earlier.pop("earlier", []), earlier] if earlier else []
+    before = [*older, earlier] if earlier and earlier != origin else older
     write_table(file, {**origin, "earlier": before} if before else origin, table)

@@ -31,22 +31,55 @@ def activate_ref_(y: Tensor, activation: str) -> Tensor:
 
 
 @jit()
+def gelu(y: tl.tensor) -> tl.tensor:
+    """x Phi(x) of fp32 values as max(x, 0) - |x| 2^p(|x|): p stands for log2 Phi(-|x|).
+
+    Against erf in fp64: within 5.1e-7, and within 0.006 of fp16's spacing at the result, whichever
+    is less, for every fp16 value; erf in fp32 is as far in the first and 1.5 spacings off in the
+    second, since 1 + erf cancels. An infinity gives NaN.
+
+    One exponential in eleven instructions, which hold their constants; libdevice's erf takes 32, a
+    third of which move constants into registers. The coefficients are a least squares fit of degree
+    7 over 0 < |x| <= 6 whose weights were raised where the error was largest, in fp16's spacings,
+    until it was level; the last is negative, so that the power is 0 for all larger |x|.
+    """
+    size = tl.abs(y)
+    p = tl.fma(size, -9.29414796e-07, 4.77642279e-05)
+    p = tl.fma(size, p, -0.000847924908)
+    p = tl.fma(size, p, 0.00826437213)
+    p = tl.fma(size, p, -0.0535915047)
+    p = tl.fma(size, p, -0.458733797)
+    p = tl.fma(size, p, -1.15117252)
+    p = tl.fma(size, p, -1.0)
+    return tl.fma(-size, tl.exp2(p), tl.maximum(y, 0.0))
+
+
+@jit()
+def times_sigmoid(y: tl.tensor, s: tl.tensor) -> tl.tensor:
+    """y sigmoid(-s ln 2) = y / (1 + 2^s), of fp32 values, within 3e-7 of the result.
+
+    The square of the reciprocal root is two instructions; a division is six, which keep its range.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(s))
+    return y * root * root
+
+
+@jit()
 def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Of fp32 values. NaN stays NaN."""
-    # sigmoid(s) = 1 / (1 + 2^(-s log2 e)), with the factors of the exponent multiplied beforehand
     LOG2E: tl.constexpr = 1.4426950408889634
     if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        y = gelu(y)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
         SLOPE: tl.constexpr = -1.5957691216057308 * LOG2E
-        y = y / (1.0 + tl.exp2(y * tl.fma(y * y, 0.044715 * SLOPE, SLOPE)))
+        y = times_sigmoid(y, y * tl.fma(y * y, 0.044715 * SLOPE, SLOPE))
     elif ACTIVATION == "quick_gelu":
-        y = y / (1.0 + tl.exp2(y * (-1.702 * LOG2E)))
+        y = times_sigmoid(y, y * (-1.702 * LOG2E))
     elif ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)
     elif ACTIVATION == "silu":
-        y = y / (1.0 + tl.exp2(y * -LOG2E))
+        y = times_sigmoid(y, y * -LOG2E)
     elif ACTIVATION == "tanh":
-        y = 2.0 / (1.0 + tl.exp2(y * (-2.0 * LOG2E))) - 1.0
+        y = tl.fma(times_sigmoid(2.0, y * (-2.0 * LOG2E)), 1.0, -1.0)
     return y

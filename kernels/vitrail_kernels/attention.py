@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +78,13 @@ def attention_ref(
     heads: int,
     causal: bool,
     max_seqlen: int,
+    equal_lengths: bool = False,
 ) -> None:
     """Write ``out`` (M, C) from ``qkv`` (M, 3 C): query, key and value, heads inside each.
 
     Sequence i holds rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` (B + 1, int32), none longer
-    than ``max_seqlen``. ``kv_lens`` (B,): only the first that many keys of each sequence are seen
+    than ``max_seqlen``; with ``equal_lengths`` each is that long, and the kernel does not read
+    ``cu_seqlens``. ``kv_lens`` (B,): only the first that many keys of each sequence are seen
     (needs equally long sequences).
     """
     batch = cu_seqlens.shape[0] - 1
@@ -170,7 +171,10 @@ def _attend(
     REST: tl.constexpr = HEAD_DIM - PART
     STRIDE: tl.constexpr = 3 * WIDTH
     column += WIDTH
+    values = column + WIDTH
     k = load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    if kv_desc is None:  # the loads of V are under way while scores are made
+        v = load_tile(None, qkv_ptr, row, values, keys, STRIDE, BLOCK_N, COLUMNS, PART)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MORE > 0:
         other = column + PART
@@ -188,12 +192,12 @@ def _attend(
     decay = tl.exp2(peak - top)
     total = tl.fma(total, decay, tl.sum(weights, axis=1))
 
-    column += WIDTH
-    v = load_tile(kv_desc, qkv_ptr, row, column, keys, STRIDE, BLOCK_N, COLUMNS, PART)
+    if kv_desc is not None:
+        v = load_tile(kv_desc, qkv_ptr, row, values, keys, STRIDE, BLOCK_N, COLUMNS, PART)
     weights = weights.to(v.dtype)  # rounded here, but not in their sum
     acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
     if MORE > 0:
-        other = column + PART
+        other = values + PART
         v = load_tile(more_desc, qkv_ptr, row, other, keys, STRIDE, BLOCK_N, REST, MORE)
         acc_more = tl.dot(weights, v, acc_more * decay[:, None], input_precision="ieee")
     return acc, acc_more, top, total
@@ -206,7 +210,7 @@ def _attention_kernel(
     q_desc: tl.tensor,  # of boxes (BLOCK_M, PART) over qkv, or None
     kv_desc: tl.tensor,  # of boxes (BLOCK_N, PART) over qkv, or None
     more_desc: tl.tensor,  # of boxes (BLOCK_N, MORE) over qkv, or None
-    cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32
+    cu_seqlens_ptr: tl.tensor,  # (B + 1,) int32, or None if all sequences are the longest
     kv_lens_ptr: tl.tensor,  # (B,) int32, or None
     longest: int,  # of the sequences, in tokens
     HEADS: tl.constexpr,
@@ -233,8 +237,11 @@ def _attention_kernel(
         tile = tiles - 1 - tile
     sequence = pair // HEADS
     column = (pair - sequence * HEADS) * HEAD_DIM
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start = sequence * longest
+    length = longest
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + sequence)
+        length = tl.load(cu_seqlens_ptr + sequence + 1) - start
     first = tile * BLOCK_M
     if first >= length:
         return
@@ -344,8 +351,9 @@ def _attention_config(
     longest: int,
     tokens: int,
 ) -> KernelConfig:
-    """For sequences of up to ``longest`` in ``tokens`` rows. Sizes decide BLOCK_M alone, from which
-    no bit follows: a warp holds 16 rows of the same instructions, over the same key tiles in order.
+    """For sequences of up to ``longest`` in ``tokens`` rows. Sizes decide BLOCK_M and stages, from
+    which no bit follows: a warp holds 16 rows of the same instructions, over the same key tiles in
+    order.
 
     Causal sequences are captions, few of which pass 64 tokens: one tile serves any length.
     """
@@ -362,9 +370,12 @@ def _attention_config(
             reason += " third stage is what loads a tile ahead of the one in use"
             return KernelConfig(128, 64, 0, 8, 3, registers, reason=reason)
         reason = "128 rows pad more, or leave multiprocessors idle, or take over 128 registers;"
-        reason += " 2 to 4 blocks of a warpgroup overlap softmax with products; a third stage"
-        reason += " would cost one of them"
-        return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
+        if longest < 192 or causal:
+            reason += " 2 to 4 blocks of a warpgroup overlap softmax with products; a third stage"
+            reason += " would cost one of them, and has few tiles to load ahead"
+            return KernelConfig(64, 64, 0, 4, 2, registers, reason=reason)
+        reason += " 3 blocks that load a tile ahead, against 4 that wait for every tile"
+        return KernelConfig(64, 64, 0, 4, 3, registers, reason=reason)
     if target.tcgen05:
         reason = "2 to 4 blocks a multiprocessor; 128 rows spill past 96 columns"
         return KernelConfig(64, 64, 0, 4, 2, reason=reason)
@@ -416,6 +427,7 @@ def attention_calls(
     heads: int,
     causal: bool,
     max_seqlen: int,
+    equal_lengths: bool = False,
     config: KernelConfig | None = None,
 ) -> list[Call]:
     """The launch of `attention_ref`. A sequence longer than ``max_seqlen`` is not finished.
@@ -423,7 +435,7 @@ def attention_calls(
     ``config`` takes the place of the one that the sizes would get. A query that sees no key, where
     ``kv_lens`` is 0, gives 0, as the reference does. float32 is for the interpreter: machine code
     of it spills. Raises ValueError for a shape, dtype or layout that the kernel does not take, and
-    for ``kv_lens`` over sequences of several lengths.
+    for ``kv_lens`` or ``equal_lengths`` over sequences of several lengths.
     """
     head_dim = check_heads("attention", "qkv", qkv, 3, heads)
     batch, tokens = check_sequences("attention", cu_seqlens, qkv), qkv.shape[0]
@@ -431,8 +443,9 @@ def attention_calls(
     check_tensor("attention: kv_lens", kv_lens, qkv, torch.int32, (batch,))
     if tokens == 0:
         return []
-    if kv_lens is not None and tokens != batch * max_seqlen:
-        raise ValueError("kv_lens: wanted sequences of one length, got a packed batch of several")
+    if (equal_lengths or kv_lens is not None) and tokens != batch * max_seqlen:
+        name = "equal_lengths" if equal_lengths else "kv_lens"
+        raise ValueError(f"{name}: wanted sequences of one length, got a packed batch of several")
     part, more = _parts(head_dim)
     fixed = target, qkv.dtype, heads, head_dim, causal, max_seqlen
     config = config or _attention_config(*fixed, tokens)
@@ -447,7 +460,7 @@ def attention_calls(
         "q_desc": descriptor(qkv, block_m, part) if tma and part <= head_dim else None,
         "kv_desc": descriptor(qkv, block_n, part) if tma else None,
         "more_desc": descriptor(qkv, block_n, more) if tma and more else None,
-        "cu_seqlens_ptr": cu_seqlens,
+        "cu_seqlens_ptr": None if equal_lengths else cu_seqlens,
         "kv_lens_ptr": kv_lens,
         "longest": max_seqlen,
         "HEADS": heads,
@@ -473,7 +486,19 @@ def attention(
     heads: int,
     causal: bool,
     max_seqlen: int,
+    equal_lengths: bool = False,
 ) -> None:
     """`attention_ref` by the kernel, for the same tensors; see `attention_calls` for the errors."""
-    sizes: dict[str, Any] = {"heads": heads, "max_seqlen": max_seqlen}
-    launch(attention_calls(target_of(out), out, qkv, cu_seqlens, kv_lens, causal=causal, **sizes))
+    launch(
+        attention_calls(
+            target_of(out),
+            out,
+            qkv,
+            cu_seqlens,
+            kv_lens,
+            heads=heads,
+            causal=causal,
+            max_seqlen=max_seqlen,
+            equal_lengths=equal_lengths,
+        )
+    )

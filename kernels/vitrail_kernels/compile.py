@@ -22,6 +22,7 @@ from vitrail_kernels.configs import config_hash
 from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 from vitrail_kernels.private_cache import private_cache
 from vitrail_kernels.processes import in_processes
+from vitrail_kernels.sass import TENSOR_CORE, opcodes
 from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -31,10 +32,6 @@ less the 1 KiB that CUDA keeps)."""
 REGISTERS, THREADS = 65_536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 """Of one multiprocessor: registers, threads, bytes of shared memory."""
-
-TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
-TMA_LOAD, TMA_STORE = "UTMALDG", "UTMASTG"
-ASYNC_COPY = "LDGSTS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,7 @@ class Compiled:
     instructions: Counter[str]
     ttgir: str
     ptx: str
+    sass: str
 
     @property
     def spills(self) -> int:
@@ -83,6 +81,7 @@ def compile_call(call: Call, arch: int) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
     if found is None:
         raise RuntimeError(f"cuobjdump: got {used!r}, wanted REG and STACK")
+    sass = _tool("nvdisasm", "-c", cubin)
     return Compiled(
         name=call.kernel.__name__,
         arch=arch,
@@ -90,9 +89,10 @@ def compile_call(call: Call, arch: int) -> Compiled:
         stack=int(found[2]),
         shared=kernel.metadata.shared,
         warps=call.config.warps,
-        instructions=opcodes(_tool("nvdisasm", "-c", cubin)),
+        instructions=opcodes(sass),
         ttgir=kernel.asm["ttgir"],
         ptx=kernel.asm["ptx"],
+        sass=sass,
     )
 
 
@@ -207,12 +207,6 @@ def provenance(target: Target) -> str:
     arch, (triton, ptxas) = target.arch, compilers(target.arch)
     switched = WITHOUT_TMA if target.without_tma else ""
     return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}{switched}"
-
-
-def opcodes(sass: str) -> Counter[str]:
-    """How often each opcode stands in nvdisasm's output, without its suffixes."""
-    lines = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
-    return Counter(lines)
 
 
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.(\w+)<\{(.*)\}>$", re.M)

@@ -30,7 +30,8 @@ class KernelConfig:
     """Tile sides (0 where a kernel has no such side), warps, pipeline stages, and why these.
 
     ``registers`` limits a thread's registers, so that ``ctas`` blocks fit a multiprocessor;
-    ``group_m``: how many tiles down are visited for each tile across, for the L2 cache.
+    ``group_m``: how many tiles down are visited for each tile across, for the L2 cache;
+    ``stagger``: nanoseconds that half the blocks of a persistent grid wait once, 0 for none.
     """
 
     block_m: int
@@ -41,6 +42,7 @@ class KernelConfig:
     registers: int | None = None
     ctas: int = 1
     group_m: int = 8
+    stagger: int = 0
     reason: str = ""
 
     def options(self) -> dict[str, int]:
@@ -135,7 +137,7 @@ def _fits(name: str, value: Any) -> bool:
         return False
     if name.startswith("block_") or name == "warps":  # Triton takes no others
         return value >= (name == "warps") and value & (value - 1) == 0
-    return value > 0
+    return value > 0 or (value == 0 and name == "stagger")
 
 
 def write_table(

@@ -35,6 +35,7 @@ from vitrail_kernels.launch import (
     tl,
 )
 from vitrail_kernels.overlap import wait_for_previous
+from vitrail_kernels.stagger import take_turns
 from vitrail_kernels.stats import load_mean_rstd, stats_ref, stats_shape
 from vitrail_kernels.tile import epilogue, part_of, tile_of
 
@@ -117,7 +118,8 @@ def _product(
 
 @jit(varying=("m", "x_stats_stride", "stats_stride"))
 def _linear_tma_kernel(
-    out_map: tl.tensor,  # (M, N) in tiles of (BLOCK_M, BLOCK_N), halved across where gated
+    out_map: tl.tensor,  # (M, N) in tiles of (BLOCK_M, BLOCK_N), halved across where gated, or None
+    out_ptr: tl.tensor,  # (M, N) where out_map is None
     x_map: tl.tensor,  # (M, K) in tiles of (BLOCK_M, BLOCK_K)
     weight_map: tl.tensor,  # (N, K) in tiles of (BLOCK_N, BLOCK_K)
     bias_ptr: tl.tensor,
@@ -140,12 +142,14 @@ def _linear_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGGER: tl.constexpr,  # nanoseconds
     PDL: tl.constexpr,
 ) -> None:
     """Persistent: each program takes every num_programs-th tile, and the loads of the next tile
     are under way while this one is finished."""
     wait_for_previous(PDL)
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    take_turns(tiles, STAGGER)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile_of(tile, m, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -164,7 +168,7 @@ def _linear_tma_kernel(
             across = column + part * PART_N
             y = epilogue(
                 part_of(acc, part, PARTS, BLOCK_M, BLOCK_N),
-                out_map.dtype,
+                x_map.dtype if out_map is None else out_map.dtype,
                 bias_ptr,
                 scale_ptr,
                 residual_ptr,
@@ -184,7 +188,12 @@ def _linear_tma_kernel(
                 BLOCK_M,
                 PART_N,
             )
-            out_map.store([row, across // 2 if GATED else across], y)
+            if out_map is None:
+                offs_n = across + tl.arange(0, PART_N)
+                at = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+                tl.store(at, y, mask=mask_m[:, None] & (offs_n < N)[None, :])
+            else:
+                out_map.store([row, across // 2 if GATED else across], y)
 
 
 @jit(varying=("m", "depth", "x_stats_stride", "stats_stride"))
@@ -332,15 +341,27 @@ def linear_config(
     if dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     if cdiv(m, 128) * cdiv(n, 128) >= target.sms:
-        return _large(target, "residual" in form.split())
-    small = 64 if cdiv(m, 64) * cdiv(n, 128) < target.sms else 128
+        return _large(target, m, n, k, form.split())
+    return _small(target, m, n)
+
+
+def _small(target: Target, m: int, n: int) -> KernelConfig:
+    wide = 64 if cdiv(m, 64) * cdiv(n, 128) < target.sms else 128
+    reason = "few rows: smaller tiles, so that every SM has one"
+    if target.arch == 90:
+        stages = 6 if wide == 64 else 4
+        reason += "; nothing hides the latency of loads but loads: 96 KiB in flight, two blocks"
+        return KernelConfig(64, wide, 64, 4, stages, ctas=2, reason=reason)
     stages = 2 if target.tcgen05 else 3  # there the third made ptxas spill a gated tile
-    return KernelConfig(
-        64, small, 64, 4, stages, reason="few rows: smaller tiles, so that every SM has one"
-    )
+    return KernelConfig(64, wide, 64, 4, stages, reason=reason)
 
 
-def _large(target: Target, residual: bool) -> KernelConfig:
+LONG = 2048
+"""Steps of K that outweigh a tile's epilogue."""
+
+
+def _large(target: Target, m: int, n: int, k: int, words: list[str]) -> KernelConfig:
+    residual = "residual" in words
     if not target.tma:
         return KernelConfig(
             128, 128, 32, 4, 4, ctas=2, reason="four steps of K in flight, two blocks an SM"
@@ -351,19 +372,26 @@ def _large(target: Target, residual: bool) -> KernelConfig:
         )
     if target.tcgen05 and residual:
         return KernelConfig(128, 128, 64, 8, 3, reason="128 registers spill beside a column scale")
-    # two blocks an SM, so that one multiplies while the other finishes its tile; the residual's
-    # way through shared memory leaves room for two stages only
-    stages = 2 if residual else 3
+    short = {"pointers", "norm", "stats"}.issuperset(words)
+    wide = cdiv(m, 128) * cdiv(n, 256) >= 2 * target.sms and "gated" not in words
+    if target.arch == 90 and wide and (k >= LONG or short):
+        return KernelConfig(
+            128, 256, 64, 8, 4, reason="a quarter less traffic from L2, which bounds 128 x 128, "
+            "for an epilogue that nothing hides but the next tile's loads"
+        )  # fmt: skip
+    # half a tile: 32 KiB a step at 36 bytes a clock, and an epilogue of 3,000 clocks, of 1.7 GHz
+    half = round((cdiv(k, 64) * 910 + 3000) / 2 / 1.7) if target.arch == 90 else 0
     return KernelConfig(
-        128, 128, 64, 8, stages, registers=128, ctas=2, reason="two blocks an SM overlap epilogues"
-    )
+        128, 128, 64, 8, 3, registers=128, ctas=2, stagger=half,
+        reason="two blocks an SM overlap epilogues",
+    )  # fmt: skip
 
 
 def linear_ladder(target: Target, dtype: torch.dtype, n: int, k: int, form: str) -> Ladder:
     """`linear_config` for every m."""
-    across = cdiv(n, 128)
-    # as many rows as leave a multiprocessor without a tile, of 128 rows or 64
-    heuristic = (block_m * ((target.sms - 1) // across) for block_m in (64, 128))
+    # as many rows as leave a multiprocessor without a tile, or without a second wide one
+    few = (block_m * ((target.sms - 1) // cdiv(n, 128)) for block_m in (64, 128))
+    heuristic = (*few, 128 * ((2 * target.sms - 1) // cdiv(n, 256)))
     return ladder_of((*ROWS, *heuristic), lambda m: linear_config(target, dtype, m, n, k, form))
 
 
@@ -451,7 +479,9 @@ def linear_calls(
     if maps:
         columns = config.block_n // parts // (2 if gated else 1)
         described = {
-            "out_map": descriptor(out, config.block_m, columns),
+            "out_map": descriptor(out, config.block_m, columns) if residual is None else None,
+            "out_ptr": None if residual is None else out,
+            "STAGGER": config.stagger if target.pdl else 0,
             "x_map": descriptor(x, config.block_m, config.block_k),
             "weight_map": descriptor(weight, config.block_n, config.block_k),
         }

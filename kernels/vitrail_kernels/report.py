@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import ASYNC_COPY, TMA_LOAD, TMA_STORE, Compiled, compile_all
+from vitrail_kernels.compile import Compiled, compile_all
 from vitrail_kernels.cost import Cost
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
 from vitrail_kernels.stats import stats_shape
 
 
@@ -146,6 +147,7 @@ def launches(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iter
     yield linear("qkv", n, m, 3 * c, c, norm=True)
     given = {"out": empty(m, c), "qkv": empty(m, 3 * c), "cu_seqlens": lengths}
     scalars = {"heads": shape.heads, "causal": shape.causal, "max_seqlen": shape.tokens}
+    scalars["equal_lengths"] = not shape.causal
     yield launch("attention", "attention", n, given, **scalars)
     yield linear("out", n, m, c, c, residual=True)
     yield linear("up", n, m, up, c, **act)

@@ -28,8 +28,9 @@ from test_runner import (
 from vitrail import plans
 from vitrail.plan import Plan
 from vitrail.spec import BlockSpec, VisionSpec
-from vitrail.tune import _Asked, tiles
+from vitrail.tune import _Asked
 from vitrail.workload import Problem, fill, problems
+from vitrail_kernels.candidates import candidates
 from vitrail_kernels.compile import SHARED_LIMIT, compile_each, order_of_sums
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import Call
@@ -158,7 +159,7 @@ def configurations(
         chosen = {config for _, config in call.ladder()}
         yield from ((key, config) for config in sorted(chosen, key=repr))
         if tuning:
-            tried = tiles(problem.op, call.config, device.arch)[::5]  # seconds each to compile
+            tried = list(candidates(problem.op, call.config, device.arch))
             calls = [c for t in tried for c in problem.calls(device.target, {key: t})]
             own, *others = compile_each([call, *calls], device.arch)
             assert not isinstance(own, str), own

@@ -1,7 +1,12 @@
-"""Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models."""
+"""Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models.
+
+A test that loses the device ends the session, as nothing after it could run; one that takes longer
+than VITRAIL_GPU_TEST_SECONDS, if that is set, ends the process with the stacks of its threads.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -18,6 +23,33 @@ from gpu.models import Zoo
 
 if DRY:  # NumPy's products depend on where in a tile a row stands
     from interpreted.conftest import ordered_dot  # noqa: F401
+
+
+TERMINAL = pytest.StashKey[int]()
+"""A descriptor of the real stderr, which no test captures."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TERMINAL] = os.dup(2)
+
+
+def limit(config: pytest.Config) -> None:
+    """From now on the test has VITRAIL_GPU_TEST_SECONDS. A kernel that never ends holds its thread
+    where no Python signal reaches it."""
+    seconds = float(os.environ.get("VITRAIL_GPU_TEST_SECONDS", "0"))
+    if seconds > 0:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=config.stash[TERMINAL])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    limit(item.config)
+    if "VITRAIL_GPU_TEST_SECONDS" in os.environ:
+        os.write(item.config.stash[TERMINAL], f"{item.nodeid}\n".encode())
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,14 +70,18 @@ def kernels(request: pytest.FixtureRequest) -> None:
     """
     if DRY:
         return
+    faulthandler.cancel_dump_traceback_later()  # that process has a limit of its own
     modules = sorted({item.path.stem for item in request.session.items})
+    every_dtype = any("bfloat16" in item.nodeid for item in request.session.items)
     card = torch.cuda.get_device_properties()
     target = [f"{card.major}{card.minor}", str(card.multi_processor_count)]
+    target += [] if every_dtype else ["--float16"]
     # not the root, in whose kernels/ transformers would see a package
     paths = [path for path in sys.path if path not in ("", str(request.config.rootpath))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-P", "-m", "gpu.precompile", *target, *modules]
     subprocess.run(command, env=environment, check=False)
+    limit(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +110,12 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
-    """What a test leaves is given back to the GPU."""
+    """Memory that a test leaves is given back to the GPU, if the GPU still answers."""
     yield
-    if not DRY:
-        torch.cuda.empty_cache()
+    if DRY:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the device is lost to this process: {error}")
+    torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 Into Triton's cache for the Triton runner, and into Vitrail's for the native one.
 
 A process of its own, because it forks one for every core and CUDA does not survive a fork: the
-architecture and its number of multiprocessors are given, nothing here asks the GPU.
+architecture and its number of multiprocessors are given, nothing here asks the GPU. ``--float16``
+in front of the modules leaves out bfloat16.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vitrail.kernel_cache import keep
 from vitrail.program import image_key, record_of
 from vitrail.spec import ModelSpec
 from vitrail.zoo import read_spec
-from vitrail_kernels.compile import compile_call, compile_kernel, identity
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.launch import Call, Target
 
 SECONDS = 200
@@ -124,22 +125,25 @@ def tower_work(spec: ModelSpec, batch: int) -> Iterator[Work]:
                 yield vision_work(spec, plan, batch, vision.image, uint8)
 
 
-def needed(modules: Iterable[str], target: Target) -> list[Call]:
-    """The kernel calls of test modules, calls alike once; the longest to compile first."""
+def needed(
+    modules: Iterable[str], target: Target, dtypes: Sequence[torch.dtype] = HALVES
+) -> list[Call]:
+    """The kernel calls of test modules in these dtypes, calls alike once; the longest to compile
+    first."""
     calls: list[Call] = []
     for module in modules:
         if module == "test_kernels":
             for shapes in SHAPES.values():
                 for work in works(shapes):
-                    for dtype in HALVES:
+                    for dtype in dtypes:
                         calls += calls_of(work, dtype, target)
         if module in SMALL_ONES:
             for work in small_work():
-                for dtype in HALVES:
+                for dtype in dtypes:
                     calls += calls_of(work, dtype, target)
         for served in MODELS.get(module, ()):
             for work in served_work(served):
-                for dtype in served.dtypes:
+                for dtype in set(served.dtypes) & set(dtypes):
                     calls += calls_of(work, dtype, target)
     different = {identity(call): call for call in calls}.values()
     return sorted(different, key=lambda call: "linear" not in call.kernel.__name__)
@@ -152,7 +156,6 @@ _CALLS: list[Call] = []
 def _compile(position: int, arch: int) -> str | None:
     call = _CALLS[position]
     try:
-        compile_call(call, arch)
         key = image_key(call, arch)
         keep(key, record_of(key, call, arch, compile_kernel(call, arch)))
     except Exception as error:
@@ -160,10 +163,11 @@ def _compile(position: int, arch: int) -> str | None:
     return None
 
 
-def main(arch: int, sms: int, modules: Sequence[str]) -> int:
+def main(arch: int, sms: int, words: Sequence[str]) -> int:
     """Compile, and say what failed. Always 0: the tests say it again where they need it."""
     start = time.monotonic()
-    _CALLS[:] = needed(modules, Target(arch, sms))
+    modules = [word for word in words if word != "--float16"]
+    _CALLS[:] = needed(modules, Target(arch, sms), FP16 if "--float16" in words else HALVES)
     if not _CALLS:
         return 0
     context = multiprocessing.get_context("fork")

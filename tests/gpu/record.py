@@ -26,17 +26,17 @@ from gpu.common import NAMES, same_bits
 from vitrail import plans
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.configs import KernelConfig
-from vitrail_kernels.launch import Target
-from vitrail_kernels.processes import in_forks
+from vitrail_kernels.launch import Call, Target, triton_version
 
 LENGTHS = (5, 9, 24, 3, 66)
 TILES = (
     KernelConfig(64, 64, 64, 4, 3),
-    KernelConfig(64, 128, 64, 4, 3),
+    KernelConfig(64, 64, 64, 4, 6, ctas=2),
+    KernelConfig(64, 128, 64, 4, 4, ctas=2),
     KernelConfig(128, 128, 64, 8, 2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128),
+    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
+    KernelConfig(128, 256, 64, 8, 4),
 )
 
 
@@ -112,30 +112,51 @@ def by_tile(tile: KernelConfig) -> Any:
     return mock.patch("vitrail_kernels.linear.linear_config", return_value=tile)
 
 
-def record(file: Path) -> None:
-    """Run every case, and write the file."""
+def record(file: Path) -> int:
+    """Run every case and write the file, with what there is if it is interrupted; 1 after a fault.
+
+    A launch that fails is told in a line. Nothing after one that loses the device can run.
+    """
     recorded: dict[str, Tensor] = {}
     inputs: dict[str, str] = {}
-    for name, case in small_cases():
-        inputs[name] = digest(case)
-        outputs = on_gpu(case)
-        recorded |= {f"{name}|{argument}": tensor for argument, tensor in outputs.items()}
-        for tile in tiles_of(name, case):
-            with by_tile(tile):
-                again = on_gpu(case)
-            for argument, tensor in again.items():
-                if not same_bits(tensor, outputs[argument]):
-                    differ = int((tensor != outputs[argument]).sum())
-                    print(f"OTHER BITS {name} {argument} {tile}: {differ} of {tensor.numel()}")
-    card = torch.cuda.get_device_properties()
-    about = {"gpu": card.name, "arch": f"sm_{card.major}{card.minor}", "torch": torch.__version__}
-    save_file(recorded, file, about | inputs)
-    print(f"{len(recorded)} outputs of {len(inputs)} launches, {file.stat().st_size >> 10} KiB")
+    faults, card = 0, torch.cuda.get_device_properties()
+    try:
+        for name, case in small_cases():
+            try:
+                outputs, others = by_tiles(name, case)
+                torch.cuda.synchronize()
+            except Exception as error:
+                faults += 1
+                print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+                torch.cuda.synchronize()
+                continue
+            faults += others
+            inputs[name] = digest(case)
+            recorded |= {f"{name}|{argument}": tensor for argument, tensor in outputs.items()}
+    finally:
+        about = {"gpu": card.name, "arch": f"sm_{card.major}{card.minor}"}
+        about |= {"torch": torch.__version__, "triton": str(triton_version())}
+        save_file(recorded, file, about | inputs)
+        print(f"{len(recorded)} outputs of {len(inputs)} launches, {file.stat().st_size >> 10} KiB")
+    return int(faults > 0)
 
 
-def compile_all() -> None:
-    """Put every kernel that `record` launches on an H100 into Triton's cache."""
-    target, calls = Target(90, 132), {}
+def by_tiles(name: str, case: Case) -> tuple[dict[str, Tensor], int]:
+    """The outputs of a case, and how many of other tiles have other bits, a line for each."""
+    outputs, others = on_gpu(case), 0
+    for tile in tiles_of(name, case):
+        with by_tile(tile):
+            again = on_gpu(case)
+        for argument, tensor in again.items():
+            if not same_bits(tensor, outputs[argument]):
+                others += 1
+                differ = int((tensor != outputs[argument]).sum())
+                print(f"OTHER BITS {name} {argument} {tile}: {differ} of {tensor.numel()}")
+    return outputs, others
+
+
+def needed(target: Target) -> Iterator[Call]:
+    """Every kernel call that `record` makes on ``target``."""
     for name, case in small_cases():
         outputs = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in case.outputs.items()}
         tensors = {n: t.to("meta") for n, t in case.given.items()} | outputs
@@ -143,13 +164,8 @@ def compile_all() -> None:
             tensors[case.alias] = tensors["out"]
         for tile in (None, *tiles_of(name, case)):
             with by_tile(tile) if tile else nullcontext():
-                for call in OPERATORS[case.op].calls(target, **tensors, **case.scalars):
-                    calls[identity(call)] = call
-    failures = [
-        f for f in in_forks(lambda c: compile_kernel(c, 90) and None, list(calls.values())) if f
-    ]
-    print(f"{len(calls)} kernels, {len(failures)} do not compile", *failures, sep="\n")
+                yield from OPERATORS[case.op].calls(target, **tensors, **case.scalars)
 
 
 if __name__ == "__main__":
-    compile_all() if sys.argv[1] == "--compile" else record(Path(sys.argv[1]))
+    sys.exit(record(Path(sys.argv[1])))

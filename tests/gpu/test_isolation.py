@@ -15,6 +15,7 @@ from gpu.models import HALF, RUNNER, SMALL, Zoo, images, padded, texts
 from helpers import make, save
 from vitrail.agreement import agree
 from vitrail.errors import VitrailError
+from vitrail.tokens import TokenIds
 from vitrail.towers import TextTower, VisionTower
 
 pytestmark = [
@@ -77,11 +78,11 @@ def test_poisoned_texts_change_no_other(dtype: torch.dtype, poison: float, zoo: 
     word = 7
     ids = [[8 if i == word else i for i in row] for row in texts(model, COUNT)]
     ids = [row if len(row) > 2 else [3, 4, *row] for row in ids]
-    clean = tower.embed(ids), tower.dense(padded(ids), taps=(0, 1))
+    clean = tower.embed(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
     tower.runner.weights["text.token"][word] = poison
     for item in BAD:
         ids[item][0] = word
-    dirty = tower.embed(ids), tower.dense(padded(ids), taps=(0, 1))
+    dirty = tower.embed(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
     for a, b in zip(clean, dirty, strict=True):
         same_but(BAD, a, b)
     if poison != poison:

@@ -66,11 +66,17 @@ def test_a_kernel_errs_no_more_than_pytorch(work: Work, launch: Launch, dtype: t
 
 TILES = (
     KernelConfig(64, 64, 64, 4, 3),
-    KernelConfig(64, 128, 64, 4, 3),
+    KernelConfig(64, 64, 64, 4, 6, ctas=2),
+    KernelConfig(64, 128, 64, 4, 4, ctas=2),
     KernelConfig(128, 128, 64, 8, 2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128),
+    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
+    KernelConfig(128, 256, 64, 8, 4),
 )
-QUERIES = (KernelConfig(64, 64, 0, 4, 2), KernelConfig(128, 64, 0, 8, 2))
+QUERIES = (
+    KernelConfig(64, 64, 0, 4, 2),
+    KernelConfig(64, 64, 0, 4, 3),
+    KernelConfig(128, 64, 0, 8, 3),
+)
 
 
 @pytest.mark.usefixtures("kernels", *(["ordered_dot"] if DRY else []))

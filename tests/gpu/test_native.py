@@ -29,6 +29,7 @@ from vitrail.plan import Plan
 from vitrail.program import Program
 from vitrail.runners import native
 from vitrail.runners.native import OVERLAP, NativeRunner
+from vitrail.tokens import TokenIds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +76,7 @@ def everything(model: vitrail.Model, pixels: Tensor, batch: int) -> Iterator[tup
         yield f"layers, norm {norm}", {str(place): out for place, out in enumerate(layers)}
     if text is not None:
         ids = texts(model, batch)
-        yield "text pooled", text.embed(ids)
+        yield "text pooled", text.embed(TokenIds.of(ids))
         rows = padded(ids[:DENSE])
         lengths = torch.tensor([len(row) for row in ids[:DENSE]])
         yield "text dense", text.dense(rows, taps=(0, 1))

@@ -124,6 +124,23 @@ def test_sequences_below_at_and_above_every_tile(
     judge(packed_qkv(sum(LENGTHS), 1, head_dim, dtype), LENGTHS, 1, causal, target=target)
 
 
+@ARCH
+@CAUSAL
+@pytest.mark.parametrize("tokens", [50, 197])
+def test_equal_lengths_read_no_offsets_and_change_no_bit(
+    tokens: int, causal: bool, target: Target
+) -> None:
+    batch, qkv = 3, packed_qkv(3 * tokens, 1, 16, torch.float16)
+    wanted = run(qkv, [tokens] * batch, 1, causal, target=target)
+    out = Guarded(batch * tokens, 16, dtype=torch.float16)
+    wrong = torch.full((batch + 1,), -(1 << 30), dtype=torch.int32)
+    sizes: dict[str, Any] = {"heads": 1, "causal": causal, "max_seqlen": tokens}
+    launch(attention_calls(target, out.out, qkv, wrong, equal_lengths=True, **sizes))
+    assert same_bits(out.done(), wanted)
+    with pytest.raises(ValueError, match="equal_lengths: wanted sequences of one length"):
+        attention_calls(target, out.out, qkv, wrong[:2], equal_lengths=True, **sizes)
+
+
 @CAUSAL
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_of_one_length(batch: int, causal: bool) -> None:

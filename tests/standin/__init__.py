@@ -298,6 +298,27 @@ class Standin:
         return found
 
 
+def open_context(driver: Standin) -> None:
+    """Make the device's primary context current on this thread, as a program on a GPU has it."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    for name, *arguments in (
+        ("cuInit", 0),
+        ("cuDeviceGet", ctypes.byref(device), 0),
+        ("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0),
+        ("cuCtxPushCurrent_v2", context),
+    ):
+        code = getattr(driver.driver, name)(*arguments)
+        assert code == 0, f"{name}: got {code}, wanted 0"
+
+
+def synchronize(driver: Standin) -> None:
+    """Wait for the default stream, as `torch.cuda.synchronize` does. Raises RuntimeError with the
+    driver's code."""
+    code = driver.driver.cuStreamSynchronize(ctypes.c_void_p())
+    if code:
+        raise RuntimeError(f"CUDA error: {code}")
+
+
 def own(folder: Path, multiprocessors: int = 132) -> Standin:
     """A stand-in with a state of its own, of sm_90, in ``folder``; tensors on the CPU are its
     memory."""

@@ -41,8 +41,8 @@ def tune(
     """Time kernel configurations on this GPU, for a checkpoint.
 
     Writes those that are faster than the built-in choice, and give the same bits, into a table that
-    VITRAIL_TUNED=<its folder> puts into force; what the table holds of other shapes stays. Takes
-    minutes, reads no weights.
+    VITRAIL_TUNED=<its folder> puts into force; what the table holds of other shapes stays. Takes a
+    minute or two and reads no weights. The table is written after every shape.
     """
     from vitrail.files import open_checkpoint
     from vitrail.tune import cuda_bench, existing, provenance, save
@@ -59,11 +59,13 @@ def tune(
     file = out or Path(os.environ.get(VARIABLE) or "tuned", own)
     existing(file)
     spec = read_spec(open_checkpoint(name, revision=revision, local_files_only=local_files_only))
-    findings = search(problems(spec, batches, dtype, sides), bench, say)
     shown = Path(name).name if Path(name).is_dir() else name  # no folder of this machine
     command = ["vitrail", "tune", shown, *(f"--batch={n}" for n in batches), f"--dtype={dtype}"]
     command += [f"--size={size}"] * (size is not None) + [f"--revision={revision}"] * bool(revision)
-    save(file, findings, provenance(bench.device, shlex.join(command)))
+    origin = provenance(bench.device, shlex.join(command))
+    findings = search(
+        problems(spec, batches, dtype, sides), bench, say, lambda one: save(file, [one], origin)
+    )
     for finding in findings:
         print(finding)
         for config in finding.refused:

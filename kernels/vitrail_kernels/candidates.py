@@ -1,0 +1,109 @@
+"""Configurations that `vitrail tune` times beside the heuristic's: a dozen an operator, by hand.
+
+Fields are block_m, block_n, block_k, warps, stages, registers, ctas. Rows vary only settings that
+cannot change a result: a warpgroup has 64 rows of a tile, a warp 16 at least, and K is added in
+order. Rows that spill are dropped when they are compiled, so a row here costs a second of compiling
+and no correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vitrail_kernels.compile import SHARED_TOTAL
+from vitrail_kernels.configs import KernelConfig
+
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma_tma"}
+"""Architectures that share rows, by the instruction that multiplies; sm_120 has tensor maps too."""
+
+LARGE: dict[str, tuple[KernelConfig, ...]] = {
+    "wgmma": (
+        KernelConfig(128, 128, 64, 8, 3, 128, 2),
+        KernelConfig(128, 128, 64, 8, 3, 128, 2, stagger=6000),
+        KernelConfig(128, 128, 64, 8, 3, 128, 2, stagger=12000), KernelConfig(128, 128, 64, 8, 4),
+        KernelConfig(128, 256, 64, 8, 3), KernelConfig(128, 256, 64, 8, 4),
+        KernelConfig(128, 256, 32, 8, 6), KernelConfig(256, 128, 64, 8, 3),
+        KernelConfig(256, 128, 64, 8, 4),
+    ),
+    "tcgen05": (
+        KernelConfig(128, 128, 64, 8, 2, 128, 2), KernelConfig(128, 128, 64, 8, 3, 128, 2),
+        KernelConfig(128, 128, 64, 8, 4), KernelConfig(128, 256, 64, 8, 3),
+        KernelConfig(128, 64, 64, 8, 3, 128, 2), KernelConfig(128, 128, 32, 8, 4, 128, 2),
+    ),
+    "mma": (
+        KernelConfig(128, 128, 32, 4, 3, ctas=2), KernelConfig(128, 128, 32, 4, 4, ctas=2),
+        KernelConfig(128, 128, 32, 8, 4, 128, 2), KernelConfig(128, 128, 64, 8, 3),
+        KernelConfig(128, 64, 32, 4, 3, 168, 3), KernelConfig(64, 128, 32, 4, 3, 168, 3),
+        KernelConfig(128, 64, 64, 4, 3, ctas=2), KernelConfig(64, 128, 64, 4, 3, ctas=2),
+    ),
+    "mma_tma": (
+        KernelConfig(128, 64, 64, 4, 2, ctas=2), KernelConfig(128, 64, 32, 4, 4, ctas=2),
+        KernelConfig(128, 128, 32, 8, 3, 128, 2), KernelConfig(64, 128, 64, 4, 2, ctas=2),
+        KernelConfig(128, 128, 64, 8, 3), KernelConfig(64, 64, 64, 4, 3, ctas=2),
+    ),
+}  # fmt: skip
+"""`linear` where 128 x 128 tiles are enough for every multiprocessor."""
+
+SMALL: dict[str, tuple[KernelConfig, ...]] = {
+    "wgmma": (
+        KernelConfig(64, 64, 64, 4, 4, ctas=2), KernelConfig(64, 64, 64, 4, 6, ctas=2),
+        KernelConfig(64, 64, 64, 4, 8, ctas=2), KernelConfig(64, 64, 64, 4, 4, 168, 3),
+        KernelConfig(64, 64, 128, 4, 3, ctas=2), KernelConfig(64, 64, 128, 4, 2, 168, 3),
+        KernelConfig(64, 128, 64, 4, 4, ctas=2), KernelConfig(64, 128, 64, 4, 3, ctas=2),
+        KernelConfig(128, 64, 64, 8, 4, 128, 2),
+    ),
+    "tcgen05": (
+        KernelConfig(64, 64, 64, 4, 2, ctas=2), KernelConfig(64, 64, 64, 4, 4, ctas=2),
+        KernelConfig(64, 128, 64, 4, 2, ctas=2), KernelConfig(64, 128, 64, 4, 4),
+        KernelConfig(128, 64, 64, 8, 3, 128, 2),
+    ),
+    "mma": (
+        KernelConfig(64, 64, 32, 4, 4, 168, 3), KernelConfig(64, 64, 64, 4, 3, 168, 3),
+        KernelConfig(64, 64, 64, 4, 4, ctas=2), KernelConfig(64, 128, 32, 4, 4, ctas=2),
+        KernelConfig(64, 128, 64, 4, 3, ctas=2), KernelConfig(128, 64, 32, 4, 4, ctas=2),
+    ),
+    "mma_tma": (
+        KernelConfig(64, 64, 64, 4, 3, ctas=2), KernelConfig(64, 64, 64, 4, 2, 168, 3),
+        KernelConfig(64, 128, 64, 4, 2, ctas=2), KernelConfig(64, 64, 32, 4, 4, 168, 3),
+        KernelConfig(128, 64, 64, 4, 2, ctas=2),
+    ),
+}  # fmt: skip
+"""`linear` of fewer rows."""
+
+ATTENTION: tuple[KernelConfig, ...] = (
+    KernelConfig(128, 0, 0, 8, 2, 128), KernelConfig(128, 0, 0, 8, 3, 128),
+    KernelConfig(128, 0, 0, 8, 4, 128), KernelConfig(128, 0, 0, 8, 3),
+    KernelConfig(64, 0, 0, 4, 2, 128), KernelConfig(64, 0, 0, 4, 3, 128),
+    KernelConfig(64, 0, 0, 4, 3, 168), KernelConfig(64, 0, 0, 4, 2),
+    KernelConfig(64, 0, 0, 4, 4, 168),
+)  # fmt: skip
+"""block_n, the keys a tile, is the heuristic's: the order of a softmax's sums follows from it."""
+
+PATCH_EMBED: tuple[KernelConfig, ...] = (
+    KernelConfig(128, 128, 32, 8, 3, 128, 2), KernelConfig(128, 128, 32, 8, 4, 128, 2),
+    KernelConfig(128, 128, 64, 8, 3, 128, 2), KernelConfig(128, 128, 64, 8, 2, 128, 2),
+    KernelConfig(128, 128, 64, 8, 3), KernelConfig(64, 128, 32, 4, 3, 168, 3),
+    KernelConfig(64, 128, 32, 4, 4, 168, 3), KernelConfig(64, 128, 64, 4, 3, 168, 3),
+    KernelConfig(64, 128, 64, 4, 3, ctas=2), KernelConfig(64, 64, 32, 4, 3, 168, 3),
+    KernelConfig(64, 64, 64, 4, 3, 168, 3), KernelConfig(128, 64, 32, 8, 3, 128, 2),
+)  # fmt: skip
+
+
+def _rows(op: str, base: KernelConfig, arch: int) -> tuple[KernelConfig, ...]:
+    if op == "linear":
+        return (SMALL if base.block_m <= 64 else LARGE)[FAMILIES[arch]]
+    return {"attention": ATTENTION, "patch_embed": PATCH_EMBED}.get(op, ())
+
+
+def candidates(op: str, base: KernelConfig, arch: int) -> Iterator[KernelConfig]:
+    """The rows for ``op`` on ``arch`` (90 for sm_90) whose buffers fit a multiprocessor.
+
+    ``base`` is the heuristic's choice, and not among them. Tiles are visited in its order.
+    """
+    for row in _rows(op, base, arch):
+        config = replace(row, block_n=row.block_n or base.block_n, group_m=base.group_m)
+        step = 2 * (config.block_m + config.block_n) * config.block_k  # bytes
+        fits = (config.stages - 1) * step * config.ctas <= SHARED_TOTAL[arch]
+        if fits and config != replace(base, reason=""):
+            yield config
