@@ -41,7 +41,7 @@ from vitrail.runners.reference import ReferenceRunner
 from vitrail.runners.triton import TritonRunner
 from vitrail.tokens import TokenIds
 from vitrail.weights import Weights
-from vitrail_kernels import OPERATORS, Call
+from vitrail_kernels import OPERATORS, Call, toolchain
 from vitrail_kernels import launch as kernel_launch
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.configs import KernelConfig, read_table, write_table
@@ -356,6 +356,10 @@ def test_a_gpu_that_ptxas_does_not_know_gets_the_reference(
     assert choose("auto", FP16, GPU) == "native"
 
 
+def cannot_execute(_: int) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
 OLD_PTXAS = """#!/bin/sh
 [ "$1" = --version ] && echo 'Cuda compilation tools, release 11.4, V11.4.99' && exit 0
 echo "ptxas fatal   : Value 'sm_90a' is not defined for option 'gpu-name'" >&2
@@ -377,6 +381,10 @@ def test_a_ptxas_that_is_too_old_is_named_with_its_version(
     try:
         assert choose("auto", FP16, GPU) == "reference"
         with pytest.raises(InputError, match=r"ptxas 11\.4 of triton .* no machine code for sm_90"):
+            choose("native", FP16, GPU)
+        why_not_compiled.cache_clear()
+        monkeypatch.setattr(toolchain, "_ask_ptxas", cannot_execute)
+        with pytest.raises(InputError, match=r"ptxas of triton .* does not run: .*Permission den"):
             choose("native", FP16, GPU)
     finally:
         compilers.cache_clear()

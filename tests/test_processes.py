@@ -54,9 +54,9 @@ def test_a_call_is_the_same_kernel_in_another_process(calls: list[Call]) -> None
 def test_a_process_with_cuda_compiles_in_one_that_has_never_seen_it(
     calls: list[Call], started: None
 ) -> None:
-    found = compile_each([*calls, calls[0]], 90)
+    codes = compile_each([*calls, calls[0]], 90)
     helper = processes._helpers[0].process.pid
-    assert found == [compile_call(call, 90) for call in (*calls, calls[0])]
+    assert codes == [compile_call(call, 90) for call in (*calls, calls[0])]
     broken = processes.in_processes(partial(compile_call, arch=10), calls[:1])
     (told,) = broken
     assert isinstance(told, str)

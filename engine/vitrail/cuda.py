@@ -31,8 +31,8 @@ def device_errors() -> Iterator[None]:
         if not ours and not words.startswith(("CUDA ", "Triton Error [CUDA]")):
             raise
         capture = "captur" in words  # of a CUDA graph: it fails, and the GPU works
-        told = words if capture else f"{words}, of this call's work or of earlier; {NEW_PROCESS}"
-        raise DeviceError(told) from error
+        message = words if capture else f"{words}, of this call's work or of earlier; {NEW_PROCESS}"
+        raise DeviceError(message) from error
 
 
 def why_no_cuda() -> str | None:

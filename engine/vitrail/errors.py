@@ -22,4 +22,4 @@ class DeviceError(VitrailError):
 
 
 class OutOfMemoryError(DeviceError):
-    """The GPU has too little memory left, even for one item."""
+    """The GPU has too little memory left, for the weights or even for one item."""

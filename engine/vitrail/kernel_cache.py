@@ -6,7 +6,7 @@ The folder is the one that VITRAIL_CACHE names, else vitrail/kernels in $XDG_CAC
 A name is the SHA-256 of all that the record follows from, so no entry is ever out of date, and two
 processes may write one at once: each writes a file of its own and renames it. An entry that is not
 as it was written is compiled again and replaced. At most `MOST_ENTRIES` stay, of 30 to 150 KB each.
-Where the folder cannot be used, kernels are compiled in every process, and one warning says so.
+If the folder cannot be used, kernels are compiled in every process, and one warning says so.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ def load(
 
     Raises CheckpointError: not a checkpoint Vitrail can serve exactly, or files that are damaged.
     InputError: an unknown device, dtype, runner or place to resize, or one that cannot serve here.
+    OutOfMemoryError: the GPU has no room for the weights.
     """
     place = check_device(device)
     kind = _dtype(dtype, place)

@@ -26,8 +26,8 @@ def first_fault(text: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     faults = [line for line in lines if re.search(r"\b(fatal|error)\b", line)]
-    told = [line for line in faults if "fatal" in line] or faults or lines or ["no reason"]
-    return " ".join(told[0].split())[:300]
+    worst = [line for line in faults if "fatal" in line] or faults or lines or ["no reason"]
+    return " ".join(worst[0].split())[:300]
 
 
 def compiler_names(arch: int) -> tuple[str, str]:
@@ -43,6 +43,18 @@ def why_not_compiled(arch: int) -> str | None:
     ptxas is asked, which takes hundredths of a second: Triton would print pages of its own code
     first. Each triton brings a ptxas that knows the GPUs that it knows.
     """
+    try:
+        refusal = _ask_ptxas(arch)
+    except (OSError, RuntimeError) as error:  # not there, not executable, no temporary folder
+        return f"ptxas of triton {triton_version()} does not run: {error}"
+    if refusal is None:
+        return None
+    triton, ptxas = compiler_names(arch)
+    return f"{ptxas} of {triton} has no machine code for sm_{arch} ({refusal})"
+
+
+def _ask_ptxas(arch: int) -> str | None:
+    """What ptxas says if it refuses ``arch``."""
     from triton.backends.nvidia import compiler
 
     with tempfile.TemporaryDirectory(prefix="vitrail-", ignore_cleanup_errors=True) as folder:
@@ -51,11 +63,7 @@ def why_not_compiled(arch: int) -> str | None:
         name = compiler.sm_arch_from_capability(arch)
         command = [compiler.get_ptxas(arch).path, f"--gpu-name={name}", file, "-o", f"{file}.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    triton, ptxas = compiler_names(arch)
-    told = first_fault(done.stderr or done.stdout)
-    return f"{ptxas} of {triton} has no machine code for sm_{arch} ({told})"
+    return None if done.returncode == 0 else first_fault(done.stderr or done.stdout)
 
 
 def why_no_launcher() -> str | None:

@@ -245,8 +245,8 @@ class NativeRunner(TritonRunner):
 
     def _failed(self, what: str, error: _C.DriverError) -> DeviceError:
         kind = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
-        told = f"; {NEW_PROCESS}" if error.code in STICKY else ""
-        return kind(f"{what} on {self.device}: {error}{told}")
+        advice = f"; {NEW_PROCESS}" if error.code in STICKY else ""
+        return kind(f"{what} on {self.device}: {error}{advice}")
 
     def _load(self, key: str, program: Program) -> None:
         with self._compiling:

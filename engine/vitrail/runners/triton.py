@@ -24,9 +24,9 @@ def _compiler_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, json.JSONDecodeError) as error:
-        told = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise VitrailError(
-            f"triton runner: triton's cache in {triton_cache()}: {told}; empty that folder, or "
+            f"triton runner: triton's cache in {triton_cache()}: {reason}; empty that folder, or "
             "name another one by TRITON_CACHE_DIR"
         ) from error
 

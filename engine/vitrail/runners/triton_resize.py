@@ -54,11 +54,11 @@ class TritonResize:
 def _arguments(call: Call, arch: int) -> list[tuple[int, int]]:
     """(value, bytes) of every parameter; Triton's two for scratch memory come last."""
     values = []
-    for name, kind in source_of(call, arch)[0].signature.items():
+    for name, type_name in source_of(call, arch)[0].signature.items():
         value = call.arguments[name]
-        if kind.startswith("*"):
+        if type_name.startswith("*"):
             values.append((value.data_ptr(), 8))
-        elif kind != "constexpr":
-            assert kind == "i32", f"{name}: got a parameter of type {kind}"
+        elif type_name != "constexpr":
+            assert type_name == "i32", f"{name}: got a parameter of type {type_name}"
             values.append((value, 4))
     return [*values, (0, 8), (0, 8)]
