@@ -65,7 +65,7 @@ def test_every_step_has_its_line(run: Run) -> None:
 
 def test_a_hang_costs_its_limit_alone(run: Run) -> None:
     code, lines = run([(["a", "hang", "b"], 4), (["c"], 60)])
-    assert lines.pop("hang") == "HANGS: killed at its limit"
+    assert lines.pop("hang").startswith("HANGS: killed at its limit")
     assert (code, lines) == (1, {"a": "right", "b": "right", "c": "right"})
 
 
@@ -127,7 +127,7 @@ steps.checks = spoiled
 def test_a_planted_hang_costs_its_own_step(run: Run) -> None:
     code, lines = run([(["bundled reference", "cuda"], 20)], program=planted(HANGS))
     assert code == 1
-    assert lines["bundled reference"] == "HANGS: killed at its limit"
+    assert lines["bundled reference"].startswith("HANGS: killed at its limit")
     assert lines["cuda"].split()[0][0].isdigit(), "torch's version"
 
 
