@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a GPU that may be had for minutes only; nothing is downloaded.
 #
-#   bash benchmarks/gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that
-#                                    has one: the extension, CUDA images, kernels for an H100, Triton's
-#                                    launchers and the commit, into build/pack, to be taken along (four
-#                                    CPU minutes)
-#   bash benchmarks/gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
-#   bash benchmarks/gpu.sh second    with the tiles that won: models against torch.compile, latency, the
-#                                    native runner's bits
-#   bash benchmarks/gpu.sh STEP...   some of the steps in calls.py; without a word all of them: `make gpu`
+#   gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that has one: the
+#                    extension, CUDA images, kernels for an H100, Triton's launchers and the commit,
+#                    into build/pack, to be taken along (four CPU minutes)
+#   gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
+#   gpu.sh second    with the tiles that won: models against torch.compile, latency, the native
+#                    runner's bits
+#   gpu.sh STEP...   some of the steps in calls.py; without a word all of them: `make gpu`
 #
 # Settings, from the environment:
 #
-#   LIMIT=seconds        the call ends by then, and steps share it (calls.py); else each has 9 minutes
+#   LIMIT=seconds        the call ends by then, and steps share it; else each has 9 minutes
 #   OUT=folder           takes gpu.log, gpu-table.txt, sm_90.json and <gpu>/<suite>.json, else
 #                        benchmarks/results
 #   FRESH=1              forget earlier calls. Else, while the sources stay as they are, a step that
