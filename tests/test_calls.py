@@ -112,11 +112,17 @@ def test_lines_for_the_log_alone_are_not_printed(gpu: Gpu, capsys: Any) -> None:
 def test_a_tool_that_is_not_here_is_no_failure(gpu: Gpu) -> None:
     absent = calls.Step(("no-such-tool", "x", "absent"), 60)
     refusing = step("refusing", "print('Error: Device not supported'); sys.exit(1)")
-    code, table = gpu(absent, refusing._replace(refused="Device not supported"))
+    code, table = gpu(absent, refusing._replace(refusal="Device not supported"))
     assert code == 0
     assert "NOT RUN: no no-such-tool here" in table
     assert "NOT RUN: Error: Device not supported" in table
     assert "NOT RUN" in gpu(absent)[1], "and it is tried again where it is"
+
+
+def test_a_failure_beside_tests_that_were_not_run_is_a_failure(gpu: Gpu) -> None:
+    """pytest's last lines say how many were not."""
+    code, table = gpu(step("tests", "print('SLOW TESTS NOT RUN: 3 of 3'); sys.exit(1)"))
+    assert (code, "FAILED with 1" in table) == (1, True)
 
 
 WAITS = "import signal, time; print('begun', flush=True); "
@@ -329,8 +335,8 @@ def test_without_ncu_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert profiled.main([str(tmp_path)]) == profiled.NOT_RUN
-    assert "NOT RUN: no ncu here" in capsys.readouterr().out
+    assert profiled.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.strip() == calls.STEPS["ncu"].refusal
 
 
 def test_what_was_recorded_is_kept(
