@@ -32,8 +32,9 @@ from vitrail.kernel_cache import keep
 from vitrail.plan import Plan
 from vitrail.program import image_key, record_of
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.compile import compile_kernel, identity, in_forks
+from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.processes import in_forks
 
 TESTS = ("test_native", "test_small")
 """Modules of tests/gpu whose kernels are compiled too."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +38,13 @@ from vitrail.package import (
     table_places,
     weights_header,
 )
-from vitrail.program import Program, lower
+from vitrail.program import Program, image_key, lower
 from vitrail.runners.reference import ReferenceRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.workload import served
-from vitrail_kernels.compile import in_forks, provenance
+from vitrail_kernels.compile import provenance
 from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
+from vitrail_kernels.processes import in_processes
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical GPU of each architecture, from NVIDIA's architecture papers: A100,
@@ -149,6 +151,13 @@ class _Build:
     calls: dict[str, Call]
 
 
+def _image(call: Call, arch: int) -> bytes:
+    """The image of a kernel, in a process of its own."""
+    # lines of source, and with them where on this machine it lies, stay out of the code
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    return kernel_record(image_key(call, arch), call, arch)
+
+
 class _Package:
     """An export in the making: `lower` for every architecture, then `compile`, then `write`."""
 
@@ -181,14 +190,8 @@ class _Package:
                 ) from error
 
     def _compile(self, arch: int, calls: Mapping[str, Call], tell: Callable[[int], None]) -> None:
-        keys = {id(call): key for key, call in calls.items()}
-
-        def image(call: Call) -> bytes:
-            # lines of source, and with them where on this machine it lies, stay out of the code
-            os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-            return kernel_record(keys[id(call)], call, arch)
-
-        for key, record in zip(calls, in_forks(image, list(calls.values())), strict=True):
+        records = in_processes(partial(_image, arch=arch), list(calls.values()))
+        for key, record in zip(calls, records, strict=True):
             if isinstance(record, str):
                 raise VitrailError(f"export: sm_{arch}: {record}")
             self.images[f"sm_{arch}/{key}.image"] = record

@@ -7,23 +7,21 @@ meta tensors. Machine code is read with cuobjdump and nvdisasm, which triton's w
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from vitrail_kernels.configs import config_hash
 from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 from vitrail_kernels.private_cache import private_cache
+from vitrail_kernels.processes import in_processes
 from vitrail_kernels.sass import TENSOR_CORE, opcodes
 from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
 
@@ -114,36 +112,9 @@ def compile_all(calls: Sequence[Call], arch: int) -> list[Compiled]:
 def compile_each(calls: Sequence[Call], arch: int) -> list[Compiled | str]:
     """`compile_all`, but with the error in the place of what does not compile."""
     pending = {identity(call): call for call in calls}
-    compiled = in_forks(lambda call: compile_call(call, arch), list(pending.values()))
+    compiled = in_processes(functools.partial(compile_call, arch=arch), list(pending.values()))
     found = dict(zip(pending, compiled, strict=True))
     return [found[identity(call)] for call in calls]
-
-
-def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
-    """``work`` of each call in order, by a process for every core; or in words why it failed.
-
-    Raises BrokenProcessPool where a process is killed.
-    """
-    _PENDING[:] = [(work, call) for call in calls]
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
-        try:
-            yield from pool.map(_work_pending, range(len(calls)))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-_R = TypeVar("_R")
-_PENDING: list[tuple[Callable[[Call], Any], Call]] = []
-"""What the processes do, by place; filled before they fork: kernels do not pickle."""
-
-
-def _work_pending(place: int) -> Any:
-    work, call = _PENDING[place]
-    try:
-        return work(call)
-    except Exception as error:  # said by whoever asked; Triton's own errors do not pickle
-        return f"{call.kernel.__name__}: {type(error).__name__}: {error}"
 
 
 def identity(call: Call) -> tuple[Any, ...]:
