@@ -47,7 +47,7 @@ def revision() -> tuple[str, bool]:
     if head is None:
         commit, same = os.environ.get("VITRAIL_COMMIT", ""), True
         if not commit and (ROOT / PACKED).exists():
-            commit, packed = (ROOT / PACKED).read_text().split()
+            commit, _, packed = (ROOT / PACKED).read_text().strip().partition(" ")
             same = packed == sources()
         clean = bool(commit) and not commit.endswith("-dirty") and same
         return commit.removesuffix("-dirty") or "unknown", not clean
