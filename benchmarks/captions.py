@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT, last_change, refuse_dirty
-from harness import OURS, Case, Results, Run, faults, line, measure, results_folder, write
+from harness import OURS, Case, Results, Run, faults, measure
+from suite import line, results_folder, write
 
 CAPTIONS, LABELS, CALLS = 100_000, 1_000, 200
 """Captions of a call, labels of a call, and calls of a sample where one is too short."""
