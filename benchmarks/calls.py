@@ -22,8 +22,6 @@ from smoke import STOPPED
 from suite import LOST, UNFINISHED
 
 STATE = ROOT / "build/gpu"
-NOT_RUN = 4
-"""Exit code of a step whose tool is not on this machine."""
 STEP_LIMIT, MARGIN, LEAST = 540, 10, 25
 """Seconds: the most a step may take, what ending a call takes, what no step begins under."""
 ATTEMPTS = 3
@@ -35,13 +33,13 @@ GRACE = 20
 class Step(NamedTuple):
     """A command, in which {out}, {state} and {seconds} are replaced; ``seconds`` is its share of a
     call with a limit. ``shown``: lines of its output that begin like this are printed, the others
-    go to the log alone. ``refused``: words by which a tool says that it does not work here."""
+    go to the log alone. ``refusal``: words by which a tool says that it does not work here."""
 
     command: Sequence[str]
     seconds: int
     shown: str = ""
     environment: Mapping[str, str] = {}
-    refused: str = "NOT RUN"
+    refusal: str | None = None
 
 
 def _suite(name: str, seconds: int, *cases: str) -> Step:
@@ -62,15 +60,16 @@ def _sanitized(tool: str, overlap: str) -> Step:
     environment = {"VITRAIL_OVERLAP": overlap, "VITRAIL_GPU_TESTS_RUNNER": "native"}
     environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (*words, *tests.command)
-    return Step(command, 120, environment=environment, refused="Device not supported")
+    return Step(command, 120, environment=environment, refusal="Device not supported")
 
 
 SMOKE = ("benchmarks/smoke.py", "--seconds", "{seconds}", "--tuned", "{state}/tuned")
+PROFILED = ("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}")
 NATIVE = "(triton_bits or graph or threads or memory_goes) and not bfloat16 and not DINOv2"
 STEPS = {
     "smoke": Step(SMOKE, 260, shown="@ "),
     "record": Step(("-P", "-m", "gpu.record", "{out}/recorded.safetensors"), 45),
-    "ncu": Step(("benchmarks/profiled.py", "{out}", "--seconds", "{seconds}"), 80),
+    "ncu": Step(PROFILED, 80, refusal="no ncu here"),
     "models": _suite("models", 250),
     "latency": _suite("latency", 120),
     "native": _tests("-x", "tests/gpu/test_native.py", "-k", NATIVE, seconds=150),
@@ -160,11 +159,11 @@ class Call:
 
     def attempt(self, name: str, seconds: float) -> tuple[Ended, str | None]:
         """Run the step's process: how it ended, and the line by which its tool refused to work."""
-        step, refused = STEPS[name], []
+        step, refusals = STEPS[name], list[str]()
 
         def take(text: str) -> None:
-            if step.refused in text:
-                refused.append(f"NOT RUN: {text.removeprefix('NOT RUN:').strip()}")
+            if step.refusal is not None and step.refusal in text:
+                refusals.append(f"NOT RUN: {text}")
             self.say(text, text.startswith(step.shown))
 
         values = {"out": str(self.out), "state": str(STATE)}
@@ -173,12 +172,12 @@ class Call:
         if step.command[0].startswith(("-", "benchmarks/")):
             command.insert(0, sys.executable)
         elif shutil.which(command[0]) is None:
-            return Ended(NOT_RUN), f"NOT RUN: no {command[0]} here"
+            return Ended(1), f"NOT RUN: no {command[0]} here"
         environment = {**os.environ, "VITRAIL_RESULTS": str(self.out), **step.environment}
         if name not in UNTUNED and any((STATE / "tuned").glob("*.json")):
             environment["VITRAIL_TUNED"] = str(STATE / "tuned")
         ended = run_limited(command, seconds, take, GRACE, environment)
-        return ended, refused[0] if refused and ended.code != 0 else None
+        return ended, refusals[0] if refusals and ended.code != 0 else None
 
 
 def _became(ended: Ended, took: str) -> str:

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a GPU that may be had for minutes only; nothing is downloaded.
 #
-#   bash benchmarks/gpu.sh pack       without a GPU, in the Python, torch and triton of the machine
-#                                     with one: the extension, CUDA images, kernels for an H100,
-#                                     Triton's launchers and the commit, into build/pack (10 minutes
-#                                     of one core). Take that folder along.
-#   bash benchmarks/gpu.sh first      what hangs, what is wrong, how fast is each kernel and model
-#   bash benchmarks/gpu.sh second     with the tiles that won: models against torch.compile, latency,
-#                                     the native runner's bits
-#   bash benchmarks/gpu.sh STEP...    some of the steps below; without a word all of them. `make gpu`
+#   gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that has one: the
+#                    extension, CUDA images, kernels for an H100, Triton's launchers and the commit,
+#                    into build/pack, to be taken along (five CPU minutes)
+#   gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
+#   gpu.sh second    with the tiles that won: models against torch.compile, latency, the native
+#                    runner's bits
+#   gpu.sh STEP...   some of the steps in calls.py; without a word all of them: `make gpu`
 #
 # Settings, from the environment:
 #
-#   LIMIT=seconds       the call ends by then; steps share what is left as `SECONDS` in calls.py says
-#   OUT=folder          gpu.log, gpu-table.txt, sm_90.json, <gpu>/<suite>.json (benchmarks/results)
-#   FRESH=1             forget what earlier calls did: a step that passed is not run again, a suite
-#                       that ran out of time goes on, as long as the sources stay as they are
-#   ALLOW_DIRTY=1       measure a tree with uncommitted changes
-#   VITRAIL_COMMIT=hash whose files these are, in a copy without git and without build/pack
-#   PYTHON=program      the Python that has torch (python3)
+#   LIMIT=seconds        the call ends by then, and steps share it; else each has 9 minutes
+#   OUT=folder           takes gpu.log, gpu-table.txt, sm_90.json and <gpu>/<suite>.json, else
+#                        benchmarks/results
+#   FRESH=1              forget earlier calls. Else, while the sources stay as they are, a step that
+#                        passed is not run again and a suite goes on with its next case
+#   ALLOW_DIRTY=1        measure a tree with uncommitted changes
+#   VITRAIL_COMMIT=hash  whose files these are, in a copy without git and without build/pack
+#   PYTHON=program       the Python that has torch, else python3
 #
 # Exit code 0; 1 if a step failed or is not finished; 2 for a word that is no step.
 set -u
 cd "$(dirname "$0")/.." || exit
 PATH=$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# -P and no root in the path: transformers would take the folder kernels/ for a package
+# no root among these: transformers would take the folder kernels/ for a package
 export PYTHONPATH=$PWD/engine:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python3}" benchmarks/calls.py "$@"

@@ -1,7 +1,7 @@
 """The tables of the docs from the committed results: `python benchmarks/table.py`.
 
 README.md has the speed table, docs/performance.md the emulator's counts and the facts of sm_90's
-machine code, before and after changes of the kernels.
+machine code, before and after changes of the kernels, and the host's time for captions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- speed: written by benchmarks/table.py -->\n", "<!-- /speed -->"
 SASS = "<!-- sass: written by benchmarks/table.py -->\n", "<!-- /sass -->"
+CAPTIONS = "<!-- captions: written by benchmarks/table.py -->\n", "<!-- /captions -->"
 COUNTERS = "<!-- counters: written by benchmarks/table.py -->\n", "<!-- /counters -->"
 
 Launches = list[dict[str, Any]]
@@ -147,12 +148,29 @@ def render_sass() -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_captions() -> str:
+    """The table of the host's time for captions and labels, in microseconds each."""
+    lines = ["| call | before | now | the tokenizers library alone |", "|---|---|---|---|"]
+    for case, results in _results("cpu/captions").items():
+        if case == "before":  # the commit
+            continue
+        times = [
+            f"{results['variants'][name]['per_caption_us']:.3g}"
+            if name in results["variants"]
+            else ""
+            for name in ("before", "vitrail", "tokenizer")
+        ]
+        lines.append(f"| {case} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the tables between their marks."""
     for file, (start, end), text in (
         (README, (START, END), render()),
         (PERFORMANCE, COUNTERS, render_counters()),
         (PERFORMANCE, SASS, render_sass()),
+        (PERFORMANCE, CAPTIONS, render_captions()),
     ):
         head, rest = file.read_text().split(start)
         file.write_text(head + start + text + end + rest.split(end)[1])

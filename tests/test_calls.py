@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vitrail_kernels.class_mean import class_mean_calls
 from vitrail_kernels.launch import Target
@@ -110,11 +112,17 @@ def test_lines_for_the_log_alone_are_not_printed(gpu: Gpu, capsys: Any) -> None:
 def test_a_tool_that_is_not_here_is_no_failure(gpu: Gpu) -> None:
     absent = calls.Step(("no-such-tool", "x", "absent"), 60)
     refusing = step("refusing", "print('Error: Device not supported'); sys.exit(1)")
-    code, table = gpu(absent, refusing._replace(refused="Device not supported"))
+    code, table = gpu(absent, refusing._replace(refusal="Device not supported"))
     assert code == 0
     assert "NOT RUN: no no-such-tool here" in table
     assert "NOT RUN: Error: Device not supported" in table
     assert "NOT RUN" in gpu(absent)[1], "and it is tried again where it is"
+
+
+def test_a_failure_beside_tests_that_were_not_run_is_a_failure(gpu: Gpu) -> None:
+    """pytest's last lines say how many were not."""
+    code, table = gpu(step("tests", "print('SLOW TESTS NOT RUN: 3 of 3'); sys.exit(1)"))
+    assert (code, "FAILED with 1" in table) == (1, True)
 
 
 WAITS = "import signal, time; print('begun', flush=True); "
@@ -264,6 +272,18 @@ def test_a_pack_is_put_where_it_belongs(copy: Path, monkeypatch: pytest.MonkeyPa
     assert (pack.CACHE / "key/later.cubin").exists(), "one archive is unpacked once"
 
 
+def test_an_extension_of_other_sources_is_not_used(copy: Path) -> None:
+    assert pack.pack() == 0
+    (copy / "csrc").mkdir()
+    (copy / "csrc/plan.cpp").write_text("changed")
+    (built,) = (copy / pack.ENGINE).glob("_C.*.so")
+    built.write_text("built here since")
+    first, last = pack.unpack()
+    assert "of another csrc" in first
+    assert "kernels.tar.xz" in last, "kernels are kept by what they follow from"
+    assert built.read_text() == "built here since"
+
+
 def test_a_part_that_does_not_build_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "KERNELS", ("-c", "raise SystemExit(1)"))
     assert pack.pack() == 1
@@ -327,8 +347,36 @@ def test_without_ncu_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert profiled.main([str(tmp_path)]) == profiled.NOT_RUN
-    assert "NOT RUN: no ncu here" in capsys.readouterr().out
+    assert profiled.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.strip() == calls.STEPS["ncu"].refusal
+
+
+def test_what_was_recorded_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A launch that fails is told, and an interruption costs what was not yet launched."""
+    record = importlib.import_module("gpu.record")
+    case = SimpleNamespace(given={"x": torch.ones(2)})
+
+    def by_tiles(name: str, case: Any) -> Any:
+        if name == "bad":
+            raise RuntimeError("too many resources")
+        if name == "interrupted":
+            raise KeyboardInterrupt
+        return {"out": torch.ones(3)}, 0
+
+    monkeypatch.setattr(record, "by_tiles", by_tiles)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    card = SimpleNamespace(name="card", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    names = ["good", "bad", "next", "interrupted", "never"]
+    monkeypatch.setattr(record, "small_cases", lambda: iter([(name, case) for name in names]))
+    with pytest.raises(KeyboardInterrupt):
+        record.record(tmp_path / "recorded.safetensors")
+    assert load_file(tmp_path / "recorded.safetensors").keys() == {"good|out", "next|out"}
+    assert "FAILED bad: RuntimeError: too many resources" in capsys.readouterr().out
+    monkeypatch.setattr(record, "small_cases", lambda: iter([("good", case), ("bad", case)]))
+    assert record.record(tmp_path / "again.safetensors") == 1
 
 
 def test_the_script_is_a_door_and_no_more(tmp_path: Path) -> None:
@@ -392,9 +440,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine(tree)
 
 
-def check_faults(said: str) -> None:
+def check_faults(output: str) -> None:
     """Whatever failed did so for want of a device."""
-    for line in said.splitlines():
+    for line in output.splitlines():
         fault = any(f"{word} " in line for word in ("FAILED", "FAULT", "WRONG", "HANGS", "DIED"))
         if fault and " after " not in line:  # a step's note
             assert any(reason in line for reason in NO_DEVICE), line
@@ -403,23 +451,23 @@ def check_faults(said: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do all of it, for minutes")
 def test_both_calls_run_to_the_end_on_a_machine_that_lacks_only_the_gpu(machine: Machine) -> None:
-    code, said = machine("first")
+    code, output = machine("first")
     assert code == 1
-    check_faults(said)
+    check_faults(output)
     smoke = importlib.import_module("smoke")
     for name in (name for group in smoke.groups_of("cuda") for name in group.names):
-        assert f"@ {name} " in said, "every step has its line"
+        assert f"@ {name} " in output, "every step has its line"
     for note in ("smoke              FAILED", "record             FAILED", "ncu                "):
-        assert note in said, said[-3000:]
-    assert "commit unknown-dirty" in said, "without git nothing refuses"
+        assert note in output, output[-3000:]
+    assert "commit unknown-dirty" in output, "without git nothing refuses"
     assert len(machine.files()) <= 5, "ncu writes two more, the sweep one: eight come back"
 
-    code, said = machine("models", "latency")
+    code, output = machine("models", "latency")
     assert code == 1
-    check_faults(said)
+    check_faults(output)
     for name in ("B/16, batch 256", "load"):
-        assert name in said
-    assert "commit unknown dirty" in said, "in the table"
+        assert name in output
+    assert "commit unknown dirty" in output, "in the table"
     assert len(machine.files()) <= 7
 
 
@@ -429,8 +477,8 @@ def test_three_calls_in_a_row_share_a_state(machine: Machine) -> None:
     """Though the first leaves images, a tuned table and results in the tree."""
     state = machine.tree / "build/gpu"
     for number in range(3):
-        code, said = machine("ceilings")
-        assert code == 1, said
+        code, output = machine("ceilings")
+        assert code == 1, output
         assert (state / "mark").exists() == (number > 0)
         (state / "mark").touch()
         assert (machine.out / "nvidia-h100-claimed/ceilings.json").exists()

@@ -51,6 +51,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Run:
         file = tmp_path / "steps.py"
         file.write_text(program)
         monkeypatch.setattr(smoke, "STEPS", file)
+        monkeypatch.setattr(smoke, "LEAST", 1)
+        monkeypatch.setattr(smoke, "GRACE", 1)
         code = smoke.Smoke("cpu", tmp_path, seconds).run([smoke.Group(*group) for group in groups])
         printed = capfd.readouterr().out.splitlines()
         lines = [text[2:] for text in printed if text.startswith("@ ")]
@@ -64,8 +66,8 @@ def test_every_step_has_its_line(run: Run) -> None:
 
 
 def test_a_hang_costs_its_limit_alone(run: Run) -> None:
-    code, lines = run([(["a", "hang", "b"], 4), (["c"], 60)])
-    assert lines.pop("hang") == "HANGS: killed at its limit"
+    code, lines = run([(["a", "hang", "b"], 3), (["c"], 60)])
+    assert lines.pop("hang").startswith("HANGS: killed at its limit")
     assert (code, lines) == (1, {"a": "right", "b": "right", "c": "right"})
 
 
@@ -90,7 +92,7 @@ def test_a_lost_device_is_not_shared(run: Run) -> None:
 
 
 def test_the_end_of_all_time_is_no_hang_of_the_step_that_meets_it(run: Run) -> None:
-    code, lines = run([(["a", "slow"], 300), (["c"], 60)], seconds=14)
+    code, lines = run([(["a", "slow"], 300), (["c"], 60)], seconds=4)
     assert lines["slow"] == "CUT: the time of all steps is up"
     assert lines["left out"] == "(time is up) c"
     assert code == 1
@@ -127,7 +129,7 @@ steps.checks = spoiled
 def test_a_planted_hang_costs_its_own_step(run: Run) -> None:
     code, lines = run([(["bundled reference", "cuda"], 20)], program=planted(HANGS))
     assert code == 1
-    assert lines["bundled reference"] == "HANGS: killed at its limit"
+    assert lines["bundled reference"].startswith("HANGS: killed at its limit")
     assert lines["cuda"].split()[0][0].isdigit(), "torch's version"
 
 
