@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,8 @@ BUILT = ("results", "images", "tuned")
 SECONDS = 20
 """For nvidia-smi, or git, to answer."""
 PACKED = "build/pack/commit"
-"""Whose files these are in a copy without git, written by ``benchmarks/gpu.sh pack``."""
+"""Whose files these are in a copy without git, written by ``benchmarks/gpu.sh pack``: the commit,
+and `sources` as they were."""
 DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
@@ -38,15 +40,17 @@ def revision() -> tuple[str, bool]:
     """The commit, and whether the files differ from it; results are no difference.
 
     A copy without git takes VITRAIL_COMMIT, or the file `PACKED`: a hash, with ``-dirty`` behind it
-    or not, as `DESCRIBE` prints it. Without either the commit is "unknown", and dirty.
+    or not, as `DESCRIBE` prints it. Files that changed since they were packed are dirty. Without
+    either the commit is "unknown", and dirty.
     """
     head = _output("git", "rev-parse", "HEAD")
     if head is None:
-        packed = ROOT / PACKED
-        commit = os.environ.get("VITRAIL_COMMIT") or (
-            packed.read_text().strip() if packed.exists() else ""
-        )
-        return commit.removesuffix("-dirty") or "unknown", not commit or commit.endswith("-dirty")
+        commit, same = os.environ.get("VITRAIL_COMMIT", ""), True
+        if not commit and (ROOT / PACKED).exists():
+            commit, _, packed = (ROOT / PACKED).read_text().strip().partition(" ")
+            same = packed == sources()
+        clean = bool(commit) and not commit.endswith("-dirty") and same
+        return commit.removesuffix("-dirty") or "unknown", not clean
     status, no_results = ("git", "status", "--porcelain"), ":!benchmarks/results"
     changed = _output(*status, "--untracked-files=no", "--", ".", no_results)
     new = _output(*status, "--", *CODE, no_results)
@@ -69,13 +73,13 @@ def last_change(folder: Path) -> str:
     return f"{commit}{'-dirty' * bool(changed)}" if commit else "unknown"
 
 
-def sources() -> str:
+def sources(folders: Sequence[str] = CODE) -> str:
     """SHA-256 of the code that is measured and that measures: a result belongs to it.
 
     Files of `BUILT` folders do not count, so that a build between two calls changes nothing.
     """
     digest = hashlib.sha256()
-    for folder in CODE:
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
             name = path.relative_to(ROOT)
             if path.suffix in SUFFIXES and not set(BUILT) & set(name.parts):

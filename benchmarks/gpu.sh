@@ -3,7 +3,7 @@
 #
 #   gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that has one: the
 #                    extension, CUDA images, kernels for an H100, Triton's launchers and the commit,
-#                    into build/pack, to be taken along (four CPU minutes)
+#                    into build/pack, to be taken along (five CPU minutes)
 #   gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
 #   gpu.sh second    with the tiles that won: models against torch.compile, latency, the native
 #                    runner's bits

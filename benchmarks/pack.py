@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from environment import PACKED, ROOT, describe
+from environment import PACKED, ROOT, describe, sources
 
 FOLDER = "build/pack"
 CACHE, ARCHIVE = Path("/var/tmp/vitrail-kernels"), "kernels.tar.xz"
@@ -53,7 +53,8 @@ def pack() -> int:
         shutil.copytree(ROOT / IMAGES, folder / "images")
     with tarfile.open(folder / ARCHIVE, "w:xz") as archive:
         archive.add(CACHE, CACHE.name)
-    (ROOT / PACKED).write_text(f"{describe()}\n")
+    (ROOT / PACKED).write_text(f"{describe()} {sources()}\n")
+    (folder / "csrc").write_text(sources(("csrc",)))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB of commit {describe()}; take it along")
     return 0
@@ -65,10 +66,13 @@ def unpack() -> Iterator[str]:
     if not folder.exists():
         yield f"no {FOLDER}: the extension and the kernels are built here, which takes minutes"
         return
-    for extension in folder.glob("_C.*.so"):
-        shutil.copy(extension, ROOT / ENGINE)
-    if (folder / "images").exists():
-        shutil.copytree(folder / "images", ROOT / IMAGES, dirs_exist_ok=True)
+    if (folder / "csrc").exists() and (folder / "csrc").read_text() == sources(("csrc",)):
+        for extension in folder.glob("_C.*.so"):
+            shutil.copy(extension, ROOT / ENGINE)
+        if (folder / "images").exists():
+            shutil.copytree(folder / "images", ROOT / IMAGES, dirs_exist_ok=True)
+    else:
+        yield f"{FOLDER} is of another csrc: its extension and CUDA images are not used"
     archive, mark = folder / ARCHIVE, CACHE / "unpacked"
     if archive.exists():
         use_caches()

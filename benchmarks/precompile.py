@@ -82,6 +82,8 @@ def model_calls(target: Target) -> Iterator[Call]:
             pixels = torch.empty((batch, *shape), dtype=dtype, device="meta")
             plan = plans.vision_pooled(spec, uint8=uint8)
             yield from plan_calls(plan, lengths, target, pixels=pixels)
+            table = plans.vision_table(spec, spec.grid, uint8=uint8)
+            yield from plan_calls(table, [1], target)
 
 
 def test_calls(target: Target) -> Iterator[Call]:

@@ -42,7 +42,8 @@ const Entry& CudaImage::entry(const std::string& name) {
 }
 
 void CudaImage::launch(const std::string& name, int64_t blocks, std::pair<int, int> threads,
-                       const std::vector<Argument>& arguments, cu::Stream stream, bool overlap) {
+                       const std::vector<Argument>& arguments, cu::Stream stream, bool overlap,
+                       int shared) {
     const Gpu::Current current(*gpu_);
     const Entry& entry = this->entry(name);
     const auto refuse = [&](const std::string& what, int64_t got, const std::string& wanted) {
@@ -54,6 +55,9 @@ void CudaImage::launch(const std::string& name, int64_t blocks, std::pair<int, i
         refuse("threads", int64_t{x} * y, "1 to " + std::to_string(entry.threads));
     }
     if (blocks < 0 || blocks >= kMostBlocks) refuse("blocks", blocks, "0 to 2^31 - 1");
+    if (shared < 0 || shared > cu::kSharedWithoutAsking) {
+        refuse("bytes of shared memory", shared, "0 to " + std::to_string(cu::kSharedWithoutAsking));
+    }
     const auto& sizes = entry.parameters;
     if (sizes && arguments.size() != sizes->size()) {
         refuse("parameters", static_cast<int64_t>(arguments.size()), std::to_string(sizes->size()));
@@ -77,7 +81,8 @@ void CudaImage::launch(const std::string& name, int64_t blocks, std::pair<int, i
         pointers[i] = &values[i];
     }
     if (blocks == 0) return;
-    const Block block{static_cast<unsigned>(x), static_cast<unsigned>(y), 0, overlap};
+    const Block block{static_cast<unsigned>(x), static_cast<unsigned>(y),
+                      static_cast<unsigned>(shared), overlap};
     vitrail::launch(gpu_->driver(), name.c_str(), entry.function, static_cast<unsigned>(blocks),
                     block, stream, pointers.data());
 }

@@ -24,11 +24,13 @@ class CudaImage {
     CudaImage(std::shared_ptr<const Gpu> gpu, std::string_view code);
 
     // Puts a launch of `blocks` blocks of `threads` (x, y) on `stream`; of 0 blocks nothing but
-    // the checks. `overlap`: it may begin before the kernel before it has ended. Throws
-    // std::invalid_argument for arguments, blocks or threads that the kernel does not take,
-    // DriverError where the driver refuses, naming the function.
+    // the checks. `overlap`: it may begin before the kernel before it has ended. `shared`: bytes of
+    // dynamic shared memory, at most 48 KiB. Throws std::invalid_argument for arguments, blocks,
+    // threads or bytes that the kernel does not take, DriverError where the driver refuses, naming
+    // the function.
     void launch(const std::string& name, int64_t blocks, std::pair<int, int> threads,
-                const std::vector<Argument>& arguments, cu::Stream stream, bool overlap);
+                const std::vector<Argument>& arguments, cu::Stream stream, bool overlap,
+                int shared = 0);
 
   private:
     const Entry& entry(const std::string& name);

@@ -25,8 +25,12 @@ using Stream = struct StreamOpaque*;
 
 constexpr Result kInvalidValue = 1;
 constexpr Result kOutOfMemory = 2;
+constexpr Result kStubLibrary = 34;
 constexpr Result kNoDevice = 100;
 constexpr Result kInvalidDevice = 101;
+constexpr Result kSystemNotReady = 802;        // the fabric manager does not run
+constexpr Result kDriverMismatch = 803;        // library and kernel module are of two versions
+constexpr Result kCompatibilityRefused = 804;  // a library for newer GPUs than this
 constexpr Result kNotSupported = 801;
 
 constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT

@@ -34,7 +34,17 @@ std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {
         return std::make_shared<const Gpu>(library != nullptr ? library : "libcuda.so.1", ordinal);
     } catch (const DriverError& error) {
-        if (error.code() != cu::kNoDevice && error.code() != cu::kInvalidDevice) throw;
+        switch (error.code()) {
+            case cu::kStubLibrary:
+            case cu::kNoDevice:
+            case cu::kInvalidDevice:
+            case cu::kSystemNotReady:
+            case cu::kDriverMismatch:
+            case cu::kCompatibilityRefused:
+                break;
+            default:
+                throw;
+        }
         throw NoDevice("device " + std::to_string(ordinal) + ": " + error.what());
     } catch (const std::runtime_error& error) {
         throw NoDevice(std::string("the NVIDIA driver: ") + error.what());

@@ -60,12 +60,12 @@ void bind_executor(py::module_& m) {
             "launch",
             [](CudaImage& self, const std::string& function, int64_t blocks,
                std::pair<int, int> threads, const std::vector<CudaImage::Argument>& arguments,
-               uint64_t stream, bool overlap) {
+               uint64_t stream, bool overlap, int shared) {
                 self.launch(function, blocks, threads, arguments,
-                            reinterpret_cast<vitrail::cu::Stream>(stream), overlap);
+                            reinterpret_cast<vitrail::cu::Stream>(stream), overlap, shared);
             },
             py::arg("function"), py::arg("blocks"), py::arg("threads"), py::arg("arguments"),
-            py::arg("stream"), py::arg("overlap"), Released());
+            py::arg("stream"), py::arg("overlap"), py::arg("shared") = 0, Released());
 
     py::class_<Kernels, std::shared_ptr<Kernels>>(m, "Kernels")
         .def(py::init([](std::shared_ptr<Gpu> gpu) { return std::make_shared<Kernels>(gpu); }),

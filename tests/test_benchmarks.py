@@ -456,7 +456,7 @@ def test_other_devices_are_compared_by_their_peers(
 def test_committed_results_are_not_slower_than_themselves() -> None:
     results = ROOT / "benchmarks" / "results" / "cpu"
     cases = compare.ours(compare.records(results), ratios=False)
-    assert len(cases) == 17
+    assert len(cases) == 22
     assert all(isinstance(value, float) for value in cases.values())
     assert _compare(results, results) == 0
 
@@ -542,13 +542,16 @@ def test_a_copy_without_git_is_of_the_commit_that_was_packed(
     packed = tree / environment.PACKED
     packed.parent.mkdir(parents=True)
     for text, revision in (
-        ("0123abcd\n", ("0123abcd", False)),
-        ("0123abcd-dirty\n", ("0123abcd", True)),
+        ("0123abcd", ("0123abcd", False)),
+        ("0123abcd-dirty", ("0123abcd", True)),
     ):
-        packed.write_text(text)
+        packed.write_text(f"{text} {environment.sources()}\n")
         assert environment.revision() == revision
-        assert environment.describe() == text.strip()
+        assert environment.describe() == text
         environment.refuse_dirty(allowed=False)
+    packed.write_text(f"0123abcd {environment.sources()}\n")
+    (tree / "kernels" / "a.py").write_text("a = 2\n")
+    assert environment.revision() == ("0123abcd", True), "changed since"
     monkeypatch.setenv("VITRAIL_COMMIT", "4567-dirty")
     assert environment.revision() == ("4567", True)
 

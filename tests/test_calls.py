@@ -272,6 +272,18 @@ def test_a_pack_is_put_where_it_belongs(copy: Path, monkeypatch: pytest.MonkeyPa
     assert (pack.CACHE / "key/later.cubin").exists(), "one archive is unpacked once"
 
 
+def test_an_extension_of_other_sources_is_not_used(copy: Path) -> None:
+    assert pack.pack() == 0
+    (copy / "csrc").mkdir()
+    (copy / "csrc/plan.cpp").write_text("changed")
+    (built,) = (copy / pack.ENGINE).glob("_C.*.so")
+    built.write_text("built here since")
+    first, last = pack.unpack()
+    assert "of another csrc" in first
+    assert "kernels.tar.xz" in last, "kernels are kept by what they follow from"
+    assert built.read_text() == "built here since"
+
+
 def test_a_part_that_does_not_build_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "KERNELS", ("-c", "raise SystemExit(1)"))
     assert pack.pack() == 1

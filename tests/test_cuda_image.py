@@ -29,8 +29,12 @@ from vitrail.runners import cuda_resize, native
 from vitrail.runners.native import NativeRunner
 from vitrail.runners.triton import TritonRunner
 from vitrail.weights import Weights
+from vitrail_kernels import OPERATORS
 from vitrail_kernels import cuda_image as built
+from vitrail_kernels.compile import compile_kernel, source_of
 from vitrail_kernels.cuda_image import CudaImage
+from vitrail_kernels.launch import Target
+from vitrail_kernels.resize import FIELDS
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = {cuda_resize.ACROSS: [8] * 5 + [4] * 3, cuda_resize.DOWN: [8] * 4 + [4] * 3}
@@ -290,24 +294,54 @@ REFUSALS = {
 }
 
 
+def check_triton_launches(launches: list[standin.Launch], packed: Packed, out: Tensor) -> None:
+    """Grids, blocks and integers by the operator's own calls; addresses by the packed buffer."""
+    base = packed.buffer.data_ptr()
+    places = dict(
+        zip(("pixels_ptr", "images_ptr", "groups_ptr", "taps_ptr"), packed.places, strict=True)
+    )
+    known = {name: base + place.start for name, place in places.items()}
+    known |= {"out_ptr": out.data_ptr(), "middle_ptr": launches[0].parameters[0].value}
+    pixels, images, groups, taps = (packed.buffer[place] for place in packed.places)
+    tables = images.view(torch.int64).view(-1, FIELDS), groups.view(torch.int32)
+    middle = torch.empty(packed.tables.middle, dtype=torch.uint8)
+    calls = OPERATORS["resize"].calls(
+        Target(90, 132), out, middle, pixels, *tables, taps.view(torch.int32)
+    )
+    for launch, call in zip(launches, calls, strict=True):
+        assert launch.name == call.kernel.__name__
+        assert launch.grid == (call.grid.blocks, 1, 1)
+        assert launch.block == (32 * call.config.warps, 1, 1)
+        assert launch.shared == compile_kernel(call, 90).metadata.shared
+        wanted = []
+        for name, kind in source_of(call, 90)[0].signature.items():
+            if kind.startswith("*"):
+                wanted.append(known[name])
+            elif kind != "constexpr":
+                wanted.append(call.arguments[name])
+        assert [part.value for part in launch.parameters] == [*wanted, 0, 0]
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_triton_serves_where_no_image_does(
     driver: standin.Standin, weights: Weights, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     code, why = REFUSALS[name]
     serve(monkeypatch, None if code is None else image_of(code))
-    called: list[tuple[Tensor, ...]] = []
-    monkeypatch.setattr(TritonRunner, "_resize", lambda self, *tensors: called.append(tensors))
-    serving = runner(driver, weights)
+    monkeypatch.setattr(TritonRunner, "_resize", None)  # whose launcher takes a C compiler
+    serving, packed = runner(driver, weights), batch()
     for _ in range(2):
-        resized(batch(), serving)
-    assert len(called) == 2
+        out = resized(packed, serving)
+        check_triton_launches(driver.launched(), packed, out)
+        driver.reset()
+        driver.record(True)
     assert serving.resizer.startswith("Triton kernels, since ")
     assert re.search(why, serving.resizer)
     serve(monkeypatch, image_of(cubin(KERNELS)))
-    resized(batch(), serving)
-    assert len(called) == 3, "a refusal is remembered"
-    assert driver.launched() == []
+    resized(packed, serving)
+    names = {launch.name for launch in driver.launched()}
+    assert names == {"_across_kernel", "_down_kernel"}, "a refusal is remembered"
+    assert driver.complaint() == ""
     monkeypatch.setattr(native, "NO_TRITON", ImportError("triton is not installed"))
     with pytest.raises(
         InputError, match=f"resize: got 'device', but {why}.*triton is not installed"

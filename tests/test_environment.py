@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import resource
@@ -29,7 +30,7 @@ from torch import Tensor
 import standin
 import vitrail
 from vitrail import info, kernel_cache, program, runners
-from vitrail.errors import DeviceError, InputError, OutOfMemoryError
+from vitrail.errors import DeviceError, InputError, OutOfMemoryError, VitrailError
 from vitrail.model import Model, read_model
 from vitrail.plain import plain
 from vitrail.program import image_key
@@ -37,6 +38,8 @@ from vitrail.runners import choose, extension, native, why_not_native
 from vitrail.runners.extension import load_extension
 from vitrail.runners.native import NativeRunner
 from vitrail.runners.reference import ReferenceRunner
+from vitrail.runners.triton import TritonRunner
+from vitrail.tokens import TokenIds
 from vitrail.weights import Weights
 from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels import launch as kernel_launch
@@ -105,7 +108,8 @@ def test_the_native_runner_never_asks_for_a_c_compiler(
     monkeypatch.delenv("CC", raising=False)
     model = open_model(driver)
     assert embed(model) == embed(model, (48, 80)) == (2, 128)
-    assert model._text_tower("text").embed([[1, 2, 3]])["text.embedding"].shape == (1, 128)
+    texts = TokenIds.of([[1, 2, 3]])
+    assert model._text_tower("text").embed(texts)["text.embedding"].shape == (1, 128)
 
 
 # -- the cache of kernels --------------------------------------------------------------------------
@@ -249,6 +253,11 @@ def test_a_folder_that_others_may_write_is_told(
     cache.mkdir()
     cache.chmod(0o777)
     with pytest.warns(RuntimeWarning, match=f"^kernel cache: {cache}: others can write there"):
+        assert record(call) == b"a record"
+    [file] = cache.iterdir()
+    file.unlink()
+    file.mkdir()  # what fails is told all the same
+    with pytest.warns(RuntimeWarning, match=f"^kernel cache: {cache}: Is a directory, so"):
         assert record(call) == b"a record"
 
 
@@ -414,8 +423,12 @@ def test_an_interpreter_that_is_left_over_is_named(
     assert choose("auto", FP16, GPU) == "reference"
     with pytest.raises(InputError, match=r"TRITON_INTERPRET=1 is set, .*: unset it"):
         choose("native", FP16, GPU)
-    assert "TRITON_INTERPRET=1" in info._serving()["runner"]
-    assert "None" not in info._serving()["runner"]
+
+
+@needs_triton
+def test_info_names_an_interpreter_that_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "; TRITON_INTERPRET=1 lets the kernels run on the CPU" in info._serving()["runner"]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is for CUDA")
@@ -527,7 +540,7 @@ def model() -> Model:
     ("function", "call"),
     [
         ("tolist", lambda model: model.encode_image([PHOTO])),
-        ("tolist", lambda model: model.encode_text(["a cat"])),
+        ("cpu", lambda model: model.encode_text(["a cat"])),
         ("cpu", lambda model: model.classify(PHOTO, labels=["a", "b"])),
         ("to", lambda model: model.encode_image([PHOTO])),
         ("contiguous", lambda model: model.forward(pixel_values=torch.zeros(1, 3, 64, 64))),
@@ -554,6 +567,8 @@ def test_a_late_cuda_error_says_that_the_process_must_go(
 def test_other_errors_of_pytorch_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^a size$"), plain():
         raise RuntimeError("a size")
+    with pytest.raises(DeviceError, match=r"^Triton Error \[CUDA\]: .*start a new one$"), plain():
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     captured = "CUDA error: operation not permitted when stream is capturing"
     with pytest.raises(DeviceError, match=f"^{captured}$"), plain():
         raise RuntimeError(captured)
@@ -595,6 +610,25 @@ def test_a_fault_of_a_kernel_says_that_the_process_must_go(driver: standin.Stand
     with pytest.raises(DeviceError, match=r"OUT_OF_RESOURCES[^;]*$"):
         embed(model)
     driver.reset()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), json.JSONDecodeError("Expecting ','", "{", 1)]
+)
+def test_a_cache_of_triton_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(OPERATORS, "position", OPERATORS["position"]._replace(launch=fail))
+    loaded = read_model(CLIP, FP16)
+    assert loaded.spec.vision is not None
+    runner = TritonRunner(loaded.weights, FP16, CPU)
+    with pytest.raises(VitrailError, match=rf"triton's cache in {tmp_path}: .*TRITON_CACHE_DIR$"):
+        runner.table(loaded.spec.vision, (2, 2), "float")
 
 
 # -- switches and tables ---------------------------------------------------------------------------

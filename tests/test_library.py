@@ -357,6 +357,15 @@ def test_no_driver_and_no_device(library: Library, clip: Path) -> None:
     assert (code, "no-such-library.so" in library.error) == (NO_DEVICE, True)
 
 
+@pytest.mark.parametrize("code", [34, 802, 803, 804])
+def test_a_driver_that_cannot_be_used_is_no_device(library: Library, clip: Path, code: int) -> None:
+    """A stub, no fabric manager, another kernel module, and forward compatibility refused."""
+    library.driver.fail(1, code)
+    found, _ = library.load(clip)
+    library.driver.reset()
+    assert found == NO_DEVICE
+
+
 # ---- folders that are refused
 
 

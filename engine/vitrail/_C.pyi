@@ -63,13 +63,15 @@ class CudaImage:
         arguments: list[tuple[int, int]],
         stream: int,
         overlap: bool,
+        shared: int = 0,
     ) -> None:
         """Put ``blocks`` blocks of ``threads`` (x, y) of a kernel on ``stream``, without waiting.
 
         ``arguments``: each parameter's value, an integer or an address, and its size in bytes. Of 0
         blocks nothing is launched, and everything checked. ``overlap``: it may begin before the
-        kernel before it has ended. Raises ValueError for what the kernel does not take, DriverError
-        naming the function where the driver refuses.
+        kernel before it has ended. ``shared``: bytes of dynamic shared memory, at most 48 KiB.
+        Raises ValueError for what the kernel does not take, DriverError naming the function where
+        the driver refuses.
         """
 
 class Kernels:

@@ -26,7 +26,9 @@ def device_errors() -> Iterator[None]:
         raise OutOfMemoryError(_one_line(error)) from error
     except RuntimeError as error:
         words = str(error).partition("\n")[0]
-        if not isinstance(error, torch.AcceleratorError) and not words.startswith("CUDA "):
+        # the last is how Triton's launcher reports the driver's errors
+        ours = isinstance(error, torch.AcceleratorError)
+        if not ours and not words.startswith(("CUDA ", "Triton Error [CUDA]")):
             raise
         capture = "captur" in words  # of a CUDA graph: it fails, and the GPU works
         told = words if capture else f"{words}, of this call's work or of earlier; {NEW_PROCESS}"

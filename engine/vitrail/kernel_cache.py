@@ -33,7 +33,7 @@ MOST_ENTRIES = 4096
 MOST_BYTES = 16 << 20
 """Of an entry that is read."""
 
-_warned: set[Path] = set()
+_warned: set[tuple[Path, bool]] = set()
 
 
 def kernel_record(key: str, call: Call, arch: int) -> bytes:
@@ -136,10 +136,11 @@ def _prune(root: Path) -> None:
 
 
 def _warn(root: Path, why: OSError | str) -> None:
-    """Once a process for each folder."""
-    if root in _warned:
+    """Once a process for each folder, of what fails and of who may write."""
+    broken = isinstance(why, OSError)
+    if (root, broken) in _warned:
         return
-    _warned.add(root)
+    _warned.add((root, broken))
     if isinstance(why, OSError):
         why = f"{why.strerror or why}, so kernels are compiled in every process"
     warnings.warn(

@@ -363,3 +363,25 @@ def record_of(key: str, call: Call, arch: int, kernel: Any) -> bytes:
         + items(boxes)
         + string(kernel.asm["cubin"])
     )
+
+
+def kernel_binary(record: bytes) -> tuple[str, int, int, bytes]:
+    """Of an image as `record_of` writes it: the kernel's name, threads of a block, bytes of shared
+    memory, and the cubin."""
+    at = len(IMAGE_MAGIC)
+
+    def take(layout: str) -> tuple[Any, ...]:
+        nonlocal at
+        at += struct.calcsize(layout)
+        return struct.unpack_from(layout, record, at - struct.calcsize(layout))
+
+    def text() -> bytes:
+        (size,) = take("<Q")
+        return bytes(take(f"<{size}s")[0])
+
+    text()  # the key
+    name = text().decode()
+    _, threads, shared, _ = take("<IIIB")
+    (boxes,) = take("<I")
+    take(f"<{5 * boxes}I")
+    return name, threads, shared, text()

@@ -80,6 +80,13 @@ def triton_build() -> str:
     return f"{triton_version()} {os.stat(libtriton.__file__).st_size}"
 
 
+def triton_cache() -> str:
+    """The folder of Triton's own cache."""
+    from triton import knobs
+
+    return str(knobs.cache.dir)
+
+
 CODE_VARIABLES = (
     "DISABLE_PTXAS_OPT",
     "PTXAS_OPTIONS",

@@ -91,6 +91,8 @@ def served_work(served: Served) -> Iterator[Work]:
             continue
         assert spec.vision is not None, "the checkpoint has an image tower"
         for size in served.sizes:
+            grid = spec.vision.grid_at(size)
+            yield Work(plans.vision_table(spec.vision, grid, uint8=False), (1,), None)
             for plan in (
                 plans.vision_pooled(spec.vision, uint8=False),
                 plans.vision_dense(spec.vision),
@@ -118,6 +120,7 @@ def tower_work(spec: ModelSpec, batch: int) -> Iterator[Work]:
     if (vision := spec.vision) is not None:
         yield vision_work(spec, plans.vision_dense(vision, spec.head), batch, vision.image, False)
         for uint8 in (False, True):
+            yield Work(plans.vision_table(vision, vision.grid, uint8=uint8), (1,), None)
             plan = plans.vision_pooled(vision, uint8=uint8)
             yield vision_work(spec, plan, batch, vision.image, uint8)
             if spec.head is not None:

@@ -31,6 +31,7 @@ from vitrail.program import Program, lower
 from vitrail.runners.cuda_resize import CudaResize, open_resize
 from vitrail.runners.extension import load_extension
 from vitrail.runners.triton import TritonRunner
+from vitrail.runners.triton_resize import TritonResize
 from vitrail.spec import VisionSpec
 from vitrail.weights import Weights
 from vitrail_kernels.compile import WITHOUT_TMA
@@ -127,6 +128,7 @@ class NativeRunner(TritonRunner):
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
         self._cuda_resize: CudaResize | str | None = None
+        self._triton_resize = TritonResize(self._gpu, self.target)
 
     @property
     def resizer(self) -> str:
@@ -149,11 +151,11 @@ class NativeRunner(TritonRunner):
 
     def _resize(self, *tensors: Tensor) -> None:
         kernels = self._resize_by()
-        if isinstance(kernels, str):
-            super()._resize(*tensors)
-            return
         try:
-            kernels(self._stream(), *tensors)
+            if isinstance(kernels, str):
+                self._triton_resize(self._stream(), self._record, *tensors)
+            else:
+                kernels(self._stream(), *tensors)
         except _C.DriverError as error:
             raise self._failed("resize", error) from error
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
-from vitrail.errors import InputError
+from vitrail.errors import InputError, VitrailError
 from vitrail.plan import Launch
 from vitrail.runners.runner import Runner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import provenance
 from vitrail_kernels.launch import Target, target_of
+from vitrail_kernels.toolchain import triton_cache
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """What Triton raises if its cache fails, as a VitrailError that names the folder."""
+    try:
+        yield
+    except (OSError, json.JSONDecodeError) as error:
+        told = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise VitrailError(
+            f"triton runner: triton's cache in {triton_cache()}: {told}; empty that folder, or "
+            "name another one by TRITON_CACHE_DIR"
+        ) from error
 
 
 class TritonRunner(Runner):
@@ -37,7 +53,9 @@ class TritonRunner(Runner):
         return "Triton kernels"
 
     def _resize(self, *tensors: Tensor) -> None:
-        OPERATORS["resize"].launch(*tensors)
+        with _compiler_errors():
+            OPERATORS["resize"].launch(*tensors)
 
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
-        OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
+        with _compiler_errors():
+            OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
