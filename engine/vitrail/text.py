@@ -37,8 +37,8 @@ CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 MAX_CHARACTERS = 1_000_000
 MAX_VOCAB_BYTES = 1 << 24  # CLIP's vocab.json has close to 1 MiB
 CHUNK = 512
-"""Texts that are split into tokens at once: what the library keeps for each, about 1 KiB, then stays
-in a core's cache (18 us a caption; 21 with 4,096)."""
+"""Texts that are split into tokens at once: what the library keeps for each, about 1 KiB, then
+stays in a core's cache (18 us a caption; 21 with 4,096)."""
 
 
 class Tokenizer:
