@@ -27,9 +27,9 @@ def compile_for(arch: int) -> None:
     """Let every `Target` be of ``arch`` from now on, and run launches on CPU tensors in the
     emulator. For a whole process, before modules of tests make their targets."""
 
-    def initialize(self: Target, arch_: int = 0, sms: int = 0, **named: int) -> None:
-        object.__setattr__(self, "arch", arch)
-        object.__setattr__(self, "sms", named.get("sms", sms))
+    def initialize(self: Target, arch_: int = 0, sms: int = 0, maps: bool = True) -> None:
+        for name, value in (("arch", arch), ("sms", sms), ("maps", maps)):
+            object.__setattr__(self, name, value)
 
     Target.__init__ = initialize  # type: ignore[assignment,method-assign]
     Call.launch = _launch  # type: ignore[method-assign]
