@@ -103,8 +103,9 @@ def test_the_end_of_all_time_is_no_hang_of_the_step_that_meets_it(run: Run) -> N
 
 def planted(text: str) -> str:
     """A program of the real steps, with ``text`` run before them."""
+    folders = [str(ROOT / name) for name in ("benchmarks", "tests")]
     return (
-        f"import sys\nsys.path[:0] = [{str(ROOT / 'benchmarks')!r}]\nimport smoke, steps\n"
+        f"import sys\nsys.path[:0] = {folders!r}\nimport smoke, steps\n"
         f"{text}\nsys.exit(smoke.main())\n"
     )
 

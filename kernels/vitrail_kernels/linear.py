@@ -379,10 +379,13 @@ def _large(target: Target, m: int, n: int, k: int, words: list[str]) -> KernelCo
             128, 256, 64, 8, 4, reason="a quarter less traffic from L2, which bounds 128 x 128, "
             "for an epilogue that nothing hides but the next tile's loads"
         )  # fmt: skip
-    # half a tile: 32 KiB a step at 36 bytes a clock, and an epilogue of 3,000 clocks, of 1.7 GHz
-    half = round((cdiv(k, 64) * 910 + 3000) / 2 / 1.7) if target.arch == 90 else 0
+    stagger = 0
+    if target.arch == 90 and not short:  # with a short epilogue these tiles are too few for turns
+        # half a tile: 32 KiB a step at 36 bytes a clock, an epilogue of 3,000 clocks, of 1.7 GHz
+        stagger = round((cdiv(k, 64) * 910 + 3000) / 2 / 1.7)
+    gated = target.tcgen05 and "gated" in words  # which takes 74 registers, but spills at 128
     return KernelConfig(
-        128, 128, 64, 8, 3, registers=128, ctas=2, stagger=half,
+        128, 128, 64, 8, 3, None if gated else 128, 2, stagger=stagger,
         reason="two blocks an SM overlap epilogues",
     )  # fmt: skip
 

@@ -56,7 +56,8 @@ def test_only_blocks_that_share_a_multiprocessor_wait() -> None:
             (768, 3072, "residual stats"),
         ):
             config = linear_config(Target(ARCH, 132), torch.float16, rows, n, k, form)
-            assert (config.stagger > 0) == (config.block_m == config.block_n == 128)
+            turns = config.block_m == config.block_n == 128 and form != "norm"
+            assert (config.stagger > 0) == turns, config
             assert config.ctas == 2 or config.stagger == 0
             flops = 2 * config.block_m * config.block_n * k
             assert config.stagger * 1e-9 < 2 * flops / (400e12 / 132)
