@@ -60,8 +60,12 @@ def why_not_native(
         return "the native runner needs a CUDA device"
     if native.MISSING is not None:
         return str(native.MISSING)
-    served = exported is not None and dtype == exported.dtype and torch.version.hip is None
-    if served and exported is not None and _arch(device) in exported.builds:
+    if (
+        exported is not None
+        and dtype == exported.dtype
+        and torch.version.hip is None
+        and _arch(device) in exported.builds
+    ):
         return None
     return why_not_kernels(dtype, device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -56,6 +56,9 @@ class TritonRunner(Runner):
         with _compiler_errors():
             OPERATORS["resize"].launch(*tensors)
 
-    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
         with _compiler_errors():
-            OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
+            super().walk(launches, tensors, longest)
+
+    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+        OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
