@@ -10,8 +10,8 @@ import importlib
 import itertools
 import json
 import os
-import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def test_attention_multiplies_p_by_v_beside_the_next_q_k() -> None:
 def tails(text: str) -> list[str]:
     """Loads, barriers and products of the machine code behind the last tensor map's load, each run
     of equal ones as one."""
-    code = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", text, re.M)
+    code = opcodes(text)
     assert "LDG" not in code[: code.index("UTMALDG")], "a load before the first of Q"
     behind = code[len(code) - code[::-1].index("UTMALDG") : code.index("STG")]
     marks = (opcode for opcode in behind if opcode in ("LDG", "BAR", "HGMMA"))
@@ -260,7 +260,7 @@ def test_a_listing_is_read() -> None:
 
 
 def test_opcodes_are_read_from_a_disassembly() -> None:
-    counts = opcodes(LISTING)
+    counts = Counter(opcodes(LISTING))
     assert (counts["LDC"], counts["STL"], counts["UTMALDG"], counts["BRA"]) == (1, 1, 4, 8)
 
 

@@ -89,7 +89,7 @@ def compile_call(call: Call, arch: int) -> Compiled:
         stack=int(found[2]),
         shared=kernel.metadata.shared,
         warps=call.config.warps,
-        instructions=opcodes(sass),
+        instructions=Counter(opcodes(sass)),
         ttgir=kernel.asm["ttgir"],
         ptx=kernel.asm["ptx"],
         sass=sass,

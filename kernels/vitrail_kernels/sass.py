@@ -74,9 +74,9 @@ def read_sass(text: str) -> Sass:
     return Sass(loops, Counter(each.opcode for each in graph.code(_epilogue(graph, main))))
 
 
-def opcodes(text: str) -> Counter[str]:
-    """How often each opcode stands in nvdisasm's output, without its suffixes."""
-    return Counter(each.opcode for each in _instructions(text))
+def opcodes(text: str) -> list[str]:
+    """The opcodes of nvdisasm's output in the order of the code, without their suffixes."""
+    return [each.opcode for each in _instructions(text)]
 
 
 # -- instructions and blocks -----------------------------------------------------------------------
