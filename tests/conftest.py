@@ -40,6 +40,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `standin.Standin` of the module's own, as the driver of two multiprocessors."""
+    import standin
+    from vitrail.runners import native
+
+    if native.MISSING is not None or not standin.compiler():
+        pytest.skip("needs vitrail._C and a C++ compiler")
+    return standin.own(tmp_path_factory.mktemp("driver"), 2)
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """The same random numbers for a test, whatever ran before it."""

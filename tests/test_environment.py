@@ -62,19 +62,12 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> standin.Standin:
-    if native.MISSING is not None or not standin.compiler():
-        pytest.skip("needs vitrail._C and a C++ compiler")
-    return standin.own(tmp_path_factory.mktemp("driver"), 2)
-
-
 @pytest.fixture
-def driver(library: standin.Standin) -> Iterator[standin.Standin]:
-    library.reset()
-    yield library
-    assert library.complaint() == ""
-    library.reset()
+def driver(libcuda: standin.Standin) -> Iterator[standin.Standin]:
+    libcuda.reset()
+    yield libcuda
+    assert libcuda.complaint() == ""
+    libcuda.reset()
 
 
 def open_model(driver: standin.Standin) -> Model:
@@ -674,14 +667,14 @@ def test_info_says_that_tma_is_off(
 
 
 def test_an_export_with_tma_is_refused_without_it(
-    library: standin.Standin, monkeypatch: pytest.MonkeyPatch
+    libcuda: standin.Standin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = read_model(CLIP, FP16)
     identity = "triton 3.7.1 ptxas 12.8 sm_90 0123"
 
     def open_export(identity: str) -> NativeRunner:
         exported: Any = SimpleNamespace(builds={90: identity}, tables={}, folder="clip")
-        return NativeRunner(loaded.weights, FP16, CPU, str(library.path), exported=exported)
+        return NativeRunner(loaded.weights, FP16, CPU, str(libcuda.path), exported=exported)
 
     open_export(identity)
     monkeypatch.setenv("VITRAIL_TMA", "0")

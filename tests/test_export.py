@@ -386,18 +386,11 @@ def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
 # -- it starts without triton ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> standin.Standin:
-    if native.MISSING is not None or not standin.compiler():
-        pytest.skip("needs vitrail._C and a C++ compiler")
-    return standin.own(tmp_path_factory.mktemp("driver"), 2)
-
-
 @pytest.fixture
-def driver(library: standin.Standin, monkeypatch: pytest.MonkeyPatch) -> standin.Standin:
+def driver(libcuda: standin.Standin, monkeypatch: pytest.MonkeyPatch) -> standin.Standin:
     """The stand-in, where the Triton runner could serve."""
     monkeypatch.setattr(runners.TritonRunner, "identity", "triton here")
-    return library
+    return libcuda
 
 
 def serve(folder: Path, runner: NativeRunner) -> Model:
@@ -581,7 +574,7 @@ def test_the_fingerprint_is_of_the_kernels_that_serve(
 
 @pytest.mark.usefixtures("uncompiled")
 def test_each_architecture_has_the_fingerprint_of_its_own_runner(
-    library: standin.Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    libcuda: standin.Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, folder = tmp_path / "vit", tmp_path / "out"
     save(make("ViTModel", **BLOCK), checkpoint)
@@ -591,7 +584,7 @@ def test_each_architecture_has_the_fingerprint_of_its_own_runner(
     original = read_model(checkpoint, torch.float16)
     wanted = {}
     for arch in (80, 90):
-        path = Path(shutil.copy(library.path, tmp_path / f"sm_{arch}.so"))
+        path = Path(shutil.copy(libcuda.path, tmp_path / f"sm_{arch}.so"))
         standin.Standin(path).device(*divmod(arch, 10))
         fresh = NativeRunner(original.weights, torch.float16, CPU, str(path))
         assert fresh.target.arch == arch

@@ -14,6 +14,7 @@ from torch import Tensor
 from emulated.device import Device, EmulatedRunner, unedited
 from emulated.tiny import Open, Outputs, Tiny
 from emulator.call import run_call
+from gpu.cases import TILES
 from test_runner import (
     HEADS,
     TEXT,
@@ -236,29 +237,21 @@ def test_every_configuration_of_an_operator_gives_the_same_bits(
     assert several >= 4
 
 
-HOPPER_TILES = (
-    KernelConfig(64, 64, 64, 4, 6, ctas=2),
-    KernelConfig(64, 128, 64, 4, 4, ctas=2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=100),
-    KernelConfig(128, 256, 64, 8, 4),
-)
-"""What sm_90 takes for few rows and many; only wide models take the last beside a residual."""
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_tile_beside_a_residual_gives_the_same_bits(scaled: bool) -> None:
+    """Only wide models take the widest of them there."""
     rows, n, k, dice = 300, 512, 192, torch.Generator().manual_seed(0)
     x, residual = (torch.randn(rows, w, generator=dice).half() for w in (k, n))
     weight = (torch.randn(n, k, generator=dice) * k**-0.5).half()
     bias, scale = torch.randn(2, n, generator=dice)
     results = []
-    for config in HOPPER_TILES:
+    for config in TILES:
         out, stats = torch.empty(rows, n).half(), torch.empty(stats_shape(rows, n))
         tensors = {"bias": bias, "scale": scale if scaled else None, "residual": residual}
         target = Target(90, 3)
         (call,) = linear_calls(target, out, x, weight, stats=stats, config=config, **tensors)
         run_call(call, 90, [out, stats])
         results.append((out, stats))
-    for config, (out, stats) in zip(HOPPER_TILES, results, strict=True):
+    for config, (out, stats) in zip(TILES, results, strict=True):
         assert differing(out, results[0][0]) == 0, config
         assert differing(stats, results[0][1]) == 0, config

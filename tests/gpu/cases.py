@@ -20,12 +20,22 @@ from vitrail.runners.reference import STATISTICS
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import read_spec
 from vitrail_kernels import OPERATORS
+from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
 from vitrail_kernels.stats import stats_ref
 
 LOG2_E = math.log2(math.e)
 PER_TOKEN, PER_SEQUENCE = Rows(tokens=1), Rows(sequences=1)
 OUTPUTS = ("out", "status", "stats")
+TILES = (
+    KernelConfig(64, 64, 64, 4, 3),
+    KernelConfig(64, 64, 64, 4, 6, ctas=2),
+    KernelConfig(64, 128, 64, 4, 4, ctas=2),
+    KernelConfig(128, 128, 64, 8, 2),
+    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
+    KernelConfig(128, 256, 64, 8, 4),
+)
+"""What `linear` takes on sm_90, for few rows and many, and some that it took or may take."""
 
 
 class Shapes(NamedTuple):

@@ -30,14 +30,6 @@ from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target, triton_version
 
 LENGTHS = (5, 9, 24, 3, 66)
-TILES = (
-    KernelConfig(64, 64, 64, 4, 3),
-    KernelConfig(64, 64, 64, 4, 6, ctas=2),
-    KernelConfig(64, 128, 64, 4, 4, ctas=2),
-    KernelConfig(128, 128, 64, 8, 2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
-    KernelConfig(128, 256, 64, 8, 4),
-)
 
 
 def _small(blocks: BlockSpec) -> BlockSpec:
@@ -104,7 +96,7 @@ def on_gpu(case: Case) -> dict[str, Tensor]:
 
 def tiles_of(name: str, case: Case) -> tuple[KernelConfig, ...]:
     """The tiles that a case is run by besides the usual: linear ones of a first block, in fp16."""
-    return TILES if case.op == "linear" and ".0." in name and name.endswith("float16") else ()
+    return cases.TILES if case.op == "linear" and ".0." in name and name.endswith("float16") else ()
 
 
 def by_tile(tile: KernelConfig) -> Any:

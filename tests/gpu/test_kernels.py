@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.cases import PER_TOKEN, SHAPES, Case, Work, case_of, different, works
+from gpu.cases import PER_TOKEN, SHAPES, TILES, Case, Work, case_of, different, works
 from gpu.common import DEVICE, DRY, HALVES, NAMES, POISONS, Guarded, same_bits
 from helpers import assert_close, reference_numbers
 from vitrail.plan import Launch, Rows
@@ -64,14 +64,6 @@ def test_a_kernel_errs_no_more_than_pytorch(work: Work, launch: Launch, dtype: t
 
 # -- one order of sums -----------------------------------------------------------------------------
 
-TILES = (
-    KernelConfig(64, 64, 64, 4, 3),
-    KernelConfig(64, 64, 64, 4, 6, ctas=2),
-    KernelConfig(64, 128, 64, 4, 4, ctas=2),
-    KernelConfig(128, 128, 64, 8, 2),
-    KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
-    KernelConfig(128, 256, 64, 8, 4),
-)
 QUERIES = (
     KernelConfig(64, 64, 0, 4, 2),
     KernelConfig(64, 64, 0, 4, 3),
