@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,23 +39,15 @@ def classify(
         list[str], typer.Argument(help="Image files, folders (searched through) or glob patterns.")
     ],
     model: ModelName = None,
-    labels: Annotated[
-        str | None, typer.Option(envvar="VITRAIL_LABELS", help="Labels, with commas between.")
-    ] = None,
-    labels_file: Annotated[
-        Path | None,
-        typer.Option(envvar="VITRAIL_LABELS_FILE", help="A file of labels, one a line."),
-    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels, with commas between.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="A file of labels, one a line.")] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text with {} for the label; may be given often. [env var: VITRAIL_TEMPLATE, "
-            "one a line] [default: a photo of a {}]"
+            help="A text with {} for the label; may be given often. [default: a photo of a {}]"
         ),
     ] = None,
-    top: Annotated[
-        int, typer.Option(min=1, envvar="VITRAIL_TOP", help="How many labels an image.")
-    ] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many labels an image.")] = 5,
     as_json: AsJson = False,
     batch_size: BatchSize = None,
     size: Size = None,
@@ -74,9 +65,8 @@ def classify(
     from vitrail.listing import find_images, path_text, shown
 
     options: dict[str, Any] = {"labels": _labels(labels, labels_file), "size": parse_size(size)}
-    templates = template or os.environ.get("VITRAIL_TEMPLATE", "").splitlines()
-    if templates:
-        options["templates"] = tuple(templates)
+    if template:
+        options["templates"] = tuple(template)
     name = needed(model, "--model")
     listing = find_images(images)
     tell_unread(listing.unread)

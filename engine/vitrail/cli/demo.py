@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 
 def demo(
     model: ModelName = None,
-    sheet: Annotated[
-        Path, typer.Option(envvar="VITRAIL_SHEET", help="The contact sheet, a PNG.")
-    ] = Path("vitrail-demo.png"),
-    seed: Annotated[
-        int | None, typer.Option(envvar="VITRAIL_SEED", help="Of the scenes; else new ones.")
-    ] = None,
+    sheet: Annotated[Path, typer.Option(help="The contact sheet, a PNG.")] = Path(
+        "vitrail-demo.png"
+    ),
+    seed: Annotated[int | None, typer.Option(help="Of the scenes; else new ones.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,

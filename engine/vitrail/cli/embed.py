@@ -38,7 +38,6 @@ def embed(
     out: Annotated[
         Path,
         typer.Option(
-            envvar="VITRAIL_OUT",
             help="A folder, made in parts and resumable; or one .npy or .parquet file.",
         ),
     ] = Path("embeddings.npy"),
@@ -46,39 +45,29 @@ def embed(
         list[str] | None,
         typer.Option(
             "--list",
-            envvar="VITRAIL_LIST",
             help="A file of paths, one a line; - is stdin. May be given often.",
         ),
     ] = None,
     batch_size: BatchSize = None,
     size: Size = None,
-    normalize: Annotated[
-        bool, typer.Option(envvar="VITRAIL_NORMALIZE", help="Scale embeddings to unit length.")
-    ] = False,
+    normalize: Annotated[bool, typer.Option(help="Scale embeddings to unit length.")] = False,
     fp16_output: Annotated[
         bool,
-        typer.Option("--fp16-output", envvar="VITRAIL_FP16_OUTPUT", help="Store float16."),
+        typer.Option("--fp16-output", help="Store float16."),
     ] = False,
     layout: Annotated[
         str,
-        typer.Option(
-            envvar="VITRAIL_LAYOUT", help="Of a folder: parquet, or npy as clip-retrieval's."
-        ),
+        typer.Option(help="Of a folder: parquet, or npy as clip-retrieval's."),
     ] = "parquet",
-    part_size: Annotated[
-        int, typer.Option(min=1, envvar="VITRAIL_PART_SIZE", help="Inputs a part of a folder.")
-    ] = 4096,
+    part_size: Annotated[int, typer.Option(min=1, help="Inputs a part of a folder.")] = 4096,
     stop_after: Annotated[
         int,
         typer.Option(
             min=0,
-            envvar="VITRAIL_STOP_AFTER",
             help="Failures in a row that stop a folder's job; 0: none do.",
         ),
     ] = 100,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", envvar="VITRAIL_OVERWRITE", help="Replace old output.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace old output.")] = False,
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

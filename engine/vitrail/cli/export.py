@@ -13,13 +13,10 @@ def export(
     model: Annotated[
         str | None, typer.Argument(envvar="VITRAIL_MODEL", help="Checkpoint folder or hub id.")
     ] = None,
-    folder: Annotated[
-        Path | None, typer.Argument(envvar="VITRAIL_OUT", help="The folder to write.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="VITRAIL_ARCH",
             help="A GPU's architecture, such as sm_90; may be given often. Else that of this GPU.",
         ),
     ] = None,
@@ -29,7 +26,7 @@ def export(
     ] = "float16",
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", envvar="VITRAIL_OVERWRITE", help="Replace an earlier export."),
+        typer.Option("--overwrite", help="Replace an earlier export."),
     ] = False,
     revision: Revision = None,
     local_files_only: Local = False,

@@ -18,7 +18,6 @@ def info(
         bool,
         typer.Option(
             "--fingerprint",
-            envvar="VITRAIL_FINGERPRINT",
             help="Also the fingerprint; reads all weights.",
         ),
     ] = False,

@@ -26,24 +26,19 @@ Dtype = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(envvar="VITRAIL_REVISION", help="Branch, tag or commit of a hub id."),
+    typer.Option(help="Branch, tag or commit of a hub id."),
 ]
 Local = Annotated[
     bool,
-    typer.Option(
-        "--local-files-only", envvar="VITRAIL_LOCAL_FILES_ONLY", help="Never ask the hub."
-    ),
+    typer.Option("--local-files-only", help="Never ask the hub."),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(
-        min=1, envvar="VITRAIL_BATCH_SIZE", help="Images at once; by memory if not given."
-    ),
+    typer.Option(min=1, help="Images at once; by memory if not given."),
 ]
 Size = Annotated[
     str | None,
     typer.Option(
-        envvar="VITRAIL_SIZE",
         metavar="HxW",
         help="Height x width in pixels, such as 448x672 or 336; else the checkpoint's own.",
     ),
@@ -52,11 +47,10 @@ ResizeOn = Annotated[
     str,
     typer.Option(
         "--resize-on",
-        envvar="VITRAIL_RESIZE_ON",
         help="Where decoded images are resized: host, or device. The same bits.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", envvar="VITRAIL_JSON", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def say(message: str) -> None:

@@ -19,7 +19,6 @@ def tune(
     out: Annotated[
         Path | None,
         typer.Option(
-            envvar="VITRAIL_OUT",
             help="The table, a .json; else sm_<arch>.json in VITRAIL_TUNED, or in ./tuned.",
         ),
     ] = None,
@@ -27,7 +26,6 @@ def tune(
         list[int] | None,
         typer.Option(
             min=1,
-            envvar="VITRAIL_BATCH",
             help="Images, or texts, at once; may be given often. Else 1, 8 and 64.",
         ),
     ] = None,

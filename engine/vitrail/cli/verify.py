@@ -31,16 +31,10 @@ def verify(
     model: ModelName = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            envvar="VITRAIL_TEXT", help="A text; may be given often. Else three captions."
-        ),
+        typer.Option(help="A text; may be given often. Else three captions."),
     ] = None,
-    texts_file: Annotated[
-        Path | None, typer.Option(envvar="VITRAIL_TEXTS_FILE", help="A file of texts, one a line.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(min=1, envvar="VITRAIL_LIMIT", help="Images at most, the first ones.")
-    ] = 512,
+    texts_file: Annotated[Path | None, typer.Option(help="A file of texts, one a line.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Images at most, the first ones.")] = 512,
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
