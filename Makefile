@@ -68,12 +68,12 @@ test-all: .venv/dev.stamp ## every test that needs no GPU
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'
-	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/test_images.py
+	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/image/test_images.py
 
 test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
 	$(say) 'What the kernels compile to under triton 3.6'
-	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/test_compile.py tests/test_sass.py \
-	    tests/test_calls.py::test_tritons_binding_is_compiled_without_a_driver
+	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/kernels/test_compile.py tests/kernels/test_sass.py \
+	    tests/benchmarks/test_calls.py::test_tritons_binding_is_compiled_without_a_driver
 
 lint: .venv/dev.stamp ## ruff and mypy --strict
 	$(say) 'ruff check, ruff format --check, mypy --strict'

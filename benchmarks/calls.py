@@ -76,7 +76,7 @@ STEPS = {
     "kernels": _suite("operators", 200),
     "host": _suite("host", 60),
     "ceilings": _suite("ceilings", 60),
-    "tests": _tests("tests/gpu", "tests/test_tune.py", seconds=500),
+    "tests": _tests("tests/gpu", "tests/tools/test_tune.py", seconds=500),
     "memcheck": _sanitized("memcheck", "0"),
     "memcheck-overlap": _sanitized("memcheck", "1"),
     "racecheck": _sanitized("racecheck", "0"),

@@ -54,10 +54,10 @@ def _model() -> Any:
     import torch
     from torch import Tensor
 
-    from vitrail import demo
-    from vitrail import model as models
+    from vitrail.demo import demo
+    from vitrail.model import model as models
     from vitrail.spec import VisionSpec
-    from vitrail.weights import Weights
+    from vitrail.weights.folding import Weights
 
     class Idle(host.IdleNative):
         """The stand-in computes nothing, so that outputs must be numbers from the start."""

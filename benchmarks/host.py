@@ -35,13 +35,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.runtime import driver as triton_driver
 
-from vitrail import plans
-from vitrail.kernel_cache import kernel_record
-from vitrail.plan import Launch, Plan
-from vitrail.runners.native import DRIVER, NativeRunner, Size
-from vitrail.runners.triton import TritonRunner
+from vitrail.plan import blocks as plans
+from vitrail.plan.plan import Launch, Plan
+from vitrail.runtime.kernel_cache import kernel_record
+from vitrail.runtime.native import DRIVER, NativeRunner, Size
+from vitrail.runtime.triton import TritonRunner
 from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.weights import Weights, arena_bytes, arena_views
+from vitrail.weights.folding import Weights, arena_bytes, arena_views
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Target, launch
 

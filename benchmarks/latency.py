@@ -25,9 +25,9 @@ from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail
-from vitrail.runners.native import OVERLAP
+from vitrail.runtime.native import OVERLAP
 from vitrail.spec import TextSpec, VisionSpec
-from vitrail.tokens import TokenIds
+from vitrail.text.tokens import TokenIds
 
 GOALS = {"B/16": 0.45, "load": 1000.0}
 """Milliseconds; the bar for B/16 is 0.28."""
@@ -103,7 +103,7 @@ def text_case(spec: TextSpec, device: str) -> Case:
 
 FIRST = """
 import json, sys, time
-import torch, PIL.Image, vitrail.model
+import torch, PIL.Image, vitrail.model.model
 start = time.perf_counter()
 if sys.argv[2] == "cuda":
     torch.zeros(1, device="cuda")

@@ -11,8 +11,8 @@ import torch
 from shapes import TEXT, VISION, captions
 from torch import Tensor
 
-from vitrail import plans
-from vitrail.plan import Plan
+from vitrail.plan import blocks as plans
+from vitrail.plan.plan import Plan
 from vitrail.spec import TextSpec, VisionSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Call, Target

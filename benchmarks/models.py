@@ -42,9 +42,9 @@ from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail
-from vitrail import plans
+from vitrail.plan import blocks as plans
 from vitrail.spec import TextSpec, VisionSpec
-from vitrail.tokens import TokenIds
+from vitrail.text.tokens import TokenIds
 
 CHECKED = 64
 """Items of a batch that are compared with fp32."""

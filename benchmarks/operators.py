@@ -23,7 +23,7 @@ from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.stats import stats_ref
+from vitrail_kernels.device.stats import stats_ref
 
 SAMPLE = 2048
 """Rows of a peer's result that are compared; ours is compared whole."""

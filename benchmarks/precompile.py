@@ -27,10 +27,10 @@ from steps import sweep_calls
 
 from gpu import precompile as gpu_tests
 from gpu import record
-from vitrail import plans
-from vitrail.kernel_cache import keep
-from vitrail.plan import Plan
-from vitrail.program import image_key, record_of
+from vitrail.plan import blocks as plans
+from vitrail.plan.lowering import image_key, record_of
+from vitrail.plan.plan import Plan
+from vitrail.runtime.kernel_cache import keep
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_kernel, identity
 from vitrail_kernels.launch import Call, Target

@@ -22,7 +22,7 @@ from problems import problems
 from shapes import VISION
 
 import vitrail
-from vitrail import tune, workload
+from vitrail.tools import tune, workload
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.candidates import candidates
 from vitrail_kernels.launch import Call, Target

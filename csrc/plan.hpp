@@ -1,6 +1,6 @@
 // A plan as plain records: launches over named buffers, whose sizes are affine in the sequences,
 // tokens and longest sequence of a call. Read and checked once, never changed. What the records
-// mean is said in docs/runtime.md; engine/vitrail/program.py writes them.
+// mean is said in docs/runtime.md; engine/vitrail/plan/lowering.py writes them.
 #pragma once
 
 #include <cstdint>

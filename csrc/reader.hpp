@@ -1,4 +1,4 @@
-// Reads what engine/vitrail/record.py encodes: little-endian numbers, and lists and strings with
+// Reads what engine/vitrail/plan/record.py encodes: little-endian numbers, and lists and strings with
 // their length before them. Bytes that end early, or are left over, are refused.
 #pragma once
 

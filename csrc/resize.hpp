@@ -1,6 +1,6 @@
 // Pillow's resampling of uint8 images, in the integers that a device works in. The same functions
 // run in the kernels of resize.cu and, compiled by a host compiler, in the tests against Pillow.
-// Formula, tables and their layout: kernels/vitrail_kernels/resize.py, whose resize_tables makes
+// Formula, tables and their layout: kernels/vitrail_kernels/ops/resize.py, whose resize_tables makes
 // the tables. First across, into `middle`, then down.
 #pragma once
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import vitrail
-from vitrail.listing import find_images
+from vitrail.jobs.listing import find_images
 
 
 def main(source: str, folder: str, words: str, best: int = 5) -> None:

@@ -39,10 +39,10 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import vitrail
-from vitrail import scenes
-from vitrail.demo import encoders
-from vitrail.quiz import judge
-from vitrail.scenes import FIELDS, HELD_OUT, VALUES, Claims, Scene
+from vitrail.demo import scenes
+from vitrail.demo.demo import encoders
+from vitrail.demo.quiz import judge
+from vitrail.demo.scenes import FIELDS, HELD_OUT, VALUES, Claims, Scene
 
 SIDE, PATCH, CONTEXT, PROJECTION = 56, 8, 24, 128
 VISION = {

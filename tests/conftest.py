@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A `standin.Standin` of the module's own, as the driver of two multiprocessors."""
     import standin
-    from vitrail.runners import native
+    from vitrail.runtime import native
 
     if native.MISSING is not None or not standin.compiler():
         pytest.skip("needs vitrail._C and a C++ compiler")

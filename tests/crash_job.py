@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import vitrail.model
-from vitrail import job
-from vitrail.listing import find_images
+import vitrail.model.model
+from vitrail.jobs import folder as job
+from vitrail.jobs.listing import find_images
 
 TRIM = ctypes.CDLL(None).malloc_trim
 CALLS = ("pwrite", "fsync", "replace", "ftruncate")
@@ -69,7 +69,7 @@ def work(request: dict[str, Any], answers: int) -> None:
     grown: list[tuple[int, int]] = []
     for name in CALLS:
         setattr(os, name, patched(name, request, made))
-    model = vitrail.model.load(request["model"])
+    model = vitrail.model.model.load(request["model"])
     sources = find_images([], [request["list"]]).sources
     os.write(answers, b"{}\n")
     commit = job.commit

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import ViTImageProcessorPil
 
 from helpers import clip_folder, make, save
-from vitrail.export import export_model
+from vitrail.tools.export import export_model
 
 ARCH = 90
 LABELS = ("cat", "dog", "fish, of any kind", "Vögel", "snake")

@@ -31,8 +31,7 @@ from typing import Any, BinaryIO
 import safetensors
 
 from gauge import peak_kib
-from vitrail.errors import CheckpointError
-from vitrail.header import (
+from vitrail.checkpoint.header import (
     DTYPE_BITS,
     MAX_DEPTH,
     MAX_HEADER_BYTES,
@@ -41,6 +40,7 @@ from vitrail.header import (
     TensorEntry,
     read_header,
 )
+from vitrail.errors import CheckpointError
 
 CASE_SECONDS, HANG_SECONDS = 1.0, 30.0
 PROGRESS = "progress"

@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 
 from gauge import peak_kib
 from vitrail.errors import VitrailError
-from vitrail.images import preprocess_uint8
+from vitrail.image.preprocess import preprocess_uint8
 from vitrail.spec import ImageSpec
 
 SPEC = ImageSpec(

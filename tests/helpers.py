@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vitrail.agreement import agree
+from vitrail.tools.agreement import agree
 
 transformers.utils.logging.disable_progress_bar()
 

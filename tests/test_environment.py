@@ -29,18 +29,20 @@ from torch import Tensor
 
 import standin
 import vitrail
-from vitrail import info, kernel_cache, program, runners
+from vitrail import runtime as runners
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError, VitrailError
-from vitrail.model import Model, read_model
-from vitrail.plain import plain
-from vitrail.program import image_key
-from vitrail.runners import choose, extension, native, why_not_native
-from vitrail.runners.extension import load_extension
-from vitrail.runners.native import NativeRunner
-from vitrail.runners.reference import ReferenceRunner
-from vitrail.runners.triton import TritonRunner
-from vitrail.tokens import TokenIds
-from vitrail.weights import Weights
+from vitrail.model.model import Model, read_model
+from vitrail.plan import lowering as program
+from vitrail.plan.lowering import image_key
+from vitrail.runtime import choose, extension, kernel_cache, native, why_not_native
+from vitrail.runtime.extension import load_extension
+from vitrail.runtime.native import NativeRunner
+from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.triton import TritonRunner
+from vitrail.text.tokens import TokenIds
+from vitrail.tools import info
+from vitrail.torch_modes import plain
+from vitrail.weights.folding import Weights
 from vitrail_kernels import OPERATORS, Call, toolchain
 from vitrail_kernels import launch as kernel_launch
 from vitrail_kernels.compile import compile_kernel

@@ -79,7 +79,7 @@ class Kernels:
 
     def __init__(self, gpu: Gpu) -> None: ...
     def load(self, record: bytes) -> None:
-        """Load an image unless its key is loaded; ``record`` is as `vitrail.program` writes it.
+        """Load an image unless its key is loaded; ``record`` is as `plan.lowering` writes it.
 
         Raises ValueError for a damaged record, DriverError where the driver refuses its code.
         """
@@ -88,7 +88,7 @@ class Executable:
     """A plan over weights at an address. Any number of threads may use it at once.
 
     A ``size`` is (sequences, tokens of all, tokens of the longest). ``plan`` is as
-    `vitrail.program` writes it; raises ValueError for a damaged one.
+    `vitrail.plan.lowering` writes it; raises ValueError for a damaged one.
     """
 
     def __init__(self, kernels: Kernels, plan: bytes, weights: int) -> None: ...

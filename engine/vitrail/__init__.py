@@ -11,18 +11,18 @@ from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 
 if TYPE_CHECKING:
-    from vitrail.manifest import Embeddings, read_embeddings
-    from vitrail.model import Model, load
-    from vitrail.outputs import Classification, EncodeResult, Output
+    from vitrail.jobs.manifest import Embeddings, read_embeddings
+    from vitrail.model.model import Model, load
+    from vitrail.model.outputs import Classification, EncodeResult, Output
 
 _LAZY = {
-    "Embeddings": "vitrail.manifest",
-    "load": "vitrail.model",
-    "read_embeddings": "vitrail.manifest",
-    "Model": "vitrail.model",
-    "Classification": "vitrail.outputs",
-    "EncodeResult": "vitrail.outputs",
-    "Output": "vitrail.outputs",
+    "Embeddings": "vitrail.jobs.manifest",
+    "load": "vitrail.model.model",
+    "read_embeddings": "vitrail.jobs.manifest",
+    "Model": "vitrail.model.model",
+    "Classification": "vitrail.model.outputs",
+    "EncodeResult": "vitrail.model.outputs",
+    "Output": "vitrail.model.outputs",
 }
 
 __all__ = [

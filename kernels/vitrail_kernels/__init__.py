@@ -10,7 +10,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from vitrail_kernels import (
+from vitrail_kernels.cost import Cost
+from vitrail_kernels.launch import Call
+from vitrail_kernels.ops import (
     attention,
     attention_one,
     class_mean,
@@ -22,8 +24,6 @@ from vitrail_kernels import (
     resize,
     text_embed,
 )
-from vitrail_kernels.cost import Cost
-from vitrail_kernels.launch import Call
 
 
 class Operator(NamedTuple):

@@ -114,7 +114,7 @@ class Target:
 
     @property
     def pdl(self) -> bool:
-        """Kernels wait for the one before them by an instruction, see `vitrail_kernels.overlap`."""
+        """Kernels wait for the one before them by an instruction, see `device.overlap`."""
         return self.arch >= 90 and not interpreted()
 
 

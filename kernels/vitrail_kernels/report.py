@@ -20,9 +20,9 @@ from torch import Tensor
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import Compiled, compile_all
 from vitrail_kernels.cost import Cost
+from vitrail_kernels.device.stats import stats_shape
 from vitrail_kernels.launch import Call, Target
 from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
-from vitrail_kernels.stats import stats_shape
 
 
 class Card(NamedTuple):

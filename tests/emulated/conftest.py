@@ -12,8 +12,8 @@ import standin
 from emulated.device import Device, EmulatedRunner
 from emulated.tiny import Open, Tiny
 from helpers import HALVES
-from test_runner import HEADS, TEXT, VISION, open_runner
-from vitrail.runners import native
+from runtime.test_runner import HEADS, TEXT, VISION, open_runner
+from vitrail.runtime import native
 from vitrail_kernels.launch import MISSING, interpreted
 
 SMS = 2

@@ -13,10 +13,10 @@ from torch import Tensor
 import standin
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
-from vitrail.exported import Exported
-from vitrail.program import record_of
-from vitrail.runners.native import NativeRunner, Size, _Ready, _Sized
-from vitrail.weights import Weights
+from vitrail.exported.folder import Exported
+from vitrail.plan.lowering import record_of
+from vitrail.runtime.native import NativeRunner, Size, _Ready, _Sized
+from vitrail.weights.folding import Weights
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call, Target
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from transformers import ViTImageProcessorPil
 
-import vitrail.export
+import vitrail.tools.export
 from emulated.device import Device
 from export_folder import LABELS, PROBLEM
 from helpers import clip_folder, make, save
-from vitrail.export import export_model
-from vitrail.program import record_of
+from vitrail.plan.lowering import record_of
+from vitrail.tools.export import export_model
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call
 
@@ -92,6 +92,6 @@ def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch)
 
     theirs = CHECKPOINTS[family](checkpoint)
     with monkeypatch.context() as patched:
-        patched.setattr(vitrail.export, "kernel_record", kept)
+        patched.setattr(vitrail.tools.export, "kernel_record", kept)
         export_model(checkpoint, base / "exported", ARCHITECTURES, dtype=dtype)
     return Export(family, base / "exported", theirs, kernels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emulator.call import run_call
-from vitrail import runners
+from vitrail import runtime as runners
 from vitrail_kernels.launch import Call, Target
 
 VARIABLE = "VITRAIL_EMULATED"

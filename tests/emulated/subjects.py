@@ -22,8 +22,8 @@ from emulator.call import MAP_TYPES, Compiled, compiled, module_of
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import source_of
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.stats import stats_ref, stats_shape
 
 
 def parameter_names(call: Call, arch: int) -> tuple[str, ...]:

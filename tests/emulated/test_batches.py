@@ -15,7 +15,7 @@ from emulated.device import Device, EmulatedRunner, unedited
 from emulated.tiny import Open, Outputs, Tiny
 from emulator.call import run_call
 from gpu.cases import TILES
-from test_runner import (
+from runtime.test_runner import (
     HEADS,
     TEXT,
     VISION,
@@ -26,17 +26,17 @@ from test_runner import (
     same_bits,
     see,
 )
-from vitrail import plans
-from vitrail.plan import Plan
+from vitrail.plan import blocks as plans
+from vitrail.plan.plan import Plan
 from vitrail.spec import BlockSpec, VisionSpec
-from vitrail.tune import _Asked
-from vitrail.workload import Problem, fill, problems
+from vitrail.tools.tune import _Asked
+from vitrail.tools.workload import Problem, fill, problems
 from vitrail_kernels.candidates import candidates
 from vitrail_kernels.compile import SHARED_LIMIT, compile_each, order_of_sums
 from vitrail_kernels.configs import KernelConfig, in_force
+from vitrail_kernels.device.stats import stats_shape
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.linear import linear_calls
-from vitrail_kernels.stats import stats_shape
+from vitrail_kernels.ops.linear import linear_calls
 
 MOST = 40
 PARTS = (*((i, i + 1) for i in range(0, 40, 3)), (4, 6), (20, 23), (31, 39), (0, 8))

@@ -14,7 +14,7 @@ import pytest
 import triton
 
 import shared_library
-from vitrail import plans
+from vitrail.plan import blocks as plans
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail_kernels.launch import Target
 from vitrail_kernels.report import CARDS

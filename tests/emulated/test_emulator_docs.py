@@ -16,7 +16,7 @@ import emulator
 import shared_library
 from emulator.call import Compiled, compiled, ranges_of, run_call
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.linear import linear_calls
+from vitrail_kernels.ops.linear import linear_calls
 
 pytestmark = pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 

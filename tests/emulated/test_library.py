@@ -19,13 +19,13 @@ from torch import Tensor
 import emulator
 import standin
 import vitrail
-import vitrail.model
+import vitrail.model.model
+from csrc.test_library import OK, Library, build
 from emulated.device import Device, EmulatedRunner
 from emulated.exports import ARCHITECTURES, SIDE, Export, export
 from helpers import assert_close, image_embedding, text_embedding
-from test_library import OK, Library, build
-from test_operators import same_bits
-from vitrail.runners import triton
+from kernels.test_operators import same_bits
+from vitrail.runtime import triton
 
 EXPORTS = [
     pytest.param(("clip", "float16"), id="clip-float16"),
@@ -61,8 +61,8 @@ def python(
         return runners[-1]
 
     open_runner.name = "native"  # type: ignore[attr-defined]
-    monkeypatch.setattr(vitrail.model, "NativeRunner", open_runner)
-    monkeypatch.setattr(vitrail.model, "choose", lambda *_: "native")
+    monkeypatch.setattr(vitrail.model.model, "NativeRunner", open_runner)
+    monkeypatch.setattr(vitrail.model.model, "choose", lambda *_: "native")
     monkeypatch.setattr(triton, "target_of", lambda _: device.target)  # for its fingerprint
     exported.open(device)
     yield vitrail.load(exported.folder)

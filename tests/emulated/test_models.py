@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emulated.device import Device
 from emulated.tiny import Open
-from test_runner import (
+from runtime.test_runner import (
     HEADS,
     TEXT,
     VISION,
@@ -27,8 +27,8 @@ from test_runner import (
     vision_outputs,
     vision_streams,
 )
-from vitrail import plans
-from vitrail.plan import Plan
+from vitrail.plan import blocks as plans
+from vitrail.plan.plan import Plan
 from vitrail.spec import HeadSpec, VisionSpec
 
 BATCH = 12

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from emulated.device import Device
 from interpreted.test_resize import CASES, mixed, photo
-from test_resize_operator import Batch, Run, differing, pillow
-from vitrail.runners import native
-from vitrail.runners.cuda_resize import CudaResize
+from kernels.test_resize_operator import Batch, Run, differing, pillow
+from vitrail.runtime import native
+from vitrail.runtime.cuda_resize import CudaResize
 from vitrail_kernels.cuda_image import CudaImage, cuda_image
-from vitrail_kernels.resize import Tables
+from vitrail_kernels.ops.resize import Tables
 
 SOURCE = Path(__file__).parents[2] / "csrc/resize.cu"
 

@@ -10,9 +10,9 @@ import torch
 import shared_library
 from emulator.call import run_call
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.device.stagger import TILES
 from vitrail_kernels.launch import Target
-from vitrail_kernels.linear import linear_calls, linear_config
-from vitrail_kernels.stagger import TILES
+from vitrail_kernels.ops.linear import linear_calls, linear_config
 
 pytestmark = pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 

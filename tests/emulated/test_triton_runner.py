@@ -11,10 +11,10 @@ import torch
 from emulated.device import Device
 from emulated.tiny import Open, Outputs
 from emulator.call import run_call
-from test_runner import HEADS, TEXT, VISION, images, read, same_bits, see
-from vitrail import plans
-from vitrail.runners.runner import Runner
-from vitrail.runners.triton import TritonRunner
+from runtime.test_runner import HEADS, TEXT, VISION, images, read, same_bits, see
+from vitrail.plan import blocks as plans
+from vitrail.runtime.runner import Runner
+from vitrail.runtime.triton import TritonRunner
 from vitrail_kernels.launch import Call
 
 CPU = torch.device("cpu")

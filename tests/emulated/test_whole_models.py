@@ -14,9 +14,9 @@ from torch import Tensor
 import vitrail
 from emulated.device import Device, EmulatedRunner
 from helpers import assert_close, make, reference_numbers, save
+from model.test_parity_full import VIT_B16
 from real_model import dinov2_small
-from test_parity_full import VIT_B16
-from vitrail.towers import VisionTower
+from vitrail.runtime.towers import VisionTower
 from vitrail_kernels.launch import Call
 
 pytestmark = pytest.mark.slow

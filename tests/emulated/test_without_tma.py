@@ -12,7 +12,7 @@ from emulated.conftest import SMS, why_not
 from emulated.device import Device, EmulatedRunner
 from emulated.test_models import BATCH, formula
 from emulated.tiny import Tiny
-from test_runner import (
+from runtime.test_runner import (
     HEADS,
     TEXT,
     VISION,
@@ -24,8 +24,8 @@ from test_runner import (
     same_bits,
     see,
 )
-from vitrail import plans
-from vitrail.runners import native
+from vitrail.plan import blocks as plans
+from vitrail.runtime import native
 
 SEEDS = (0, 1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emulated.device import Device, EmulatedRunner
-from test_runner import Tensors, same_bits
+from runtime.test_runner import Tensors, same_bits
 
 Outputs = dict[str, Tensor]
 

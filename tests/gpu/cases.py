@@ -14,15 +14,15 @@ from torch import Tensor
 
 import checkpoints
 from gpu.common import DEVICE, DRY, NAMES, Guarded
-from vitrail import plans
-from vitrail.plan import Buffer, Launch, Plan, Rows
-from vitrail.runners.reference import STATISTICS
+from vitrail.plan import blocks as plans
+from vitrail.plan.plan import Buffer, Launch, Plan, Rows
+from vitrail.runtime.torch_runner import STATISTICS
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import read_spec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.device.stats import stats_ref
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.stats import stats_ref
 
 LOG2_E = math.log2(math.e)
 PER_TOKEN, PER_SEQUENCE = Rows(tokens=1), Rows(sequences=1)

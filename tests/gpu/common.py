@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_operators import bits, same_bits
+from kernels.test_operators import bits, same_bits
 
 __all__ = ["bits", "same_bits"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import vitrail
 from gpu.common import DEVICE, DRY, NAMES, generator
 from helpers import make, save, texts_with_end, with_outliers
-from test_parity_full import CLIP_B32, CLIP_L14, DINOV2_B, VIT_B16
+from model.test_parity_full import CLIP_B32, CLIP_L14, DINOV2_B, VIT_B16
 
 HALF = torch.float16
 RUNNER = "triton" if DRY else os.environ.get("VITRAIL_GPU_TESTS_RUNNER", "auto")

@@ -26,10 +26,10 @@ from gpu.cases import SHAPES, Work, calls_of, spec_of, vision_work, works
 from gpu.common import HALVES
 from gpu.models import BUNDLED, SMALL
 from helpers import make, save
-from vitrail import plans
-from vitrail.files import open_checkpoint
-from vitrail.kernel_cache import keep
-from vitrail.program import image_key, record_of
+from vitrail.checkpoint.files import open_checkpoint
+from vitrail.plan import blocks as plans
+from vitrail.plan.lowering import image_key, record_of
+from vitrail.runtime.kernel_cache import keep
 from vitrail.spec import ModelSpec
 from vitrail.zoo import read_spec
 from vitrail_kernels.compile import compile_kernel, identity

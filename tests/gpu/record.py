@@ -23,7 +23,7 @@ from torch import Tensor
 from gpu import cases
 from gpu.cases import Case, Work, different, vision_work
 from gpu.common import NAMES, same_bits
-from vitrail import plans
+from vitrail.plan import blocks as plans
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
@@ -101,7 +101,7 @@ def tiles_of(name: str, case: Case) -> tuple[KernelConfig, ...]:
 
 def by_tile(tile: KernelConfig) -> Any:
     """Inside it, every linear takes this tile."""
-    return mock.patch("vitrail_kernels.linear.linear_config", return_value=tile)
+    return mock.patch("vitrail_kernels.ops.linear.linear_config", return_value=tile)
 
 
 def record(file: Path) -> int:

@@ -20,7 +20,7 @@ from helpers import (
     reference_numbers,
     text_embedding,
 )
-from vitrail.agreement import CORPUS, agree
+from vitrail.tools.agreement import CORPUS, agree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

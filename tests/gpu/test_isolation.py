@@ -13,10 +13,10 @@ import vitrail
 from gpu.common import DEVICE, DRY, HALVES, NAMES, POISONS, same_bits
 from gpu.models import HALF, RUNNER, SMALL, Zoo, images, padded, texts
 from helpers import make, save
-from vitrail.agreement import agree
 from vitrail.errors import VitrailError
-from vitrail.tokens import TokenIds
-from vitrail.towers import TextTower, VisionTower
+from vitrail.runtime.towers import TextTower, VisionTower
+from vitrail.text.tokens import TokenIds
+from vitrail.tools.agreement import agree
 
 pytestmark = [
     pytest.mark.gpu,

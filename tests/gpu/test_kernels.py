@@ -11,11 +11,11 @@ from torch import Tensor
 from gpu.cases import PER_TOKEN, SHAPES, TILES, Case, Work, case_of, different, works
 from gpu.common import DEVICE, DRY, HALVES, NAMES, POISONS, Guarded, same_bits
 from helpers import assert_close, reference_numbers
-from vitrail.plan import Launch, Rows
+from vitrail.plan.plan import Launch, Rows
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
-from vitrail_kernels.position import position_ref
-from vitrail_kernels.stats import stats_ref
+from vitrail_kernels.device.stats import stats_ref
+from vitrail_kernels.ops.position import position_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

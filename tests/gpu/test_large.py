@@ -12,8 +12,8 @@ from torch import Tensor
 from gpu.common import DEVICE, DRY, room, same_bits
 from gpu.models import HALF
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.patch_embed import K_MULTIPLE
-from vitrail_kernels.stats import stats_ref, stats_shape
+from vitrail_kernels.device.stats import stats_ref, stats_shape
+from vitrail_kernels.ops.patch_embed import K_MULTIPLE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

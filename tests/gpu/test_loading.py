@@ -8,8 +8,8 @@ import torch
 import vitrail
 from gpu.common import DEVICE, DRY, same_bits
 from gpu.models import RUNNER, SERVES, Zoo, images
-from vitrail import info
 from vitrail.errors import InputError
+from vitrail.tools import info
 
 pytestmark = [
     pytest.mark.gpu,

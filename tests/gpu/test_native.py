@@ -23,13 +23,13 @@ from torch import Tensor
 import vitrail
 from gpu.common import DEVICE, DRY, HALVES, NAMES, gpu_alone, same_bits
 from gpu.models import BUNDLED, HALF, Zoo, images, padded, texts
-from vitrail import plans
 from vitrail.errors import OutOfMemoryError
-from vitrail.plan import Plan
-from vitrail.program import Program
-from vitrail.runners import native
-from vitrail.runners.native import OVERLAP, NativeRunner
-from vitrail.tokens import TokenIds
+from vitrail.plan import blocks as plans
+from vitrail.plan.lowering import Program
+from vitrail.plan.plan import Plan
+from vitrail.runtime import native
+from vitrail.runtime.native import OVERLAP, NativeRunner
+from vitrail.text.tokens import TokenIds
 
 pytestmark = [
     pytest.mark.gpu,

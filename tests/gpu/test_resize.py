@@ -10,9 +10,9 @@ import torch
 import vitrail
 from gpu.common import DEVICE, DRY, Guarded, same_bits
 from gpu.models import BUNDLED, HALF, RUNNER
-from vitrail import model
+from vitrail.model import model
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.resize import resize_tables
+from vitrail_kernels.ops.resize import resize_tables
 
 pytestmark = pytest.mark.gpu
 

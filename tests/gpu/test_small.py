@@ -18,8 +18,8 @@ from gpu.common import DEVICE, sync
 from gpu.models import BUNDLED, HALF, RUNNER, SERVES, SMALL
 from gpu.test_resize import Batch, assert_same_bytes
 from helpers import arguments, assert_close, make, save
-from vitrail.program import Program
-from vitrail.runners.native import NativeRunner
+from vitrail.plan.lowering import Program
+from vitrail.runtime.native import NativeRunner
 from vitrail_kernels.launch import Call
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail_kernels.activations import ACTIVATIONS, activate
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.device.activations import ACTIVATIONS, activate
 from vitrail_kernels.launch import Call, Grid, jit, launch, tl
 
 pytestmark = pytest.mark.interpreted

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import (
+from kernels.test_operators import (
     POISONS,
     Guarded,
     check,
@@ -27,20 +27,20 @@ from test_operators import (
     plain_attention,
     same_bits,
 )
-from vitrail_kernels.attention import (
+from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.launch import INTERPRETED, Target, interpreted, launch
+from vitrail_kernels.ops.attention import (
     _attention_kernel,
     attention,
     attention_calls,
     attention_ref,
 )
-from vitrail_kernels.attention_one import (
+from vitrail_kernels.ops.attention_one import (
     _attention_one_kernel,
     attention_one,
     attention_one_calls,
     attention_one_ref,
 )
-from vitrail_kernels.configs import KernelConfig
-from vitrail_kernels.launch import INTERPRETED, Target, interpreted, launch
 
 pytestmark = [
     pytest.mark.interpreted,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import vitrail
-from test_operators import same_bits
-from vitrail.plan import Launch
-from vitrail.runners import RUNNERS
-from vitrail.runners.triton import TritonRunner
+from kernels.test_operators import same_bits
+from vitrail.plan.plan import Launch
+from vitrail.runtime import RUNNERS
+from vitrail.runtime.triton import TritonRunner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import INTERPRETED, descriptor
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
+from kernels.test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
+from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.layernorm import layernorm, layernorm_calls, row_config
-from vitrail_kernels.stats import stats_ref, stats_shape
+from vitrail_kernels.ops.layernorm import layernorm, layernorm_calls, row_config
 
 pytestmark = [
     pytest.mark.interpreted,

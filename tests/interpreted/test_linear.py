@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import (
+from kernels.test_operators import (
     GUARD,
     LINEARS,
     POISONS,
@@ -24,9 +24,9 @@ from test_operators import (
     same_bits,
 )
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.device.stats import mean_rstd_ref, stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.linear import linear, linear_calls
-from vitrail_kernels.stats import mean_rstd_ref, stats_ref, stats_shape
+from vitrail_kernels.ops.linear import linear, linear_calls
 
 pytestmark = pytest.mark.interpreted
 
@@ -112,7 +112,7 @@ def test_every_tile_and_both_ways_of_loading_give_the_same_bits(
     results = []
     for tile in ((64, 64, 64), (64, 128, 64), (128, 128, 64), (128, 256, 64)):
         config = KernelConfig(*tile, 4, 3)
-        monkeypatch.setattr("vitrail_kernels.linear.linear_config", lambda *_, c=config: c)
+        monkeypatch.setattr("vitrail_kernels.ops.linear.linear_config", lambda *_, c=config: c)
         results += [run(target, operands, **scalars) for target in TARGETS.values()]
     for y, stats in results[1:]:
         assert same_bits(y, results[0][0])

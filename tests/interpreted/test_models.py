@@ -22,7 +22,7 @@ from helpers import (
     save,
     text_embedding,
 )
-from test_operators import same_bits
+from kernels.test_operators import same_bits
 from vitrail.errors import InputError
 
 pytestmark = pytest.mark.interpreted

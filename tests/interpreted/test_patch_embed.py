@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import (
+from kernels.test_operators import (
     POISONS,
     Guarded,
     check,
@@ -20,15 +20,15 @@ from test_operators import (
     patch_case,
     same_bits,
 )
+from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.patch_embed import (
+from vitrail_kernels.ops.patch_embed import (
     VARYING,
     patch_embed,
     patch_embed_calls,
     patch_embed_cost,
 )
-from vitrail_kernels.patch_embed import patch_embed_ref as reference
-from vitrail_kernels.stats import stats_ref, stats_shape
+from vitrail_kernels.ops.patch_embed import patch_embed_ref as reference
 
 pytestmark = [
     pytest.mark.interpreted,

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
-from vitrail_kernels.class_mean import class_mean, class_mean_calls
+from kernels.test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.layernorm import row_config
-from vitrail_kernels.pool import pool, pool_calls
+from vitrail_kernels.ops.class_mean import class_mean, class_mean_calls
+from vitrail_kernels.ops.layernorm import row_config
+from vitrail_kernels.ops.pool import pool, pool_calls
 
 pytestmark = [
     pytest.mark.interpreted,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import POISONS, Guarded, normal, resampling, same_bits
+from kernels.test_operators import POISONS, Guarded, normal, resampling, same_bits
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.position import position, position_calls, position_ref
+from vitrail_kernels.ops.position import position, position_calls, position_ref
 
 pytestmark = [
     pytest.mark.interpreted,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_resize_operator import Batch, Run, content, differing, pillow, reference, resized
+from kernels.test_resize_operator import Batch, Run, content, differing, pillow, reference, resized
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.resize import Tables, resize, resize_calls, resize_tables
+from vitrail_kernels.ops.resize import Tables, resize, resize_calls, resize_tables
 
 pytestmark = pytest.mark.interpreted
 

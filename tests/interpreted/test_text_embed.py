@@ -9,10 +9,10 @@ from torch import Tensor
 
 from helpers import assert_close
 from interpreted.guard import at_page_end
-from test_operators import POISONS, Guarded, check, normal, same_bits
+from kernels.test_operators import POISONS, Guarded, check, normal, same_bits
+from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.stats import stats_ref, stats_shape
-from vitrail_kernels.text_embed import text_embed, text_embed_calls
+from vitrail_kernels.ops.text_embed import text_embed, text_embed_calls
 
 pytestmark = pytest.mark.interpreted
 

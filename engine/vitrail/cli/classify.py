@@ -26,8 +26,8 @@ from vitrail.cli.options import (
 from vitrail.errors import CheckpointError, InputError, VitrailError
 
 if TYPE_CHECKING:
-    from vitrail.listing import Source
-    from vitrail.model import Model
+    from vitrail.jobs.listing import Source
+    from vitrail.model.model import Model
 
 CLASSIFY_BATCH = 32
 
@@ -62,7 +62,7 @@ def classify(
     With --labels or --labels-file: zero-shot, for CLIP. Without: the labels a checkpoint was
     fine-tuned for.
     """
-    from vitrail.listing import find_images, path_text, shown
+    from vitrail.jobs.listing import find_images, path_text, shown
 
     options: dict[str, Any] = {"labels": _labels(labels, labels_file), "size": parse_size(size)}
     if template:

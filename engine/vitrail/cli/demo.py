@@ -9,7 +9,7 @@ from vitrail.cli import options
 from vitrail.cli.options import Device, Dtype, Local, ModelName, Revision
 
 if TYPE_CHECKING:
-    from vitrail.model import Model
+    from vitrail.model.model import Model
 
 
 def demo(
@@ -28,7 +28,7 @@ def demo(
     Rendered scenes are named and searched by words, the sample photos by altered ones. Without
     --model a small bundled CLIP does it, which knows shapes and colours; no network is needed.
     """
-    from vitrail.demo import run
+    from vitrail.demo.demo import run
 
     def load(name: str) -> Model:
         return options.load(name, device, dtype, revision, local_files_only)

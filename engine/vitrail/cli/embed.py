@@ -84,10 +84,10 @@ def embed(
 
     Exit codes: 0 all embedded, 3 some failed, 1 all failed or an error, 130 interrupted.
     """
-    from vitrail import embed as single
-    from vitrail import job
-    from vitrail.listing import find_images
-    from vitrail.manifest import read_manifest
+    from vitrail.jobs import folder as job
+    from vitrail.jobs import one_file as single
+    from vitrail.jobs.listing import find_images
+    from vitrail.jobs.manifest import read_manifest
 
     if not inputs and not lists:
         raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")

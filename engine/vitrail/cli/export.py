@@ -37,7 +37,7 @@ def export(
     is compiled for embeddings at its size, and triton may be missing. Exporting needs triton and no
     GPU, and takes minutes. Architectures: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120.
     """
-    from vitrail.export import export_model
+    from vitrail.tools.export import export_model
 
     name, sides = needed(model, "MODEL"), parse_size(size)
     if folder is None:

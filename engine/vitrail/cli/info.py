@@ -27,7 +27,7 @@ def info(
 
     Its towers, how its images and texts will be treated, and what would serve it. Reads no weights.
     """
-    from vitrail.info import describe, read
+    from vitrail.tools.info import describe, read
 
     name = needed(model, "MODEL")
     spec, facts = read(name, revision, local_files_only)

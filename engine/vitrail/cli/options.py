@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from vitrail.model import Model
+    from vitrail.model.model import Model
 
 EXAMPLE = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 LOG_SECONDS = 5.0
@@ -65,7 +65,7 @@ def load(
     local_files_only: bool,
     resize: str = "host",
 ) -> Model:
-    from vitrail import model
+    from vitrail.model import model
 
     return model.load(
         name,
@@ -107,8 +107,8 @@ def tell_unread(unread: Mapping[str, int]) -> None:
 
 def report(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
     """Says which images failed."""
-    from vitrail.embed import REASONS
-    from vitrail.listing import shown
+    from vitrail.jobs.listing import shown
+    from vitrail.jobs.one_file import REASONS
 
     if not failed:
         return

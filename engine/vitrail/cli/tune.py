@@ -42,10 +42,10 @@ def tune(
     VITRAIL_TUNED=<its folder> puts into force; what the table holds of other shapes stays. Takes a
     minute or two and reads no weights. The table is written after every shape.
     """
-    from vitrail.files import open_checkpoint
-    from vitrail.tune import cuda_bench, existing, provenance, save
-    from vitrail.tune import tune as search
-    from vitrail.workload import problems
+    from vitrail.checkpoint.files import open_checkpoint
+    from vitrail.tools.tune import cuda_bench, existing, provenance, save
+    from vitrail.tools.tune import tune as search
+    from vitrail.tools.workload import problems
     from vitrail.zoo import read_spec
     from vitrail_kernels.configs import VARIABLE
 

@@ -48,8 +48,8 @@ def verify(
 
     Exit codes: 0 all checks pass, 1 one fails or an error.
     """
-    from vitrail.listing import Source, find_images, shown
-    from vitrail.verify import verify as compare
+    from vitrail.jobs.listing import Source, find_images, shown
+    from vitrail.tools.verify import verify as compare
 
     name = needed(model, "--model")
     loaded = load(name, device, dtype, revision, local_files_only)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vitrail.checkpoint.files import Checkpoint
 from vitrail.errors import CheckpointError
-from vitrail.files import Checkpoint
 from vitrail.spec import ModelSpec
 from vitrail.zoo import hf, hf_names
 from vitrail.zoo.rules import Source

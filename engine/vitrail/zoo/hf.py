@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.header import show
 from vitrail.errors import CheckpointError
-from vitrail.files import Checkpoint
-from vitrail.header import show
 from vitrail.spec import (
     MAX_IMAGE_SIDE,
     MAX_LAYERS,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.header import show
 from vitrail.errors import CheckpointError
-from vitrail.files import Checkpoint
-from vitrail.header import show
 
 Family = Literal["vit", "clip", "dinov2", "dinov2_with_registers"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vitrail.files import Checkpoint
+from vitrail.checkpoint.files import Checkpoint
 from vitrail.spec import ModelSpec
 from vitrail.zoo.rules import Rule, Source, copy, expand, ignore, map_names, split
 

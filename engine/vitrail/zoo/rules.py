@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vitrail.checkpoint.files import TensorEntry
 from vitrail.errors import CheckpointError
-from vitrail.files import TensorEntry
 from vitrail.spec import Shape
 
 DTYPES = ("F32", "F16", "BF16")

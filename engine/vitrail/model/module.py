@@ -1,0 +1,112 @@
+"""A tower as a torch.nn.Module, for models of others that are compiled or captured as a whole.
+
+Each tower is one custom operator: torch.compile knows the shapes of what it gives, calls it, and
+neither looks inside nor breaks there. It never looks at values either, so that a caller's CUDA
+graph can be captured around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.errors import InputError
+from vitrail.runtime.towers import TextTower, VisionTower
+from vitrail.torch_modes import plain
+
+_VISION: WeakValueDictionary[int, VisionTower] = WeakValueDictionary()
+_TEXT: WeakValueDictionary[int, TextTower] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op("vitrail::embed_image", mutates_args=())
+def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
+    """Embedding (B, ``width``) fp32 and status (B,) int32 of ``pixels``, by image tower number."""
+    with plain():
+        out = _VISION[tower].embed(pixels)
+    return out["vision.embedding"], out["vision.status"]
+
+
+@torch.library.custom_op("vitrail::embed_text", mutates_args=())
+def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
+    """The same of token ids (B, T) by text tower ``tower``."""
+    with plain():
+        out = _TEXT[tower].dense(ids)
+    return out["text.embedding"], out["text.status"]
+
+
+@embed_image.register_fake
+@embed_text.register_fake
+def _shapes(items: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
+    embedding = items.new_empty((items.shape[0], width), dtype=torch.float32)
+    return embedding, items.new_empty((items.shape[0],), dtype=torch.int32)
+
+
+class ImageModule(nn.Module):
+    """Pixels -> embeddings (B, D) fp32, on the model's device.
+
+    Pixels as `Model.encode_image` takes tensors: float (B, channels, H, W) already preprocessed, or
+    uint8 (B, H, W, channels) of the size that the tower is to see. An item whose numbers are not
+    finite comes out as NaN throughout. No gradient flows. Raises InputError for another shape,
+    dtype or device.
+    """
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.tower, self.number = tower, next(_NUMBERS)
+        _VISION[self.number] = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        spec, device = self.tower.spec, self.tower.runner.device
+        uint8 = pixels.dtype == torch.uint8
+        channels, sides = (
+            (pixels.shape[-1], pixels.shape[1:3]) if uint8 else (pixels.shape[1], pixels.shape[2:])
+        )
+        good = pixels.dim() == 4 and channels == spec.channels
+        if not good or any(s < p for s, p in zip(sides, spec.patch, strict=True)):
+            raise InputError(
+                f"pixels: got {tuple(pixels.shape)} of {pixels.dtype}, wanted (B, {spec.channels}, "
+                f"H, W) floats or (B, H, W, {spec.channels}) uint8 of a patch or more"
+            )
+        if not uint8 and not pixels.is_floating_point():
+            raise InputError(f"pixels: got {pixels.dtype}, wanted floats or uint8")
+        _check_device("pixels", pixels, device)
+        return _finite(*embed_image(pixels.detach(), self.number, spec.embedding))
+
+
+class TextModule(nn.Module):
+    """Token ids (B, T) int32 or int64 -> embeddings (B, D) fp32, on the model's device.
+
+    Rows are padded on the right, and pooled where transformers pools them; every token is computed,
+    for where a row ends is a value. Ids are not looked at: one out of range comes out as NaN from
+    the kernels, and is PyTorch's IndexError on the CPU. Raises InputError for another shape, dtype
+    or device.
+    """
+
+    def __init__(self, tower: TextTower) -> None:
+        super().__init__()
+        self.tower, self.number = tower, next(_NUMBERS)
+        _TEXT[self.number] = tower
+
+    def forward(self, ids: Tensor) -> Tensor:
+        spec = self.tower.spec
+        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"ids: got {tuple(ids.shape)} of {ids.dtype}, wanted (B, T) int32 or int64"
+            )
+        if not 1 <= ids.shape[1] <= spec.context:
+            raise InputError(f"ids: got {ids.shape[1]} a row, wanted 1 to {spec.context}")
+        _check_device("ids", ids, self.tower.runner.device)
+        return _finite(*embed_text(ids, self.number, spec.embedding))
+
+
+def _check_device(name: str, got: Tensor, device: torch.device) -> None:
+    if got.device != device:
+        raise InputError(f"{name}: got a tensor on {got.device}, wanted {device}")
+
+
+def _finite(embedding: Tensor, status: Tensor) -> Tensor:
+    return torch.where(status[:, None] == 0, embedding, float("nan"))

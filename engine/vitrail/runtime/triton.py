@@ -1,0 +1,64 @@
+"""Walks a plan with the Triton kernels, launched from Python: CUDA, or the interpreter in tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from vitrail.errors import InputError, VitrailError
+from vitrail.plan.plan import Launch
+from vitrail.runtime.runner import Runner
+from vitrail_kernels import OPERATORS
+from vitrail_kernels.compile import provenance
+from vitrail_kernels.launch import Target, target_of
+from vitrail_kernels.toolchain import triton_cache
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """What Triton raises if its cache fails, as a VitrailError that names the folder."""
+    try:
+        yield
+    except (OSError, json.JSONDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise VitrailError(
+            f"triton runner: triton's cache in {triton_cache()}: {reason}; empty that folder, or "
+            "name another one by TRITON_CACHE_DIR"
+        ) from error
+
+
+class TritonRunner(Runner):
+    """Runs plans in fp16 or bf16 (fp32 in the interpreter) with Vitrail's own kernels."""
+
+    name = "triton"
+
+    @property
+    def identity(self) -> str:
+        try:
+            return provenance(self.target)
+        except ValueError as error:  # a tuned table of the user's own
+            raise InputError(str(error)) from error
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The GPU that kernels are launched on."""
+        return target_of(self.weights.arena)
+
+    @property
+    def resizer(self) -> str:
+        return "Triton kernels"
+
+    def _resize(self, *tensors: Tensor) -> None:
+        with _compiler_errors():
+            OPERATORS["resize"].launch(*tensors)
+
+    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
+        with _compiler_errors():
+            super().walk(launches, tensors, longest)
+
+    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+        OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))

@@ -1,0 +1,253 @@
+"""What ``vitrail info`` says of a checkpoint: read from configurations and headers, no weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.exported.folder import Exported, open_exported
+from vitrail.exported.format import WEIGHTS
+from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
+from vitrail.zoo import map_tensors, read_spec
+
+INTERPRETER = "TRITON_INTERPRET=1 lets the kernels run on the CPU, slowly: runner='triton'"
+FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")
+
+
+def read(
+    name: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec, and facts ready for JSON: the files, what is stored, what would serve it.
+
+    Raises CheckpointError, as loading would, where the checkpoint is not one Vitrail can serve.
+    """
+    exported = open_exported(name, revision)
+    if exported is not None:
+        return exported.spec, _exported(exported)
+    checkpoint = open_checkpoint(name, revision=revision, local_files_only=local_files_only)
+    spec = read_spec(checkpoint)
+    map_tensors(checkpoint, spec)
+    entries = checkpoint.tensors.values()
+    stored = Counter(entry.dtype for entry in entries)
+    return spec, {
+        "source": checkpoint.source,
+        "folder": str(checkpoint.folder),
+        "revision": checkpoint.revision,
+        "parameters": spec.parameters,
+        "files": sorted({entry.file.name for entry in entries}),
+        "bytes": sum(entry.nbytes for entry in entries),
+        "tensors": dict(stored.most_common()),
+        "tokenizer": _tokenizer_files(checkpoint),
+        "serving": _serving(),
+        "spec": spec.to_dict(),
+    }
+
+
+def _exported(exported: Exported) -> dict[str, Any]:
+    """`read` of an exported folder, whose weights are packed into one tensor."""
+    checkpoint, spec = exported.checkpoint(), exported.spec
+    return {
+        "source": checkpoint.source,
+        "folder": str(checkpoint.folder),
+        "revision": None,
+        "parameters": spec.parameters,
+        "files": [WEIGHTS],
+        "bytes": exported.arena_bytes,
+        "tensors": {str(exported.dtype).removeprefix("torch."): 1},
+        "tokenizer": _tokenizer_files(checkpoint),
+        "serving": _serving(exported),
+        "spec": spec.to_dict(),
+        "exported": f"from {exported.origin} for {exported.architectures}: {exported.extent}",
+    }
+
+
+def describe(spec: ModelSpec, facts: dict[str, Any]) -> str:
+    """The same in words, a line a topic."""
+    lines = list(_lines(spec, facts))
+    width = max(len(topic) for topic, _ in lines)
+    return "\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)
+
+
+def _lines(spec: ModelSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    revision = f" at {facts['revision']}" if facts["revision"] else ""
+    yield "model", f"{spec.architecture} (family {spec.family}), {spec.parameters:,} parameters"
+    yield "source", f"{facts['source']}{revision}"
+    stored = ", ".join(f"{count} {dtype}" for dtype, count in facts["tensors"].items())
+    size = facts["bytes"] / 1e6
+    yield "weights", f"{', '.join(facts['files'])}: {size:,.1f} MB, tensors: {stored}; complete"
+    if "exported" in facts:
+        yield "exported", facts["exported"]
+    if spec.vision is not None:
+        yield from _vision_lines(spec.vision)
+        yield "images", _contract(spec.image)
+    if spec.text is not None:
+        yield from _text_lines(spec.text, facts["tokenizer"])
+    if spec.head is not None:
+        yield "head", _head(spec.head)
+    yield from facts["serving"].items()
+    if "fingerprint" in facts:
+        yield "fingerprint", facts["fingerprint"]
+
+
+def _blocks(blocks: BlockSpec) -> str:
+    gate = "gated " if blocks.gated else ""
+    extras = ", causal" * blocks.causal + ", LayerScale" * blocks.layer_scale
+    return (
+        f"{blocks.layers} layers, width {blocks.width}, {blocks.heads} heads of {blocks.head_dim}, "
+        f"MLP {blocks.mlp} {gate}{blocks.activation}, LayerNorm eps {blocks.eps:g}"
+        f"{extras}{'' if blocks.qkv_bias else ', no qkv bias'}"
+    )
+
+
+def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
+    down, across = vision.grid
+    registers = f", {vision.registers} registers" if vision.registers else ""
+    yield "image tower", _blocks(vision.blocks)
+    yield (
+        "tokens",
+        f"class{registers}, {down}x{across} patches of {_by(vision.patch)} from "
+        f"{vision.channels}x{_by(vision.image)} pixels{'; LayerNorm first' * vision.pre_norm}",
+    )
+    antialias = "with" if vision.position_antialias else "without"
+    yield "positions", f"{vision.positions} learnt, other sizes: bicubic {antialias} antialiasing"
+    projected = f", projected to {vision.projection}" if vision.projection else ""
+    yield (
+        "embedding",
+        f"class token after the final LayerNorm{projected}: {vision.embedding} numbers"
+        f"{'; the pooler is left out' * (vision.pooler is not None)}",
+    )
+
+
+def _text_lines(text: TextSpec, tokenizer: str | None) -> Iterator[tuple[str, str]]:
+    rule = f"the first id {text.eos}" if text.eos is not None else "the first of the highest ids"
+    projected = f", projected to {text.projection}" if text.projection else ""
+    yield "text tower", _blocks(text.blocks)
+    yield "pooled at", f"{rule}, after the final LayerNorm{projected}: {text.embedding} numbers"
+    yield (
+        "texts",
+        f"{tokenizer or 'no tokenizer in the folder: token ids only'}; vocabulary {text.vocab}, "
+        f"at most {text.context} tokens, longer ones an error unless cut on request",
+    )
+
+
+def _contract(image: ImageSpec | None) -> str:
+    if image is None:
+        return "no preprocessor in the folder: preprocessed float pixels only"
+    steps = ["to RGB"] * image.convert_rgb
+    if image.resize is not None:
+        target = (
+            f"shortest edge to {image.resize[1]}"
+            if image.resize[0] == "shortest"
+            else f"resize to {_by(image.resize[1:])}"
+        )
+        steps.append(f"{target} ({FILTERS[image.resample]})")
+    if image.crop is not None:
+        steps.append(f"centre crop {_by(image.crop)}")
+    if image.rescale is not None:
+        steps.append(f"times {image.rescale:.6g}")
+    if image.mean is not None and image.std is not None:
+        mean, std = (", ".join(f"{x:g}" for x in values) for values in (image.mean, image.std))
+        steps.append(f"minus mean ({mean}), by std ({std})")
+    return ", ".join(steps) or "taken as they are"
+
+
+def _head(head: HeadSpec) -> str:
+    source = (
+        "the class token" if head.features == "class" else "class token and mean of the patches"
+    )
+    some = ", ".join(head.labels[:3]) + ", ..." * (len(head.labels) > 3)
+    return f"{len(head.labels)} labels from {source}: {some}"
+
+
+def _by(pair: tuple[int, ...]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.file("tokenizer.json") is not None:
+        return "tokenizer.json"
+    both = checkpoint.file("vocab.json") is not None and checkpoint.file("merges.txt") is not None
+    return "vocab.json and merges.txt" if both else None
+
+
+def _serving(exported: Exported | None = None) -> dict[str, str]:
+    """Which runner and device would serve, and what of the faster parts is installed."""
+    import torch
+
+    from vitrail.cuda import cuda_capability, why_no_cuda
+    from vitrail.runtime import choose, why_not_kernels, why_not_native
+    from vitrail_kernels.launch import MISSING, TMA, Target, triton_version
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.float16 if cuda else torch.float32
+    dtype = dtype if exported is None else exported.dtype
+    name = choose("auto", dtype, device, exported)
+    if name == "reference":
+        unused = why_no_cuda() if not cuda and _sees_gpu() else None
+        why = unused or why_not_kernels(dtype, device) or INTERPRETER
+        runner = f"reference (PyTorch {torch.__version__}; {why})"
+    elif name == "triton":
+        runner = f"triton (Vitrail's kernels; {why_not_native(dtype, device, exported)})"
+    else:
+        runner = f"{name} (Vitrail's kernels)"
+    kernels = str(MISSING) if MISSING is not None else f"triton {triton_version()}"
+    if name != "reference":
+        major, minor = cuda_capability(device)
+        if Target(10 * major + minor, 1).without_tma:
+            kernels += f", without TMA ({TMA}=0)"
+    return {
+        "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
+        "kernels": f"{kernels}; resize: {_resize(name)}",
+        "native": _native(),
+    }
+
+
+def _resize(runner: str, library: str | None = None) -> str:
+    """What resizes images on a device; a driver is asked whether it takes the CUDA image."""
+    from vitrail.runtime.cuda_resize import CudaResize, open_resize
+    from vitrail.runtime.native import DRIVER
+    from vitrail_kernels.cuda_image import cuda_image
+
+    if runner != "native":
+        return str(cuda_image("resize") or "Triton, no CUDA image was built")
+    from vitrail import _C
+
+    try:
+        found = open_resize(_C.Gpu(library or DRIVER, 0))
+    except RuntimeError as error:
+        return f"not known: {error}"
+    return str(found.image) if isinstance(found, CudaResize) else f"Triton, since {found}"
+
+
+def _sees_gpu() -> bool:
+    """Whether the driver, or PyTorch, counts a GPU, usable or not."""
+    import torch
+
+    from vitrail.runtime.native import MISSING
+
+    if MISSING is None:
+        from vitrail import _C
+
+        if _C.driver().devices:
+            return True
+    return torch.cuda.device_count() > 0
+
+
+def _native() -> str:
+    from vitrail.runtime.native import MISSING
+
+    if MISSING is not None:
+        return str(MISSING)
+    from vitrail import _C
+
+    driver = _C.driver()
+    if not driver.available:
+        return f"vitrail._C {_C.version()}; no GPU: {driver.reason}"
+    names = ", ".join(
+        f"{one.name} (sm_{''.join(map(str, one.capability))})" for one in driver.devices
+    )
+    cuda = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
+    return f"vitrail._C {_C.version()}; {cuda}: {names}"

@@ -1,0 +1,486 @@
+"""patch_embed: pixels -> tokens, out[b, t] = table[t] + patch(b, t) W^T
+
+    patch  the pixels under one patch; remainder pixels at the right and bottom edge are dropped
+    table  position + class / register tokens + projection bias, see `position`
+    FLOPs  2 B P C K      bytes  pixels + C K + B T C      bound  by memory for uint8 at small K
+
+uint8 pixels come as (B, H, W, channels) with a weight that has the normalisation folded in and
+runs (row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
+weight that runs (channel, row, column). A uint8 value u enters as u / 256: exact in every dtype,
+and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
+
+The kernel sees both alike: a patch is planes of lines of runs of pixels that are contiguous in
+memory, so K is (plane, line, run). uint8 has one plane and runs of across * channels, float pixels
+have a plane a channel and runs of across. A tile is over tokens, the class and register tokens
+among them: their pixels are masked to 0, and table and statistics know no special row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned
+from vitrail_kernels.cost import Cost, traffic
+from vitrail_kernels.device.overlap import wait_for_previous
+from vitrail_kernels.device.stats import stats_ref, stats_shape, store_stats
+from vitrail_kernels.launch import (
+    Call,
+    Grid,
+    Target,
+    cdiv,
+    check_tensor,
+    descriptor,
+    fits_descriptor,
+    jit,
+    launch,
+    target_of,
+    tl,
+)
+
+UINT8_UNIT = 256
+"""The uint8 value that would stand for 1."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+K_MULTIPLE = 64
+"""What the kernel's weight is padded to along K, with zeros."""
+
+VARYING = (
+    "rows",
+    "tokens",
+    "columns",
+    "image_stride",
+    "plane_stride",
+    "line_stride",
+    "stats_stride",
+)
+"""Integers of the kernel that change with the batch and the image's size."""
+
+
+def _columns(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Patches as rows: (B, patches, K)."""
+    down, across = patch
+    if pixels.dtype == torch.uint8:
+        batch, height, width, channels = pixels.shape
+        h, w = height // down, width // across
+        kept = pixels[:, : h * down, : w * across]
+        split = kept.reshape(batch, h, down, w, across, channels).permute(0, 1, 3, 2, 4, 5)
+    else:
+        batch, channels, height, width = pixels.shape
+        h, w = height // down, width // across
+        kept = pixels[:, :, : h * down, : w * across]
+        split = kept.reshape(batch, channels, h, down, w, across).permute(0, 2, 4, 1, 3, 5)
+    return split.reshape(batch, h * w, down * across * channels)
+
+
+def patch_embed_ref(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> None:
+    """Write ``out`` (B T, C) from ``pixels``, ``weight`` (C, K') and ``table`` (T, C) fp32.
+
+    K' may be larger than the K numbers of a patch; what is past K is padding and not used.
+    ``stats`` (2 chunks, B T) fp32: where the row statistics of ``out`` go.
+    """
+    batch, found = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
+    if found != channels:
+        raise ValueError(f"pixels {tuple(pixels.shape)}: got {found} channels, wanted {channels}")
+    if batch == 0:
+        return
+    # the sum stays wide until the table is added: over uint8 pixels it is large and mostly bias
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    columns = _columns(pixels, patch).to(wide)
+    if pixels.dtype == torch.uint8:
+        columns /= UINT8_UNIT
+    tokens = out.view(batch, table.shape[0], out.shape[1])
+    tokens[:, :prefix] = table[:prefix]
+    projected = torch.matmul(columns, weight[:, : columns.shape[2]].t().to(wide))
+    if projected.dtype == out.dtype == table.dtype:
+        torch.add(projected, table[prefix:], out=tokens[:, prefix:])
+    else:
+        tokens[:, prefix:] = projected + table[prefix:]
+    if stats is not None:
+        stats_ref(stats, out)
+
+
+@jit()
+def _gather(
+    base: tl.tensor,  # the first image of the tile
+    corner: tl.tensor,  # (BLOCK_M,) each patch's first pixel, from base
+    mask_m: tl.tensor,  # (BLOCK_M,) which rows are patches
+    first_k: int,
+    plane_stride: int,
+    line_stride: int,
+    K: tl.constexpr,
+    RUN: tl.constexpr,
+    LINES: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Pixels (BLOCK_M, BLOCK_K) as they are stored, 0 where there is no patch and past K."""
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    line = offs_k // RUN
+    at = line // LINES * plane_stride + line % LINES * line_stride + offs_k % RUN
+    mask = mask_m[:, None]
+    if MASK_K:
+        mask = mask & (offs_k < K)[None, :]
+    return tl.load(base + (corner[:, None] + at[None, :]), mask=mask, other=0)
+
+
+@jit()
+def _operand(pixels: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Pixels as the product takes them; a uint8 u as u / 256, by its place in a mantissa.
+
+    4 + u / 256 in fp16 and 2^15 + u / 256 in fp32 hold u in their last bits, and the subtraction is
+    exact: cheaper than a conversion, of which a multiprocessor does 16 a cycle.
+    """
+    if pixels.dtype != tl.uint8:
+        return pixels.to(dtype)  # float pixels are rounded here
+    if dtype == tl.float16:
+        half = pixels.to(tl.uint16) | 0x4400
+        return half.to(tl.float16, bitcast=True) - 4.0
+    wide = pixels.to(tl.uint32) | 0x47000000
+    return (wide.to(tl.float32, bitcast=True) - 32768.0).to(dtype)
+
+
+@jit(varying=VARYING)
+def _patch_embed_kernel(
+    out_ptr: tl.tensor,  # (B T, WIDTH)
+    stats_ptr: tl.tensor,  # (2 chunks, B T) fp32 or None
+    pixels_ptr: tl.tensor,  # uint8 (B, H, W, channels) or float (B, channels, H, W)
+    weight: tl.tensor,  # (WIDTH, PADDED): a tensor map in tiles of (BLOCK_N, BLOCK_K), or a pointer
+    table_ptr: tl.tensor,  # (T, WIDTH) fp32
+    rows: int,  # B T
+    tokens: int,  # T
+    columns: int,  # patches across
+    image_stride: int,  # of pixels, as the two below, in units of ALIGN
+    plane_stride: int,
+    line_stride: int,
+    stats_stride: int,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    PREFIX: tl.constexpr,
+    RUN: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    wait_for_previous(PDL)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    # all tiles across of the same tokens are neighbours: their pixels come from the cache
+    ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    first_m = tl.program_id(0) // ACROSS * BLOCK_M
+    first_n = tl.program_id(0) % ACROSS * BLOCK_N
+
+    # where each row's patch begins, in 32 bits from the first image of the tile
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    first_image = first_m // tokens
+    image = offs_m // tokens
+    place = offs_m - image * tokens - PREFIX
+    is_patch = (offs_m < rows) & (place >= 0)
+    place = tl.maximum(place, 0)
+    down = place // columns
+    line_stride *= ALIGN
+    plane_stride *= ALIGN
+    image_stride *= ALIGN
+    corner = (image - first_image) * image_stride + down * LINES * line_stride
+    corner += (place - down * columns) * RUN
+    base = pixels_ptr + first_image.to(tl.int64) * image_stride
+
+    if not TMA:
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        # (BLOCK_K, BLOCK_N): in the pixels' own shape both would be loaded in one layout, which is
+        # good for one of them only
+        weight_ptrs = weight + (offs_n[None, :] * PADDED + tl.arange(0, BLOCK_K)[:, None])
+    # runs too short for cp.async: the next step's pixels wait in registers
+    AHEAD: tl.constexpr = BLOCK_K if PREFETCH else 0
+    MASK_K: tl.constexpr = PREFETCH or K != PADDED
+    if PREFETCH:
+        pixels = _gather(
+            base, corner, is_patch, 0, plane_stride, line_stride, K, RUN, LINES, MASK_K, BLOCK_K
+        )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first_k in tl.range(0, PADDED, BLOCK_K):
+        if PREFETCH:
+            a = _operand(pixels, DTYPE)
+        ahead = first_k + AHEAD
+        pixels = _gather(
+            base, corner, is_patch, ahead, plane_stride, line_stride, K, RUN, LINES, MASK_K, BLOCK_K
+        )
+        if not PREFETCH:
+            a = _operand(pixels, DTYPE)
+        if TMA:
+            w = weight.load([first_n, first_k]).T
+        elif WIDTH % BLOCK_N == 0:
+            w = tl.load(weight_ptrs + first_k)
+        else:
+            w = tl.load(weight_ptrs + first_k, mask=(offs_n < WIDTH)[None, :], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+
+    # in halves where the tile is wide: 126 registers instead of 174, two blocks instead of one
+    PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    # not offs_m % tokens, whose quotients above would be kept in registers through all of K
+    token = ((first_m % tokens + tl.arange(0, BLOCK_M)) % tokens)[:, None, None]
+    mask_m = offs_m < rows
+    part_m = tl.arange(0, BLOCK_M)[:, None, None]
+    tile = out_ptr + first_m.to(tl.int64) * WIDTH
+    # A shape that no other load has, and 4 numbers a thread: in the layout of a 16-byte store, 8,
+    # a load of the table is 16 bytes of every 32. They take twice the addresses, though, for which
+    # sm_80's wide tiles lack registers beside those of short runs.
+    SIDE: tl.constexpr = 4 if TMA or PARTS == 1 or RUN % 16 == 0 else 8
+    chunk = tl.arange(0, PART_N // 64)[None, :, None] * 64
+    for part in tl.static_range(PARTS):
+        y = acc
+        if PARTS == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
+            y = left if part == 0 else right
+        column = first_n + part * PART_N
+        part_n = chunk + tl.max_contiguous(tl.arange(0, 64), SIDE)[None, None, :]
+        mask = mask_m[:, None, None] & (part_n < WIDTH - column)
+        y = tl.reshape(y, (BLOCK_M, PART_N // 64, 64))
+        at = table_ptr + column + (token * WIDTH + part_n)
+        # not a plain sum: see tile.epilogue
+        y = tl.fma(y, 1.0, tl.load(at, mask=mask, other=0.0))
+        y = y.to(DTYPE)  # the only rounding
+        tl.store(tile + column + (part_m * WIDTH + part_n), y, mask=mask)
+        if stats_ptr is not None:
+            y = tl.reshape(y.to(tl.float32), (BLOCK_M, PART_N))
+            store_stats(
+                stats_ptr, stats_stride, y, offs_m, mask_m, column, WIDTH, BLOCK_M, PART_N, True
+            )
+
+
+def patch_embed_cost(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+    **_: object,
+) -> Cost:
+    """FLOPs of the projection of every patch, padding along K left out."""
+    values = patch[0] * patch[1] * channels
+    patches = out.shape[0] // max(table.shape[0], 1) * (table.shape[0] - prefix)
+    return Cost(2 * patches * out.shape[1] * values, traffic(out, pixels, weight, table, stats))
+
+
+# -- the launcher ----------------------------------------------------------------------------------
+
+
+def _patch_config(
+    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int, rows: int
+) -> KernelConfig:
+    """The configuration for pixels loaded ``step`` bytes at a time: tuned, else by reasons.
+
+    All of an architecture and dtype give the same bits: the same MMA family (64 rows or more make
+    it HGMMA on sm_90), K in the same order, statistics by the same chunks.
+    """
+    width, dtype = weight.shape[0], str(weight.dtype).removeprefix("torch.")
+    kind = str(pixels.dtype).removeprefix("torch.")
+    found = tuned(target.arch).get(f"patch_embed|{dtype}|{kind} {patch[0]}x{patch[1]} {width}")
+    if found is not None:
+        return found
+    if weight.dtype == torch.float32:
+        return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
+    # steps of 64 where two addresses a thread cover them: others, and HMMA's layout, would spill
+    deep = (
+        64
+        if step == 16 and pixels.dtype == torch.uint8 and (target.arch == 90 or target.tcgen05)
+        else 32
+    )
+    if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
+        return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
+    floats = pixels.dtype != torch.uint8
+    short = step == pixels.element_size() or (
+        target.arch == 80 and floats and patch[1] % 16 != 0  # short runs, whose addresses are many
+    )
+    if target.arch not in (80, 90) or short:
+        why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
+        return KernelConfig(64, 128, deep, 4, 3, registers=168, reason=why)
+    why = "two blocks an SM: one gathers while one multiplies"
+    return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
+
+
+def patch_ladder(
+    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
+) -> Ladder:
+    """`_patch_config` for every number of rows."""
+    # as many as leave a multiprocessor without a tile
+    few = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
+    return ladder_of([few], functools.partial(_patch_config, target, pixels, weight, patch, step))
+
+
+def _strides(pixels: Tensor) -> tuple[int, int, int]:
+    """From one image, plane and line to the next. Raises ValueError unless lines are contiguous."""
+    if pixels.dtype == torch.uint8:
+        image, line, pixel, value = pixels.stride()
+        plane, contiguous = 0, value == 1 and pixel == pixels.shape[3]
+    else:
+        image, plane, line, pixel = pixels.stride()
+        contiguous = pixel == 1
+    if pixels.numel() and not contiguous:
+        raise ValueError(
+            f"patch_embed: pixels: got strides {pixels.stride()} for {tuple(pixels.shape)}, wanted "
+            "lines without gaps"
+        )
+    return image, plane, line
+
+
+def _check(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> tuple[int, int]:
+    """Patches across, and numbers in a patch. Raises ValueError for what the kernel cannot take."""
+    uint8 = pixels.dtype == torch.uint8
+    if not uint8 and pixels.dtype not in FLOATS:
+        raise ValueError(
+            f"patch_embed: pixels: got {pixels.dtype}, wanted uint8 or one of {FLOATS}"
+        )
+    if pixels.dim() != 4 or pixels.shape[3 if uint8 else 1] != channels:
+        layout = "(B, H, W, {})" if uint8 else "(B, {}, H, W)"
+        raise ValueError(
+            f"patch_embed: pixels: got shape {tuple(pixels.shape)} of {pixels.dtype}, wanted "
+            + layout.format(channels)
+        )
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"patch_embed: weight: got {weight.dtype}, wanted one of {FLOATS}")
+    values, (width, padded) = patch[0] * patch[1] * channels, weight.shape
+    if padded % K_MULTIPLE or padded < values:
+        raise ValueError(
+            f"patch_embed: weight: got {padded} columns, wanted {values} padded with zeros to a "
+            f"multiple of {K_MULTIPLE}"
+        )
+    size = pixels.shape[1:3] if uint8 else pixels.shape[2:]
+    down, across = size[0] // patch[0], size[1] // patch[1]
+    tokens = prefix + down * across
+    rows = pixels.shape[0] * tokens
+    check_tensor("patch_embed: weight", weight, pixels, weight.dtype, (width, padded))
+    check_tensor("patch_embed: table", table, pixels, torch.float32, (tokens, width))
+    check_tensor("patch_embed: out", out, pixels, weight.dtype, (rows, width))
+    check_tensor("patch_embed: stats", stats, pixels, torch.float32, stats_shape(rows, width))
+    return across, values
+
+
+def patch_embed_calls(
+    target: Target,
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+    config: KernelConfig | None = None,
+) -> list[Call]:
+    """The launch of `patch_embed_ref`; ``weight`` is padded with zeros to a multiple of 64 columns.
+
+    Lines of pixels must be contiguous; images, planes and lines may lie apart. ``config`` takes the
+    place of the one that the size would get. Raises ValueError for another shape, dtype or layout,
+    and for images of 2^31 numbers or so.
+    """
+    across, values = _check(out, pixels, weight, table, stats, patch, channels, prefix)
+    (rows, width), (tokens, _) = out.shape, table.shape
+    if out.numel() == 0:
+        return []
+    image, plane, line = _strides(pixels)
+    run = patch[1] * (channels if pixels.dtype == torch.uint8 else 1)
+    size = pixels.element_size()
+    # what all addresses are multiples of, in numbers: how wide the compiler may load
+    align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
+    fixed = target, pixels, weight, patch, align * size
+    config = config or _patch_config(*fixed, rows)
+    extent = 1 + sum(
+        (n - 1) * s for n, s in zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
+    )
+    if (config.block_m // tokens + 2) * max(image, extent) >= 1 << 31 or table.numel() >= 1 << 31:
+        raise ValueError(
+            f"patch_embed: got pixels {tuple(pixels.shape)} with strides {pixels.stride()} and a "
+            f"table {tuple(table.shape)}, wanted offsets of 32 bits in a tile of {config.block_m}"
+        )
+    tma = target.tma and fits_descriptor(weight)
+    arguments = {
+        "out_ptr": out,
+        "stats_ptr": stats,
+        "pixels_ptr": pixels,
+        "weight": descriptor(weight, config.block_n, config.block_k) if tma else weight,
+        "table_ptr": table,
+        "rows": rows,
+        "tokens": tokens,
+        "columns": max(across, 1),
+        "image_stride": image // align,
+        "plane_stride": plane // align,
+        "line_stride": line // align,
+        "stats_stride": rows,
+        "WIDTH": width,
+        "K": values,
+        "PADDED": weight.shape[1],
+        "PREFIX": prefix,
+        "RUN": run,
+        "LINES": patch[0],
+        "ALIGN": align,
+        "TMA": tma,
+        "PREFETCH": align * size < 4,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PDL": target.pdl,
+    }
+    grid = Grid(rows, config.block_m, cdiv(width, config.block_n))
+    ladder = functools.partial(patch_ladder, *fixed)
+    return [Call(_patch_embed_kernel, grid, arguments, config, rows, ladder)]
+
+
+def patch_embed(
+    out: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    stats: Tensor | None = None,
+    *,
+    patch: tuple[int, int],
+    channels: int,
+    prefix: int,
+) -> None:
+    """`patch_embed_ref` by the kernel; see `patch_embed_calls` for the errors."""
+    launch(
+        patch_embed_calls(
+            target_of(out),
+            out,
+            pixels,
+            weight,
+            table,
+            stats,
+            patch=patch,
+            channels=channels,
+            prefix=prefix,
+        )
+    )

@@ -1,0 +1,141 @@
+"""Towers as modules: the numbers of the model, inside torch.compile without a break."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitrail
+from helpers import assert_close
+from vitrail.demo import demo
+from vitrail.errors import InputError
+from vitrail.model import module
+from vitrail.model.model import Model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return vitrail.load(demo.bundled(), device="cpu")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pixels(model: Model, batch: int) -> Tensor:
+    assert model.spec.vision is not None
+    return torch.randn(batch, model.spec.vision.channels, *model.spec.vision.image)
+
+
+def padded(model: Model, texts: list[str]) -> Tensor:
+    return model.tokenize(texts)
+
+
+def test_an_image_module_gives_what_encode_image_gives(model: Model) -> None:
+    values = pixels(model, 3)
+    assert torch.equal(model.as_module("image")(values), model.encode_image(values))
+    assert model.spec.vision is not None
+    raw = torch.randint(256, (2, *model.spec.vision.image, 3), dtype=torch.uint8)
+    wanted = model.encode_image(list(raw.numpy()))
+    assert torch.equal(model.as_module("image")(raw), wanted)
+
+
+def test_a_text_module_gives_what_encode_text_gives(model: Model) -> None:
+    texts = ["a red square", "two green circles on blue", "a"]
+    wanted = model.encode_text(texts)
+    assert_close(model.as_module("text")(padded(model, texts)), wanted.double(), name="text")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("fresh")
+def test_it_compiles_as_one_graph_at_any_batch(model: Model, dynamic: bool) -> None:
+    image, text = model.as_module("image"), model.as_module("text")
+    head = nn.Linear(model.encode_text("a").shape[1], 5)
+
+    def scores(values: Tensor, ids: Tensor) -> Tensor:
+        return torch.relu(head(image(values * 2.0))) + head(text(ids)).sum(0)
+
+    ids = padded(model, ["a red square", "a"])
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            values = pixels(model, batch)
+            torch.testing.assert_close(compiled(values, ids), scores(values, ids))
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_the_operators_keep_pytorchs_rules_for_custom_ones(model: Model, tower: str) -> None:
+    made = model.as_module("image" if tower == "image" else "text")
+    given = pixels(model, 2) if tower == "image" else padded(model, ["a", "two red circles"])
+    operator = module.embed_image if tower == "image" else module.embed_text
+    width = made.tower.spec.embedding
+    torch.library.opcheck(operator, (given, made.number, width))
+
+
+def test_it_exports_with_its_shapes(model: Model) -> None:
+    image = model.as_module("image")
+    program = torch.export.export(
+        image, (pixels(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    values = pixels(model, 4)
+    assert torch.equal(program.module()(values), image(values))
+
+
+def test_an_item_that_is_not_finite_is_nan_and_costs_no_other(model: Model) -> None:
+    values = pixels(model, 3)
+    values[1, 0, 0, 0] = float("inf")
+    image = model.as_module("image")
+    out = image(values)
+    assert torch.isnan(out[1]).all()
+    assert torch.isfinite(out[[0, 2]]).all()
+
+
+def test_no_gradient_flows(model: Model) -> None:
+    values = pixels(model, 1).requires_grad_()
+    assert not model.as_module("image")(values).requires_grad
+
+
+def test_what_a_module_does_not_take_is_said(model: Model) -> None:
+    image, text = model.as_module("image"), model.as_module("text")
+    for bad in (
+        torch.zeros(2, 4, 64, 64),
+        torch.zeros(3, 64, 64),
+        torch.zeros(1, 3, 2, 64),
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(1, 3, 64, 64, dtype=torch.int64),
+        torch.zeros(1, 3, 64, 64, device="meta"),
+    ):
+        with pytest.raises(InputError, match="pixels: got"):
+            image(bad)
+    for bad in (
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 5),
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.zeros(2, 999, dtype=torch.int64),
+        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
+    ):
+        with pytest.raises(InputError, match="ids: got"):
+            text(bad)
+    with pytest.raises(InputError, match="tower: got 'both'"):
+        model.as_module("both")  # type: ignore[arg-type]
+
+
+def test_a_module_keeps_its_tower_and_no_more(tmp_path: Path) -> None:
+    model = vitrail.load(demo.bundled(), device="cpu")
+    image, values = model.as_module("image"), pixels(model, 1)
+    wanted = model.encode_image(values)
+    number = image.number
+    del model
+    gc.collect()
+    assert torch.equal(image(values), wanted)
+    del image
+    gc.collect()
+    assert number not in module._VISION
