@@ -36,7 +36,7 @@ from triton.backends.driver import GPUDriver
 from triton.runtime import driver as triton_driver
 
 from vitrail.plan import blocks as plans
-from vitrail.plan.plan import Launch, Plan
+from vitrail.plan.plan import Plan, Step
 from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.native import DRIVER, NativeRunner, Size
 from vitrail.runtime.triton import TritonRunner
@@ -108,9 +108,9 @@ class NoDriver(GPUDriver):  # type: ignore[misc]  # triton has no types
 class IdleTriton(TritonRunner):
     """The Triton runner on CPU tensors, as if they were a GPU's."""
 
-    def launch(self, launch_: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
-        scalars = launch_.resolve(longest)
-        launch(OPERATORS[launch_.op].calls(TARGET, **tensors, **scalars))
+    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
+        scalars = step.resolve(longest)
+        launch(OPERATORS[step.op].calls(TARGET, **tensors, **scalars))
 
 
 class IdleNative(NativeRunner):
@@ -166,7 +166,7 @@ class Forward:
             "pixels": new(batch, *self.spec.image, self.spec.channels, dtype=torch.uint8),
             "table": new(tokens, self.spec.blocks.width),
             "cu_seqlens": offsets,
-            "rows": offsets[:-1],
+            "token_rows": offsets[:-1],
         }
 
     def whole(self, runner: TritonRunner, batch: int) -> Run:

@@ -25,10 +25,10 @@ constexpr std::array<Served, kWhats> kServed = {{
 
 // How a plan calls the buffers of a role; those of one tower begin with the tower's name.
 constexpr std::array<const char*, kRoles> kImageBuffers = {
-    "cu_seqlens", "rows", "pixels", "", "", "table", "vision.embedding", "vision.status",
+    "cu_seqlens", "token_rows", "pixels", "", "", "table", "vision.embedding", "vision.status",
     "vision.logits"};
 constexpr std::array<const char*, kRoles> kTextBuffers = {
-    "cu_seqlens", "rows", "", "ids", "positions", "", "text.embedding", "text.status", ""};
+    "cu_seqlens", "token_rows", "", "ids", "positions", "", "text.embedding", "text.status", ""};
 
 std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {

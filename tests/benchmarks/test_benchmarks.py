@@ -331,7 +331,7 @@ def test_host_time_is_of_the_same_launches(forward: Any, monkeypatch: pytest.Mon
             forward.driver.record(False)
             forward.driver.reset()
             assert launched == grids
-            assert len(launched) == len(forward.plan.launches)
+            assert len(launched) == len(forward.plan.steps)
     nothing = dict.fromkeys(case.variants, lambda: None)
     with pytest.raises(AssertionError, match="vitrail: got 0 launches"):
         forward.check(nothing)
@@ -343,7 +343,7 @@ def test_a_warm_call_allocates_nothing_in_cpp(forward: Any) -> None:
     found = sys.modules["host"].counts(forward, (1, 40))
     assert found.keys() == {"batch 1", "batch 40"}
     for counted in found.values():
-        assert counted["first"] > len(forward.plan.launches), "the program counts nothing"
+        assert counted["first"] > len(forward.plan.steps), "the program counts nothing"
         assert counted["later"] == 0
         assert 0 < counted["us"] < 1000
 
@@ -751,7 +751,7 @@ def test_kernels_are_measured_at_the_shapes_of_the_plan(name: str) -> None:
     found = problems.vision_problems(spec, 2)
     tokens = spec.tokens_at(spec.image)
     for part in ("qkv", "attention", "out", "up", "down"):
-        launch = next(x for x in dense.launches if x.label == f"vision.blocks.0.{part}")
+        launch = next(x for x in dense.steps if x.label == f"vision.blocks.0.{part}")
         problem = found[part]("meta")
         assert problem.op == launch.op
         given = {name: buffers[x].shape(2, 2 * tokens, tokens) for name, x in launch.buffers}
@@ -805,7 +805,7 @@ def test_what_a_model_launches_is_compiled_ahead() -> None:
         plan = plans.vision_pooled(spec, uint8=True)
         pixels = torch.empty((batch, 28, 28, 3), dtype=torch.uint8, device="meta")
         calls = list(precompile.plan_calls(plan, [5] * batch, target, pixels=pixels))
-        assert len(calls) >= len(plan.launches)
+        assert len(calls) >= len(plan.steps)
         return {precompile.identity(call) for call in calls}
 
     assert identities(BLOCKS, 2) == identities(BLOCKS, 3), "the batch makes no other kernel"

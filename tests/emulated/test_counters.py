@@ -151,7 +151,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_launches_run_once_and_are_counted_as_often_as_the_plan_has_them() -> None:
     plan = plans.vision_pooled(TINY, uint8=True)
     distinct = list(launches.launches(TINY, 32, Target(90, SMS), 2))
-    assert sum(launch.times for launch in distinct) == len(plan.launches)
+    assert sum(launch.times for launch in distinct) == len(plan.steps)
     repeats = {launch.label: launch.times for launch in distinct if launch.times > 1}
     assert repeats == {f"vision.blocks.0.{x}": 2 for x in ("qkv", "attention", "out", "up", "down")}
 

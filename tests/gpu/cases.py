@@ -15,7 +15,7 @@ from torch import Tensor
 import checkpoints
 from gpu.common import DEVICE, DRY, NAMES, Guarded
 from vitrail.plan import blocks as plans
-from vitrail.plan.plan import Buffer, Launch, Plan, Rows
+from vitrail.plan.plan import Affine, Buffer, Plan, Step
 from vitrail.runtime.torch_runner import STATISTICS
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import read_spec
@@ -25,7 +25,7 @@ from vitrail_kernels.device.stats import stats_ref
 from vitrail_kernels.launch import Call, Target
 
 LOG2_E = math.log2(math.e)
-PER_TOKEN, PER_SEQUENCE = Rows(tokens=1), Rows(sequences=1)
+PER_TOKEN, PER_SEQUENCE = Affine(tokens=1), Affine(sequences=1)
 OUTPUTS = ("out", "status", "stats")
 TILES = (
     KernelConfig(64, 64, 64, 4, 3),
@@ -138,7 +138,7 @@ class Case:
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     alias: str | None
     scalars: Mapping[str, Any]
-    rows: Mapping[str, tuple[Rows, int]]
+    rows: Mapping[str, tuple[Affine, int]]
     lengths: tuple[int, ...]
 
     def run(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -195,13 +195,13 @@ def calls_of(work: Work, dtype: torch.dtype, target: Target) -> Iterator[Call]:
         yield from OPERATORS[launch.op].calls(target, **tensors, **scalars)
 
 
-def different(works: Sequence[Work]) -> Iterator[tuple[str, Work, Launch]]:
+def different(works: Sequence[Work]) -> Iterator[tuple[str, Work, Step]]:
     """The launches of plans that differ in more than their names, each with a label."""
     seen = set()
     for work in works:
         buffers = {buffer.name: buffer for buffer in work.plan.buffers}
         weights = dict(work.plan.weights)
-        for launch in work.plan.launches:
+        for launch in work.plan.steps:
             shapes = [(arg, _shape(work, buffers[name])) for arg, name in launch.buffers]
             shapes += [(arg, weights[name].shape) for arg, name in launch.weights]
             key = launch.op, tuple(shapes), launch.scalars, len(work.lengths)
@@ -210,7 +210,7 @@ def different(works: Sequence[Work]) -> Iterator[tuple[str, Work, Launch]]:
                 yield f"{work.plan.name.split('.')[1]} {launch.label}", work, launch
 
 
-def case_of(work: Work, launch: Launch, dtype: torch.dtype) -> Case:
+def case_of(work: Work, launch: Step, dtype: torch.dtype) -> Case:
     """Random tensors for one launch."""
     kinds = _kinds(dtype)
     buffers = {buffer.name: buffer for buffer in work.plan.buffers}

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu.cases import PER_TOKEN, SHAPES, TILES, Case, Work, case_of, different, works
 from gpu.common import DEVICE, DRY, HALVES, NAMES, POISONS, Guarded, same_bits
 from helpers import assert_close, reference_numbers
-from vitrail.plan.plan import Launch, Rows
+from vitrail.plan.plan import Affine, Step
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.device.stats import stats_ref
@@ -58,7 +58,7 @@ def judge(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
 @pytest.mark.parametrize(("work", "launch"), _params())
-def test_a_kernel_errs_no_more_than_pytorch(work: Work, launch: Launch, dtype: torch.dtype) -> None:
+def test_a_kernel_errs_no_more_than_pytorch(work: Work, launch: Step, dtype: torch.dtype) -> None:
     judge(case_of(work, launch, dtype), dtype)
 
 
@@ -79,7 +79,7 @@ def test_every_tile_gives_the_same_bits(
 ) -> None:
     """So that tiles may be chosen by the size of the batch."""
     work = next(works(SHAPES["CLIP H/14"]))
-    launch = next(one for one in work.plan.launches if one.label.endswith(f".0.{label}"))
+    launch = next(one for one in work.plan.steps if one.label.endswith(f".0.{label}"))
     case = case_of(work, launch, dtype)
     configs = QUERIES if label == "attention" else TILES
     chooser = "attention._attention_config" if label == "attention" else "linear.linear_config"
@@ -131,7 +131,7 @@ def test_positions_are_pytorchs_in_fp64(
 # -- N10 -------------------------------------------------------------------------------------------
 
 
-def rows_of(case: Case, rows: Rows, items: list[int]) -> Tensor:
+def rows_of(case: Case, rows: Affine, items: list[int]) -> Tensor:
     """Which rows of a tensor with ``rows`` belong to ``items``."""
     if rows != PER_TOKEN:
         return torch.tensor(items, device=DEVICE)
@@ -163,7 +163,7 @@ def poisoned(case: Case, items: list[int], poison: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
 @pytest.mark.parametrize(("work", "launch"), _params(least=3))
 def test_a_poisoned_item_changes_no_bit_of_another(
-    work: Work, launch: Launch, dtype: torch.dtype, poison: float
+    work: Work, launch: Step, dtype: torch.dtype, poison: float
 ) -> None:
     case = case_of(work, launch, dtype)
     count = len(case.lengths)
@@ -183,7 +183,7 @@ def test_a_poisoned_item_changes_no_bit_of_another(
 def test_a_shared_row_would_be_noticed() -> None:
     """The comparison can fail: of items that are poisoned, the bits do change."""
     work = next(works(SHAPES["CLIP H/14"]))
-    launch = next(one for one in work.plan.launches if one.op == "linear")
+    launch = next(one for one in work.plan.steps if one.op == "linear")
     case = case_of(work, launch, HALVES[0])
     clean, dirty = case.run()["out"], case.run(poisoned(case, [1], float("nan")))["out"]
     assert not same_bits(clean, dirty)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vitrail
 from kernels.test_operators import same_bits
-from vitrail.plan.plan import Launch
+from vitrail.plan.plan import Step
 from vitrail.runtime import RUNNERS
 from vitrail.runtime.triton import TritonRunner
 from vitrail_kernels import OPERATORS
@@ -36,9 +36,9 @@ class RoomyRunner(TritonRunner):
 
     maps = 0
 
-    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
         roomy: dict[int, Tensor] = {}
-        buffers = {name for name, _ in launch.buffers}
+        buffers = {name for name, _ in step.buffers}
         given = dict(tensors)
         for name in buffers:
             small = tensors[name]
@@ -49,7 +49,7 @@ class RoomyRunner(TritonRunner):
                     roomy[small.data_ptr()][: len(small)] = small
                 given[name] = roomy[small.data_ptr()][: len(small)]
         larger = {large.data_ptr(): large for large in roomy.values()}
-        for call in OPERATORS[launch.op].calls(INTERPRETED, **given, **launch.resolve(longest)):
+        for call in OPERATORS[step.op].calls(INTERPRETED, **given, **step.resolve(longest)):
             arguments = dict(call.arguments)
             for name, value in call.arguments.items():
                 if hasattr(value, "block_shape") and value.base.data_ptr() in larger:

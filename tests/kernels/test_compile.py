@@ -344,7 +344,7 @@ def test_the_report_counts_what_a_plan_counts() -> None:
     # this ViT is not projected
     counted = sum(one.times * one.cost().flops for one in every if one.op != "pool")
     assert counted == plan.flops([197, 197])
-    assert sum(launch.times for launch in every) == len(plan.launches)
+    assert sum(launch.times for launch in every) == len(plan.steps)
 
 
 @pytest.mark.parametrize("arch", FULL)

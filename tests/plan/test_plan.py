@@ -140,7 +140,7 @@ drawn = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     """Buffer -> first and last launch that names it."""
     found: dict[str, tuple[int, int]] = {}
-    for number, launch in enumerate(plan.launches):
+    for number, launch in enumerate(plan.steps):
         for _, name in launch.buffers:
             found[name] = found.get(name, (number, number))[0], number
     return found
@@ -148,7 +148,7 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
 
 def accesses(plan: Plan) -> Iterator[tuple[int, set[str], set[str]]]:
     """(launch, buffers it reads, buffers it writes)."""
-    for number, launch in enumerate(plan.launches):
+    for number, launch in enumerate(plan.steps):
         written = {name for arg, name in launch.buffers if arg in WRITTEN}
         yield number, {name for arg, name in launch.buffers if arg not in WRITTEN}, written
 
@@ -158,7 +158,7 @@ def accesses(plan: Plan) -> Iterator[tuple[int, set[str], set[str]]]:
 def test_buffers_alive_at_the_same_time_never_share_a_slot(plan: Plan) -> None:
     slot = {b.name: b.slot for b in plan.buffers if b.slot is not None}
     alive = lifetimes(plan)
-    for number in range(len(plan.launches)):
+    for number in range(len(plan.steps)):
         now = [slot[n] for n in slot if alive[n][0] <= number <= alive[n][1]]
         assert len(now) == len(set(now)), f"launch {number}"
 
@@ -254,7 +254,7 @@ def test_buffers_are_affine_in_sequences_and_tokens(plan: Plan) -> None:
 def block_launches(plan: Plan) -> dict[str, list[str]]:
     """Block -> operators of its launches, in order."""
     found: dict[str, list[str]] = {}
-    for launch in plan.launches:
+    for launch in plan.steps:
         block = re.match(r"\w+\.blocks\.\d+(?=\.)", launch.label)
         if block:
             found.setdefault(block[0], []).append(launch.op)
@@ -287,17 +287,17 @@ def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
 
 def test_launch_counts_of_published_models() -> None:
     """Patches, eleven full blocks, the last one, the pooling."""
-    assert len(plans.vision_pooled(VIT_B16, uint8=True).launches) == 1 + 11 * 5 + 6 + 1 == 63
-    assert len(plans.vision_pooled(CLIP_L14, uint8=True).launches) == 2 + 23 * 5 + 6 + 1
-    assert len(plans.text_pooled(CLIP_B32_TEXT).launches) == 1 + 11 * 5 + 6 + 1
-    assert len(plans.vision_dense(VIT_B16).launches) == 1 + 12 * 5 + 1
-    assert len(plans.text_dense(CLIP_B32_TEXT).launches) == 1 + 12 * 5 + 3
+    assert len(plans.vision_pooled(VIT_B16, uint8=True).steps) == 1 + 11 * 5 + 6 + 1 == 63
+    assert len(plans.vision_pooled(CLIP_L14, uint8=True).steps) == 2 + 23 * 5 + 6 + 1
+    assert len(plans.text_pooled(CLIP_B32_TEXT).steps) == 1 + 11 * 5 + 6 + 1
+    assert len(plans.vision_dense(VIT_B16).steps) == 1 + 12 * 5 + 1
+    assert len(plans.text_dense(CLIP_B32_TEXT).steps) == 1 + 12 * 5 + 3
 
 
 def test_the_residual_stream_is_updated_in_place() -> None:
     """No block of a pooled plan but the last needs a second stream."""
     plan = plans.vision_pooled(VIT_B16, uint8=True)
-    streams = {name for launch in plan.launches for arg, name in launch.buffers if arg == "out"}
+    streams = {name for launch in plan.steps for arg, name in launch.buffers if arg == "out"}
     assert {name for name in streams if "blocks" not in name} == {
         "vision.stream",
         "vision.pooled",
@@ -317,8 +317,8 @@ def test_the_plan_of_scores_returns_nothing_else(features: Any, last: int) -> No
     head = HeadSpec(("cat", "dog"), features)
     plan = plans.vision_scores(VIT_B16, head, uint8=False)
     assert plan.outputs == ("vision.logits",)
-    assert len(plan.launches) == 1 + 11 * 5 + last + 1
-    assert plan.launches[-1].label == "vision.head"
+    assert len(plan.steps) == 1 + 11 * 5 + last + 1
+    assert plan.steps[-1].label == "vision.head"
     dense = plans.vision_dense(VIT_B16, head)
     assert plan.flops([197] * 3) < dense.flops([197] * 3) or features == "class_mean"
 
@@ -329,10 +329,10 @@ def test_nothing_after_the_last_tap_is_computed(taps: tuple[int, ...], norm: boo
     plan = plans.vision_layers(DINOV2_B, taps, norm)
     assert plan.outputs == tuple(f"vision.layer.{tap}" for tap in taps)
     assert list(block_launches(plan)) == [f"vision.blocks.{i}" for i in range(max(taps) + 1)]
-    norms = [launch for launch in plan.launches if launch.op == "layernorm"]
+    norms = [launch for launch in plan.steps if launch.op == "layernorm"]
     assert len(norms) == (len(taps) if norm else 0)
-    assert len(plan.launches) == 1 + 5 * (max(taps) + 1) + len(norms)
-    assert plan.launches[-1].label == (
+    assert len(plan.steps) == 1 + 5 * (max(taps) + 1) + len(norms)
+    assert plan.steps[-1].label == (
         f"vision.layer.{taps[-1]}" if norm else f"vision.blocks.{taps[-1]}.down"
     )
 
@@ -342,7 +342,7 @@ def test_nothing_after_the_last_tap_is_computed(taps: tuple[int, ...], norm: boo
 def test_a_tapped_stream_is_left_alone_once_its_block_is_done(plan: Plan) -> None:
     """``hidden.<i>``: last written by block i - 1, or by what embeds; ``layer.<i>``: by block i."""
     last_writer = {
-        name: plan.launches[number].label for number, _, writes in accesses(plan) for name in writes
+        name: plan.steps[number].label for number, _, writes in accesses(plan) for name in writes
     }
     for name in plan.outputs:
         tower, kind, *index = name.split(".")
@@ -362,7 +362,7 @@ def test_taps_at_every_layer_cost_no_launch() -> None:
         lambda taps: plans.text_dense(CLIP_B32_TEXT, taps=taps),
     ):
         bare, full = dense(()), dense(tuple(range(13)))
-        assert len(full.launches) == len(bare.launches)
+        assert len(full.steps) == len(bare.steps)
         assert [f"hidden.{i}" in name for i, name in enumerate(full.outputs[:13])] == [True] * 13
 
 
@@ -379,7 +379,7 @@ def test_plans_use_every_packed_weight_and_no_other(vision: VisionSpec, text: Te
 def _uses_its_layout(made: list[Plan], layout: dict[str, Any], table: set[str]) -> None:
     used: set[str] = set()
     for plan in made:
-        named = {name for launch in plan.launches for _, name in launch.weights}
+        named = {name for launch in plan.steps for _, name in launch.weights}
         assert named == {name for name, _ in plan.weights}
         assert all(layout[name] == packed for name, packed in plan.weights)
         used |= named
@@ -395,7 +395,7 @@ def test_every_linear_fits_its_operands(plan: Plan) -> None:
     columns = {b.name: b.columns for b in plan.buffers}
     rows = {b.name: b.rows for b in plan.buffers}
     shapes = {name: packed.shape for name, packed in plan.weights}
-    for launch in plan.launches:
+    for launch in plan.steps:
         if launch.op != "linear":
             continue
         operand, weight = dict(launch.buffers), dict(launch.weights)
@@ -567,19 +567,19 @@ def test_dump_has_a_line_for_every_launch_and_totals(
     plan, lengths = call(VIT_B16, CLIP_B32_TEXT), [77, 77]
     head, *lines, total = plan.dump(lengths, compute).splitlines()
     assert head == f"{plan.name}: 2 sequences, 154 tokens, {compute}"
-    assert len(lines) == len(plan.launches)
+    assert len(lines) == len(plan.steps)
     costs = plan.count(lengths, compute)
-    for number, (line, launch, cost) in enumerate(zip(lines, plan.launches, costs, strict=True)):
+    for number, (line, launch, cost) in enumerate(zip(lines, plan.steps, costs, strict=True)):
         words = line.split()
         assert int(words[0]) == number
         assert float(words[1]) == pytest.approx(cost.flops / 1e6, abs=1e-3)
         assert float(words[3]) == pytest.approx(cost.bytes / 1e6, abs=1e-3)
         assert words[5:7] == [launch.op, launch.label]
         assert len(words[7:]) == len(launch.buffers) + len(launch.weights)
-    flops, traffic, launches = (float(total.split()[i]) for i in (1, 3, 5))
+    flops, traffic, steps = (float(total.split()[i]) for i in (1, 3, 5))
     assert flops == pytest.approx(plan.flops(lengths) / 1e6, abs=1e-3)
     assert traffic == pytest.approx(sum(cost.bytes for cost in costs) / 1e6, abs=1e-3)
-    assert launches == len(plan.launches)
+    assert steps == len(plan.steps)
 
 
 def test_dump_shows_the_shapes_of_a_launch() -> None:

@@ -16,7 +16,7 @@ from vitrail.errors import VitrailError
 from vitrail.plan import blocks as plans
 from vitrail.plan import lowering as program
 from vitrail.plan.lowering import Program, Sizes, image_key, image_record, lower
-from vitrail.plan.plan import Rows
+from vitrail.plan.plan import Affine
 from vitrail_kernels import Call
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
@@ -26,15 +26,15 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@given(st.builds(Rows, NUMBERS, NUMBERS, NUMBERS, NUMBERS))
-def test_a_formula_is_found_from_its_values(rows: Rows) -> None:
+@given(st.builds(Affine, NUMBERS, NUMBERS, NUMBERS, NUMBERS))
+def test_a_formula_is_found_from_its_values(rows: Affine) -> None:
     sizes = Sizes(None)
     values = [rows.at(len(one), sum(one), one[0]) for one in sizes.lengths]
     assert sizes.affine("x", values) == rows
 
 
-@given(st.builds(Rows, NUMBERS, NUMBERS, NUMBERS, NUMBERS), st.integers(1, 300))
-def test_for_images_of_one_size_it_holds_at_every_batch(rows: Rows, length: int) -> None:
+@given(st.builds(Affine, NUMBERS, NUMBERS, NUMBERS, NUMBERS), st.integers(1, 300))
+def test_for_images_of_one_size_it_holds_at_every_batch(rows: Affine, length: int) -> None:
     sizes = Sizes(length)
     values = [rows.at(len(one), sum(one), one[0]) for one in sizes.lengths]
     found = sizes.affine("x", values)

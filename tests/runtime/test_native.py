@@ -384,7 +384,7 @@ def test_a_failed_launch_is_named_and_the_runner_works_afterwards(
 ) -> None:
     plan, ids = plans.text_pooled(TEXT), ids_of([5, 9])
     wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
-    names = [launch.label for launch in plan.launches]
+    names = [launch.label for launch in plan.steps]
     for number, name in enumerate(names, 1):
         driver.fail_launch(number, 701)  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: not sticky
         with pytest.raises(DeviceError, match=f"^text.pooled on cpu: {name}: cuLaunchKernelEx"):
@@ -419,7 +419,7 @@ def test_any_call_that_fails_is_a_typed_error(
         return driver.calls() - before
 
     calls, kinds, unnoticed, kept = forward(), set(), 0, []
-    assert calls > 5 * len(plan.launches)
+    assert calls > 5 * len(plan.steps)
     for number in range(1, calls + 1):
         code = (2, 46, 209, 701, 999)[number % 5]
         runner = Runner(text.weights, text.dtype, CPU, str(driver.path))
@@ -432,7 +432,7 @@ def test_any_call_that_fails_is_a_typed_error(
             kinds.add((code, type(error)))
         driver.reset()
         assert digest(read(runner, plan, ids, [4, 8])["text.embedding"]) == wanted
-    assert unnoticed <= len(plan.launches) + 1
+    assert unnoticed <= len(plan.steps) + 1
     assert kinds == {
         (code, OutOfMemoryError if code == 2 else DeviceError) for code in (2, 46, 209, 701, 999)
     }

@@ -225,7 +225,7 @@ def see(runner: ReferenceRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -
         "pixels": pixels,
         "table": runner.table(spec, spec.grid_at(size), "uint8" if uint8 else "float"),
         "cu_seqlens": starts,
-        "rows": starts[:-1],
+        "token_rows": starts[:-1],
     }
     out = runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
     streams = ("vision.hidden.", "vision.layer.", "vision.last")
@@ -246,7 +246,7 @@ def read(
         "ids": torch.cat([*texts, torch.empty(0)]).to(torch.int32),
         "positions": torch.cat([*places, torch.empty(0)]).to(torch.int32),
         "cu_seqlens": starts,
-        "rows": starts[:-1] + torch.tensor(ends, dtype=torch.int32),
+        "token_rows": starts[:-1] + torch.tensor(ends, dtype=torch.int32),
     }
     return runner.run(
         plan, inputs, batch=len(texts), tokens=sum(lengths), longest=max(lengths, default=0)
@@ -535,7 +535,7 @@ def test_an_empty_batch_gives_empty_outputs(
     spec, head = VISION[family], HEADS.get(family)
     _, runner = open_runner(tmp_path, spec, head=head)
     runner.table(spec, spec.grid, "uint8")
-    monkeypatch.setattr(ReferenceRunner, "walk", None)  # nothing may be launched
+    monkeypatch.setattr(ReferenceRunner, "run_steps", None)  # nothing may be launched
     none = images(0, spec.image)
     dense = see(runner, spec, plans.vision_dense(spec, head, uint8=True, taps=(0,)), none)
     tokens, width = spec.tokens_at(spec.image), spec.blocks.width
@@ -616,7 +616,7 @@ def test_the_callers_mode_changes_no_bit(
             "pixels": pixels,
             "table": table,
             "cu_seqlens": starts,
-            "rows": starts[:-1],
+            "token_rows": starts[:-1],
         }
         return runner.run(plan, given_inputs, batch=batch, tokens=batch * tokens, longest=tokens)
 

@@ -84,7 +84,7 @@ class Counting:
             return {"vision.embedding": out + 1, "vision.status": torch.zeros(batch)}
         starts = inputs["cu_seqlens"].long()
         assert (len(starts), int(starts[-1])) == (batch + 1, tokens)
-        assert torch.equal(inputs["rows"], inputs["cu_seqlens"][1:] - 1)
+        assert torch.equal(inputs["token_rows"], inputs["cu_seqlens"][1:] - 1)
         for name in inputs:
             assert inputs[name].data_ptr() % 16 == 0, f"{name}: kernels would get a copy"
             assert inputs[name].dtype == torch.int32, name

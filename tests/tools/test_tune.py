@@ -152,8 +152,8 @@ def test_problems_are_the_plans_own_calls_equal_ones_once() -> None:
             plans.vision_pooled(VISION, uint8=uint8),
             plans.vision_scores(VISION, LABELS, uint8=uint8),
         ):
-            wanted.update(launch.op for launch in plan.launches)
-    wanted.update(launch.op for launch in plans.text_pooled(TEXT).launches)
+            wanted.update(launch.op for launch in plan.steps)
+    wanted.update(launch.op for launch in plans.text_pooled(TEXT).steps)
     assert counts == {op: 2 * wanted[op] for op in ("linear", "attention", "patch_embed")}
     assert len(found) < counts.total() / 2, "layers are alike"
     widths = {p.tensors["out"].shape[1] for p in found}

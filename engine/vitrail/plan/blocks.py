@@ -1,6 +1,6 @@
 """spec -> Plan: pooled, dense and layer plans of the image and the text tower, position tables.
 
-A full transformer block is five launches; the pooled plans' last block is six, for one token a
+A full transformer block is five steps; the pooled plans' last block is six, for one token a
 sequence. Plans are cached by spec.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from vitrail.plan.plan import MAX_SEQLEN, Builder, Plan, Rows
+from vitrail.plan.plan import MAX_SEQLEN, Affine, Builder, Plan
 from vitrail.spec import BlockSpec, HeadSpec, TextSpec, VisionSpec
 from vitrail.weights.folding import text_layout, vision_layout
 
-PER_SEQUENCE = Rows(sequences=1)
-PER_TOKEN = Rows(tokens=1)
+PER_SEQUENCE = Affine(sequences=1)
+PER_TOKEN = Affine(tokens=1)
 
 
 def _folded(name: str) -> dict[str, str | None]:
@@ -25,7 +25,7 @@ def _folded(name: str) -> dict[str, str | None]:
 def _block(
     build: Builder, spec: BlockSpec, tower: str, layer: int, x: str, out: str, masked: bool
 ) -> None:
-    """Five launches: residual stream ``x`` -> ``out`` (M, C), which may be one buffer."""
+    """Five steps: residual stream ``x`` -> ``out`` (M, C), which may be one buffer."""
     name, c = f"{tower}.blocks.{layer}", spec.width
     qkv = build.buffer(f"{name}.qkv", PER_TOKEN, 3 * c)
     attended = build.buffer(f"{name}.attended", PER_TOKEN, c)
@@ -64,7 +64,7 @@ def _tail(
     hidden: str,
     rows: str | None = None,
 ) -> None:
-    """Three launches: output projection and MLP, each added to the residual stream."""
+    """Three steps: output projection and MLP, each added to the residual stream."""
     build.launch(
         "linear",
         f"{name}.out",
@@ -103,7 +103,7 @@ def _tail(
 
 
 def _pooled_blocks(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
-    """Every block; the last, in six launches, for one token a sequence, whose stream (B, C) it
+    """Every block; the last, in six steps, for one token a sequence, whose stream (B, C) it
     returns."""
     layer, c = spec.layers - 1, spec.width
     for before in range(layer):
@@ -114,7 +114,7 @@ def _pooled_blocks(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
     attended = build.buffer(f"{name}.attended", PER_SEQUENCE, c)
     pooled = build.buffer(f"{tower}.pooled", PER_SEQUENCE, c)
     hidden = build.buffer(f"{name}.hidden", PER_SEQUENCE, spec.mlp)
-    for part, out, rows in (("kv", kv, None), ("q", q, "rows")):
+    for part, out, rows in (("kv", kv, None), ("q", q, "token_rows")):
         build.launch(
             "linear",
             f"{name}.{part}",
@@ -129,7 +129,7 @@ def _pooled_blocks(build: Builder, spec: BlockSpec, tower: str, x: str) -> str:
         heads=spec.heads,
         max_seqlen=MAX_SEQLEN,
     )
-    _tail(build, spec, name, attended, x, pooled, hidden, rows="rows")
+    _tail(build, spec, name, attended, x, pooled, hidden, rows="token_rows")
     return pooled
 
 
@@ -179,9 +179,9 @@ def _pool(
 
 def _embed_pixels(build: Builder, spec: VisionSpec, uint8: bool, x: str) -> None:
     kind = "uint8" if uint8 else "float"
-    pixels = Rows(sequences=-spec.prefix, tokens=1)
+    pixels = Affine(sequences=-spec.prefix, tokens=1)
     build.buffer("pixels", pixels, spec.patch_values, "uint8" if uint8 else "float32")
-    build.buffer("table", Rows(longest=1), spec.blocks.width, "float32")
+    build.buffer("table", Affine(longest=1), spec.blocks.width, "float32")
     build.launch(
         "patch_embed",
         "vision.patch_embed",
@@ -218,7 +218,7 @@ def vision_table(spec: VisionSpec, target: tuple[int, int], *, uint8: bool) -> P
     """-> ``vision.table`` (T, C) fp32, of ``target`` patches down and across: what is added to
     every token beside its pixels. Its size does not depend on the sizes of the call."""
     build, kind = Builder(), "uint8" if uint8 else "float"
-    rows = Rows(constant=spec.prefix + target[0] * target[1])
+    rows = Affine(constant=spec.prefix + target[0] * target[1])
     table = build.buffer("vision.table", rows, spec.blocks.width, "float32")
     build.launch(
         "position",
@@ -236,8 +236,8 @@ def vision_table(spec: VisionSpec, target: tuple[int, int], *, uint8: bool) -> P
     return build.finish("vision.table", vision_layout(spec), (), [table])
 
 
-_VISION_INPUTS = ("pixels", "table", "cu_seqlens", "rows")
-_TEXT_INPUTS = ("ids", "positions", "cu_seqlens", "rows")
+_VISION_INPUTS = ("pixels", "table", "cu_seqlens", "token_rows")
+_TEXT_INPUTS = ("ids", "positions", "cu_seqlens", "token_rows")
 
 
 @functools.lru_cache(maxsize=256)
@@ -370,7 +370,7 @@ def vision_dense(
         _layernorm(build, "vision.norm", "vision.norm", last, x, blocks.eps)
         outputs.append(last)
         if head is not None and head.features == "class":
-            outputs.append(_class_head(build, head, spec, x, rows="rows"))
+            outputs.append(_class_head(build, head, spec, x, rows="token_rows"))
         elif head is not None:
             outputs.append(_class_mean_head(build, head, spec, last))
         if spec.pooler is not None:
@@ -378,17 +378,17 @@ def vision_dense(
             build.launch(
                 "linear",
                 "vision.pooler",
-                {"out": pooler, "x": last, "rows": "rows"},
+                {"out": pooler, "x": last, "rows": "token_rows"},
                 {"weight": "vision.pooler.weight", "bias": "vision.pooler.bias"},
                 activation=spec.pooler.activation,
             )
             outputs.append(pooler)
     else:
         pooler = build.buffer("vision.pooler", PER_SEQUENCE, blocks.width)
-        _layernorm(build, "vision.norm", "vision.norm", pooler, x, blocks.eps, rows="rows")
+        _layernorm(build, "vision.norm", "vision.norm", pooler, x, blocks.eps, rows="token_rows")
         outputs.append(pooler)
         if spec.projection is not None:
-            outputs += _pool(build, spec, "vision", x, rows="rows")
+            outputs += _pool(build, spec, "vision", x, rows="token_rows")
     return build.finish("vision.dense", vision_layout(spec, head), _VISION_INPUTS, outputs)
 
 
@@ -436,9 +436,9 @@ def text_dense(spec: TextSpec, *, taps: tuple[int, ...] = (), masked: bool = Fal
     last = build.buffer("text.last", PER_TOKEN, blocks.width)
     pooler = build.buffer("text.pooler", PER_SEQUENCE, blocks.width)
     _layernorm(build, "text.norm", "text.norm", last, x, blocks.eps)
-    _layernorm(build, "text.pooler", "text.norm", pooler, x, blocks.eps, rows="rows")
+    _layernorm(build, "text.pooler", "text.norm", pooler, x, blocks.eps, rows="token_rows")
     outputs = [*(f"text.hidden.{tap}" for tap in taps), last, pooler]
     if spec.projection is not None:
-        outputs += _pool(build, spec, "text", x, rows="rows")
+        outputs += _pool(build, spec, "text", x, rows="token_rows")
     inputs = (*_TEXT_INPUTS, "kv_lens") if masked else _TEXT_INPUTS
     return build.finish("text.dense", text_layout(spec), inputs, outputs)

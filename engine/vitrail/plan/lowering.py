@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitrail._version import __version__
 from vitrail.errors import VitrailError
-from vitrail.plan.plan import Launch, Plan, Rows
+from vitrail.plan.plan import Affine, Plan, Step
 from vitrail.plan.record import items, string
 from vitrail.weights.folding import Weights
 from vitrail_kernels import OPERATORS, Call
@@ -51,7 +51,7 @@ class Program:
     externals: tuple[str, ...]
 
 
-def _affine(rows: Rows) -> bytes:
+def _affine(rows: Affine) -> bytes:
     return struct.pack("<iiiq", *rows)
 
 
@@ -74,18 +74,18 @@ class Sizes:
         )
         self.lengths = [[length] * batch for batch, length in batches]
 
-    def affine(self, what: str, values: Sequence[int]) -> Rows:
+    def affine(self, what: str, values: Sequence[int]) -> Affine:
         """The formula of a number, from its ``values`` at each of `lengths`."""
         if self._fixed:
             step = values[1] - values[0]
-            found = Rows(sequences=step, constant=values[0] - step)
+            found = Affine(sequences=step, constant=values[0] - step)
         else:
             # at (B, T) and M = B T: differences along B, then along T
             short, long = values[1] - values[0], values[3] - values[2]
             tokens = (long - short) // 2
             longest = (values[2] - values[0]) // 2 - tokens
             sequences = short - 5 * tokens
-            found = Rows(
+            found = Affine(
                 sequences, tokens, longest, values[0] - sequences - 5 * tokens - 5 * longest
             )
         again = [found.at(len(one), sum(one), one[0]) for one in self.lengths]
@@ -112,7 +112,7 @@ class _Lowering:
 
     def launches(self, bound: Sequence[Sequence[_Bound]]) -> Iterator[bytes]:
         """The records of all launches; ``bound``: `_bind` at each of the sizes."""
-        for launch, *each in zip(self.plan.launches, *bound, strict=True):
+        for launch, *each in zip(self.plan.steps, *bound, strict=True):
             form = launch.op, *each[0].form()
             if form not in self.templates:  # the blocks of a tower are alike but for their places
                 self.templates[form] = list(self.kernels(launch, each))
@@ -130,7 +130,7 @@ class _Lowering:
         tensor = self.weights[name]
         return struct.pack("<iq", WEIGHTS, tensor.storage_offset() * tensor.element_size())
 
-    def kernels(self, launch: Launch, each: Sequence[_Bound]) -> Iterator[_Template]:
+    def kernels(self, launch: Step, each: Sequence[_Bound]) -> Iterator[_Template]:
         """One plan's launch is one kernel, or several."""
         names = [{id(t): name for name, t in one.arguments.items()} for one in each]
         calls = self.calls_of(launch.op, each)
@@ -215,7 +215,7 @@ class _Lowering:
         stride_bytes = stride * values[0].base.element_size()
         after = _affine(rows) + struct.pack("<qq", columns, stride_bytes)
         for kind, number in ((INT32, rows), (INT32, columns), (INT64, stride), (INT64, 1)):
-            formula = number if isinstance(number, Rows) else Rows(constant=number)
+            formula = number if isinstance(number, Affine) else Affine(constant=number)
             after += struct.pack("<B", kind) + _affine(formula)
         name = _argument(what, [value.base for value in values], names)
         return [struct.pack("<B", MAP), name, after]
@@ -256,7 +256,7 @@ def _bind(
 
 def _tokens(plan: Plan, pixels: Tensor) -> int:
     """Tokens of one image of ``pixels``."""
-    (embed,) = (dict(launch.scalars) for launch in plan.launches if launch.op == "patch_embed")
+    (embed,) = (dict(launch.scalars) for launch in plan.steps if launch.op == "patch_embed")
     sides = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
     down, across = (side // part for side, part in zip(sides, embed["patch"], strict=True))
     return int(embed["prefix"] + down * across)

@@ -1,4 +1,4 @@
-"""What a plan is: a flat tuple of launches over named buffers, and what it costs.
+"""What a plan is: a flat tuple of steps over named buffers, and what it costs.
 
 A plan is a value. It holds no graph, no tensor and no size: buffers are affine in the number of
 sequences B and tokens M, so one plan serves every batch and every length. Buffers that live at the
@@ -22,7 +22,7 @@ MAX_SEQLEN = "max_seqlen"
 """A scalar with this value stands for the longest sequence of the call."""
 
 
-class Rows(NamedTuple):
+class Affine(NamedTuple):
     """Rows of a buffer: ``sequences * B + tokens * M + longest * T + constant``, T the longest."""
 
     sequences: int = 0
@@ -46,7 +46,7 @@ class Buffer:
     """
 
     name: str
-    rows: Rows
+    rows: Affine
     columns: int | None
     dtype: str = "compute"
     slot: int | None = None
@@ -60,7 +60,7 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class Step:
     """One operator call: its arguments by name, as buffers, as packed weights, as scalars."""
 
     op: str
@@ -74,8 +74,8 @@ class Launch:
         return {name: longest if value == MAX_SEQLEN else value for name, value in self.scalars}
 
 
-class Counted(NamedTuple):
-    """What one launch costs: FLOPs of its matrix products, bytes read and written once."""
+class StepCost(NamedTuple):
+    """What one step costs: FLOPs of its matrix products, bytes read and written once."""
 
     label: str
     op: str
@@ -86,10 +86,10 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Launches in order, the buffers they use, and which of these the caller brings and takes."""
+    """Steps in order, the buffers they use, and which of these the caller brings and takes."""
 
     name: str
-    launches: tuple[Launch, ...]
+    steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     weights: tuple[tuple[str, Packed], ...]
     inputs: tuple[str, ...]
@@ -111,7 +111,7 @@ class Plan:
         return sum(self.slot_bytes(batch, tokens, compute_bytes))
 
     def dump(self, lengths: Sequence[int], compute: str = "float32") -> str:
-        """For sequences of ``lengths`` tokens a line per launch: cost and shapes; then totals."""
+        """For sequences of ``lengths`` tokens a line per step: cost and shapes; then totals."""
         rows = self.count(lengths, compute)
         flops, traffic = sum(row.flops for row in rows), sum(row.bytes for row in rows)
         lines = [f"{self.name}: {len(lengths)} sequences, {sum(lengths)} tokens, {compute}"]
@@ -120,9 +120,7 @@ class Plan:
             f"{row.op:13s} {row.label:24s} {row.shapes}"
             for number, row in enumerate(rows)
         ]
-        lines.append(
-            f"total {flops / 1e6:11.3f} MFLOP {traffic / 1e6:10.3f} MB  {len(rows)} launches"
-        )
+        lines.append(f"total {flops / 1e6:11.3f} MFLOP {traffic / 1e6:10.3f} MB  {len(rows)} steps")
         return "\n".join(lines)
 
     def flops(self, lengths: Sequence[int]) -> int:
@@ -135,8 +133,8 @@ class Plan:
         compute: str = "float32",
         inputs: Mapping[str, torch.Tensor] | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> Iterator[tuple[Launch, dict[str, torch.Tensor], dict[str, Any]]]:
-        """Every launch with its tensors and scalars by argument, for sequences of ``lengths``.
+    ) -> Iterator[tuple[Step, dict[str, torch.Tensor], dict[str, Any]]]:
+        """Every step with its tensors and scalars by argument, for sequences of ``lengths``.
 
         Meta tensors; one buffer is one tensor. ``inputs`` stand for buffers that come in another
         shape than they are counted in, as pixels do; ``weights`` for new ones of the same shapes.
@@ -151,33 +149,33 @@ class Plan:
         tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in self.buffers}
         tensors |= inputs or {}
         packed = weights or {name: meta(weight.shape, weight.kind) for name, weight in self.weights}
-        for launch in self.launches:
-            arguments = {arg: tensors[name] for arg, name in launch.buffers}
-            arguments |= {arg: packed[name] for arg, name in launch.weights}
-            yield launch, arguments, launch.resolve(longest)
+        for step in self.steps:
+            arguments = {arg: tensors[name] for arg, name in step.buffers}
+            arguments |= {arg: packed[name] for arg, name in step.weights}
+            yield step, arguments, step.resolve(longest)
 
-    def count(self, lengths: Sequence[int], compute: str = "float32") -> list[Counted]:
-        """The cost of every launch, from shapes alone: no kernel runs, no memory is taken."""
+    def count(self, lengths: Sequence[int], compute: str = "float32") -> list[StepCost]:
+        """The cost of every step, from shapes alone: no kernel runs, no memory is taken."""
         rows = []
-        for launch, arguments, scalars in self.bind(lengths, compute):
-            cost = OPERATORS[launch.op].cost(**arguments, **scalars, lengths=lengths)
+        for step, arguments, scalars in self.bind(lengths, compute):
+            cost = OPERATORS[step.op].cost(**arguments, **scalars, lengths=lengths)
             shapes = " ".join(
                 f"{arg}{tuple(t.shape)}".replace(" ", "") for arg, t in arguments.items()
             )
-            rows.append(Counted(launch.label, launch.op, shapes, cost.flops, cost.bytes))
+            rows.append(StepCost(step.label, step.op, shapes, cost.flops, cost.bytes))
         return rows
 
 
 class Builder:
-    """Collects launches; `finish` gives every intermediate buffer a slot by its lifetime."""
+    """Collects steps; `finish` gives every intermediate buffer a slot by its lifetime."""
 
     def __init__(self) -> None:
-        self.launches: list[Launch] = []
+        self.steps: list[Step] = []
         self.buffers: dict[str, Buffer] = {}
-        self.buffer("cu_seqlens", Rows(sequences=1, constant=1), None, "int32")
-        self.buffer("rows", Rows(sequences=1), None, "int32")
+        self.buffer("cu_seqlens", Affine(sequences=1, constant=1), None, "int32")
+        self.buffer("token_rows", Affine(sequences=1), None, "int32")
 
-    def buffer(self, name: str, rows: Rows, columns: int | None, dtype: str = "compute") -> str:
+    def buffer(self, name: str, rows: Affine, columns: int | None, dtype: str = "compute") -> str:
         self.buffers[name] = Buffer(name, rows, columns, dtype)
         return name
 
@@ -199,22 +197,22 @@ class Builder:
     ) -> None:
         used = tuple((arg, name) for arg, name in buffers.items() if name is not None)
         packed = tuple((arg, name) for arg, name in (weights or {}).items() if name is not None)
-        self.launches.append(Launch(op, label, used, packed, tuple(scalars.items())))
+        self.steps.append(Step(op, label, used, packed, tuple(scalars.items())))
 
     def _drop_unread(self, inputs: Sequence[str]) -> None:
         """Row statistics that nothing reads before they are written again are not written, and
-        buffers that no launch uses go, unless they are among the ``inputs`` of every such plan."""
+        buffers that no step uses go, unless they are among the ``inputs`` of every such plan."""
         read: set[str] = set()
-        for number, launch in reversed(list(enumerate(self.launches))):
-            buffers = dict(launch.buffers)
+        for number, step in reversed(list(enumerate(self.steps))):
+            buffers = dict(step.buffers)
             written = buffers.get("stats")
             if written is not None and written not in read:
                 del buffers["stats"]
-                self.launches[number] = replace(launch, buffers=tuple(buffers.items()))
+                self.steps[number] = replace(step, buffers=tuple(buffers.items()))
             read.discard(written or "")
             if "x_stats" in buffers:
                 read.add(buffers["x_stats"])
-        used = {name for launch in self.launches for _, name in launch.buffers}
+        used = {name for step in self.steps for _, name in step.buffers}
         self.buffers = {
             name: b for name, b in self.buffers.items() if name in used or name in inputs
         }
@@ -228,22 +226,18 @@ class Builder:
     ) -> Plan:
         self._drop_unread(inputs)
         last_use = {
-            buffer: number
-            for number, launch in enumerate(self.launches)
-            for _, buffer in launch.buffers
+            buffer: number for number, step in enumerate(self.steps) for _, buffer in step.buffers
         }
         slots: dict[str, int] = {}
         busy: dict[int, str] = {}
-        for number, launch in enumerate(self.launches):
-            for _, buffer in launch.buffers:
+        for number, step in enumerate(self.steps):
+            for _, buffer in step.buffers:
                 if buffer in inputs or buffer in outputs or buffer in slots:
                     continue
                 slot = next(i for i in range(len(busy) + 1) if i not in busy)
                 slots[buffer], busy[slot] = slot, buffer
             busy = {slot: buffer for slot, buffer in busy.items() if last_use[buffer] > number}
         placed = [replace(b, slot=slots.get(b.name)) for b in self.buffers.values()]
-        names = dict.fromkeys(name for launch in self.launches for _, name in launch.weights)
+        names = dict.fromkeys(name for step in self.steps for _, name in step.weights)
         weights = tuple((name, layout[name]) for name in names)
-        return Plan(
-            name, tuple(self.launches), tuple(placed), weights, tuple(inputs), tuple(outputs)
-        )
+        return Plan(name, tuple(self.steps), tuple(placed), weights, tuple(inputs), tuple(outputs))

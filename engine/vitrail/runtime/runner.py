@@ -1,4 +1,4 @@
-"""What every runner does: buffers in an arena, position tables, a plan's launches in order."""
+"""What every runner does: buffers in an arena, position tables, a plan's steps in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrail.cuda import device_errors
 from vitrail.errors import OutOfMemoryError
 from vitrail.plan import blocks as plans
-from vitrail.plan.plan import Launch, Plan
+from vitrail.plan.plan import Plan, Step
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
 from vitrail.weights.folding import Weights
@@ -152,8 +152,8 @@ class Runner(ABC):
             self._resize(out, middle, pixels, images, groups, taps)
 
     @abstractmethod
-    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
-        """One launch of a plan; ``tensors``: its arguments by name."""
+    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
+        """One step of a plan; ``tensors``: its arguments by name."""
 
     def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
@@ -208,16 +208,16 @@ class Runner(ABC):
                     tensors[buffer.name] = raw.view(dtype).view(shape)
             if batch:
                 self._stream()  # of which the weights take note
-                self.walk(plan.launches, tensors, longest)
+                self.run_steps(plan.steps, tensors, longest)
             self._give(arena)
             return {name: tensors[name] for name in plan.outputs}
 
-    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
-        """Every launch in order."""
-        for launch in launches:
-            arguments = {arg: tensors[name] for arg, name in launch.buffers}
-            arguments |= {arg: self.weights[name] for arg, name in launch.weights}
-            self.launch(launch, arguments, longest)
+    def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
+        """Every step in order."""
+        for step in steps:
+            arguments = {arg: tensors[name] for arg, name in step.buffers}
+            arguments |= {arg: self.weights[name] for arg, name in step.weights}
+            self.run_step(step, arguments, longest)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Kernels launch on the current device, which need not be the tensors'."""

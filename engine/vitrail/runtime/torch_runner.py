@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vitrail.plan.plan import Launch
+from vitrail.plan.plan import Step
 from vitrail.runtime.runner import Runner
 from vitrail_kernels import OPERATORS
 
@@ -26,6 +26,6 @@ class ReferenceRunner(Runner):
     def _resize(self, *tensors: Tensor) -> None:
         OPERATORS["resize"].reference(*tensors)
 
-    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
+    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
         wanted = {name: tensor for name, tensor in tensors.items() if name not in STATISTICS}
-        OPERATORS[launch.op].reference(**wanted, **launch.resolve(longest))
+        OPERATORS[step.op].reference(**wanted, **step.resolve(longest))

@@ -70,7 +70,7 @@ class VisionTower:
             "pixels": pixels.to(device).contiguous(),
             "table": self.runner.table(self.spec, self.spec.grid_at(size), kind),
             "cu_seqlens": offsets,
-            "rows": offsets[:-1],
+            "token_rows": offsets[:-1],
         }
         return self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
 
@@ -130,7 +130,7 @@ class TextTower:
             "ids": texts.ids,
             "positions": texts.positions,
             "cu_seqlens": texts.starts,
-            "rows": texts.starts[1:] - 1,
+            "token_rows": texts.starts[1:] - 1,
         }
         return self.runner.run(
             plans.text_pooled(self.spec),
@@ -154,7 +154,7 @@ class TextTower:
             "ids": ids.flatten().to(device, torch.int32),
             "positions": torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch),
             "cu_seqlens": offsets,
-            "rows": rows.to(torch.int32),
+            "token_rows": rows.to(torch.int32),
         }
         if kv_lens is not None:
             inputs["kv_lens"] = kv_lens.to(device, torch.int32)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from vitrail.errors import InputError, VitrailError
-from vitrail.plan.plan import Launch
+from vitrail.plan.plan import Step
 from vitrail.runtime.runner import Runner
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import provenance
@@ -56,9 +56,9 @@ class TritonRunner(Runner):
         with _compiler_errors():
             OPERATORS["resize"].launch(*tensors)
 
-    def walk(self, launches: Sequence[Launch], tensors: Mapping[str, Tensor], longest: int) -> None:
+    def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
         with _compiler_errors():
-            super().walk(launches, tensors, longest)
+            super().run_steps(steps, tensors, longest)
 
-    def launch(self, launch: Launch, tensors: Mapping[str, Tensor], longest: int) -> None:
-        OPERATORS[launch.op].launch(**tensors, **launch.resolve(longest))
+    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
+        OPERATORS[step.op].launch(**tensors, **step.resolve(longest))
