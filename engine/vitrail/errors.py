@@ -1,8 +1,16 @@
-"""The errors users meet. Each message says what was got, what was wanted and where."""
+"""The errors that users meet, and how messages show values: what was got, wanted, and where."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 78
 
 
 class VitrailError(Exception):
-    """Base of every error Vitrail raises on purpose."""
+    """Base of every error that Vitrail raises on purpose."""
 
 
 class CheckpointError(VitrailError):
@@ -18,8 +26,25 @@ class InputError(VitrailError, ValueError):
 
 
 class DeviceError(VitrailError):
-    """The GPU or its driver failed; the message names the launch where there was one."""
+    """The GPU or its driver failed. The message names the launch if the error came from one."""
 
 
 class OutOfMemoryError(DeviceError):
-    """The GPU has too little memory left, for the weights or even for one item."""
+    """The GPU has too little memory left for the weights, or even for a single item."""
+
+
+def show(value: object) -> str:
+    """``repr(value)`` in at most 80 characters; never built in full for a large value."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def show_path(path: Path) -> str:
+    """A path in at most 300 characters, printable: escaped or shortened if it has to be."""
+    text = str(path) if str(path).isprintable() else ascii(str(path))
+    return text if len(text) <= 300 else f"{text[:100]}...{text[-190:]}"
+
+
+def refusal(location: str, got: str, wanted: str) -> CheckpointError:
+    """The CheckpointError "LOCATION: got GOT, wanted WANTED", for the caller to raise."""
+    return CheckpointError(f"{location}: got {got}, wanted {wanted}")

@@ -31,6 +31,7 @@ from vitrail import runtime as runners
 from vitrail.checkpoint.files import open_checkpoint
 from vitrail.cli import app
 from vitrail.demo.demo import bundled
+from vitrail.durable import write_file
 from vitrail.errors import CheckpointError, InputError, VitrailError
 from vitrail.exported.folder import Exported, open_exported
 from vitrail.exported.format import COPIED, exported_plans, manifest_bytes, pixel_batch
@@ -881,13 +882,12 @@ def test_an_export_that_fails_leaves_what_was_there(
     export_model(clip, out, [90])
     before = contents(out)
 
-    def stop(path: Path, *parts: bytes | memoryview) -> None:
+    def stop(path: Path, *chunks: bytes | memoryview) -> None:
         if path.name == "vitrail.json":
             raise KeyboardInterrupt
-        put(path, *parts)
+        write_file(path, *chunks)
 
-    put = export._put
-    monkeypatch.setattr(export, "_put", stop)
+    monkeypatch.setattr(export, "write_file", stop)
     with pytest.raises(KeyboardInterrupt):
         export_model(clip, out, [90], dtype="bfloat16", overwrite=True)
     assert contents(out) == before
@@ -900,14 +900,14 @@ def test_an_export_that_cannot_take_its_place_gives_it_back(
 ) -> None:
     out = tmp_path / "out"
     export_model(clip, out, [90])
-    before, rename = contents(out), Path.rename
+    before, replace = contents(out), os.replace
 
-    def refuse(path: Path, target: Path) -> Path:
+    def refuse(path: Path, target: Path) -> None:
         if path.suffix == ".partial":
             raise PermissionError("no such luck")
-        return rename(path, target)
+        replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(InputError, match="out: cannot be written: no such luck"):
         export_model(clip, out, [90], dtype="bfloat16", overwrite=True)
     assert contents(out) == before
@@ -919,12 +919,12 @@ def test_what_a_killed_export_leaves_does_not_load(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import os, signal, sys; from vitrail import export;"
+        "import os, signal, sys; from vitrail.tools import export;"
         "export.kernel_record = lambda key, call, arch: key.encode();"
-        "put = export._put;"
+        "write = export.write_file;"
         "stop = lambda path: os.kill(os.getpid(), signal.SIGKILL);"
-        "export._put = lambda path, *parts:"
-        " stop(path) if path.name == 'vitrail.json' else put(path, *parts);"
+        "export.write_file = lambda path, *chunks:"
+        " stop(path) if path.name == 'vitrail.json' else write(path, *chunks);"
         "export.export_model(sys.argv[1], sys.argv[2], [90])"
     )
     done = subprocess.run([sys.executable, "-c", code, clip, tmp_path / "out"], timeout=120)

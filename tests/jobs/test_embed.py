@@ -233,7 +233,7 @@ def test_a_full_disk_is_one_clean_error_and_leaves_nothing(suffix: str, tmp_path
     paths = [tmp_path / "photos" / "a.jpg"] * 20_000
     with (
         file_size_limit(1000),
-        pytest.raises(InputError, match=rf"out{suffix}: cannot write it: .*[Ff]ile too large"),
+        pytest.raises(InputError, match=rf"out{suffix}: cannot be written: .*[Ff]ile too large"),
     ):
         embed(FakeModel(), paths, tmp_path / f"out{suffix}", batch_size=5000)
     assert left(tmp_path) == []

@@ -19,7 +19,6 @@ import torch
 import vitrail
 from vitrail.errors import InputError
 from vitrail.jobs import folder as job
-from vitrail.jobs import manifest
 from vitrail.jobs.folder import Options, check_folder, run_job
 from vitrail.jobs.listing import TarMember
 from vitrail.jobs.manifest import MANIFEST, PLAN, read_embeddings, read_manifest
@@ -327,7 +326,7 @@ def test_a_full_disk_keeps_what_is_committed_and_says_what_to_do(
         def fail(*_: Any) -> None:
             raise OSError(code, os.strerror(code))
 
-        patch.setattr(manifest.os, call, fail)
+        patch.setattr(os, call, fail)
         with pytest.raises(InputError, match=f"{os.strerror(code)}.*3 committed parts are safe"):
             run(out)
     assert not list(out.rglob("_draft-*"))
@@ -338,9 +337,9 @@ def test_a_full_disk_keeps_what_is_committed_and_says_what_to_do(
 def test_a_disk_that_reads_back_otherwise_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.pread
-    monkeypatch.setattr(manifest.os, "pread", lambda *given: real(*given)[:-1] + b"?")
-    with pytest.raises(InputError, match="reads back otherwise than it was written"):
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path)[:-1] + b"?")
+    with pytest.raises(InputError, match="reads back differently than it was written"):
         run(tmp_path)
 
 

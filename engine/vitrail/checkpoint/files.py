@@ -26,15 +26,12 @@ from vitrail.checkpoint.header import (
     check_regular,
     file_stamp,
     open_regular,
-    place,
     read_exactly,
     read_header,
     read_json,
     reading,
-    refusal,
-    show,
 )
-from vitrail.errors import CheckpointError, InputError, VitrailError
+from vitrail.errors import CheckpointError, InputError, VitrailError, refusal, show, show_path
 
 __all__ = [
     "Checkpoint",
@@ -131,7 +128,9 @@ def open_checkpoint(
         return _open(local, source, None, None)
     if local.suffix != ".safetensors":
         advice = f"; {HOW_TO_CONVERT}" if local.suffix in PICKLED else ""
-        raise refusal(place(local), "a file", f"a checkpoint folder or a .safetensors file{advice}")
+        raise refusal(
+            show_path(local), "a file", f"a checkpoint folder or a .safetensors file{advice}"
+        )
     return _open(local.parent, source, None, local.name)
 
 
@@ -156,11 +155,13 @@ def _open(folder: Path, source: str, revision: str | None, weights: str | None) 
     names = _names(folder)
     if EXPORT in names:
         wanted = "a checkpoint: this was made of one by vitrail export, and only loads"
-        raise refusal(place(folder / EXPORT), "an exported folder", wanted)
+        raise refusal(show_path(folder / EXPORT), "an exported folder", wanted)
     if CONFIG not in names:
-        raise refusal(place(folder), f"no {CONFIG}", "a checkpoint folder as transformers saves it")
+        raise refusal(
+            show_path(folder), f"no {CONFIG}", "a checkpoint folder as transformers saves it"
+        )
     config = read_json(_inside(folder, CONFIG))
-    weights = weights or _choose_weights(names, place(folder))
+    weights = weights or _choose_weights(names, show_path(folder))
     return Checkpoint(
         folder=folder,
         source=source,
@@ -197,7 +198,7 @@ def _inside(folder: Path, name: str) -> Path:
         if target.parent in (repository / "blobs", shared) and _BLOB.fullmatch(target.name):
             return path
     got = f"a symlink to {show(str(target))}"
-    raise refusal(place(path), got, "a file inside the checkpoint folder")
+    raise refusal(show_path(path), got, "a file inside the checkpoint folder")
 
 
 def _optional(folder: Path, names: set[str], name: str) -> dict[str, Any] | None:
@@ -210,7 +211,7 @@ def _preprocessor(folder: Path, names: set[str]) -> dict[str, Any] | None:
     if nested is None:
         return _optional(folder, names, PREPROCESSOR)
     if not isinstance(nested, dict):
-        where = f"{place(folder / PROCESSOR)}: image_processor"
+        where = f"{show_path(folder / PROCESSOR)}: image_processor"
         raise refusal(where, show(nested), "an object")
     return nested
 
@@ -236,13 +237,13 @@ def _choose_weights(names: Iterable[str], where: str) -> str:
 
 
 def _listing(names: list[str]) -> str:
-    some = ", ".join(place(Path(name)) for name in names[:6])
+    some = ", ".join(show_path(Path(name)) for name in names[:6])
     return some if len(names) <= 6 else f"{some} and {len(names) - 6} more"
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> shard, from the index. Its ``metadata.total_size`` is not trusted."""
-    where = f"{place(folder / INDEX)}: weight_map"
+    where = f"{show_path(folder / INDEX)}: weight_map"
     weight_map = read_json(_inside(folder, INDEX), MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not 1 <= len(weight_map) <= MAX_TENSORS:
         raise refusal(where, show(weight_map), f"an object of 1 to {MAX_TENSORS:,} shard names")
@@ -260,7 +261,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _read_shards(folder: Path, names: set[str]) -> dict[str, TensorEntry]:
-    where = place(folder / INDEX)
+    where = show_path(folder / INDEX)
     weight_map = _weight_map(folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
@@ -273,7 +274,7 @@ def _read_shards(folder: Path, names: set[str]) -> dict[str, TensorEntry]:
                     "nowhere" if listed is None else f"in {show(listed)}"
                 )
                 raise refusal(
-                    place(folder / shard), got, "each tensor in the shard the index names"
+                    show_path(folder / shard), got, "each tensor in the shard the index names"
                 )
             tensors[name] = entry
     missing = sorted(weight_map.keys() - tensors.keys())
@@ -374,15 +375,6 @@ def _hub_reason(error: Exception, revision: str | None) -> str:
     )
 
 
-def sync(path: Path) -> None:
-    """What a file, or the list of names in a folder, holds is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class TensorReader:
     """Reads tensor bytes into memory the caller owns; a context manager, safe to share by threads.
 
@@ -445,4 +437,4 @@ class TensorReader:
         if entry.stamp is None or now == entry.stamp:
             return
         fault = "was truncated" if now[2] < entry.stamp[2] else "was changed or replaced"
-        raise CheckpointError(f"{place(entry.file)}: {fault} while loading; load it again")
+        raise CheckpointError(f"{show_path(entry.file)}: {fault} while loading; load it again")

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 import struct
 from collections import Counter
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, refusal, show, show_path
 
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 24
@@ -60,8 +59,6 @@ _NOT_STRUCTURE = bytes(set(range(256)) - set(b",[]{}"))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PATH_LIKE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]")
-_REPR = reprlib.Repr()
-_REPR.maxstring = 78
 
 Raw = bytes | bytearray
 Stamp = tuple[int, int, int, int]
@@ -85,22 +82,6 @@ class TensorEntry:
     stamp: Stamp | None = None
 
 
-def show(value: object) -> str:
-    """``repr(value)`` in at most 80 characters; never built in full for a large value."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def place(path: Path) -> str:
-    """A path as messages name it: whole and plain, unless that would break or drown the line."""
-    text = str(path) if str(path).isprintable() else ascii(str(path))
-    return text if len(text) <= 300 else f"{text[:100]}...{text[-190:]}"
-
-
-def refusal(where: str, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{where}: got {got}, wanted {wanted}")
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns the operating system's errors into CheckpointError with its reason."""
@@ -108,7 +89,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise CheckpointError(f"{place(path)}: cannot be read: {reason}") from error
+        raise CheckpointError(f"{show_path(path)}: cannot be read: {reason}") from error
 
 
 def check_regular(path: Path, opened: int | None = None) -> None:
@@ -118,7 +99,7 @@ def check_regular(path: Path, opened: int | None = None) -> None:
     if not stat.S_ISREG(mode):
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
         kind = next((text for is_kind, text in kinds if is_kind(mode)), "a device")
-        raise refusal(place(path), kind, "a regular file")
+        raise refusal(show_path(path), kind, "a regular file")
 
 
 def open_regular(path: Path) -> int:
@@ -146,7 +127,7 @@ def read_exactly(descriptor: int, offset: int, out: memoryview, path: Path) -> N
             count = os.preadv(descriptor, [out[done:]], offset + done)
         if count == 0:
             raise CheckpointError(
-                f"{place(path)}: was truncated while loading, at byte {offset + done}"
+                f"{show_path(path)}: was truncated while loading, at byte {offset + done}"
             )
         done += count
 
@@ -164,11 +145,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         with reading(path):
             size = os.fstat(descriptor).st_size
         if size > limit:
-            raise refusal(place(path), f"{size:,} bytes", f"at most {limit:,} bytes of JSON")
+            raise refusal(show_path(path), f"{size:,} bytes", f"at most {limit:,} bytes of JSON")
         raw = _read(descriptor, 0, size, path)
     finally:
         os.close(descriptor)
-    return parse_json(raw, place(path))
+    return parse_json(raw, show_path(path))
 
 
 def parse_json(raw: Raw, where: str) -> dict[str, Any]:
@@ -254,7 +235,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             stamp = file_stamp(descriptor)
         size = stamp[2]
         head = _read(descriptor, 0, min(size, 9), path)
-        raw = _read(descriptor, 8, header_length(head, size, place(path)), path)
+        raw = _read(descriptor, 8, header_length(head, size, show_path(path)), path)
     finally:
         os.close(descriptor)
     return parse_header(raw, size, path, stamp)
@@ -284,7 +265,7 @@ def parse_header(
     raw: Raw, size: int, path: Path, stamp: Stamp | None = None
 ) -> dict[str, TensorEntry]:
     """The tensors that header bytes ``raw`` describe in a file of ``size`` bytes in all."""
-    where = place(path)
+    where = show_path(path)
     if not raw.rstrip(b" ").endswith(b"}"):
         raise refusal(
             where, f"{show(bytes(raw[-1:]))} at the end of the header", "'}', then spaces only"
@@ -309,8 +290,8 @@ def _check_metadata(metadata: object, where: str) -> None:
 
 
 def _entry(name: str, value: object, path: Path, data: int, stamp: Stamp | None) -> TensorEntry:
-    _check_name(name, place(path))
-    where = f"{place(path)}: tensor {show(name)}"
+    _check_name(name, show_path(path))
+    where = f"{show_path(path)}: tensor {show(name)}"
     if not isinstance(value, dict) or value.keys() != FIELDS:
         got = sorted(value) if isinstance(value, dict) else value
         raise refusal(where, show(got), "exactly the fields data_offsets, dtype, shape")

@@ -21,6 +21,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from vitrail.demo.quiz import PAIRS, SIDE, Floats, Score, judge
 from vitrail.demo.scenes import Scene, render, sample
 from vitrail.demo.sheet import Pane, Row, contact_sheet
+from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def run(load: Callable[[str], Model], name: str | None, out: Path, seed: int | N
     _check(out)
     model = load(name if name is not None else str(bundled()))
     seed = Random().randrange(10_000) if seed is None else seed
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     about = (
         f"{model.spec.architecture}, {model.spec.parameters / 1e6:.1f} M parameters, "
         f"{dtype} on {model.device}, scenes of seed {seed}"

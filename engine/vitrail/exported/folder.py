@@ -24,11 +24,11 @@ from vitrail.checkpoint.files import (
     Checkpoint,
     read_json,
 )
-from vitrail.checkpoint.header import parse_json, place, reading, refusal, show
-from vitrail.errors import CheckpointError, InputError
+from vitrail.checkpoint.header import parse_json, reading
+from vitrail.dtypes import HALVES, named_dtype
+from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.exported.format import (
     COPIED,
-    DTYPES,
     FORMAT,
     NATIVE,
     WEIGHTS,
@@ -107,7 +107,7 @@ class Exported:
         root = Path(os.path.realpath(self.folder))
         path = self.folder / name
         if not Path(os.path.realpath(path)).is_relative_to(root):
-            raise refusal(place(path), "a link out of the folder", "a file of the export")
+            raise refusal(show_path(path), "a link out of the folder", "a file of the export")
         return path
 
     def read(self, name: str) -> bytes:
@@ -116,7 +116,7 @@ class Exported:
         with reading(path):
             size = os.stat(path).st_size
         if size > MOST_BYTES:
-            raise refusal(place(path), f"{size:,} bytes", f"at most {MOST_BYTES:,}")
+            raise refusal(show_path(path), f"{size:,} bytes", f"at most {MOST_BYTES:,}")
         raw = bytearray(size)
         self._compare(path, name, read_digest(path, memoryview(raw))[0])
         return bytes(raw)
@@ -124,7 +124,7 @@ class Exported:
     def _compare(self, path: Path, name: str, digest: str) -> None:
         if digest != self.files[name]:
             wanted = f"{self.files[name][:16]}..., as {EXPORT} says: damaged; export it again"
-            raise refusal(place(path), f"the digest {digest[:16]}...", wanted)
+            raise refusal(show_path(path), f"the digest {digest[:16]}...", wanted)
 
     def load(self) -> Weights:
         """Reads and checks every file, the weights once, into memory of the CPU.
@@ -139,7 +139,7 @@ class Exported:
         with reading(path):
             size = os.stat(path).st_size
         if size != len(head) + total:
-            raise refusal(place(path), f"{size:,} bytes", f"{len(head) + total:,}")
+            raise refusal(show_path(path), f"{size:,} bytes", f"{len(head) + total:,}")
         try:
             raw = torch.empty(size, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
@@ -147,7 +147,7 @@ class Exported:
         memory: memoryview = raw.numpy().data
         self._compare(path, WEIGHTS, read_digest(path, memory)[0])
         if bytes(memory[: len(head)]) != head:
-            raise refusal(place(path), "another header", f"one tensor of {total:,} bytes")
+            raise refusal(show_path(path), "another header", f"one tensor of {total:,} bytes")
         arena = raw[len(head) :]
         if self.spec.vision is not None:
             shape = -1, self.spec.vision.blocks.width
@@ -181,7 +181,7 @@ class Exported:
     def lacks(self, arch: int) -> CheckpointError:
         """Why it cannot serve another architecture where triton is missing."""
         wanted = f"sm_{arch}, which this GPU is: export it for that, or install triton"
-        return refusal(place(self.folder / EXPORT), f"kernels for {self.architectures}", wanted)
+        return refusal(show_path(self.folder / EXPORT), f"kernels for {self.architectures}", wanted)
 
     @property
     def arena_bytes(self) -> int:
@@ -218,26 +218,25 @@ def open_exported(path_or_id: object, revision: str | None = None) -> Exported |
         raise InputError(
             f"revision: got {show(revision)} for the local {show(source)}, wanted None"
         )
-    where = place(folder / EXPORT)
+    where = show_path(folder / EXPORT)
     for name in (CONFIG, SINGLE, INDEX):
         if os.path.lexists(folder / name):
             wanted = "an exported folder or a checkpoint, not both in one"
-            raise refusal(place(folder), f"both {EXPORT} and {name}", wanted)
+            raise refusal(show_path(folder), f"both {EXPORT} and {name}", wanted)
     content = _content(folder / EXPORT, where)
     try:
         spec = ModelSpec.from_dict(content["spec"])
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    dtype = DTYPES.get(content["dtype"])
-    if dtype is None:
-        raise refusal(f"{where}: dtype", show(content["dtype"]), f"one of {tuple(DTYPES)}")
+    if content["dtype"] not in HALVES:
+        raise refusal(f"{where}: dtype", show(content["dtype"]), f"one of {HALVES}")
     builds = _builds(content["builds"], where)
     exported = Exported(
         folder=folder,
         source=source,
         origin=content["source"],
         spec=spec,
-        dtype=dtype,
+        dtype=named_dtype(content["dtype"]),
         size=_size(content["size"], spec, where),
         builds=builds,
         weights_hash=content["weights"],
@@ -309,7 +308,9 @@ def _check_files(exported: Exported, where: str) -> None:
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise refusal(f"{where}: files: {name}", show(digest), "64 hex digits")
         if not os.path.lexists(exported.folder / name):
-            raise refusal(place(exported.folder / name), "no such file", f"it, as {EXPORT} says")
+            raise refusal(
+                show_path(exported.folder / name), "no such file", f"it, as {EXPORT} says"
+            )
     named = itertools.product(exported.builds, exported_plans(exported.spec))
     for name in (NATIVE, WEIGHTS, *(f"sm_{arch}/{plan}.plan" for arch, plan in named)):
         if name not in exported.files:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from vitrail._version import __version__
 from vitrail.checkpoint.files import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
-from vitrail.checkpoint.header import open_regular, place, read_exactly, reading, refusal
+from vitrail.checkpoint.header import open_regular, read_exactly, reading
+from vitrail.errors import refusal, show_path
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
 from vitrail.plan.record import items, string
@@ -37,7 +38,6 @@ from vitrail.weights.folding import ALIGNMENT, arena_bytes
 FORMAT = 1
 NATIVE, WEIGHTS = "model.vitrail", "weights.safetensors"
 COPIED = (PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *TOKENIZER_FILES)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CHUNK_BYTES = 4 << 20
 THREADS = 16
 NATIVE_MAGIC = b"vitrail model 1\n"
@@ -110,7 +110,7 @@ def read_digest(path: Path, out: memoryview | None = None) -> tuple[str, int]:
         with reading(path):
             size = os.fstat(descriptor).st_size
         if out is not None and size != len(out):
-            raise refusal(place(path), f"{size:,} bytes", f"{len(out):,}")
+            raise refusal(show_path(path), f"{size:,} bytes", f"{len(out):,}")
 
         def part(start: int) -> bytes:
             stop = min(start + CHUNK_BYTES, size)

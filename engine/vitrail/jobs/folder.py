@@ -28,18 +28,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.checkpoint.files import sync
+from vitrail.durable import DRAFT, put_file, sync
 from vitrail.errors import InputError
 from vitrail.jobs.listing import Source, path_text
 from vitrail.jobs.manifest import (
-    DRAFT,
     FORMAT,
     MANIFEST,
     PLAN,
     Part,
     commit,
     parse,
-    put,
     read_manifest,
 )
 from vitrail.jobs.one_file import (
@@ -223,7 +221,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Writes the plan, or compares it with the one that is there."""
     file = out / PLAN
     if not file.exists():
-        put(file, json.dumps(plan, indent=2).encode() + b"\n")
+        put_file(file, json.dumps(plan, indent=2).encode() + b"\n")
         return
     former = json.loads(file.read_bytes())
     changed = [
@@ -316,7 +314,7 @@ def _write(
         or bad != [(path, error) for path, error in told if error is not None]
     ):
         raise InputError(f"{out}: part {number} does not read back as what was computed")
-    files = tuple((name, *put(out / name, data)) for name, data in made.items())
+    files = tuple((name, *put_file(out / name, data)) for name, data in made.items())
     return Part(number, start, len(rows.sources), len(values), files)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.checkpoint.files import sync
+from vitrail.durable import sync, write_all
 from vitrail.errors import InputError
 from vitrail.jobs.one_file import pyarrow_modules
 
 FORMAT = 1
-PLAN, MANIFEST, DRAFT = "_plan.json", "_manifest.jsonl", "_draft-"
+PLAN, MANIFEST = "_plan.json", "_manifest.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,37 +67,11 @@ def commit(out: Path, part: Part) -> None:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.ftruncate(descriptor, whole)
-        _write_all(descriptor, part.line(), whole)
+        write_all(descriptor, part.line(), whole)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     sync(out)
-
-
-def put(file: Path, data: bytes) -> tuple[int, str]:
-    """The file, whole or not at all, and surely on disk; its bytes and SHA-256 as read back.
-
-    Raises OSError where it cannot be written or reads back otherwise.
-    """
-    draft = file.with_name(DRAFT + file.name)
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        _write_all(descriptor, data, 0)
-        os.fsync(descriptor)
-        if os.pread(descriptor, len(data) + 1, 0) != data:
-            raise OSError(f"{file} reads back otherwise than it was written")
-    finally:
-        os.close(descriptor)
-    os.replace(draft, file)
-    sync(file.parent)
-    return len(data), hashlib.sha256(data).hexdigest()
-
-
-def _write_all(descriptor: int, data: bytes, at: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import sync
+from vitrail.dtypes import dtype_name
+from vitrail.durable import draft_files, publish, sync, writing
 from vitrail.errors import InputError
 from vitrail.jobs.listing import Source, path_text
 
@@ -108,8 +108,8 @@ def embed(
     check_output(out, overwrite)
     about = about_model(model, size, normalize, precision)
     summary = Summary()
-    with _drafts(_targets(out)) as drafts:
-        with (_parquet if out.suffix == ".parquet" else _npy)(drafts.names, about) as write:
+    with writing(out), draft_files(_targets(out)) as drafts:
+        with (_parquet if out.suffix == ".parquet" else _npy)(list(drafts), about) as write:
             for rows in embed_images(
                 model, sources, batch_size=batch_size, size=size, normalize=normalize
             ):
@@ -117,7 +117,9 @@ def embed(
                 write(rows, narrow(rows, precision))
                 progress(summary.inputs)
         if summary.failed < summary.inputs:
-            drafts.commit()
+            for draft in drafts:
+                sync(draft)
+            publish(drafts)
     return summary
 
 
@@ -162,7 +164,7 @@ def about_model(
         "model": model.source,
         "revision": model.revision,
         "fingerprint": model.fingerprint,
-        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(model.dtype),
         "size": list(size) if size else None,
         "normalized": normalize,
         "width": vision.embedding,
@@ -180,36 +182,6 @@ def narrow(rows: Rows, precision: Precision) -> npt.NDArray[Any]:
         largest = float(np.abs(rows.embeddings).max())
         raise InputError(f"float16 output: got an embedding value of {largest:.4g}, wanted < 65504")
     return narrow
-
-
-@dataclass(frozen=True, slots=True)
-class _Drafts:
-    """Files under temporary names in the folder of their targets, renamed together at the end."""
-
-    names: Sequence[Path]
-    targets: Sequence[Path]
-
-    def commit(self) -> None:
-        for name in self.names:
-            sync(name)
-        for name, target in zip(self.names, self.targets, strict=True):
-            os.replace(name, target)
-        sync(self.targets[-1].parent)
-
-
-@contextmanager
-def _drafts(targets: Sequence[Path]) -> Iterator[_Drafts]:
-    """Drafts that are gone afterwards, committed or not; an OSError becomes an InputError."""
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    names = [path.with_name(f".{path.name}.{mark}.tmp") for path in targets]
-    try:
-        yield _Drafts(names, targets)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{targets[-1]}: cannot write it: {reason}") from error
-    finally:
-        for name in names:
-            name.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitrail._version import __version__
 from vitrail.checkpoint.files import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from vitrail.dtypes import dtype_name, parse_dtype
 from vitrail.errors import (
     CheckpointError,
     ImageError,
@@ -58,11 +59,6 @@ from vitrail.torch_modes import plain
 from vitrail.weights.folding import Weights, hash_weights, load_weights
 from vitrail.zoo import map_tensors, read_spec
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 ACTIVATION_BYTES = 256 << 20
 """The activation arena of a call where the caller names no batch size."""
 CPU_TEXT_BYTES = 32 << 20
@@ -114,7 +110,7 @@ def load(
     if exported is not None:
         if dtype != "auto" and kind != exported.dtype:
             raise InputError(
-                f"dtype: got {_name(kind)}, wanted {_name(exported.dtype)}, in which "
+                f"dtype: got {dtype_name(kind)}, wanted {dtype_name(exported.dtype)}, in which "
                 f"{exported.folder} was exported; load the checkpoint itself, or export it again"
             )
         return _load_exported(exported, place, sixteen_bit, runner, resize)
@@ -197,17 +193,10 @@ def fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
-    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind is None or kind not in DTYPES.values():
-        raise InputError(f"dtype: got {dtype!r}, wanted 'auto' or one of {tuple(DTYPES)}")
-    return kind
+    return parse_dtype(dtype, auto=True)
 
 
 class Model:
@@ -244,7 +233,7 @@ class Model:
         self._labels: dict[tuple[tuple[str, ...], tuple[str, ...], Overflow], Tensor] = {}
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return (
             f"<vitrail.Model {self.spec.architecture} from {str(self.source)!r}: "
             f"{self.spec.parameters / 1e6:.1f} M parameters, {dtype} on {self.device}, "
@@ -547,7 +536,7 @@ class Model:
         return f"the final projection {self._not_finite()}"
 
     def _not_finite(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = dtype_name(self.dtype)
         advice = {"float16": "; load with dtype='bfloat16' or 'float32'"}.get(kind, "")
         return f"holds numbers that are not finite in {kind}{advice}"
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
+from vitrail.dtypes import dtype_name
 from vitrail.errors import VitrailError
 from vitrail.plan.plan import Affine, Plan, Step
 from vitrail.plan.record import items, string
@@ -276,7 +277,7 @@ def lower(
         pixels = torch.empty(pixels.shape, dtype=pixels.dtype, device="meta")
         length = _tokens(plan, pixels)
     sizes = Sizes(length)
-    compute = str(dtype).removeprefix("torch.")
+    compute = dtype_name(dtype)
     lowering = _Lowering(plan, target, sizes, weights)
     bound = [_bind(plan, one, compute, weights, pixels) for one in sizes.lengths]
     launches = list(lowering.launches(bound))

@@ -18,8 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from vitrail.checkpoint.files import Checkpoint, read_json
-from vitrail.checkpoint.header import place
-from vitrail.errors import CheckpointError, InputError
+from vitrail.errors import CheckpointError, InputError, show_path
 from vitrail.spec import TextSpec
 from vitrail.text.tokens import TokenIds
 
@@ -135,7 +134,7 @@ def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
         backend, where = _from_vocab(checkpoint, vocab, merges), vocab
     else:
         raise CheckpointError(
-            f"{place(checkpoint.folder)}: no tokenizer; "
+            f"{show_path(checkpoint.folder)}: no tokenizer; "
             "looked for tokenizer.json, and for vocab.json with merges.txt; copy them from where "
             "the checkpoint came from (transformers: tokenizer.save_pretrained), or pass token ids"
         )
@@ -146,7 +145,7 @@ def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
         pad = _special(checkpoint, "pad_token")
         return Tokenizer(backend, spec, None if pad is None else backend.token_to_id(pad))
     except CheckpointError as error:
-        raise CheckpointError(f"{place(where)}: {error}") from None
+        raise CheckpointError(f"{show_path(where)}: {error}") from None
 
 
 def pad(
@@ -236,9 +235,11 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{place(path)}: not a usable tokenizer: {error}") from error
+        raise CheckpointError(f"{show_path(path)}: not a usable tokenizer: {error}") from error
     if getattr(backend.model, "dropout", None):
-        raise CheckpointError(f"{place(path)}: BPE dropout {backend.model.dropout}, wanted none")
+        raise CheckpointError(
+            f"{show_path(path)}: BPE dropout {backend.model.dropout}, wanted none"
+        )
     return backend
 
 
@@ -246,7 +247,7 @@ def _from_vocab(checkpoint: Checkpoint, vocab: Path, merges: Path) -> tokenizers
     kind = (checkpoint.tokenizer_config or {}).get("tokenizer_class")
     if kind not in CLIP_CLASSES:
         raise CheckpointError(
-            f"{place(vocab)}: tokenizer_class {kind!r} without a tokenizer.json, "
+            f"{show_path(vocab)}: tokenizer_class {kind!r} without a tokenizer.json, "
             f"wanted one of {CLIP_CLASSES}"
         )
     unknown = _special(checkpoint, "unk_token") or EOS
@@ -262,7 +263,7 @@ def _from_vocab(checkpoint: Checkpoint, vocab: Path, merges: Path) -> tokenizers
         raise
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(
-            f"{place(merges)}: merges do not fit {vocab.name}: {error}"
+            f"{show_path(merges)}: merges do not fit {vocab.name}: {error}"
         ) from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
@@ -284,7 +285,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, checkpoint: Checkpoint, vocab: Pa
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != number:
             raise CheckpointError(
-                f"{place(vocab)}: added token {token.content!r} gets the id "
+                f"{show_path(vocab)}: added token {token.content!r} gets the id "
                 f"{backend.token_to_id(token.content)}, wanted {number}"
             )
     keys = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -304,7 +305,7 @@ def _added(checkpoint: Checkpoint, vocab: Path) -> dict[int, AddedToken]:
             flags = {key: bool(fields[key]) for key in FLAGS if key in fields}
             tokens[int(number)] = AddedToken(fields["content"], **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{place(vocab)}: malformed added tokens: {error!r}") from None
+        raise CheckpointError(f"{show_path(vocab)}: malformed added tokens: {error!r}") from None
     return tokens
 
 
@@ -313,7 +314,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     for token, number in vocab.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
             raise CheckpointError(
-                f"{place(path)}: token {token!r} has id {number!r}, wanted 0 or more"
+                f"{show_path(path)}: token {token!r} has id {number!r}, wanted 0 or more"
             )
     return vocab
 
@@ -322,13 +323,15 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{place(path)}: not UTF-8: {error}") from None
+        raise CheckpointError(f"{show_path(path)}: not UTF-8: {error}") from None
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#version"):
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2:
-            raise CheckpointError(f"{place(path)}: line {number} is {line!r}, wanted two tokens")
+            raise CheckpointError(
+                f"{show_path(path)}: line {number} is {line!r}, wanted two tokens"
+            )
         merges.append((pair[0], pair[1]))
     return merges

@@ -8,11 +8,9 @@ killed export leaves behind does not load. Needs no GPU.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,12 @@ from pathlib import Path
 import torch
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import EXPORT, sync
+from vitrail.checkpoint.files import EXPORT
+from vitrail.dtypes import HALVES, dtype_name, parse_dtype
+from vitrail.durable import draft_folder, write_file, writing
 from vitrail.errors import InputError, VitrailError
 from vitrail.exported.format import (
     COPIED,
-    DTYPES,
     FORMAT,
     NATIVE,
     WEIGHTS,
@@ -89,17 +88,16 @@ def export_model(
     if MISSING is not None or interpreted():
         raise InputError(f"export: it needs triton's compiler, but {MISSING or INTERPRETING}")
     targets = _targets(architectures)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: got {dtype!r}, wanted one of {tuple(DTYPES)}")
+    compute = parse_dtype(dtype, HALVES)
     out = Path(folder).absolute()
     _check_output(out, overwrite)
-    found = read_model(model, DTYPES[dtype], revision=revision, local_files_only=local_files_only)
+    found = read_model(model, compute, revision=revision, local_files_only=local_files_only)
     sides = _size(found.spec, size)
-    package = _Package(found, DTYPES[dtype], sides)
+    package = _Package(found, compute, sides)
     for target in targets:
         package.lower(target)
     package.compile(progress)
-    with _written(out) as partial:
+    with writing(out), draft_folder(out) as partial:
         package.write(partial)
         total = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     return Summary(out, total, {arch: len(build.calls) for arch, build in package.builds.items()})
@@ -202,14 +200,14 @@ class _Package:
         for arch, build in self.builds.items():
             (folder / f"sm_{arch}").mkdir()
             for name, program in build.programs.items():
-                _put(folder / f"sm_{arch}/{name}.plan", program.record)
+                write_file(folder / f"sm_{arch}/{name}.plan", program.record)
         for name, record in self.images.items():
-            _put(folder / name, record)
+            write_file(folder / name, record)
         self._write_weights(folder / WEIGHTS)
         for name in COPIED:
             path = self.found.checkpoint.file(name)
             if path is not None:
-                _put(folder / name, path.read_bytes())
+                write_file(folder / name, path.read_bytes())
         files = {
             path.relative_to(folder).as_posix(): read_digest(path)
             for path in sorted(folder.rglob("*"))
@@ -222,7 +220,7 @@ class _Package:
             print_of = fingerprint(checkpoint, self.spec, weights, self.dtype, runner)
             built[arch] = {"runner": runner, "fingerprint": print_of}
         prints = {arch: one["fingerprint"] for arch, one in built.items()}
-        _put(folder / NATIVE, self._native(prints, files))
+        write_file(folder / NATIVE, self._native(prints, files))
         files[NATIVE] = read_digest(folder / NATIVE)
         local = checkpoint.revision is None
         content = {
@@ -232,14 +230,14 @@ class _Package:
             "source": checkpoint.folder.resolve().name if local else checkpoint.source,
             "revision": checkpoint.revision,
             "spec": self.spec.to_dict(),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "size": self.size,
             "weights": weights,
             "logit_scale": self.found.weights.logit_scale,
             "builds": {str(arch): one for arch, one in built.items()},
             "files": {name: digest for name, (digest, _) in files.items()},
         }
-        _put(folder / EXPORT, manifest_bytes(content))
+        write_file(folder / EXPORT, manifest_bytes(content))
 
     def _identity(self, target: Target) -> str:
         """That of the runners whose bits the exported kernels give: see `TritonRunner.identity`.
@@ -264,7 +262,7 @@ class _Package:
                 at = weights.arena.numel()
                 tables[start - at : stop - at] = table.view(-1).view(torch.uint8)
         parts = weights_header(total), weights.arena.numpy().data, tables.numpy().data
-        _put(path, *parts)
+        write_file(path, *parts)
 
     def _native(self, prints: Mapping[int, str], files: Mapping[str, tuple[str, int]]) -> bytes:
         builds = {
@@ -280,7 +278,7 @@ class _Package:
 
 def _check_output(out: Path, overwrite: bool) -> None:
     """Refuses what must not be replaced, before any work is done."""
-    try:
+    with writing(out):
         if not os.path.lexists(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         elif not out.is_dir() or out.is_symlink():
@@ -294,40 +292,3 @@ def _check_output(out: Path, overwrite: bool) -> None:
                 raise InputError(f"{out}: got a folder without {EXPORT}, wanted an earlier export")
         if not os.access(out.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{out.parent}: cannot be written to")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error}") from error
-
-
-@contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place once it is complete, or goes."""
-    try:
-        partial = Path(tempfile.mkdtemp(".partial", f".{out.name}.", out.parent))
-        old = partial.with_suffix(".old")
-        try:
-            mask = os.umask(0)
-            os.umask(mask)
-            partial.chmod(0o777 & ~mask)  # mkdtemp's are private
-            yield partial
-            for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
-                sync(folder)
-            if out.exists() and any(out.iterdir()):
-                out.rename(old)
-            partial.rename(out)
-            sync(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error}") from error
-
-
-def _put(path: Path, *parts: bytes | memoryview) -> None:
-    with path.open("xb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.dtypes import dtype_name
 from vitrail.exported.folder import Exported, open_exported
 from vitrail.exported.format import WEIGHTS
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
@@ -55,7 +56,7 @@ def _exported(exported: Exported) -> dict[str, Any]:
         "parameters": spec.parameters,
         "files": [WEIGHTS],
         "bytes": exported.arena_bytes,
-        "tensors": {str(exported.dtype).removeprefix("torch."): 1},
+        "tensors": {dtype_name(exported.dtype): 1},
         "tokenizer": _tokenizer_files(checkpoint),
         "serving": _serving(exported),
         "spec": spec.to_dict(),

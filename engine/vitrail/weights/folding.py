@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitrail.checkpoint.files import TensorReader
+from vitrail.dtypes import dtype_name, named_dtype
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
@@ -28,8 +29,6 @@ from vitrail_kernels.ops.patch_embed import UINT8_UNIT
 CHUNK_BYTES = 4 << 20  # small enough that a chunk is still in cache when it is rewritten
 ALIGNMENT = 256
 PATCH_MULTIPLE = 64  # columns of a patch weight: rows of 588 numbers would not be 16-byte aligned
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Packed(NamedTuple):
@@ -239,7 +238,7 @@ class _Loader:
     def check_rounded(self, name: str, packed: Tensor) -> None:
         """Refuse weights that are finite as stored and infinite in the compute dtype."""
         if packed.dtype != torch.float32 and _not_finite(packed):
-            entry, kind = self.sources[name].entry, str(packed.dtype).removeprefix("torch.")
+            entry, kind = self.sources[name].entry, dtype_name(packed.dtype)
             raise CheckpointError(
                 f"{entry.file.name}: tensor {entry.name!r} as Vitrail uses it overflows {kind}, "
                 "wanted finite weights; load with dtype='float32', or 'bfloat16' for float16"
@@ -253,7 +252,7 @@ class _Loader:
         side.
         """
         source, shape = self.sources[name], self.shapes[name]
-        dtype = _DTYPES[source.entry.dtype]
+        dtype = named_dtype(source.entry.dtype)
         rows, columns = (
             (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
         )

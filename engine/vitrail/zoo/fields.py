@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from vitrail.checkpoint.header import show
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, show
 
 
 def words(text: str) -> frozenset[str]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vitrail.checkpoint.files import Checkpoint
-from vitrail.checkpoint.header import show
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, show
 from vitrail.spec import (
     MAX_IMAGE_SIDE,
     MAX_LAYERS,

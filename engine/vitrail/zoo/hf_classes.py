@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitrail.checkpoint.files import Checkpoint
-from vitrail.checkpoint.header import show
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, show
 
 Family = Literal["vit", "clip", "dinov2", "dinov2_with_registers"]
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitrail.checkpoint.header import show
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, show
 from vitrail.zoo.fields import words
 
 # Keys that make other libraries import code from the checkpoint. Refused wherever they stand.

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from vitrail.checkpoint.header import show
-from vitrail.errors import CheckpointError
+from vitrail.errors import CheckpointError, show
 from vitrail.spec import MAX_IMAGE_SIDE, ImageSpec
 from vitrail.zoo.fields import Fields, is_integer, is_number, words
 

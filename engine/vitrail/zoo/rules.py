@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitrail.checkpoint.files import TensorEntry
+from vitrail.dtypes import SAFETENSORS
 from vitrail.errors import CheckpointError
 from vitrail.spec import Shape
 
-DTYPES = ("F32", "F16", "BF16")
 LISTED = 20
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -176,10 +176,9 @@ def _take(
     entry: TensorEntry, targets: list[str], shapes: Mapping[str, Shape], report: _Report
 ) -> dict[str, Source]:
     """The sources that one stored tensor is, once its dtype and shape are checked."""
-    if entry.dtype not in DTYPES:
-        report.add(
-            "of another dtype", f"{entry.name}: got {entry.dtype}, wanted {' or '.join(DTYPES)}"
-        )
+    if entry.dtype not in SAFETENSORS:
+        dtypes = " or ".join(SAFETENSORS)
+        report.add("of another dtype", f"{entry.name}: got {entry.dtype}, wanted {dtypes}")
     if len(targets) == 1:
         wanted = shapes[targets[0]]
         if _squeezed(entry.shape) != _squeezed(wanted):

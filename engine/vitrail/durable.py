@@ -1,0 +1,118 @@
+"""Durable writes: a file or folder gets its name only when it is complete and on the disk.
+
+Every writer takes the same steps: write a draft beside the target, sync the draft, rename it, sync
+the folder that holds the names. A process that is killed leaves a draft, never half a target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitrail.errors import InputError
+
+DRAFT = "_draft-"
+"""Prefix of the drafts that `put_file` writes; the next run of a killed job deletes them."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError that says ``path`` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Returns once the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    """Writes all of ``data`` (bytes) at ``offset``; returns the offset of its end."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+    return offset
+
+
+def write_file(path: Path, *chunks: bytes | memoryview) -> None:
+    """Writes the chunks, one after the other, and returns once they are on the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        end = 0
+        for chunk in chunks:
+            end = write_all(descriptor, chunk, end)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(drafts: Mapping[Path, Path]) -> None:
+    """Renames synced drafts to their targets, in order, and syncs the folder of the targets."""
+    for draft, target in drafts.items():
+        os.replace(draft, target)
+    sync(target.parent)
+
+
+def put_file(path: Path, data: bytes) -> tuple[int, str]:
+    """Writes a file, or nothing; returns its length in bytes and its SHA-256.
+
+    Raises OSError if the file cannot be written or reads back differently.
+    """
+    draft = path.with_name(DRAFT + path.name)
+    write_file(draft, data)
+    if draft.read_bytes() != data:
+        raise OSError(f"{path} reads back differently than it was written")
+    publish({draft: path})
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def draft_files(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Yields draft -> target, for `publish`; deletes the drafts that were not published."""
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    drafts = {path.with_name(f".{path.name}.{mark}.tmp"): path for path in targets}
+    try:
+        yield drafts
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def draft_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder that replaces ``target`` at the end, or is deleted after an error.
+
+    Write its files with `write_file`. An error while renaming gives the former folder back.
+    """
+    draft = Path(tempfile.mkdtemp(".partial", f".{target.name}.", target.parent))
+    former = draft.with_suffix(".old")
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        draft.chmod(0o777 & ~mask)  # mkdtemp makes a private folder
+        yield draft
+        for folder in (*(path for path in draft.iterdir() if path.is_dir()), draft):
+            sync(folder)
+        if target.exists() and any(target.iterdir()):
+            target.rename(former)
+        publish({draft: target})
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        if former.exists() and not target.exists():
+            former.rename(target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
