@@ -700,7 +700,7 @@ def test_a_stopped_job_says_what_is_safe_and_leaves_no_draft(
     finally:
         process.kill()
     assert process.returncode == code, stderr
-    assert re.search(r"\d+ parts are committed; the same command goes on", stderr)
+    assert re.search(r"\d+ parts are committed; run the same command to resume", stderr)
     assert "Traceback" not in stderr
     assert not list(out.rglob("_draft-*"))
     assert vitrail.read_embeddings(out).paths

@@ -799,8 +799,8 @@ def test_wrong_usage() -> None:
 
 def test_help_says_what_it_does_and_names_the_variables() -> None:
     text = " ".join(run("--help").stdout.split())
-    assert "Time kernel configurations on this GPU, for a checkpoint." in text
-    assert "VITRAIL_TUNED=<its folder>" in text
+    assert "Time kernel configurations on this GPU for a checkpoint." in text
+    assert "VITRAIL_TUNED=<folder of the table>" in text
     for variable in ("MODEL", "DTYPE"):
         assert f"VITRAIL_{variable}" in text
 

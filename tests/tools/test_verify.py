@@ -240,7 +240,7 @@ def test_the_command_says_pass_or_fail_by_its_exit_code(
 def test_the_sample_photos_serve_where_none_are_given(folders: dict[str, Path]) -> None:
     result = run("--model", folders["ViTModel"])
     assert result.exit_code == 0, result.output
-    assert "no images given: the sample photos" in result.stderr
+    assert "no images given; using the sample photos" in result.stderr
 
 
 def test_the_bundled_model_passes_with_the_captions_of_the_command_itself() -> None:

@@ -1,8 +1,8 @@
 """The ``vitrail`` command. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done; 1 an error, or every image failed; 2 wrong usage; 3 some images failed (embed);
-130 interrupted. Each command is a file here and imports what it needs when it runs, so that
-``--help`` stays quick.
+Exit codes: 0: done; 1: an error, or every image failed; 2: wrong usage; 3: some images failed
+(embed); 130: interrupted. Each command is a file in this folder. It imports heavy modules only when
+it runs, so that ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ from vitrail.errors import VitrailError
 
 
 class OutputError(OSError):
-    """Results cannot be written to stdout."""
+    """Stdout cannot be written."""
 
 
 class Output(TextIOWrapper):
-    """A stdout whose errors are told from those of other files. Names that a terminal cannot show
-    are escaped."""
+    """A stdout that raises OutputError, so that its errors differ from those of other files."""
 
     def write(self, text: str) -> int:
-        with self._own_errors():
+        with self._output_errors():
             return super().write(text)
 
     def flush(self) -> None:
-        with self._own_errors():
+        with self._output_errors():
             super().flush()
 
     @contextmanager
-    def _own_errors(self) -> Iterator[None]:
+    def _output_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -50,7 +49,7 @@ class Output(TextIOWrapper):
 
 
 class Commands(TyperGroup):
-    """Turns what users may meet into one line and an exit code."""
+    """Turns each error that a user can meet into one line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -58,7 +57,7 @@ class Commands(TyperGroup):
         except OutputError:
             raise
         except (VitrailError, OSError, ImportError) as error:
-            # the last two: a disk or a library of this machine
+            # OSError, ImportError: a disk or a library of this machine fails.
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -76,8 +75,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"vitrail {__version__}")
         raise typer.Exit
 
@@ -88,7 +87,7 @@ def _vitrail(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """ViT, CLIP and DINOv2 checkpoints to embeddings and class scores."""
+    """Compute embeddings and class scores with ViT, CLIP and DINOv2 checkpoints."""
 
 
 for command in (
@@ -99,17 +98,19 @@ for command in (
     tune.tune,
     export.export,
     demo.demo,
-):  # the order of --help
+):  # in the order of --help
     app.command()(command)
 
 
 def main() -> None:
-    """The entry point. SIGTERM and SIGHUP unwind as an exit does: no unfinished file is left."""
+    """The entry point. SIGTERM and SIGHUP unwind like an exit, so no unfinished file stays."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    if isinstance(sys.stdout, TextIOWrapper):
-        own, line_buffering = sys.stdout, sys.stdout.line_buffering
-        sys.stdout = Output(own.buffer, own.encoding, "backslashreplace", None, line_buffering)
+    stdout = sys.stdout
+    if isinstance(stdout, TextIOWrapper):  # "backslashreplace": a terminal may lack a character
+        sys.stdout = Output(
+            stdout.buffer, stdout.encoding, "backslashreplace", None, stdout.line_buffering
+        )
     code: int | str | None = 0
     try:
         try:
@@ -118,9 +119,9 @@ def main() -> None:
             code = done.code
         sys.stdout.flush()
     except OutputError as error:
-        # The interpreter would flush once more at its end, and fail once more.
+        # Otherwise the interpreter flushes again when it ends, and fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != errno.EPIPE:  # of a reader that has seen enough
+        if error.errno != errno.EPIPE:  # EPIPE: the reader closed the pipe, for example `head`
             say(f"error: cannot write the output: {error.strerror or error}")
         sys.exit(1)
     sys.exit(code)

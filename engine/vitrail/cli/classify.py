@@ -18,10 +18,11 @@ from vitrail.cli.options import (
     Revision,
     Size,
     load,
-    needed,
     parse_size,
-    report,
-    tell_unread,
+    read_lines,
+    report_failures,
+    report_unread,
+    require_model,
 )
 from vitrail.errors import CheckpointError, InputError, VitrailError
 
@@ -31,23 +32,23 @@ if TYPE_CHECKING:
 
 CLASSIFY_BATCH = 32
 
-Found = list[tuple[str, float]] | str
+Answer = list[tuple[str, float]] | str
+"""The most probable labels of an image with their probabilities, or why the image failed."""
 
 
 def classify(
     images: Annotated[
-        list[str], typer.Argument(help="Image files, folders (searched through) or glob patterns.")
+        list[str],
+        typer.Argument(help="Image files, folders (searched recursively) or glob patterns."),
     ],
     model: ModelName = None,
-    labels: Annotated[str | None, typer.Option(help="Labels, with commas between.")] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="A file of labels, one a line.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels, separated by commas.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="File of labels, one per line.")] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A text with {} for the label; may be given often. [default: a photo of a {}]"
-        ),
+        typer.Option(help="Text with {} for the label; repeatable (default: a photo of a {})."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many labels an image.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels to print per image.")] = 5,
     as_json: AsJson = False,
     batch_size: BatchSize = None,
     size: Size = None,
@@ -57,36 +58,36 @@ def classify(
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
-    """Give images their most probable labels.
+    """Print the most probable labels of each image.
 
-    With --labels or --labels-file: zero-shot, for CLIP. Without: the labels a checkpoint was
-    fine-tuned for.
+    With --labels or --labels-file, CLIP compares images and labels (zero-shot). Without them, a
+    classifier uses the labels it was trained on.
     """
     from vitrail.jobs.listing import find_images, path_text, shown
 
     options: dict[str, Any] = {"labels": _labels(labels, labels_file), "size": parse_size(size)}
     if template:
         options["templates"] = tuple(template)
-    name = needed(model, "--model")
+    name = require_model(model, "--model")
     listing = find_images(images)
-    tell_unread(listing.unread)
+    report_unread(listing.unread)
     paths = listing.sources
     loaded = load(name, device, dtype, revision, local_files_only, resize_on)
     failed: list[tuple[Source, str]] = []
     width = max(len(shown(path)) for path in paths)
     titled = False
-    for path, found in _classified(loaded, paths, top, batch_size, options):
-        if isinstance(found, str):
-            failed.append((path, found))
+    for path, answer in _classified(loaded, paths, top, batch_size, options):
+        if isinstance(answer, str):
+            failed.append((path, answer))
         if as_json:
-            print(_json_line(path_text(path), found))
-        elif not isinstance(found, str):
+            print(_json_line(path_text(path), answer))
+        elif not isinstance(answer, str):
             if not titled:
                 print(f"{'image':<{width}}  probability  label")
                 titled = True
-            for label, probability in found:
+            for label, probability in answer:
                 print(f"{shown(path):<{width}}  {probability:11.4f}  {label}")
-    report(len(failed), len(paths), failed)
+    report_failures(len(failed), len(paths), failed)
     if len(failed) == len(paths):
         raise typer.Exit(1)
 
@@ -97,8 +98,8 @@ def _classified(
     top: int,
     batch_size: int | None,
     options: dict[str, Any],
-) -> Iterator[tuple[Source, Found]]:
-    """The best labels of each image, or why it has none; one bad image costs no other."""
+) -> Iterator[tuple[Source, Answer]]:
+    """The answer for each image; an unreadable image does not stop the others."""
     step = batch_size or CLASSIFY_BATCH
     for start in range(0, len(paths), step):
         batch = paths[start : start + step]
@@ -114,10 +115,10 @@ def _classified(
                     yield path, str(error).removeprefix("image 0: ")
 
 
-def _json_line(path: str, found: Found) -> str:
-    if isinstance(found, str):
-        return json.dumps({"path": path, "status": "error", "error": found})
-    labels = [{"label": label, "probability": probability} for label, probability in found]
+def _json_line(path: str, answer: Answer) -> str:
+    if isinstance(answer, str):
+        return json.dumps({"path": path, "status": "error", "error": answer})
+    labels = [{"label": label, "probability": probability} for label, probability in answer]
     return json.dumps({"path": path, "status": "ok", "labels": labels})
 
 
@@ -126,15 +127,9 @@ def _labels(labels: str | None, file: Path | None) -> list[str] | None:
         raise typer.BadParameter("give --labels or --labels-file, not both", param_hint="--labels")
     if labels is None and file is None:
         return None
-    if file is None:
-        where, names = "--labels", (labels or "").split(",")
-    else:
-        where = "--labels-file"
-        try:
-            names = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"{file}: {error}", param_hint=where) from error
-    found = [name.strip() for name in names if name.strip()]
-    if not found:
-        raise typer.BadParameter("got no label, wanted one or more", param_hint=where)
-    return found
+    option = "--labels" if file is None else "--labels-file"
+    lines = (labels or "").split(",") if file is None else read_lines(file, option)
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise typer.BadParameter("got no label, wanted one or more", param_hint=option)
+    return names

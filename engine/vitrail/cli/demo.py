@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 
 def demo(
     model: ModelName = None,
-    sheet: Annotated[Path, typer.Option(help="The contact sheet, a PNG.")] = Path(
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write, a PNG file.")] = Path(
         "vitrail-demo.png"
     ),
-    seed: Annotated[int | None, typer.Option(help="Of the scenes; else new ones.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed for the scenes (default: a new one).")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
-    """Name and find pictures, and write a contact sheet.
+    """Recognize and search pictures, and write a contact sheet.
 
-    Rendered scenes are named and searched by words, the sample photos by altered ones. Without
-    --model a small bundled CLIP does it, which knows shapes and colours; no network is needed.
+    The model names rendered scenes, finds them by text, and recognizes altered copies of the sample
+    photos. The default model is a small bundled CLIP: it knows colors and shapes, and needs no
+    network.
     """
     from vitrail.demo.demo import run
 
@@ -34,3 +37,4 @@ def demo(
         return options.load(name, device, dtype, revision, local_files_only)
 
     run(load, model, sheet, seed)
+    print(f"\nWith a CLIP that knows the world:\n  vitrail demo --model {options.EXAMPLE}")

@@ -18,56 +18,55 @@ from vitrail.cli.options import (
     Revision,
     Size,
     load,
-    needed,
     parse_size,
     progress,
-    report,
+    report_failures,
+    report_unread,
+    require_model,
     say,
-    tell_unread,
 )
 
-PARTIAL = 3  # the exit code where some inputs failed and all else is done
+PARTIAL = 3  # the exit code if some inputs failed and the rest is done
 
 
 def embed(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Image files, folders (searched through), glob patterns, .tar shards."),
+        typer.Argument(
+            help="Image files, folders (searched recursively), glob patterns or .tar files."
+        ),
     ] = None,
     model: ModelName = None,
     out: Annotated[
         Path,
         typer.Option(
-            help="A folder, made in parts and resumable; or one .npy or .parquet file.",
+            help="Output folder (written in parts, resumable), or one .npy or .parquet file."
         ),
     ] = Path("embeddings.npy"),
     lists: Annotated[
         list[str] | None,
-        typer.Option(
-            "--list",
-            help="A file of paths, one a line; - is stdin. May be given often.",
-        ),
+        typer.Option("--list", help="File of paths, one per line (-: stdin); repeatable."),
     ] = None,
     batch_size: BatchSize = None,
     size: Size = None,
-    normalize: Annotated[bool, typer.Option(help="Scale embeddings to unit length.")] = False,
+    normalize: Annotated[bool, typer.Option(help="Scale each embedding to unit length.")] = False,
     fp16_output: Annotated[
-        bool,
-        typer.Option("--fp16-output", help="Store float16."),
+        bool, typer.Option("--fp16-output", help="Store float16 instead of float32.")
     ] = False,
     layout: Annotated[
         str,
-        typer.Option(help="Of a folder: parquet, or npy as clip-retrieval's."),
+        typer.Option(help="Layout of an output folder: parquet, or npy (clip-retrieval's)."),
     ] = "parquet",
-    part_size: Annotated[int, typer.Option(min=1, help="Inputs a part of a folder.")] = 4096,
+    part_size: Annotated[
+        int, typer.Option(min=1, help="Number of inputs in each part of an output folder.")
+    ] = 4096,
     stop_after: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="Failures in a row that stop a folder's job; 0: none do.",
+            min=0, help="Stop writing a folder after this many consecutive failures (0: never)."
         ),
     ] = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace old output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old output.")] = False,
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -77,12 +76,13 @@ def embed(
 ) -> None:
     """Embed images into a folder or one file.
 
-    An image that cannot be read costs no other. A folder is made in parts, and the same command
-    goes on after any interruption; vitrail.read_embeddings and what else reads parquet can read it.
-    A .npy holds the embeddings of good images; the .csv beside it says which row is which file, and
-    why others failed; the .json says what made them. A .parquet holds all that, a row an image.
+    An unreadable image does not stop the others. A folder is written in parts: after an
+    interruption, the same command resumes. Read it with vitrail.read_embeddings or any parquet
+    reader. A .npy file holds the embeddings of the readable images; the .csv file beside it lists
+    each input with its row or its error, and the .json file records the model and the settings. A
+    .parquet file holds all of this, one row per image.
 
-    Exit codes: 0 all embedded, 3 some failed, 1 all failed or an error, 130 interrupted.
+    Exit codes: 0: all embedded; 3: some failed; 1: all failed, or an error; 130: interrupted.
     """
     from vitrail.jobs import folder as job
     from vitrail.jobs import one_file as single
@@ -94,14 +94,14 @@ def embed(
     if layout not in job.FOLDERS:
         raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
     pixels = parse_size(size)
-    name = needed(model, "--model")
+    name = require_model(model, "--model")
     one_file = bool(out.suffix) and not out.is_dir()
     if one_file:
         single.check_output(out, overwrite)
     else:
         job.check_folder(out)
     found = find_images(inputs or [], lists or [])
-    tell_unread(found.unread)
+    report_unread(found.unread)
     loaded = load(name, device, dtype, revision, local_files_only, resize_on)
     precision: Any = "float16" if fp16_output else "float32"
     start = time.monotonic()
@@ -134,10 +134,10 @@ def embed(
                 )
             except (KeyboardInterrupt, SystemExit):
                 kept = len({part.part for part in read_manifest(out)})
-                say(f"{kept} parts are committed; the same command goes on")
+                say(f"{kept} parts are committed; run the same command to resume")
                 raise
     seconds = time.monotonic() - start
-    report(summary.failed, summary.inputs, summary.reasons)
+    report_failures(summary.failed, summary.inputs, summary.reasons)
     facts = {
         "out": str(out),
         "inputs": summary.inputs,
@@ -145,10 +145,10 @@ def embed(
         "failed": summary.failed,
         "seconds": round(seconds, 3),
     }
-    done = f"{facts['embedded']} of {summary.inputs} images in {seconds:.1f} s"
+    done = f"embedded {facts['embedded']} of {summary.inputs} images in {seconds:.1f} s"
     if isinstance(summary, job.JobSummary):
         facts |= {"parts": summary.parts, "made": summary.made, "again": summary.again}
-        done += f"; {summary.made} of {summary.parts} parts made now"
+        done += f"; wrote {summary.made} of {summary.parts} parts"
     say(done)
     nothing = summary.failed == summary.inputs
     if as_json or not (one_file and nothing):

@@ -6,46 +6,50 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import Local, Revision, Size, needed, parse_size, progress, say
+from vitrail.cli.options import (
+    HalfDtype,
+    Local,
+    ModelArgument,
+    Revision,
+    Size,
+    parse_size,
+    progress,
+    require_model,
+    say,
+)
 
 
 def export(
-    model: Annotated[
-        str | None, typer.Argument(envvar="VITRAIL_MODEL", help="Checkpoint folder or hub id.")
-    ] = None,
-    folder: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    model: ModelArgument = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            help="A GPU's architecture, such as sm_90; may be given often. Else that of this GPU.",
+            help="GPU architecture, such as sm_90; repeatable (default: this machine's GPU)."
         ),
     ] = None,
     size: Size = None,
-    dtype: Annotated[
-        str, typer.Option(envvar="VITRAIL_DTYPE", help="float16 or bfloat16.")
-    ] = "float16",
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an earlier export."),
-    ] = False,
+    dtype: HalfDtype = "float16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old export.")] = False,
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
     """Write weights, plans and compiled kernels as one folder.
 
-    --model takes the folder as it takes a checkpoint; on a GPU of one of the architectures nothing
-    is compiled for embeddings at its size, and triton may be missing. Exporting needs triton and no
-    GPU, and takes minutes. Architectures: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120.
+    Other commands and vitrail.load take the folder in place of a checkpoint. On a GPU of an
+    exported architecture, images of the exported size need no compilation and no Triton. Exporting
+    needs Triton but no GPU, and takes minutes. Architectures: sm_80, sm_86, sm_89, sm_90, sm_100,
+    sm_120.
     """
     from vitrail.tools.export import export_model
 
-    name, sides = needed(model, "MODEL"), parse_size(size)
+    name, sides = require_model(model, "MODEL"), parse_size(size)
     if folder is None:
         raise typer.BadParameter("none given; wanted a folder to write", param_hint="FOLDER")
     written = export_model(
         name,
         folder,
-        None if arch is None else [_number(one) for one in arch],
+        None if arch is None else [_number(name) for name in arch],
         size=sides,
         dtype=dtype,
         overwrite=overwrite,
@@ -53,7 +57,7 @@ def export(
         local_files_only=local_files_only,
         progress=functools.partial(progress, unit="kernels"),
     )
-    kernels = ", ".join(f"{count} for sm_{arch}" for arch, count in written.kernels.items())
+    kernels = ", ".join(f"{count} for sm_{number}" for number, count in written.kernels.items())
     say(f"{written.bytes / 1e6:,.1f} MB; kernels: {kernels}")
     print(folder)
 

@@ -5,31 +5,27 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import AsJson, Local, Revision, load, needed
+from vitrail.cli.options import AsJson, Local, ModelArgument, Revision, load, require_model
 
 
 def info(
-    model: Annotated[
-        str | None, typer.Argument(envvar="VITRAIL_MODEL", help="Checkpoint folder or hub id.")
-    ] = None,
+    model: ModelArgument = None,
     revision: Revision = None,
     local_files_only: Local = False,
     fingerprint: Annotated[
         bool,
-        typer.Option(
-            "--fingerprint",
-            help="Also the fingerprint; reads all weights.",
-        ),
+        typer.Option("--fingerprint", help="Also print the fingerprint (reads all weights)."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is.
+    """Describe a checkpoint without reading its weights.
 
-    Its towers, how its images and texts will be treated, and what would serve it. Reads no weights.
+    Prints its towers, how it preprocesses images and texts, and the backend and device that would
+    run it on this machine.
     """
     from vitrail.tools.info import describe, read
 
-    name = needed(model, "MODEL")
+    name = require_model(model, "MODEL")
     spec, facts = read(name, revision, local_files_only)
     if fingerprint:
         facts["fingerprint"] = load(name, "auto", "auto", revision, local_files_only).fingerprint

@@ -1,4 +1,4 @@
-"""What the commands share: options, the opening of a model, progress, and the last words."""
+"""Options, model loading, progress and closing reports that the commands share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,38 +17,41 @@ if TYPE_CHECKING:
 EXAMPLE = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 LOG_SECONDS = 5.0
 
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", envvar="VITRAIL_MODEL", help="Checkpoint folder or hub id."),
+_MODEL_HELP = "Checkpoint folder, or Hugging Face Hub id."
+ModelName = Annotated[str | None, typer.Option("--model", envvar="VITRAIL_MODEL", help=_MODEL_HELP)]
+ModelArgument = Annotated[str | None, typer.Argument(envvar="VITRAIL_MODEL", help=_MODEL_HELP)]
+Device = Annotated[
+    str,
+    typer.Option(envvar="VITRAIL_DEVICE", help="Device to run on: auto, cpu, cuda or cuda:N."),
 ]
-Device = Annotated[str, typer.Option(envvar="VITRAIL_DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
-    str, typer.Option(envvar="VITRAIL_DTYPE", help="auto, float32, float16 or bfloat16.")
+    str,
+    typer.Option(envvar="VITRAIL_DTYPE", help="Compute dtype: auto, float32, float16 or bfloat16."),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of a hub id."),
+HalfDtype = Annotated[
+    str, typer.Option(envvar="VITRAIL_DTYPE", help="Compute dtype: float16 or bfloat16.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 Local = Annotated[
     bool,
-    typer.Option("--local-files-only", help="Never ask the hub."),
+    typer.Option("--local-files-only", help="Use files on this machine; never ask the hub."),
 ]
 BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Images at once; by memory if not given."),
+    int | None, typer.Option(min=1, help="Images per batch (default: chosen by memory use).")
 ]
 Size = Annotated[
     str | None,
     typer.Option(
         metavar="HxW",
-        help="Height x width in pixels, such as 448x672 or 336; else the checkpoint's own.",
+        help="Image size in pixels, height x width, such as 448x672 or 336 "
+        "(default: the checkpoint's).",
     ),
 ]
 ResizeOn = Annotated[
     str,
     typer.Option(
         "--resize-on",
-        help="Where decoded images are resized: host, or device. The same bits.",
+        help="Where to resize decoded images: host or device. Both give the same bits.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -77,12 +81,13 @@ def load(
     )
 
 
-def needed(model: str | None, where: str) -> str:
+def require_model(model: str | None, parameter: str) -> str:
+    """The name of the model; wrong usage of ``parameter`` if the user gave none."""
     if not model:
         raise typer.BadParameter(
             f"none given; wanted a checkpoint folder or a hub id, such as {EXAMPLE} "
             "(or set VITRAIL_MODEL)",
-            param_hint=where,
+            param_hint=parameter,
         )
     return model
 
@@ -98,15 +103,24 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def tell_unread(unread: Mapping[str, int]) -> None:
-    """Says what folders hold besides, so that no one thinks it was embedded."""
+def read_lines(file: Path, option: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank; wrong usage if the file cannot be read."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file}: {error}", param_hint=option) from error
+    return [line for line in lines if line.strip()]
+
+
+def report_unread(unread: Mapping[str, int]) -> None:
+    """Names the image formats that a folder's listing skipped, so that nobody misses them later."""
     if unread:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
-        say(f"left out, since Vitrail does not read these formats: {kinds}")
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        say(f"skipped, because Vitrail does not read these formats: {counts}")
 
 
-def report(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
-    """Says which images failed."""
+def report_failures(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
+    """Prints how many images failed, and why the first few did."""
     from vitrail.jobs.listing import shown
     from vitrail.jobs.one_file import REASONS
 
@@ -114,28 +128,28 @@ def report(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> N
         return
     say(f"{failed} of {inputs} images failed:")
     for source, reason in reasons[:REASONS]:
-        text, why = shown(source), shown(reason)
-        print(f"  {why if text in why else f'{text}: {why}'}", file=sys.stderr)
+        path, text = shown(source), shown(reason)
+        print(f"  {text if path in text else f'{path}: {text}'}", file=sys.stderr)
     if failed > REASONS:
         print(f"  and {failed - REASONS} more", file=sys.stderr)
 
 
 @contextmanager
 def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """A bar where stderr is a terminal, else a line every few seconds."""
+    """A progress bar if stderr is a terminal, or else a line every few seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
             yield lambda done: bar.update(done - bar.n)
         return
-    start = last = time.monotonic()
+    start = logged = time.monotonic()
 
     def log(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= LOG_SECONDS:
-            last = now
-            say(f"{done} of {total} {unit}, {done / (now - start):.1f}/s")
+        nonlocal logged
+        seconds = time.monotonic()
+        if seconds - logged >= LOG_SECONDS:
+            logged = seconds
+            say(f"{done} of {total} {unit}, {done / (seconds - start):.1f}/s")
 
     yield log

@@ -15,9 +15,10 @@ from vitrail.cli.options import (
     ModelName,
     Revision,
     load,
-    needed,
+    read_lines,
+    report_unread,
+    require_model,
     say,
-    tell_unread,
 )
 
 TEXTS = ("a photo of a cat", "two people on a beach", "Stained glass.")
@@ -26,50 +27,49 @@ TEXTS = ("a photo of a cat", "two people on a beach", "Stained glass.")
 def verify(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, folders, patterns or tars; else the sample photos."),
+        typer.Argument(
+            help="Image files, folders, glob patterns or .tar files (default: the sample photos)."
+        ),
     ] = None,
     model: ModelName = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text; may be given often. Else three captions."),
+        typer.Option(help="Text to compare; repeatable (default: three captions)."),
     ] = None,
-    texts_file: Annotated[Path | None, typer.Option(help="A file of texts, one a line.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Images at most, the first ones.")] = 512,
+    texts_file: Annotated[Path | None, typer.Option(help="File of texts, one per line.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of images to compare.")] = 512,
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
-    """Check the engine against transformers, on your images and texts.
+    """Compare Vitrail with transformers on your images and texts.
 
-    Compares configuration, pixels, tokens and embeddings, and says how far the largest residual is
-    from float16's end. Without transformers the engine in float32 is the reference and sees less.
+    Compares configuration, pixels, tokens and embeddings, and reports how far the largest residual
+    stays below float16's maximum. Without transformers the reference is Vitrail in float32; an
+    error that both runs share stays hidden.
 
-    Exit codes: 0 all checks pass, 1 one fails or an error.
+    Exit codes: 0: all checks pass; 1: a check fails, or an error.
     """
     from vitrail.jobs.listing import Source, find_images, shown
     from vitrail.tools.verify import verify as compare
 
-    name = needed(model, "--model")
+    name = require_model(model, "--model")
     loaded = load(name, device, dtype, revision, local_files_only)
     images: list[Source] = []
     if loaded.spec.vision is not None:
         if not inputs:
-            say("no images given: the sample photos")
+            say("no images given; using the sample photos")
         photos = str(resources.files("vitrail") / "assets" / "photos")
-        found = find_images(inputs or [photos])
-        tell_unread(found.unread)
-        images = found.sources[:limit]
+        listing = find_images(inputs or [photos])
+        report_unread(listing.unread)
+        images = listing.sources[:limit]
     texts = list(text or [])
     if texts_file is not None:
-        try:
-            lines = texts_file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"{texts_file}: {error}", param_hint="--texts-file") from error
-        texts += [line for line in lines if line.strip()]
+        texts += read_lines(texts_file, "--texts-file")
     if loaded.spec.text is not None and not texts:
-        say("no texts given: three captions")
+        say("no texts given; using three captions")
         texts = list(TEXTS)
     report = compare(loaded, images, texts)
     if as_json:
