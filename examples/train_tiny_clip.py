@@ -1,4 +1,4 @@
-"""Trains the CLIP that Vitrail bundles: shapes and colours, from rendered scenes with captions.
+"""Trains the CLIP that Vitrail bundles: shapes and colors, from rendered scenes with captions.
 
     python examples/train_tiny_clip.py out/            about an hour on two cores
     python examples/train_tiny_clip.py out/ --judge    only measures what out/ holds
@@ -12,9 +12,9 @@ the batch is no negative for it: what captions claim is known. The batch has cap
 claim was changed, so that every word counts. And while it trains, a linear head for each attribute
 reads the image tower's output, which makes it learn shapes and places several times faster.
 
-A quarter of the pairs of colour and shape (`scenes.HELD_OUT`) is in no picture and in no caption.
+A quarter of the pairs of color and shape (`scenes.HELD_OUT`) is in no picture and in no caption.
 That alone would teach that what is red is no star, if red stars are held out: so no shape, or
-colour, that makes such a pair with a picture's own is a negative for it.
+color, that makes such a pair with a picture's own is a negative for it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def facts(scene: Scene) -> list[int]:
 
 
 def held_out() -> Tensor:
-    """(colours + 2, shapes + 2) bool; indices -1 and -2 find False."""
-    pairs = torch.zeros(len(VALUES["colour"]) + 2, len(VALUES["shape"]) + 2, dtype=torch.bool)
-    for colour, shape in HELD_OUT:
-        pairs[VALUES["colour"].index(colour), VALUES["shape"].index(shape)] = True
+    """(colors + 2, shapes + 2) bool; indices -1 and -2 find False."""
+    pairs = torch.zeros(len(VALUES["color"]) + 2, len(VALUES["shape"]) + 2, dtype=torch.bool)
+    for color, shape in HELD_OUT:
+        pairs[VALUES["color"].index(color), VALUES["shape"].index(shape)] = True
     return pairs
 
 
@@ -90,7 +90,7 @@ OPEN = held_out()
 
 
 def changed(dice: Random, claims: Claims) -> Claims:
-    """The claims with one of them another, colour and shape most often; never a held-out pair."""
+    """The claims with one of them another, color and shape most often; never a held-out pair."""
     told = [k for k, claim in enumerate(claims) if claim]
     while True:
         k = dice.choice(told)
@@ -250,12 +250,12 @@ class Training:
     def told(self, pooled: Tensor, real: Tensor) -> Tensor:
         """The heads' mean cross-entropy over attributes that have names; shapes count thrice."""
         sizes = [len(values) for values in VALUES.values()]
-        shape, colour, *others = self.heads(pooled).split(sizes, 1)
+        shape, color, *others = self.heads(pooled).split(sizes, 1)
         shape = shape.masked_fill(OPEN[real[:, 1], : sizes[0]], -torch.inf)
-        colour = colour.masked_fill(OPEN[: sizes[1], real[:, 0]].T, -torch.inf)
+        color = color.masked_fill(OPEN[: sizes[1], real[:, 0]].T, -torch.inf)
         losses = [
             F.cross_entropy(scores, real[:, k], ignore_index=-2)
-            for k, scores in enumerate([shape, colour, *others])
+            for k, scores in enumerate([shape, color, *others])
         ]
         return (2 * losses[0] + torch.stack(losses).sum()) / (2 + len(losses))
 
@@ -296,7 +296,7 @@ def measure(folder: Path) -> dict[str, object]:
     """What the checkpoint scores in Vitrail on scenes that it never saw."""
     scores = judge(*encoders(vitrail.load(folder)), JUDGED, SEED)
     return {
-        name: {"right": score.right, "of": score.n, "lower_bound_95": round(score.lower_bound, 4)}
+        name: {"right": score.correct, "of": score.n, "lower_bound_95": round(score.lower_bound, 4)}
         for name, score in scores.items()
     }
 

@@ -13,7 +13,7 @@ from vitrail.demo import scenes
 from vitrail.demo.scenes import (
     APART,
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     COUNTS,
     FIELDS,
     HELD_OUT,
@@ -62,10 +62,10 @@ def test_things_are_where_the_position_says_and_of_the_size_that_it_says() -> No
         assert (max(halves) < 0.14) == (scene.size == "small"), scene
 
 
-def test_named_colours_are_near_their_names_and_nameless_ones_far_from_all() -> None:
+def test_named_colors_are_near_their_names_and_nameless_ones_far_from_all() -> None:
     for scene in _some(400, nameless=True):
         for name, real, named in (
-            (scene.colour, scene.paint, COLOURS),
+            (scene.color, scene.paint, COLORS),
             (scene.background, scene.ground, BACKGROUNDS),
         ):
             if name is None:
@@ -75,21 +75,21 @@ def test_named_colours_are_near_their_names_and_nameless_ones_far_from_all() -> 
         assert math.dist(scene.paint, scene.ground) > APART
 
 
-def test_every_colour_can_be_told_from_every_other() -> None:
-    for named in (COLOURS, BACKGROUNDS):
+def test_every_color_can_be_told_from_every_other() -> None:
+    for named in (COLORS, BACKGROUNDS):
         for a in named:
             assert all(math.dist(named[a], named[b]) > 2 * JITTER for b in named if b != a)
 
 
 def test_training_never_shows_a_quarter_of_the_pairs() -> None:
-    assert len(HELD_OUT) == len(COLOURS) * len(SHAPES) // 4
-    for names, at in ((COLOURS, 0), (SHAPES, 1)):
+    assert len(HELD_OUT) == len(COLORS) * len(SHAPES) // 4
+    for names, at in ((COLORS, 0), (SHAPES, 1)):
         assert all(sum(pair[at] == name for pair in HELD_OUT) == 2 for name in names)
-    shown = {(scene.colour, scene.shape) for scene in _some(2000, nameless=True)}
+    shown = {(scene.color, scene.shape) for scene in _some(2000, nameless=True)}
     assert not shown & HELD_OUT
-    named = {(colour, shape) for colour, shape in shown if colour and shape}
-    assert named == {(c, s) for c in COLOURS for s in SHAPES} - HELD_OUT
-    assert {(scene.colour, scene.shape) for scene in _some(500, held_out=True)} == HELD_OUT
+    named = {(color, shape) for color, shape in shown if color and shape}
+    assert named == {(c, s) for c in COLORS for s in SHAPES} - HELD_OUT
+    assert {(scene.color, scene.shape) for scene in _some(500, held_out=True)} == HELD_OUT
 
 
 def test_a_caption_claims_what_is_true_and_says_what_it_claims() -> None:
@@ -105,7 +105,7 @@ def test_a_caption_claims_what_is_true_and_says_what_it_claims() -> None:
                 assert claim in text
             else:
                 said = [v for v in VALUES[field] if v in text.replace("background", "").split()]
-                assert not said or field in ("colour", "background"), (field, text)
+                assert not said or field in ("color", "background"), (field, text)
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,24 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vitrail.demo import sheet
-from vitrail.demo.sheet import GAP, MARGIN, PANE, Pane, Row, contact_sheet
+from vitrail.demo.sheet import GAP, MARGIN, PANE, Pane, Strip, contact_sheet
 
 RED, BLUE = (200, 10, 20), (10, 20, 200)
 
 
-def _picture(colour: tuple[int, int, int], size: tuple[int, int] = (60, 60)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def _picture(color: tuple[int, int, int], size: tuple[int, int] = (60, 60)) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
-def _where(image: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Bounds (left, top, right, bottom) of the pixels of a colour."""
-    rows, columns = np.nonzero((np.asarray(image) == colour).all(-1))
+def _where(image: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Bounds (left, top, right, bottom) of the pixels of a color."""
+    rows, columns = np.nonzero((np.asarray(image) == color).all(-1))
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
 def test_panes_stand_side_by_side_and_go_on_below() -> None:
     panes = [Pane(_picture((50 + k, 0, 0)), str(k)) for k in range(5)]
-    image = contact_sheet("Title", "subtitle", [Row("five", panes)], 3)
+    image = contact_sheet("Title", "subtitle", [Strip("five", panes)], 3)
     assert image.width == 2 * MARGIN + 3 * PANE + 2 * GAP
     places = [_where(image, (50 + k, 0, 0)) for k in range(5)]
     for k, (left, top, right, bottom) in enumerate(places):
@@ -38,7 +38,7 @@ def test_panes_stand_side_by_side_and_go_on_below() -> None:
 def test_a_wide_picture_gives_its_middle_square() -> None:
     wide = Image.new("RGB", (300, 100), BLUE)
     wide.paste(RED, (100, 0, 200, 100))
-    image = contact_sheet("", "", [Row("", [Pane(wide, "")])], 1)
+    image = contact_sheet("", "", [Strip("", [Pane(wide, "")])], 1)
     left, top, right, bottom = _where(image, RED)
     assert right - left >= PANE - 2
     assert bottom - top == PANE
@@ -46,15 +46,15 @@ def test_a_wide_picture_gives_its_middle_square() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "colour"), [(True, sheet.GOOD), (False, sheet.BAD), (None, sheet.FAINT)]
+    ("right", "color"), [(True, sheet.GREEN), (False, sheet.RED), (None, sheet.FAINT)]
 )
-def test_the_caption_says_by_its_colour_whether_it_is_right(
-    right: bool | None, colour: tuple[int, int, int]
+def test_the_caption_says_by_its_color_whether_it_is_right(
+    right: bool | None, color: tuple[int, int, int]
 ) -> None:
-    image = contact_sheet("", "", [Row("", [Pane(_picture(RED), "III", right)])], 1)
+    image = contact_sheet("", "", [Strip("", [Pane(_picture(RED), "III", right)])], 1)
     pixels = np.asarray(image)[_where(image, RED)[3] :]
-    assert (pixels == colour).all(-1).any()
-    others = {sheet.GOOD, sheet.BAD, sheet.FAINT} - {colour}
+    assert (pixels == color).all(-1).any()
+    others = {sheet.GREEN, sheet.RED, sheet.FAINT} - {color}
     assert not any((pixels == other).all(-1).any() for other in others)
 
 

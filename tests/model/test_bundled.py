@@ -17,7 +17,7 @@ from vitrail.demo.quiz import QUESTIONS, Score, judge
 
 N = 2000
 SEED = 1
-GOAL = {"colour and shape": 0.95} | {q.name: 0.85 for q in QUESTIONS[1:]}
+GOAL = {"color and shape": 0.95} | {q.name: 0.85 for q in QUESTIONS[1:]}
 RECORD = json.loads((bundled() / "training.json").read_text())
 MEGABYTE = 1_000_000
 

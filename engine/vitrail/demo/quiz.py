@@ -1,4 +1,4 @@
-"""How well a model knows the scenes of `scenes`: questions with all their answers, and scores."""
+"""Asks a model about rendered scenes: multiple-choice questions, and the scores of its answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vitrail.demo.scenes import VALUES, Scene, render, sample
 
 Floats = npt.NDArray[np.float32]
 
-PAIRS = tuple((colour, shape) for colour in VALUES["colour"] for shape in VALUES["shape"])
-SIDE = 192  # of a rendered scene, in pixels; a model's own preprocessing makes it smaller
-CHUNK = 256
+PAIRS = tuple((color, shape) for color in VALUES["color"] for shape in VALUES["shape"])
+SIDE = 192  # pixels of a rendered scene's sides; the model's preprocessing makes it smaller
+CHUNK = 256  # scenes rendered at once
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``texts[i]`` says that the answer is ``answers[i]``; ``truth`` reads it off a scene."""
+    """``texts[i]`` describes a scene whose answer is ``answers[i]``; ``truth`` gives a scene's."""
 
     name: str
     texts: tuple[str, ...]
@@ -36,22 +36,22 @@ def _things(count: str) -> str:
 
 QUESTIONS = (
     Question(
-        "colour and shape",
-        tuple(f"{colour} {shape}" for colour, shape in PAIRS),
+        "color and shape",
+        tuple(f"{color} {shape}" for color, shape in PAIRS),
         PAIRS,
-        lambda scene: (scene.colour, scene.shape),
+        lambda scene: (scene.color, scene.shape),
     ),
     Question("count", tuple(map(_things, VALUES["count"])), VALUES["count"], lambda s: s.count),
     Question(
         "position",
-        tuple(f"thing {where}" for where in VALUES["position"]),
+        tuple(f"thing {position}" for position in VALUES["position"]),
         VALUES["position"],
         lambda scene: scene.position,
     ),
     Question("size", tuple(f"{s} thing" for s in VALUES["size"]), VALUES["size"], lambda s: s.size),
     Question(
         "background",
-        tuple(f"thing on a {colour} background" for colour in VALUES["background"]),
+        tuple(f"thing on a {color} background" for color in VALUES["background"]),
         VALUES["background"],
         lambda scene: scene.background,
     ),
@@ -60,16 +60,18 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    right: int
+    """``correct`` answers of ``n``."""
+
+    correct: int
     n: int
 
     @property
     def accuracy(self) -> float:
-        return self.right / self.n
+        return self.correct / self.n
 
     @property
     def lower_bound(self) -> float:
-        """Of the accuracy, 95 %, by Wilson's interval (Journal of the ASA 22, 1927)."""
+        """Lower end of the accuracy's 95 % interval (Wilson, Journal of the ASA 22, 1927)."""
         p, n, z = self.accuracy, self.n, 1.96
         spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (p + z * z / (2 * n) - spread) / (1 + z * z / n)
@@ -81,25 +83,25 @@ def judge(
     n: int,
     seed: int,
 ) -> dict[str, Score]:
-    """Each question's score over ``n`` fresh scenes, all of pairs that training never shows.
+    """Each question's score over ``n`` random scenes with color-shape pairs not seen in training.
 
-    The encoders give (N, D) embeddings of unit length. An answer is the text with the highest
-    cosine among all of its question's: 64 for colour and shape.
+    The encoders give (N, D) embeddings of unit length. The model's answer is the text of the
+    question (for example, one of 64 for color and shape) with the highest cosine.
     """
     dice = Random(f"judge {seed}")
-    shown = [sample(dice, held_out=True) for _ in range(n)]
+    scenes = [sample(dice, held_out=True) for _ in range(n)]
     embedded = np.concatenate(
         [
-            encode_images([render(scene, SIDE) for scene in shown[start : start + CHUNK]])
+            encode_images([render(scene, SIDE) for scene in scenes[start : start + CHUNK]])
             for start in range(0, n, CHUNK)
         ]
     )
     scores = {}
     for question in QUESTIONS:
         best = (embedded @ encode_texts(question.texts).T).argmax(axis=1)
-        right = sum(
+        correct = sum(
             question.truth(scene) == question.answers[i]
-            for scene, i in zip(shown, best, strict=True)
+            for scene, i in zip(scenes, best, strict=True)
         )
-        scores[question.name] = Score(right, n)
+        scores[question.name] = Score(correct, n)
     return scores

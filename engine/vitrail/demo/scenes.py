@@ -1,8 +1,8 @@
-"""Rendered scenes with captions: what the bundled CLIP was trained on and what the demo shows it.
+"""Rendered scenes with captions: the training data of the bundled CLIP, and the demo's pictures.
 
-A scene is one to four alike things of one shape and colour, small or large, somewhere on a plain
-background. Some colours, shapes and backgrounds have no name, and captions leave them out: that is
-how a model learns a shape in every colour, and not only in the pairs that it has seen.
+A scene is one to four equal things of one shape and color, small or large, on a plain background.
+Some colors, shapes and backgrounds have no name, and captions leave them out. So a model learns a
+shape in every color, not only in the pairs of the training data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 RGB = tuple[int, int, int]
 Points = tuple[tuple[float, float], ...]
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "red": (214, 38, 38),
     "orange": (247, 138, 22),
     "yellow": (246, 217, 43),
@@ -30,7 +30,7 @@ COLOURS: dict[str, RGB] = {
 BACKGROUNDS: dict[str, RGB] = {
     "white": (250, 250, 248),
     "black": (14, 14, 16),
-    "grey": (128, 130, 132),
+    "grey": (128, 130, 132),  # so spelled in the training captions
     "beige": (226, 208, 172),
 }
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -42,11 +42,11 @@ POSITIONS: dict[str, tuple[int, int]] = {
     "in the middle": (0, 0),
 }
 SIZES = {"small": (0.09, 0.115), "large": (0.17, 0.21)}
-"""Half the height of a thing, least and most; lengths are of a side of the picture."""
+"""Half the height of a thing, smallest and largest; lengths are fractions of the picture's side."""
 
 
 def _regular(corners: int, *radii: float, turn: float = 0.0) -> Points:
-    """Corners around the origin at distances that repeat ``radii``; ``turn`` in degrees."""
+    """Corners around the origin; their distances cycle through ``radii``; ``turn`` in degrees."""
     return tuple(
         (radii[k % len(radii)] * math.sin(angle), -radii[k % len(radii)] * math.cos(angle))
         for k in range(corners)
@@ -55,12 +55,13 @@ def _regular(corners: int, *radii: float, turn: float = 0.0) -> Points:
 
 
 def _heart(t: float) -> tuple[float, float]:
-    across = 16 * math.sin(t) ** 3
-    up = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-    return across / 15, -(up + 2.5) / 15
+    x = 16 * math.sin(t) ** 3
+    y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return x / 15, -(y + 2.5) / 15
 
 
-ARM, HOLE = 0.34, 0.55  # half the width of a cross's arms; a ring's hole, of its radius
+ARM = 0.34  # half the width of a cross's arms
+HOLE = 0.55  # a ring's inner radius, as a fraction of its outer radius
 _SIDE = tuple(zip((-1.0, -ARM, -ARM, ARM, ARM, 1.0), (ARM, ARM, 1.0, 1.0, ARM, ARM), strict=True))
 SHAPES: dict[str, Points] = {
     "circle": _regular(60, 0.95),
@@ -74,38 +75,38 @@ SHAPES: dict[str, Points] = {
 }
 
 HELD_OUT = frozenset(
-    (colour, shape)
-    for i, colour in enumerate(COLOURS)
+    (color, shape)
+    for i, color in enumerate(COLORS)
     for j, shape in enumerate(SHAPES)
     if (i + j) % 4 == 0
 )
-"""A quarter of the pairs, two of every colour and two of every shape: never in training."""
+"""A quarter of the color-shape pairs, two of each color and of each shape: never in training."""
 
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "count": tuple(COUNTS),
     "position": tuple(POSITIONS),
     "size": tuple(SIZES),
     "background": tuple(BACKGROUNDS),
 }
 
-JITTER = 14  # a named colour varies by this much in each channel
-APART = 75.0  # in RGB, a nameless colour from every named one, and a thing from its background
-NAMELESS = {"colour": 0.4, "shape": 0.1, "background": 0.25}
-MARGIN = 0.02  # around the picture
-GAP = 1.2  # least distance of two things, in sums of their half heights
-MAX_TURN = 12.0
-OFF_CENTRE = 0.07  # how far the centre of a group "in the middle" may be off
+JITTER = 14  # largest change of a named color in each channel
+APART = 75.0  # RGB distance of a nameless color from all named ones, and of a thing from the ground
+NAMELESS = {"color": 0.4, "shape": 0.1, "background": 0.25}  # probabilities in training scenes
+MARGIN = 0.02  # free border of the picture
+GAP = 1.2  # smallest distance of two things, in sums of their half heights
+MAX_TURN = 12.0  # degrees
+OFF_CENTER = 0.07  # largest offset of the center of a group "in the middle"
 OVERSAMPLING = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is to be seen, by name (None: it has none), and how to draw it."""
+    """The attributes of a scene by name (None: nameless), and how to draw it."""
 
     shape: str | None
-    colour: str | None
+    color: str | None
     count: str
     position: str
     size: str
@@ -114,25 +115,25 @@ class Scene:
     ground: RGB
     outline: Points
     """Corners around the origin, about 1 away from it."""
-    places: tuple[tuple[float, float, float, float], ...]
-    """Centre x and y, half the height, and the turn in degrees of each thing."""
+    things: tuple[tuple[float, float, float, float], ...]
+    """Center x and y, half the height, and the turn in degrees of each thing."""
 
 
 FIELDS = tuple(field.name for field in fields(Scene))[:6]
 
 
 def sample(dice: Random, *, nameless: bool = False, held_out: bool = False) -> Scene:
-    """A scene at random. ``nameless``: now and then without a name for something, as in training.
+    """A random scene. ``nameless``: sometimes an attribute has no name, as in training.
 
-    ``held_out``: of the pairs of colour and shape that training never shows; else never of these.
+    ``held_out``: whether its color-shape pair is from `HELD_OUT`, which training never shows.
     """
     while True:
         scene = _draw(dice, nameless)
-        pair = (scene.colour, scene.shape)
+        pair = (scene.color, scene.shape)
         if None not in pair and (pair in HELD_OUT) != held_out:
             continue
-        fits = len(scene.places) == COUNTS[scene.count]
-        if fits and math.dist(scene.paint, scene.ground) > APART:
+        complete = len(scene.things) == COUNTS[scene.count]
+        if complete and math.dist(scene.paint, scene.ground) > APART:
             return scene
 
 
@@ -145,25 +146,25 @@ def _draw(dice: Random, nameless: bool) -> Scene:
     named: dict[str, str | None] = {f: None if f in missing else name for f, name in names.items()}
     return Scene(
         shape=named["shape"],
-        colour=named["colour"],
+        color=named["color"],
         count=names["count"],
         position=names["position"],
         size=size,
         background=named["background"],
-        paint=_colour(dice, COLOURS, named["colour"]),
-        ground=_colour(dice, BACKGROUNDS, named["background"]),
+        paint=_color(dice, COLORS, named["color"]),
+        ground=_color(dice, BACKGROUNDS, named["background"]),
         outline=SHAPES[shape] if named["shape"] else _blob(dice),
-        places=_places(dice, count, half, POSITIONS[names["position"]]),
+        things=_things(dice, count, half, POSITIONS[names["position"]]),
     )
 
 
-def _colour(dice: Random, named: dict[str, RGB], name: str | None) -> RGB:
+def _color(dice: Random, named: dict[str, RGB], name: str | None) -> RGB:
     if name is not None:
         return _rgb(min(255, max(0, x + dice.randint(-JITTER, JITTER))) for x in named[name])
     while True:
-        colour = _rgb(dice.randrange(256) for _ in range(3))
-        if all(math.dist(colour, other) > APART for other in named.values()):
-            return colour
+        color = _rgb(dice.randrange(256) for _ in range(3))
+        if all(math.dist(color, other) > APART for other in named.values()):
+            return color
 
 
 def _rgb(values: Iterable[int]) -> RGB:
@@ -172,47 +173,50 @@ def _rgb(values: Iterable[int]) -> RGB:
 
 
 def _blob(dice: Random) -> Points:
-    """A shape that has no name: seven to nine corners, each at its own distance."""
+    """A nameless shape: seven to nine corners at random distances."""
     radii = [dice.uniform(0.45, 1.25) for _ in range(dice.randint(7, 9))]
     return _regular(len(radii), *radii, turn=dice.uniform(0, 360))
 
 
-def _places(
+def _things(
     dice: Random, count: int, half: float, side: tuple[int, int]
 ) -> tuple[tuple[float, float, float, float], ...]:
-    """Centres that keep apart, on one side of the picture; fewer than ``count`` where they miss."""
+    """Things on one ``side`` of the picture that do not touch; too few of them if the dice fail."""
     (left, right), (top, bottom) = (_range(towards, half, count, side) for towards in side)
-    found: list[tuple[float, float]] = []
+    centers: list[tuple[float, float]] = []
     for _ in range(60):
         x = dice.uniform(left, right) if left < right else (left + right) / 2
         y = dice.uniform(top, bottom) if top < bottom else (top + bottom) / 2
-        if all(math.dist((x, y), other) > 2 * GAP * half for other in found):
-            found.append((x, y))
-        if len(found) == count:
+        if all(math.dist((x, y), center) > 2 * GAP * half for center in centers):
+            centers.append((x, y))
+        if len(centers) == count:
             break
-    off = (abs(sum(axis) / len(found) - 0.5) for axis in zip(*found, strict=True))
-    if not any(side) and max(off) > OFF_CENTRE:
+    offsets = (abs(sum(axis) / len(centers) - 0.5) for axis in zip(*centers, strict=True))
+    if not any(side) and max(offsets) > OFF_CENTER:
         return ()
-    return tuple((x, y, half, dice.uniform(-MAX_TURN, MAX_TURN)) for x, y in found)
+    return tuple((x, y, half, dice.uniform(-MAX_TURN, MAX_TURN)) for x, y in centers)
 
 
 def _range(towards: int, half: float, count: int, side: tuple[int, int]) -> tuple[float, float]:
-    """From where to where centres may lie on an axis that is on ``towards`` of a ``side``."""
+    """The range of centers on an axis; ``towards``: -1 low, 1 high, 0 anywhere on the axis.
+
+    ``side`` holds ``towards`` of both axes.
+    """
     low, high = MARGIN + 1.25 * half, 1 - MARGIN - 1.25 * half
     if towards:
         return (low, 0.38) if towards < 0 else (0.62, high)
     if count > 1:
         return low, high
-    # A lone thing keeps to the middle of the other axis, so that its side is the plain answer.
+    # A single thing stays near the middle of the other axis, so that its side is unambiguous.
     return (0.36, 0.64) if any(side) else (0.42, 0.58)
 
 
 def render(scene: Scene, side: int) -> Image.Image:
-    """An RGB picture of ``side`` x ``side`` pixels, drawn larger and averaged down."""
+    """An RGB picture of ``side`` x ``side`` pixels, drawn larger and averaged."""
     large = side * OVERSAMPLING
     image = Image.new("RGB", (large, large), scene.ground)
     draw = ImageDraw.Draw(image)
-    for x, y, half, turn in scene.places:
+    for x, y, half, turn in scene.things:
         sin, cos = math.sin(math.radians(turn)), math.cos(math.radians(turn))
         corners = [
             (large * (x + half * (cos * a - sin * b)), large * (y + half * (sin * a + cos * b)))
@@ -220,8 +224,8 @@ def render(scene: Scene, side: int) -> Image.Image:
         ]
         draw.polygon(corners, fill=scene.paint)
         if scene.shape == "ring":
-            middle = large * x * (1 - HOLE), large * y * (1 - HOLE)
-            hole = [(HOLE * a + middle[0], HOLE * b + middle[1]) for a, b in corners]
+            shift_x, shift_y = large * x * (1 - HOLE), large * y * (1 - HOLE)
+            hole = [(HOLE * a + shift_x, HOLE * b + shift_y) for a, b in corners]
             draw.polygon(hole, fill=scene.ground)
     return image.reduce(OVERSAMPLING)
 
@@ -230,28 +234,28 @@ PREFIXES = ("", "", "", "a picture of ", "a photo of ")
 
 
 Claims = tuple[str | None, ...]
-"""What a text says of a scene, in the order of ``FIELDS``; None says nothing."""
+"""The attributes that a text names, in the order of ``FIELDS``; None: the text leaves it out."""
 
 
 def caption(dice: Random, scene: Scene, keep: float = 0.7) -> tuple[str, Claims]:
-    """A text that is true of the scene, and what it claims.
+    """A text that is true of the scene, and the claims that it makes.
 
-    Each attribute is told with the chance ``keep``, what has no name never, and one thing always.
+    It claims each named attribute with probability ``keep``, and at least one.
     """
-    known = [field for field in FIELDS if getattr(scene, field) is not None]
-    told = [field for field in known if dice.random() < keep] or [dice.choice(known)]
-    claims = tuple(getattr(scene, field) if field in told else None for field in FIELDS)
+    named = [field for field in FIELDS if getattr(scene, field) is not None]
+    chosen = [field for field in named if dice.random() < keep] or [dice.choice(named)]
+    claims = tuple(getattr(scene, field) if field in chosen else None for field in FIELDS)
     return words(dice, claims), claims
 
 
 def words(dice: Random, claims: Claims) -> str:
     """A text that makes the claims, such as "a photo of two small red stars on the left"."""
-    shape, colour, count, position, size, background = claims
-    noun = " ".join(word for word in (size, colour, shape or "thing") if word)
+    shape, color, count, position, size, background = claims
+    noun = " ".join(word for word in (size, color, shape or "thing") if word)
     if count == "one":
         noun = f"{dice.choice(('a', 'one'))} {noun}"
     elif count:
         noun = f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-    where = (position, f"on a {background} background" if background else None)
-    text = " ".join([noun, *(word for word in where if word)])
+    phrases = (noun, position, f"on a {background} background" if background else None)
+    text = " ".join(phrase for phrase in phrases if phrase)
     return f"{dice.choice(PREFIXES)}{text}"

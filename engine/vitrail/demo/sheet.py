@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 RGB = tuple[int, int, int]
 
-LEAD: RGB = (24, 25, 32)
+BACKGROUND: RGB = (24, 25, 32)
 INK: RGB = (236, 233, 224)
 FAINT: RGB = (150, 150, 162)
-GOOD: RGB = (126, 200, 120)
-BAD: RGB = (236, 106, 94)
+GREEN: RGB = (126, 200, 120)
+RED: RGB = (236, 106, 94)
 PANE, GAP, MARGIN = 150, 14, 36
 CAPTION, HEADING, TITLE = 15, 20, 40
 LINE = 1.35
@@ -22,34 +22,36 @@ ROUND = 10
 
 @dataclass(frozen=True, slots=True)
 class Pane:
-    """A picture and what is written below it; ``right``: framed green or red, None plain."""
+    """A picture and its caption, which is green or red if ``correct`` is a bool."""
 
     picture: Image.Image
-    text: str
-    right: bool | None = None
+    caption: str
+    correct: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Strip:
+    """A row of panes under a heading; it may take several lines of the sheet."""
+
     heading: str
     panes: Sequence[Pane]
 
 
-def contact_sheet(title: str, subtitle: str, rows: Sequence[Row], columns: int) -> Image.Image:
-    """RGB; rows with more panes than ``columns`` go on below. Captions are cut to their pane."""
-    heights = [_row_height(len(row.panes), columns) for row in rows]
+def contact_sheet(title: str, subtitle: str, strips: Sequence[Strip], columns: int) -> Image.Image:
+    """An RGB image with ``columns`` panes per line. A caption is cut to the width of its pane."""
+    heights = [_strip_height(len(strip.panes), columns) for strip in strips]
     width = 2 * MARGIN + columns * (PANE + GAP) - GAP
     top = MARGIN + round(LINE * (TITLE + HEADING)) + GAP
-    sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN - GAP), LEAD)
+    sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN - GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, _font(TITLE))
     draw.text((MARGIN, MARGIN + LINE * TITLE), subtitle, FAINT, _font(CAPTION))
-    for row, height in zip(rows, heights, strict=True):
-        draw.text((MARGIN, top + GAP), row.heading, INK, _font(HEADING))
-        for place, pane in enumerate(row.panes):
-            x = MARGIN + place % columns * (PANE + GAP)
-            y = top + GAP + round(LINE * HEADING) + GAP // 2 + place // columns * _pane_height()
-            _put(sheet, draw, pane, x, y)
+    for strip, height in zip(strips, heights, strict=True):
+        draw.text((MARGIN, top + GAP), strip.heading, INK, _font(HEADING))
+        for index, pane in enumerate(strip.panes):
+            x = MARGIN + index % columns * (PANE + GAP)
+            y = top + GAP + round(LINE * HEADING) + GAP // 2 + index // columns * _pane_height()
+            _draw_pane(sheet, draw, pane, x, y)
         top += height
     return sheet
 
@@ -62,20 +64,20 @@ def _pane_height() -> int:
     return PANE + round(LINE * CAPTION) + GAP
 
 
-def _row_height(panes: int, columns: int) -> int:
+def _strip_height(panes: int, columns: int) -> int:
     return GAP + round(LINE * HEADING) + GAP // 2 + -(-panes // columns) * _pane_height()
 
 
-def _put(sheet: Image.Image, draw: ImageDraw.ImageDraw, pane: Pane, x: int, y: int) -> None:
-    """The middle square of the picture with round corners, and its caption."""
+def _draw_pane(sheet: Image.Image, draw: ImageDraw.ImageDraw, pane: Pane, x: int, y: int) -> None:
+    """Draws the middle square of the picture with round corners, and the caption below it."""
     side = min(pane.picture.size)
-    left, upper = (pane.picture.width - side) // 2, (pane.picture.height - side) // 2
-    square = pane.picture.convert("RGB").crop((left, upper, left + side, upper + side))
+    left, top = (pane.picture.width - side) // 2, (pane.picture.height - side) // 2
+    square = pane.picture.convert("RGB").crop((left, top, left + side, top + side))
     mask = Image.new("L", (4 * PANE, 4 * PANE))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * PANE - 1, 4 * PANE - 1), 4 * ROUND, 255)
     sheet.paste(square.resize((PANE, PANE), Image.Resampling.LANCZOS), (x, y), mask.reduce(4))
-    colour = FAINT if pane.right is None else GOOD if pane.right else BAD
-    draw.text((x + 2, y + PANE + 3), _cut(draw, pane.text), colour, _font(CAPTION))
+    color = FAINT if pane.correct is None else GREEN if pane.correct else RED
+    draw.text((x + 2, y + PANE + 3), _cut(draw, pane.caption), color, _font(CAPTION))
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str) -> str:
