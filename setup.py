@@ -1,4 +1,4 @@
-"""Packages of the two roots, and the optional C++ extension. What is plain data is in pyproject."""
+"""Packages of both roots and the optional C++ extension. Plain metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 sys.path.insert(0, "csrc")
-from cuda_images import BuildCudaImages
+from cuda_binaries import BuildCudaBinaries
 
-EXTENSION = ("cuda_image", "driver", "executor", "machine", "module", "plan")
+EXTENSION = ("cubin", "cuda_binary", "driver", "executor", "module", "plan")
 LIBRARY = ("csrc/Makefile", "csrc/vitrail.h")
 VERSION = runpy.run_path("engine/vitrail/_version.py")["__version__"]
 
 
 class OptionalExtension(build_ext):
-    """Builds ``vitrail._C`` where it can; where it cannot, says so and installs pure Python."""
+    """Builds ``vitrail._C`` if possible; if not, says why and installs Vitrail in pure Python."""
 
     def run(self) -> None:
         try:
@@ -44,7 +44,7 @@ class OptionalExtension(build_ext):
         )
 
 
-build.sub_commands.append(("build_cuda_images", None))
+build.sub_commands.append(("build_cuda_binaries", None))
 
 setup(
     version=VERSION,
@@ -61,7 +61,7 @@ setup(
         Pybind11Extension(
             "vitrail._C",
             [f"csrc/{name}.cpp" for name in EXTENSION],
-            # libvitrail's files are none of the extension's, but an sdist's
+            # with libvitrail's files: an sdist packs the files that are listed here
             depends=[*map(str, sorted(Path("csrc").glob("*.[ch]pp"))), *LIBRARY],
             cxx_std=17,
             define_macros=[("VITRAIL_VERSION", f'"{VERSION}"')],
@@ -69,6 +69,6 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": OptionalExtension, "build_cuda_images": BuildCudaImages},
+    cmdclass={"build_ext": OptionalExtension, "build_cuda_binaries": BuildCudaBinaries},
     zip_safe=False,
 )

@@ -2,7 +2,7 @@
 # Tests and benchmarks on a GPU that may be had for minutes only; nothing is downloaded.
 #
 #   gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that has one: the
-#                    extension, CUDA images, kernels for an H100, Triton's launchers and the commit,
+#                    extension, CUDA binaries, kernels for an H100, Triton's launchers and the commit,
 #                    into build/pack, to be taken along (five CPU minutes)
 #   gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
 #   gpu.sh second    with the tiles that won: models against torch.compile, latency, the native

@@ -256,7 +256,7 @@ def sample(
 # -- allocations -----------------------------------------------------------------------------------
 
 PROGRAM = Path(__file__).with_suffix(".cpp")
-SOURCES = ("driver.cpp", "machine.cpp", "plan.cpp", "executor.cpp")
+SOURCES = ("driver.cpp", "cubin.cpp", "plan.cpp", "executor.cpp")
 
 
 def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:

@@ -1,6 +1,6 @@
 """`gpu.sh pack` builds beforehand what a call on a GPU would spend minutes on, to be taken along.
 
-build/pack holds the extension, the CUDA images, the commit, and the caches of Triton and Vitrail
+build/pack holds the extension, the CUDA binaries, the commit, and the caches of Triton and Vitrail
 with every kernel and launcher of the calls. Triton's keeps absolute paths: it is in `CACHE` on both
 machines.
 """
@@ -22,7 +22,7 @@ FOLDER = "build/pack"
 CACHE, ARCHIVE = Path("/var/tmp/vitrail-kernels"), "kernels.tar.xz"
 BUILDS = {
     "the extension": ("setup.py", "build_ext", "--inplace"),
-    "the CUDA images": ("setup.py", "build_cuda_images", "--editable-mode"),
+    "the CUDA binaries": ("setup.py", "build_cuda_binaries", "--editable-mode"),
 }
 KERNELS = ("benchmarks/precompile.py", "--launchers")
 ENGINE, IMAGES = "engine/vitrail", "kernels/vitrail_kernels/images"
@@ -72,7 +72,7 @@ def unpack() -> Iterator[str]:
         if (folder / "images").exists():
             shutil.copytree(folder / "images", ROOT / IMAGES, dirs_exist_ok=True)
     else:
-        yield f"{FOLDER} is of another csrc: its extension and CUDA images are not used"
+        yield f"{FOLDER} is of another csrc: its extension and CUDA binaries are not used"
     archive, mark = folder / ARCHIVE, CACHE / "unpacked"
     if archive.exists():
         use_caches()

@@ -1,10 +1,10 @@
-"""setuptools' build backend, which also requires a CUDA compiler where one is asked for."""
+"""The build backend: setuptools, plus a CUDA compiler as a requirement if VITRAIL_CUDA=1."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cuda_images import requirements
+from cuda_binaries import requirements
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 

@@ -6,12 +6,12 @@
 
 namespace vitrail {
 
-void Driver::fail(cu::Result result, const char* name, const std::string& where) const {
+void Driver::fail(cu::Result result, const char* name, const std::string& purpose) const {
     const char* code = nullptr;
     const char* text = nullptr;
     if (error_name_.call != nullptr) error_name_.call(result, &code);
     if (error_text_.call != nullptr) error_text_.call(result, &text);
-    std::string message = where.empty() ? name : where + ": " + name;
+    std::string message = purpose.empty() ? name : purpose + ": " + name;
     message += ": " + (code != nullptr ? std::string(code) : "error " + std::to_string(result));
     if (text != nullptr) message += std::string(" (") + text + ")";
     throw DriverError(message, result);
@@ -19,9 +19,9 @@ void Driver::fail(cu::Result result, const char* name, const std::string& where)
 
 namespace {
 
-int attribute(const Driver& driver, int which, cu::Device device) {
+int attribute(const Driver& driver, int id, cu::Device device) {
     int value = 0;
-    driver("", driver.device_attribute, &value, which, device);
+    driver("", driver.device_attribute, &value, id, device);
     return value;
 }
 
@@ -33,8 +33,8 @@ DeviceInfo describe(const Driver& driver, cu::Device device) {
              attribute(driver, cu::kCapabilityMinor, device)}};
 }
 
-// Opened once and never closed: a driver that has been started must stay until the process ends.
-const Driver& kept(const char* library) {
+// Opens each library once and never closes it: a started driver must stay until the process ends.
+const Driver& open_driver(const char* library) {
     static std::mutex mutex;
     static auto& drivers = *new std::map<std::string, Driver>;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -43,50 +43,51 @@ const Driver& kept(const char* library) {
 
 }  // namespace
 
-Gpu::Gpu(const char* library, int ordinal) : driver_(kept(library)) {
+Gpu::Gpu(const char* library, int ordinal) : driver_(open_driver(library)) {
     driver_("", driver_.init, 0u);
     driver_("", driver_.device_get, &device_, ordinal);
     info_ = describe(driver_, device_);
     multiprocessors_ = attribute(driver_, cu::kMultiprocessors, device_);
-    threads_ = attribute(driver_, cu::kThreadsAtOnce, device_);
-    shared_ = attribute(driver_, cu::kSharedAtOnce, device_);
+    threads_ = attribute(driver_, cu::kThreadsPerMultiprocessor, device_);
+    shared_ = attribute(driver_, cu::kSharedPerMultiprocessor, device_);
     driver_("the context", driver_.context_retain, &context_, device_);
 }
 
 int Gpu::carveout(int threads, int shared) const {
-    const int64_t blocks = std::clamp(threads_ / std::max(threads, 1), 1, cu::kBlocksAtOnce);
-    const int64_t wanted = blocks * (int64_t{shared} + cu::kSharedOfBlock);
-    return static_cast<int>(std::min<int64_t>(100, (100 * wanted + shared_ - 1) / shared_));
+    const int64_t blocks =
+        std::clamp(threads_ / std::max(threads, 1), 1, cu::kMaxBlocksPerMultiprocessor);
+    const int64_t needed = blocks * (int64_t{shared} + cu::kReservedShared);
+    return static_cast<int>(std::min<int64_t>(100, (100 * needed + shared_ - 1) / shared_));
 }
 
 Gpu::~Gpu() { driver_.context_release.call(device_); }
 
-Gpu::Current::Current(const Gpu& gpu) : gpu_(gpu) {
-    cu::Context found = nullptr;
-    gpu.driver_("the context", gpu.driver_.context_current, &found);
-    if (found == gpu.context_) return;
+Gpu::ContextGuard::ContextGuard(const Gpu& gpu) : gpu_(gpu) {
+    cu::Context current = nullptr;
+    gpu.driver_("the context", gpu.driver_.context_current, &current);
+    if (current == gpu.context_) return;
     gpu.driver_("the context", gpu.driver_.context_push, gpu.context_);
     pushed_ = true;
 }
 
-Gpu::Current::~Current() {
+Gpu::ContextGuard::~ContextGuard() {
     cu::Context popped = nullptr;
     if (pushed_) gpu_.driver_.context_pop.call(&popped);
 }
 
-// Where it fails, whatever is called next says why.
-Gpu::Relaxed::Relaxed(const Gpu& gpu) noexcept : exchange_(gpu.driver_.capture_mode) {
-    exchanged_ = exchange_.call != nullptr && exchange_.call(&before_) == 0;
+// A failure here is ignored: the next call of the driver reports the reason.
+Gpu::RelaxedCapture::RelaxedCapture(const Gpu& gpu) noexcept : exchange_(gpu.driver_.capture_mode) {
+    exchanged_ = exchange_.call != nullptr && exchange_.call(&previous_mode_) == 0;
 }
 
-Gpu::Relaxed::~Relaxed() {
-    if (exchanged_) exchange_.call(&before_);
+Gpu::RelaxedCapture::~RelaxedCapture() {
+    if (exchanged_) exchange_.call(&previous_mode_);
 }
 
 DriverInfo probe() {
     DriverInfo info;
     try {
-        const Driver& driver = kept("libcuda.so.1");
+        const Driver& driver = open_driver("libcuda.so.1");
         driver("", driver.version, &info.version);
         driver("", driver.init, 0u);
         int count = 0;

@@ -1,5 +1,5 @@
-// The NVIDIA driver, opened at run time: nothing here needs CUDA to be installed, neither to
-// compile nor to load. Types and constants are those of the CUDA driver API (cuda.h).
+// The NVIDIA driver. Its library is opened at run time, so neither compiling nor loading this code
+// needs CUDA. Types and constants are those of the CUDA driver API (cuda.h).
 #pragma once
 
 #include <dlfcn.h>
@@ -28,23 +28,23 @@ constexpr Result kOutOfMemory = 2;
 constexpr Result kStubLibrary = 34;
 constexpr Result kNoDevice = 100;
 constexpr Result kInvalidDevice = 101;
-constexpr Result kSystemNotReady = 802;        // the fabric manager does not run
-constexpr Result kDriverMismatch = 803;        // library and kernel module are of two versions
-constexpr Result kCompatibilityRefused = 804;  // a library for newer GPUs than this
 constexpr Result kNotSupported = 801;
+constexpr Result kSystemNotReady = 802;        // the fabric manager does not run
+constexpr Result kDriverMismatch = 803;        // library and kernel module differ in version
+constexpr Result kCompatibilityRefused = 804;  // the library is for newer GPUs
 
 constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-constexpr int kThreadsAtOnce = 39;    // ..._MAX_THREADS_PER_MULTIPROCESSOR
+constexpr int kThreadsPerMultiprocessor = 39;    // ..._MAX_THREADS_PER_MULTIPROCESSOR
 constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-constexpr int kSharedAtOnce = 81;     // ..._MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+constexpr int kSharedPerMultiprocessor = 81;     // ..._MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
 
 constexpr int kMaxThreads = 0;          // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
 constexpr int kMaxDynamicShared = 8;    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kSharedCarveout = 9;      // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-constexpr int kSharedWithoutAsking = 48 << 10;
-constexpr int kSharedOfBlock = 1 << 10;  // what CUDA keeps of each block's shared memory
-constexpr int kBlocksAtOnce = 32;        // on a multiprocessor, at most
+constexpr int kDefaultMaxShared = 48 << 10;
+constexpr int kReservedShared = 1 << 10;  // CUDA reserves this much per block
+constexpr int kMaxBlocksPerMultiprocessor = 32;        // on current GPUs
 
 constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING
@@ -76,11 +76,11 @@ struct LaunchConfig {
 
 }  // namespace cu
 
-// What the driver answered, and to which call.
+// A failed call of the driver. The message names the call and the driver's reason.
 class DriverError : public std::runtime_error {
   public:
-    DriverError(const std::string& what, cu::Result code)
-        : std::runtime_error(what), code_(code) {}
+    DriverError(const std::string& message, cu::Result code)
+        : std::runtime_error(message), code_(code) {}
     cu::Result code() const { return code_; }
 
   private:
@@ -92,12 +92,12 @@ struct DeviceInfo {
     std::pair<int, int> capability;  // compute capability: major, minor
 };
 
-// What the driver says of itself. With `available` false, `reason` says why, and the other fields
-// hold what was learnt before that.
+// The driver and its devices. If `available` is false, `reason` says why, and the other fields hold
+// the answers up to the failure.
 struct DriverInfo {
     bool available = false;
     std::string reason;
-    int version = 0;  // highest CUDA version the driver serves: 1000 * major + 10 * minor
+    int version = 0;  // highest CUDA version the driver supports: 1000 * major + 10 * minor
     std::vector<DeviceInfo> devices;
 };
 
@@ -120,7 +120,7 @@ class Library {
     void* handle_;
 };
 
-// A function of the driver, whose type the declaration vouches for. An older driver may lack it.
+// A function of the driver; null in an older driver without it. The declaration must give its type.
 template <typename... Parameters>
 struct Function {
     Function(const Library& library, const char* name)
@@ -131,28 +131,28 @@ struct Function {
 };
 
 class Driver {
-    const Library library_;  // before the functions, which are found in it
+    const Library library_;  // initialized before the functions, which it holds
 
     Function<cu::Result, const char**> error_name_{library_, "cuGetErrorName"};
     Function<cu::Result, const char**> error_text_{library_, "cuGetErrorString"};
 
   public:
-    // Opens the library and finds the functions; starts nothing.
+    // Opens the library and looks up the functions. Does not start the driver.
     explicit Driver(const char* library = "libcuda.so.1") : library_(library) {}
 
-    // Calls `function`. A failure says what it was for, which call, and the driver's own words.
+    // Calls `function`. Throws DriverError naming `purpose`, the function and the driver's reason.
     template <typename... Parameters, typename... Arguments>
-    void operator()(const char* where, const Function<Parameters...>& function,
+    void operator()(const char* purpose, const Function<Parameters...>& function,
                     Arguments... arguments) const {
         if (function.call == nullptr) {
             throw std::runtime_error(std::string(function.name) +
                                      ": this driver is too old for it");
         }
         const cu::Result result = function.call(arguments...);
-        if (result != 0) fail(result, function.name, where);
+        if (result != 0) fail(result, function.name, purpose);
     }
 
-    [[noreturn]] void fail(cu::Result result, const char* name, const std::string& where) const;
+    [[noreturn]] void fail(cu::Result result, const char* name, const std::string& purpose) const;
 
     Function<int*> version{library_, "cuDriverGetVersion"};
     Function<unsigned> init{library_, "cuInit"};
@@ -178,7 +178,7 @@ class Driver {
              const uint32_t*, const uint32_t*, int, int, int, int>
         tensor_map{library_, "cuTensorMapEncodeTiled"};
     Function<const cu::LaunchConfig*, cu::Function, void**, void**> launch{library_,
-                                                                          "cuLaunchKernelEx"};
+                                                                           "cuLaunchKernelEx"};
     Function<cu::Pointer*, size_t> allocate{library_, "cuMemAlloc_v2"};
     Function<cu::Pointer> free{library_, "cuMemFree_v2"};
     Function<cu::Pointer*, size_t, cu::Stream> allocate_async{library_, "cuMemAllocAsync"};
@@ -195,7 +195,7 @@ class Driver {
     Function<int*> capture_mode{library_, "cuThreadExchangeStreamCaptureMode"};
 };
 
-// A device and its primary context, which torch uses too.
+// A device and its primary context, which PyTorch uses too.
 class Gpu {
   public:
     explicit Gpu(const char* library = "libcuda.so.1", int ordinal = 0);
@@ -207,41 +207,41 @@ class Gpu {
     const DeviceInfo& info() const { return info_; }
     int multiprocessors() const { return multiprocessors_; }
 
-    // Percent of a multiprocessor's shared memory and L1 cache that as many blocks need as its
-    // threads allow. The driver's own choice may hold fewer of them.
+    // The shared-memory carveout, in percent, that fits as many blocks as the multiprocessor's
+    // threads allow. The driver's own choice may fit fewer blocks.
     int carveout(int threads, int shared) const;
 
-    // Whether the device has stream-ordered memory, as far as is known: some virtual ones do not,
-    // and say so when asked for it.
+    // Whether the device has stream-ordered memory. True until an allocation fails: some virtual
+    // devices have none, and say so only then.
     bool pools() const { return pools_; }
     void without_pools() const { pools_ = false; }
 
-    // Makes the context current on this thread for as long as it lives.
-    class Current {
+    // Makes the context current on this thread during the guard's lifetime.
+    class ContextGuard {
       public:
-        explicit Current(const Gpu& gpu);
-        ~Current();
-        Current(const Current&) = delete;
-        Current& operator=(const Current&) = delete;
+        explicit ContextGuard(const Gpu& gpu);
+        ~ContextGuard();
+        ContextGuard(const ContextGuard&) = delete;
+        ContextGuard& operator=(const ContextGuard&) = delete;
 
       private:
         const Gpu& gpu_;
         bool pushed_ = false;
     };
 
-    // Lets this thread load kernels and take memory while any thread captures a CUDA graph, for as
-    // long as it lives. Without it the driver refuses, and the capture, which is not ours, breaks
-    // too. Neither is part of a graph. The context must be current.
-    class Relaxed {
+    // During its lifetime, this thread may load kernels and allocate memory while another thread
+    // captures a CUDA graph. Without this guard the driver refuses, and the other thread's capture
+    // breaks too. The context must be current.
+    class RelaxedCapture {
       public:
-        explicit Relaxed(const Gpu& gpu) noexcept;
-        ~Relaxed();
-        Relaxed(const Relaxed&) = delete;
-        Relaxed& operator=(const Relaxed&) = delete;
+        explicit RelaxedCapture(const Gpu& gpu) noexcept;
+        ~RelaxedCapture();
+        RelaxedCapture(const RelaxedCapture&) = delete;
+        RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
       private:
         const Function<int*>& exchange_;
-        int before_ = cu::kRelaxed;
+        int previous_mode_ = cu::kRelaxed;
         bool exchanged_ = false;
     };
 
@@ -251,13 +251,13 @@ class Gpu {
     cu::Context context_ = nullptr;
     DeviceInfo info_;
     int multiprocessors_ = 0;
-    int threads_ = 0;  // of a multiprocessor at once
-    int shared_ = 0;   // bytes of a multiprocessor
+    int threads_ = 0;  // resident on a multiprocessor at most
+    int shared_ = 0;   // bytes per multiprocessor
     mutable std::atomic<bool> pools_{true};
 };
 
-// The driver of this machine. Never throws: where a step fails, `reason` says which and why.
-// Starts the driver, so a process forked afterwards cannot use CUDA.
+// Describes the driver of this machine. Never throws: if a step fails, `reason` says which and why.
+// Starts the driver, so a process that is forked afterwards cannot use CUDA.
 DriverInfo probe();
 
 }  // namespace vitrail

@@ -7,69 +7,69 @@ namespace vitrail {
 
 namespace {
 
-constexpr int64_t kMostRows = int64_t{1} << 31;  // kernels count rows in 32 bits
+constexpr int64_t kMaxRows = int64_t{1} << 31;  // kernels count rows in 32 bits
 constexpr size_t kIdleFrames = 16;
 
-// Up by an eighth at most, so that calls of similar sizes share an arena.
+// Rounds up by at most an eighth.
 int64_t rounded(int64_t count) {
     int64_t step = 1;
     while (count / step >= 16) step *= 2;
     return round_up(count, step);
 }
 
-// Calls `use(argument, offset)` for every argument at its place among the parameters; returns
-// their bytes.
-template <typename Use>
-uint32_t lay_out(const std::vector<Argument>& arguments, Use use) {
-    uint32_t at = 0;
+// Calls `visit(argument, offset)` for every argument, at its offset among the parameters. Returns
+// the total bytes.
+template <typename Visit>
+uint32_t lay_out(const std::vector<Argument>& arguments, Visit visit) {
+    uint32_t offset = 0;
     for (const Argument& argument : arguments) {
-        at = round_up(at, argument.alignment());
-        use(argument, at);
-        at += argument.size();
+        offset = round_up(offset, argument.alignment());
+        visit(argument, offset);
+        offset += argument.size();
     }
-    return at;
+    return offset;
 }
 
 }  // namespace
 
 // -- kernels -------------------------------------------------------------------------------------
 
-Kernel::Kernel(const Gpu& gpu, const Image& wanted)
-    : image(wanted),
-      // an ELF file: at an address as malloc gives it, not wherever it stands in the record
-      module(gpu, image.function.c_str(),
-             std::vector<char>(image.machine.begin(), image.machine.end()).data()) {
-    image.machine = {};
-    const Gpu::Relaxed relaxed(gpu);
-    const char* name = image.function.c_str();
-    entry = module.entry(image.function);
-    if (static_cast<uint32_t>(entry.threads) < image.threads) {
-        throw FormatError(image.function + ": got a kernel of at most " +
+Kernel::Kernel(const Gpu& gpu, const KernelBinary& record)
+    : binary(record),
+      // an ELF file must be aligned: this copy is, its bytes within the record may not be
+      module(gpu, binary.function.c_str(),
+             std::vector<char>(binary.cubin.begin(), binary.cubin.end()).data()) {
+    binary.cubin = {};
+    const Gpu::RelaxedCapture relaxed(gpu);
+    const char* name = binary.function.c_str();
+    entry = module.entry(binary.function);
+    if (static_cast<uint32_t>(entry.threads) < binary.threads) {
+        throw FormatError(binary.function + ": got a kernel of at most " +
                           std::to_string(entry.threads) + " threads, wanted " +
-                          std::to_string(image.threads));
+                          std::to_string(binary.threads));
     }
-    if (image.shared == 0) return;
+    if (binary.shared == 0) return;
     const Driver& driver = gpu.driver();
-    const int shared = static_cast<int>(image.shared);
-    if (shared > cu::kSharedWithoutAsking) {
+    const int shared = static_cast<int>(binary.shared);
+    if (shared > cu::kDefaultMaxShared) {
         driver(name, driver.function_set, entry.function, cu::kMaxDynamicShared, shared);
     }
     driver(name, driver.function_set, entry.function, cu::kSharedCarveout,
-           gpu.carveout(static_cast<int>(image.threads), shared));
+           gpu.carveout(static_cast<int>(binary.threads), shared));
 }
 
 void Kernels::load(std::string_view record) {
-    const Image image = Image::parse(record);
+    const KernelBinary binary = KernelBinary::parse(record);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (loaded_.count(image.key) != 0) return;
-    const Gpu::Current current(*gpu_);
-    loaded_.emplace(image.key, std::make_unique<const Kernel>(*gpu_, image));
+    if (loaded_.count(binary.key) != 0) return;
+    const Gpu::ContextGuard current(*gpu_);
+    loaded_.emplace(binary.key, std::make_unique<const Kernel>(*gpu_, binary));
 }
 
 const Kernel* Kernels::find(const std::string& key) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = loaded_.find(key);
-    return found == loaded_.end() ? nullptr : found->second.get();
+    const auto entry = loaded_.find(key);
+    return entry == loaded_.end() ? nullptr : entry->second.get();
 }
 
 // -- executable ----------------------------------------------------------------------------------
@@ -78,39 +78,39 @@ Executable::Executable(std::shared_ptr<const Kernels> kernels, Plan plan, cu::Po
     : kernels_(std::move(kernels)),
       plan_(std::move(plan)),
       weights_(weights),
-      table_(plan_.images.size()) {
+      table_(plan_.kernel_keys.size()) {
     if (weights % 16 != 0) throw std::invalid_argument("weights: wanted a multiple of 16");
 }
 
 Executable::~Executable() = default;
 
-const Kernel* Executable::kernel(uint32_t image) const {
-    const Kernel* found = table_[image].load(std::memory_order_acquire);
-    if (found != nullptr) return found;
-    found = kernels_->find(plan_.images[image]);
-    if (found != nullptr) {
-        check(*found, image);
-        table_[image].store(found, std::memory_order_release);
+const Kernel* Executable::kernel(uint32_t index) const {
+    const Kernel* kernel = table_[index].load(std::memory_order_acquire);
+    if (kernel != nullptr) return kernel;
+    kernel = kernels_->find(plan_.kernel_keys[index]);
+    if (kernel != nullptr) {
+        check(*kernel, index);
+        table_[index].store(kernel, std::memory_order_release);
     }
-    return found;
+    return kernel;
 }
 
-// Whether the kernel takes what the plan hands to it.
-void Executable::check(const Kernel& kernel, uint32_t image) const {
+// Throws FormatError unless the kernel takes the parameters that the plan passes to it.
+void Executable::check(const Kernel& kernel, uint32_t index) const {
     for (const Launch& launch : plan_.launches) {
         for (const Variant& variant : launch.variants) {
-            if (variant.image != image) continue;
+            if (variant.kernel != index) continue;
             const auto refuse = [&](const std::string& why) {
-                throw FormatError(launch.label + ": " + kernel.image.function + ": " + why);
+                throw FormatError(launch.label + ": " + kernel.binary.function + ": " + why);
             };
             const auto& sizes = kernel.entry.parameters;
             size_t number = 0, maps = 0;
             lay_out(variant.arguments, [&](const Argument& argument, uint32_t) {
-                if (argument.kind == Kind::kMap) {
-                    if (maps == kernel.image.boxes.size()) refuse("more tensor maps than boxes");
-                    const Box& box = kernel.image.boxes[maps++];
+                if (argument.type == ArgumentType::kMap) {
+                    if (maps == kernel.binary.boxes.size()) refuse("more tensor maps than boxes");
+                    const Box& box = kernel.binary.boxes[maps++];
                     if (argument.columns * box.bytes > argument.stride) {
-                        refuse("a tensor map of rows longer than they are apart");
+                        refuse("a tensor map whose rows are longer than its stride");
                     }
                 }
                 if (sizes && (number >= sizes->size() || (*sizes)[number] != argument.size())) {
@@ -124,7 +124,7 @@ void Executable::check(const Kernel& kernel, uint32_t image) const {
                 refuse("got " + std::to_string(number) + " parameters, wanted " +
                        std::to_string(sizes->size()));
             }
-            if (maps != kernel.image.boxes.size()) refuse("fewer tensor maps than boxes");
+            if (maps != kernel.binary.boxes.size()) refuse("fewer tensor maps than boxes");
         }
     }
 }
@@ -133,7 +133,7 @@ namespace {
 
 const Variant& variant_for(const Launch& launch, int64_t rows) {
     for (const Variant& variant : launch.variants) {
-        if (rows <= variant.until) return variant;
+        if (rows <= variant.max_rows) return variant;
     }
     return launch.variants.back();
 }
@@ -143,10 +143,10 @@ const Variant& variant_for(const Launch& launch, int64_t rows) {
 std::vector<std::string> Executable::missing(const Sizes& sizes) const {
     std::vector<std::string> keys;
     for (const Launch& launch : plan_.launches) {
-        const uint32_t image = variant_for(launch, launch.rows.at(sizes)).image;
-        if (kernel(image) == nullptr &&
-            std::find(keys.begin(), keys.end(), plan_.images[image]) == keys.end()) {
-            keys.push_back(plan_.images[image]);
+        const uint32_t index = variant_for(launch, launch.rows.at(sizes)).kernel;
+        const std::string& key = plan_.kernel_keys[index];
+        if (kernel(index) == nullptr && std::find(keys.begin(), keys.end(), key) == keys.end()) {
+            keys.push_back(key);
         }
     }
     return keys;
@@ -154,8 +154,8 @@ std::vector<std::string> Executable::missing(const Sizes& sizes) const {
 
 std::vector<std::string> Executable::missing() const {
     std::vector<std::string> keys;
-    for (uint32_t image = 0; image < plan_.images.size(); ++image) {
-        if (kernel(image) == nullptr) keys.push_back(plan_.images[image]);
+    for (uint32_t index = 0; index < plan_.kernel_keys.size(); ++index) {
+        if (kernel(index) == nullptr) keys.push_back(plan_.kernel_keys[index]);
     }
     return keys;
 }
@@ -163,9 +163,9 @@ std::vector<std::string> Executable::missing() const {
 Sizes Executable::capacity(const Sizes& sizes) {
     Sizes capacity = sizes;
     capacity.sequences = rounded(sizes.sequences);
-    // sequences of one length stay so: the tokens of whole ones, rounded once
-    const bool even = sizes.tokens == sizes.sequences * sizes.longest;
-    capacity.tokens = even ? capacity.sequences * sizes.longest : rounded(sizes.tokens);
+    // sequences of equal length: whole sequences are added, and tokens are not rounded again
+    const bool equal = sizes.tokens == sizes.sequences * sizes.longest;
+    capacity.tokens = equal ? capacity.sequences * sizes.longest : rounded(sizes.tokens);
     return capacity;
 }
 
@@ -184,7 +184,7 @@ std::vector<uint64_t> slot_bytes(const Plan& plan, const Sizes& sizes) {
 
 void check_sizes(const Sizes& sizes, const Sizes& capacity) {
     const auto& s = sizes;
-    if (s.sequences < 0 || s.tokens < 0 || s.longest < 0 || s.tokens >= kMostRows ||
+    if (s.sequences < 0 || s.tokens < 0 || s.longest < 0 || s.tokens >= kMaxRows ||
         s.sequences > s.tokens || s.longest > s.tokens || !capacity.covers(sizes)) {
         throw std::invalid_argument(
             "got " + std::to_string(s.sequences) + " sequences of " + std::to_string(s.tokens) +
@@ -204,17 +204,18 @@ uint64_t Executable::arena_bytes(const Sizes& capacity) const {
     return total;
 }
 
-// A frame that is packed for this arena. PyTorch's allocator gives a thread the same few again and
-// again, so each may have a frame of its own; past the limit one is packed anew.
+// An idle frame of this capacity, if possible one that is packed for this arena: PyTorch's
+// allocator gives a thread the same few arenas again and again. If kIdleFrames are idle, a frame of
+// another arena is packed anew; else a new frame is made.
 std::unique_ptr<Frame> Executable::take(const Sizes& capacity, cu::Pointer arena) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         auto best = idle_.end();
         for (auto it = idle_.begin(); it != idle_.end(); ++it) {
             if (!((*it)->capacity() == capacity)) continue;
-            const bool same = (*it)->arena() == arena;
-            if (same || (best == idle_.end() && idle_.size() == kIdleFrames)) best = it;
-            if (same) break;
+            const bool packed = (*it)->arena() == arena;
+            if (packed || (best == idle_.end() && idle_.size() == kIdleFrames)) best = it;
+            if (packed) break;
         }
         if (best != idle_.end()) {
             std::unique_ptr<Frame> frame = std::move(*best);
@@ -227,7 +228,7 @@ std::unique_ptr<Frame> Executable::take(const Sizes& capacity, cu::Pointer arena
 
 void Executable::give(std::unique_ptr<Frame> frame) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.size() == kIdleFrames) idle_.erase(idle_.begin());  // unused for longest
+    if (idle_.size() == kIdleFrames) idle_.erase(idle_.begin());  // least recently used
     idle_.push_back(std::move(frame));
 }
 
@@ -236,8 +237,7 @@ void Executable::check_call(const Sizes& sizes, const Sizes& capacity, cu::Point
     check_sizes(sizes, capacity);
     if (externals.size() != plan_.externals.size()) {
         throw std::invalid_argument(plan_.name + ": got " + std::to_string(externals.size()) +
-                                    " buffers, wanted " +
-                                    std::to_string(plan_.externals.size()));
+                                    " buffers, wanted " + std::to_string(plan_.externals.size()));
     }
     for (size_t i = 0; i < externals.size(); ++i) {
         if (externals[i] % 16 != 0) {
@@ -283,7 +283,7 @@ Frame::Frame(const Executable& executable, const Sizes& capacity)
     for (size_t i = 0; i < plan.launches.size(); ++i) {
         packed_[i].resize(plan.launches[i].variants.size());
         for (size_t j = 0; j < packed_[i].size(); ++j) {
-            packed_[i][j].first = total;
+            packed_[i][j].offset = total;
             const auto nothing = [](const Argument&, uint32_t) {};
             total += round_up(lay_out(plan.launches[i].variants[j].arguments, nothing), 64u);
         }
@@ -292,107 +292,110 @@ Frame::Frame(const Executable& executable, const Sizes& capacity)
     chosen_.resize(plan.launches.size());
 }
 
-cu::Pointer Frame::address(const Place& place) const {
-    if (place.buffer == kWeights) {
-        return executable_.weights() + static_cast<uint64_t>(place.offset);
+cu::Pointer Frame::resolve(const Address& address) const {
+    if (address.buffer == kWeights) {
+        return executable_.weights() + static_cast<uint64_t>(address.offset);
     }
-    const int32_t slot = executable_.plan().buffers[static_cast<size_t>(place.buffer)].slot;
+    const int32_t slot = executable_.plan().buffers[static_cast<size_t>(address.buffer)].slot;
     return arena_ + slots_[static_cast<size_t>(slot)];
 }
 
-void Frame::encode(const std::string& label, char* where, const Argument& argument,
+void Frame::encode(const std::string& label, char* destination, const Argument& argument,
                    const Box& box, cu::Pointer base, int64_t rows) const {
-    const uint64_t dims[2] = {static_cast<uint64_t>(argument.columns),
-                              static_cast<uint64_t>(rows)};
+    const uint64_t dims[2] = {static_cast<uint64_t>(argument.columns), static_cast<uint64_t>(rows)};
     const uint64_t strides[1] = {static_cast<uint64_t>(argument.stride)};
     const uint32_t sides[2] = {box.columns, box.rows};
     const uint32_t steps[2] = {1, 1};
     const Driver& driver = executable_.gpu().driver();
-    driver(label.c_str(), driver.tensor_map, reinterpret_cast<cu::TensorMap*>(where),
+    driver(label.c_str(), driver.tensor_map, reinterpret_cast<cu::TensorMap*>(destination),
            static_cast<int>(box.type), 2u, reinterpret_cast<void*>(base), &dims[0], &strides[0],
            &sides[0], &steps[0], 0, static_cast<int>(box.swizzle), cu::kL2Promotion, 0);
 }
 
-// Everything that no later call changes while the arena stays; what may change is noted.
-void Frame::pack(const Launch& launch, const Variant& variant, Packed& packed) {
+// Writes all parameters that stay while the arena stays, and lists those that may change.
+void Frame::pack(const Launch& launch, const Variant& variant, PackedLaunch& packed) {
     packed.pointers.clear();
-    packed.numbers.clear();
-    packed.outside.clear();
-    packed.kernel = executable_.kernel(variant.image);
-    char* first = reinterpret_cast<char*>(bytes_.data()) + packed.first;
+    packed.integers.clear();
+    packed.externals.clear();
+    packed.kernel = executable_.kernel(variant.kernel);
+    char* parameters = reinterpret_cast<char*>(bytes_.data()) + packed.offset;
     size_t maps = 0;
-    lay_out(variant.arguments, [&](const Argument& argument, uint32_t at) {
-        char* where = first + at;
-        packed.pointers.push_back(where);
-        if (argument.kind == Kind::kInt32 || argument.kind == Kind::kInt64) {
-            packed.numbers.push_back({&argument.integer, where, argument.kind == Kind::kInt64});
-        } else if (argument.kind == Kind::kFloat) {
-            std::memcpy(where, &argument.number, sizeof argument.number);
-        } else if (argument.kind == Kind::kNull) {
-            std::memset(where, 0, argument.size());
+    lay_out(variant.arguments, [&](const Argument& argument, uint32_t offset) {
+        char* destination = parameters + offset;
+        packed.pointers.push_back(destination);
+        if (argument.type == ArgumentType::kInt32 || argument.type == ArgumentType::kInt64) {
+            packed.integers.push_back(
+                {&argument.integer, destination, argument.type == ArgumentType::kInt64});
+        } else if (argument.type == ArgumentType::kFloat) {
+            std::memcpy(destination, &argument.number, sizeof argument.number);
+        } else if (argument.type == ArgumentType::kNull) {
+            std::memset(destination, 0, argument.size());
         } else {
-            const bool map = argument.kind == Kind::kMap;
-            const Box* box = map ? &packed.kernel->image.boxes[maps++] : nullptr;
-            const int32_t buffer = argument.place.buffer;
-            const int32_t slot =
-                buffer == kWeights ? 0
-                                   : executable_.plan().buffers[static_cast<size_t>(buffer)].slot;
+            const bool map = argument.type == ArgumentType::kMap;
+            const Box* box = map ? &packed.kernel->binary.boxes[maps++] : nullptr;
+            const int32_t buffer = argument.address.buffer;
+            const int32_t slot = buffer == kWeights
+                                     ? 0
+                                     : executable_.plan().buffers[static_cast<size_t>(buffer)].slot;
             if (slot < 0) {
-                packed.outside.push_back({&argument, where, static_cast<size_t>(-1 - slot), box});
+                packed.externals.push_back(
+                    {&argument, destination, static_cast<size_t>(-1 - slot), box});
                 return;
             }
-            const cu::Pointer base = address(argument.place);
+            const cu::Pointer base = resolve(argument.address);
             if (map) {
-                encode(launch.label, where, argument, *box, base, argument.rows.at(capacity_));
+                encode(launch.label, destination, argument, *box, base,
+                       argument.rows.at(capacity_));
             } else {
-                std::memcpy(where, &base, sizeof base);
+                std::memcpy(destination, &base, sizeof base);
             }
         }
     });
     packed.ready = true;
 }
 
-void Frame::place(const Launch& launch, Outside& outside, cu::Pointer base, const Sizes& sizes) {
-    if (outside.box == nullptr) {
-        std::memcpy(outside.where, &base, sizeof base);
+void Frame::write(const Launch& launch, ExternalArgument& external, cu::Pointer base,
+                  const Sizes& sizes) {
+    if (external.box == nullptr) {
+        std::memcpy(external.destination, &base, sizeof base);
         return;
     }
-    const int64_t rows = outside.argument->rows.at(sizes);
-    if (base == outside.base && rows == outside.rows) return;
-    outside.rows = -1;  // until it is encoded
-    encode(launch.label, outside.where, *outside.argument, *outside.box, base, rows);
-    outside.base = base;
-    outside.rows = rows;
+    const int64_t rows = external.argument->rows.at(sizes);
+    if (base == external.base && rows == external.rows) return;
+    external.rows = -1;  // in case encode throws
+    encode(launch.label, external.destination, *external.argument, *external.box, base, rows);
+    external.base = base;
+    external.rows = rows;
 }
 
-// Which variant of every launch serves, its grid and its numbers, before anything is launched.
+// Chooses the variant of every launch, computes its grid and writes its integers.
 void Frame::settle(const Sizes& sizes) {
     settled_ = {};
     const Plan& plan = executable_.plan();
     for (size_t i = 0; i < plan.launches.size(); ++i) {
         const Launch& launch = plan.launches[i];
         const Variant& variant = variant_for(launch, launch.rows.at(sizes));
-        Packed& packed = packed_[i][static_cast<size_t>(&variant - launch.variants.data())];
+        PackedLaunch& packed = packed_[i][static_cast<size_t>(&variant - launch.variants.data())];
         if (!packed.ready) {
-            if (executable_.kernel(variant.image) == nullptr) {
-                throw std::runtime_error(launch.label + ": got no kernel image " +
-                                         plan.images[variant.image] + ", wanted it loaded");
+            if (executable_.kernel(variant.kernel) == nullptr) {
+                throw std::runtime_error(launch.label + ": got no kernel " +
+                                         plan.kernel_keys[variant.kernel] + ", wanted it loaded");
             }
             pack(launch, variant, packed);
         }
         const int64_t blocks = variant.grid.blocks(sizes, executable_.gpu().multiprocessors());
-        if (blocks < 0 || blocks >= kMostBlocks) {
+        if (blocks < 0 || blocks >= kMaxBlocks) {
             throw std::invalid_argument(launch.label + ": got " + std::to_string(blocks) +
                                         " blocks, wanted less than 2^31");
         }
         packed.blocks = static_cast<unsigned>(blocks);
-        for (const Number& number : packed.numbers) {
-            const int64_t value = number.integer->at(sizes);
-            if (number.wide) {
-                std::memcpy(number.where, &value, sizeof value);
+        for (const IntegerArgument& argument : packed.integers) {
+            const int64_t value = argument.integer->at(sizes);
+            if (argument.wide) {
+                std::memcpy(argument.destination, &value, sizeof value);
             } else {
                 const auto narrow = static_cast<int32_t>(value);
-                std::memcpy(number.where, &narrow, sizeof narrow);
+                std::memcpy(argument.destination, &narrow, sizeof narrow);
             }
         }
         chosen_[i] = &packed;
@@ -403,10 +406,10 @@ void Frame::settle(const Sizes& sizes) {
 void Frame::run(const Sizes& sizes, cu::Pointer arena, const std::vector<cu::Pointer>& externals,
                 cu::Stream stream, bool overlap) {
     const Gpu& gpu = executable_.gpu();
-    const Gpu::Current current(gpu);
+    const Gpu::ContextGuard current(gpu);
     if (arena != arena_) {
         for (auto& launch : packed_) {
-            for (Packed& packed : launch) packed.ready = false;
+            for (PackedLaunch& packed : launch) packed.ready = false;
         }
         arena_ = arena;
         settled_ = {};
@@ -414,15 +417,15 @@ void Frame::run(const Sizes& sizes, cu::Pointer arena, const std::vector<cu::Poi
     if (!(settled_ == sizes)) settle(sizes);
     const auto& launches = executable_.plan().launches;
     const Driver& driver = gpu.driver();
-    bool first = true;  // what was on the stream before is not ours, and may not be overlapped
+    bool first = true;  // the first kernel must not overlap the caller's work on the stream
     for (size_t i = 0; i < launches.size(); ++i) {
-        Packed& packed = *chosen_[i];
+        PackedLaunch& packed = *chosen_[i];
         if (packed.blocks == 0) continue;
-        for (Outside& outside : packed.outside) {
-            place(launches[i], outside, externals[outside.external], sizes);
+        for (ExternalArgument& external : packed.externals) {
+            write(launches[i], external, externals[external.external], sizes);
         }
-        const Image& image = packed.kernel->image;
-        const Block block{image.threads, 1, image.shared, overlap && image.overlaps && !first};
+        const KernelBinary& binary = packed.kernel->binary;
+        const Block block{binary.threads, 1, binary.shared, overlap && binary.overlaps && !first};
         first = false;
         launch(driver, launches[i].label.c_str(), packed.kernel->entry.function, packed.blocks,
                block, stream, packed.pointers.data());

@@ -16,17 +16,17 @@ struct vitrail_session {
 
 namespace {
 
-using vitrail::What;
+using vitrail::EndpointId;
 
-// Fixed, so that saying why memory lacks needs none.
+// A fixed array: reporting that memory ran out must not allocate.
 thread_local char message[2048] = "";
 
-vitrail_status fail(vitrail_status status, const char* what) noexcept {
-    std::snprintf(message, sizeof message, "%s", what);
+vitrail_status fail(vitrail_status status, const char* reason) noexcept {
+    std::snprintf(message, sizeof message, "%s", reason);
     return status;
 }
 
-// Runs `work`; nothing that it throws leaves.
+// Runs `work` and turns any exception into a status.
 template <typename Work>
 vitrail_status guarded(Work work) noexcept {
     try {
@@ -52,8 +52,8 @@ vitrail_status guarded(Work work) noexcept {
     }
 }
 
-void want(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
+void want(bool valid, const char* problem) {
+    if (!valid) throw std::invalid_argument(problem);
 }
 
 void want_call(const vitrail_session* session, const void* items, size_t n, const float* out) {
@@ -62,11 +62,11 @@ void want_call(const vitrail_session* session, const void* items, size_t n, cons
     want(n == 0 || out != nullptr, "embeddings or logits: got NULL, wanted room for n");
 }
 
-vitrail_status images(vitrail_session* session, What what, const void* pixels, size_t n, float* out,
-                      int32_t* status) noexcept {
+vitrail_status images(vitrail_session* session, EndpointId id, const void* pixels, size_t n,
+                      float* out, int32_t* status) noexcept {
     return guarded([&] {
         want_call(session, pixels, n, out);
-        session->session.images(what, pixels, n, out, status);
+        session->session.images(id, pixels, n, out, status);
     });
 }
 
@@ -81,13 +81,13 @@ const char* vitrail_error(void) { return message; }
 vitrail_status vitrail_load(const char* folder, const vitrail_options* options,
                             vitrail_model** model) {
     return guarded([&] {
-        want(model != nullptr, "model: got NULL, wanted where it goes");
+        want(model != nullptr, "model: got NULL, wanted a pointer to write to");
         *model = nullptr;
         want(folder != nullptr, "folder: got NULL, wanted a path");
-        const vitrail_options given = options != nullptr ? *options : vitrail_options{};
-        want(given.device >= 0, "device: got a number below 0");
-        auto loaded = std::make_shared<const vitrail::Model>(folder, given.driver, given.device);
-        *model = new vitrail_model{std::move(loaded), given.overlap != 0};
+        const vitrail_options chosen = options != nullptr ? *options : vitrail_options{};
+        want(chosen.device >= 0, "device: got a number below 0");
+        auto loaded = std::make_shared<const vitrail::Model>(folder, chosen.driver, chosen.device);
+        *model = new vitrail_model{std::move(loaded), chosen.overlap != 0};
     });
 }
 
@@ -96,37 +96,37 @@ void vitrail_free(vitrail_model* model) { delete model; }
 vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* facts) {
     return guarded([&] {
         want(model != nullptr && facts != nullptr, "model or facts: got NULL");
-        const vitrail::Package& package = model->model->package();
+        const vitrail::ExportFolder& folder = model->model->folder();
         *facts = {};
-        if (package.vision) {
-            facts->image_height = package.vision->height;
-            facts->image_width = package.vision->width;
-            facts->image_channels = package.vision->channels;
-            facts->image_embedding = package.vision->embedding;
-            facts->image_labels = static_cast<uint32_t>(package.vision->labels.size());
-            if (facts->image_labels != 0) facts->image_scores = package.vision->scores.c_str();
+        if (folder.vision) {
+            facts->image_height = folder.vision->height;
+            facts->image_width = folder.vision->width;
+            facts->image_channels = folder.vision->channels;
+            facts->image_embedding = folder.vision->embedding;
+            facts->image_labels = static_cast<uint32_t>(folder.vision->labels.size());
+            if (facts->image_labels != 0) facts->image_scores = folder.vision->scores.c_str();
         }
-        if (package.text) {
-            facts->text_vocab = package.text->vocab;
-            facts->text_context = package.text->context;
-            facts->text_embedding = package.text->embedding;
-            facts->text_end = package.text->eos;
+        if (folder.text) {
+            facts->text_vocab = folder.text->vocab;
+            facts->text_context = folder.text->context;
+            facts->text_embedding = folder.text->embedding;
+            facts->text_end = folder.text->eos;
         }
         facts->architecture = model->model->arch();
         facts->device = model->model->gpu().info().name.c_str();
-        facts->fingerprint = package.build(facts->architecture).fingerprint.c_str();
+        facts->fingerprint = folder.build(facts->architecture).fingerprint.c_str();
     });
 }
 
-const char* vitrail_label(const vitrail_model* model, size_t number) {
-    if (model == nullptr || !model->model->package().vision) return nullptr;
-    const std::vector<std::string>& labels = model->model->package().vision->labels;
-    return number < labels.size() ? labels[number].c_str() : nullptr;
+const char* vitrail_label(const vitrail_model* model, size_t index) {
+    if (model == nullptr || !model->model->folder().vision) return nullptr;
+    const std::vector<std::string>& labels = model->model->folder().vision->labels;
+    return index < labels.size() ? labels[index].c_str() : nullptr;
 }
 
 vitrail_status vitrail_session_create(const vitrail_model* model, vitrail_session** session) {
     return guarded([&] {
-        want(session != nullptr, "session: got NULL, wanted where it goes");
+        want(session != nullptr, "session: got NULL, wanted a pointer to write to");
         *session = nullptr;
         want(model != nullptr, "model: got NULL");
         *session = new vitrail_session{{model->model, model->overlap}};
@@ -137,22 +137,22 @@ void vitrail_session_free(vitrail_session* session) { delete session; }
 
 vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
                                    float* embeddings, int32_t* status) {
-    return images(session, What::kUint8, pixels, n, embeddings, status);
+    return images(session, EndpointId::kUint8, pixels, n, embeddings, status);
 }
 
 vitrail_status vitrail_embed_float(vitrail_session* session, const float* pixels, size_t n,
                                    float* embeddings, int32_t* status) {
-    return images(session, What::kFloat, pixels, n, embeddings, status);
+    return images(session, EndpointId::kFloat, pixels, n, embeddings, status);
 }
 
 vitrail_status vitrail_classify_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
                                       float* logits, int32_t* status) {
-    return images(session, What::kScoresUint8, pixels, n, logits, status);
+    return images(session, EndpointId::kScoresUint8, pixels, n, logits, status);
 }
 
 vitrail_status vitrail_classify_float(vitrail_session* session, const float* pixels, size_t n,
                                       float* logits, int32_t* status) {
-    return images(session, What::kScoresFloat, pixels, n, logits, status);
+    return images(session, EndpointId::kScoresFloat, pixels, n, logits, status);
 }
 
 vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids, size_t stride,

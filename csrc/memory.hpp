@@ -1,4 +1,4 @@
-// Streams and memory of a GPU, given back with their owner even where the driver has failed.
+// RAII for streams and memory. Destructors release even after a driver call has failed.
 #pragma once
 
 #include <cstddef>
@@ -8,25 +8,25 @@
 
 namespace vitrail {
 
-// Calls `back` with the context current where that can be had, and without it otherwise: a driver
-// that is lost takes nothing back, and one that failed once may.
-template <typename Back>
-void give_back(const Gpu& gpu, Back back) noexcept {
+// Calls `release` with the context current. If the context cannot be made current, calls `release`
+// anyway: after one failed call the driver may still free the resource.
+template <typename Release>
+void give_back(const Gpu& gpu, Release release) noexcept {
     try {
-        const Gpu::Current current(gpu);
-        const Gpu::Relaxed relaxed(gpu);
-        back(gpu.driver());
+        const Gpu::ContextGuard current(gpu);
+        const Gpu::RelaxedCapture relaxed(gpu);
+        release(gpu.driver());
         return;
     } catch (...) {
     }
-    back(gpu.driver());
+    release(gpu.driver());
 }
 
 class Stream {
   public:
     explicit Stream(const Gpu& gpu) : gpu_(gpu) {
-        const Gpu::Current current(gpu);
-        const Gpu::Relaxed relaxed(gpu);
+        const Gpu::ContextGuard current(gpu);
+        const Gpu::RelaxedCapture relaxed(gpu);
         const auto flags = static_cast<unsigned>(cu::kNonBlocking);
         gpu.driver()("a stream", gpu.driver().stream_create, &stream_, flags);
     }
@@ -40,11 +40,12 @@ class Stream {
     cu::Stream get() const { return stream_; }
 
     // The context must be current.
-    void wait(const char* where) const {
-        const Gpu::Relaxed relaxed(gpu_);
-        gpu_.driver()(where, gpu_.driver().stream_wait, stream_);
+    void wait(const char* purpose) const {
+        const Gpu::RelaxedCapture relaxed(gpu_);
+        gpu_.driver()(purpose, gpu_.driver().stream_wait, stream_);
     }
-    void settle() const noexcept {  // whatever is on it, and whether it fails: it ends
+    // Waits until all work on the stream has ended, whether it failed or not.
+    void settle() const noexcept {
         give_back(gpu_, [this](const Driver& driver) { driver.stream_wait.call(stream_); });
     }
 
@@ -53,19 +54,19 @@ class Stream {
     cu::Stream stream_ = nullptr;
 };
 
-// Device memory for as long as the model: weights.
-class Fixed {
+// Device memory of a fixed size: the weights.
+class DeviceBuffer {
   public:
-    Fixed(const Gpu& gpu, const char* where, size_t bytes) : gpu_(gpu) {
-        const Gpu::Current current(gpu);
-        const Gpu::Relaxed relaxed(gpu);
-        gpu.driver()(where, gpu.driver().allocate, &address_, bytes);
+    DeviceBuffer(const Gpu& gpu, const char* purpose, size_t bytes) : gpu_(gpu) {
+        const Gpu::ContextGuard current(gpu);
+        const Gpu::RelaxedCapture relaxed(gpu);
+        gpu.driver()(purpose, gpu.driver().allocate, &address_, bytes);
     }
-    ~Fixed() {
+    ~DeviceBuffer() {
         give_back(gpu_, [this](const Driver& driver) { driver.free.call(address_); });
     }
-    Fixed(const Fixed&) = delete;
-    Fixed& operator=(const Fixed&) = delete;
+    DeviceBuffer(const DeviceBuffer&) = delete;
+    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
     cu::Pointer address() const { return address_; }
 
@@ -74,25 +75,25 @@ class Fixed {
     cu::Pointer address_ = 0;
 };
 
-// Device memory in the order of a stream, where the device has that; it grows and never shrinks but
-// by `release`. The context must be current for `reserve`.
-class Growing {
+// Device memory that grows with `reserve` and is freed by `release`. Uses stream-ordered allocation
+// if the device supports it. The context must be current for `reserve`.
+class StreamBuffer {
   public:
-    Growing(const Stream& stream, const char* where) : stream_(stream), where_(where) {}
-    ~Growing() { release(); }
-    Growing(const Growing&) = delete;
-    Growing& operator=(const Growing&) = delete;
+    StreamBuffer(const Stream& stream, const char* purpose) : stream_(stream), purpose_(purpose) {}
+    ~StreamBuffer() { release(); }
+    StreamBuffer(const StreamBuffer&) = delete;
+    StreamBuffer& operator=(const StreamBuffer&) = delete;
 
     cu::Pointer address() const { return address_; }
 
-    // Whether it had to grow, and so holds nothing that was there before.
+    // Returns whether the buffer was allocated anew, which loses its contents.
     bool reserve(size_t bytes) {
         if (bytes <= bytes_) return false;
         if (bytes_ != 0) {
-            release();         // first, so that there are never two
-            stream_.settle();  // until then the memory is held all the same
+            release();         // first: two buffers at once might not fit
+            stream_.settle();  // only then is the memory free
         }
-        const Gpu::Relaxed relaxed(stream_.gpu());
+        const Gpu::RelaxedCapture relaxed(stream_.gpu());
         allocate(bytes);
         bytes_ = bytes;
         return true;
@@ -104,7 +105,7 @@ class Growing {
                 driver.free_async.call(address_, stream_.get());
                 return;
             }
-            driver.stream_wait.call(stream_.get());  // nothing else orders the two
+            driver.stream_wait.call(stream_.get());  // or the work could outlive the memory
             driver.free.call(address_);
         });
         address_ = 0;
@@ -117,38 +118,38 @@ class Growing {
         const Driver& driver = gpu.driver();
         pooled_ = gpu.pools();
         try {
-            if (pooled_) driver(where_, driver.allocate_async, &address_, bytes, stream_.get());
+            if (pooled_) driver(purpose_, driver.allocate_async, &address_, bytes, stream_.get());
         } catch (const DriverError& error) {
             if (error.code() != cu::kNotSupported) throw;
             gpu.without_pools();
             pooled_ = false;
         }
-        if (!pooled_) driver(where_, driver.allocate, &address_, bytes);
+        if (!pooled_) driver(purpose_, driver.allocate, &address_, bytes);
     }
 
     const Stream& stream_;
-    const char* const where_;
+    const char* const purpose_;
     cu::Pointer address_ = 0;
     size_t bytes_ = 0;
     bool pooled_ = true;
 };
 
-// Pinned host memory. Nothing on the stream may use it when it grows or is released.
-class Pinned {
+// Pinned host memory. No work on a stream may use it when it grows or is released.
+class PinnedBuffer {
   public:
-    Pinned(const Gpu& gpu, const char* where) : gpu_(gpu), where_(where) {}
-    ~Pinned() { release(); }
-    Pinned(const Pinned&) = delete;
-    Pinned& operator=(const Pinned&) = delete;
+    PinnedBuffer(const Gpu& gpu, const char* purpose) : gpu_(gpu), purpose_(purpose) {}
+    ~PinnedBuffer() { release(); }
+    PinnedBuffer(const PinnedBuffer&) = delete;
+    PinnedBuffer& operator=(const PinnedBuffer&) = delete;
 
     char* data() const { return static_cast<char*>(data_); }
 
     void reserve(size_t bytes) {
         if (bytes <= bytes_) return;
         release();
-        const Gpu::Relaxed relaxed(gpu_);
+        const Gpu::RelaxedCapture relaxed(gpu_);
         const Driver& driver = gpu_.driver();
-        driver(where_, driver.host_allocate, &data_, bytes, 0u);
+        driver(purpose_, driver.host_allocate, &data_, bytes, 0u);
         bytes_ = bytes;
     }
     void release() noexcept {
@@ -160,7 +161,7 @@ class Pinned {
 
   private:
     const Gpu& gpu_;
-    const char* const where_;
+    const char* const purpose_;
     void* data_ = nullptr;
     size_t bytes_ = 0;
 };

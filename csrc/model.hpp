@@ -1,5 +1,5 @@
-// An exported model on a GPU: its weights, kernels and programs. Never changed once it is loaded;
-// sessions run it.
+// An exported model on a GPU: weights, kernels and endpoints. A model never changes once it is
+// loaded. Sessions run it.
 #pragma once
 
 #include <array>
@@ -8,27 +8,27 @@
 #include <vector>
 
 #include "executor.hpp"
+#include "export_folder.hpp"
 #include "memory.hpp"
-#include "package.hpp"
 
 namespace vitrail {
 
-// No library of the driver, or no such device.
+// There is no driver library, or no such device.
 class NoDevice : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;
 };
 
-// What the buffers are that a program's caller brings.
+// The roles of the buffers that an endpoint's caller brings, for B items.
 enum class Role : uint8_t {
-    kOffsets,    // (B + 1,) int32: where each sequence begins, and the last ends
-    kRows,       // (B,) int32: the pooled token of each
+    kOffsets,    // (B + 1,) int32: the first token of each sequence, then the number of tokens
+    kRows,       // (B,) int32: the token of each item that is pooled
     kPixels,     // uint8 (B, H, W, C) or float (B, C, H, W)
-    kIds,        // (M,) int32
+    kIds,        // (M,) int32: the ids of all texts
     kPositions,  // (M,) int32
-    kTable,      // (T, C) float: among the weights
+    kTable,      // (T, C) float: position table, stored with the weights
     kEmbedding,  // (B, D) float
-    kStatus,     // (B,) int32: 0 where all of an item's embedding is finite
+    kStatus,     // (B,) int32: 0 if the item's embedding is finite
     kLogits,     // (B, labels) float
     kCount
 };
@@ -37,51 +37,52 @@ constexpr bool is_output(Role role) {
 }
 constexpr size_t kRoles = static_cast<size_t>(Role::kCount);
 
-enum class What : uint8_t { kUint8, kFloat, kScoresUint8, kScoresFloat, kText, kCount };
-constexpr size_t kWhats = static_cast<size_t>(What::kCount);
+enum class EndpointId : uint8_t { kUint8, kFloat, kScoresUint8, kScoresFloat, kText, kCount };
+constexpr size_t kEndpointCount = static_cast<size_t>(EndpointId::kCount);
 
-// A plan of the model, ready to run.
-struct Program {
+// A plan of the model that callers can run, for example "scores.uint8".
+struct Endpoint {
     std::unique_ptr<Executable> executable;
-    std::vector<Role> roles;  // of the buffers, in the plan's order
-    size_t image_bytes = 0;   // of pixels, for plans over images
-    uint32_t tokens = 0;      // of an image, or the most of a text
+    std::vector<Role> roles;  // of the caller's buffers, in the plan's order
+    size_t image_bytes = 0;   // of one item's pixels; 0 for texts
+    uint32_t tokens = 0;      // of an image, or of the longest text
     Role result = Role::kEmbedding;
-    uint32_t width = 0;  // numbers of an item's result
-    cu::Pointer table = 0;
-    size_t most = 1;  // items that go through at once
+    uint32_t width = 0;     // numbers in an item's result
+    cu::Pointer table = 0;  // the position table; 0 for texts
+    size_t max_items = 1;   // per run; a larger call runs in parts
 
-    // Where everything begins among the inputs, or among the outputs, of a call.
+    // Offsets of each buffer, within the inputs or within the outputs of a call.
     struct Layout {
-        std::array<size_t, kRoles> at{}, bytes{};
-        size_t in = 0, out = 0;  // bytes of all inputs, of all outputs
+        std::array<size_t, kRoles> offset{}, bytes{};
+        size_t inputs = 0, outputs = 0;  // bytes of all inputs, of all outputs
     };
     Layout layout(const Sizes& sizes) const;
 };
 
 class Model {
   public:
-    // `driver`: the driver's library, null for libcuda.so.1. Throws FormatError for a folder that
-    // is not an export for this Vitrail and this device, NoDevice, DriverError.
+    // `driver`: path of the driver's library, or null for libcuda.so.1. Throws FormatError unless
+    // the folder is an export by this version for this device's architecture, NoDevice,
+    // DriverError.
     Model(const std::string& folder, const char* driver, int ordinal);
 
-    const Package& package() const { return package_; }
+    const ExportFolder& folder() const { return folder_; }
     uint32_t arch() const { return arch_; }
     const Gpu& gpu() const { return *gpu_; }
-    // Throws std::invalid_argument where the model has none.
-    const Program& program(What what) const;
+    // Throws std::invalid_argument if the model does not have the endpoint.
+    const Endpoint& endpoint(EndpointId id) const;
 
   private:
-    void add(const ProgramFile& file, const std::string& plan);
-    void check(const Program& program, const ProgramFile& file) const;
+    void add(const EndpointFile& file, const std::string& plan);
+    void check(const Endpoint& endpoint, const EndpointFile& file) const;
     void upload();
 
-    Package package_;
+    ExportFolder folder_;
     std::shared_ptr<const Gpu> gpu_;
     uint32_t arch_ = 0;
     std::shared_ptr<Kernels> kernels_;
-    std::unique_ptr<Fixed> weights_;
-    std::array<Program, kWhats> programs_;
+    std::unique_ptr<DeviceBuffer> weights_;
+    std::array<Endpoint, kEndpointCount> endpoints_;
 };
 
 }  // namespace vitrail

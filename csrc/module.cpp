@@ -2,12 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda_image.hpp"
+#include "cuda_binary.hpp"
 #include "driver.hpp"
 #include "executor.hpp"
 
 namespace py = pybind11;
-using vitrail::CudaImage;
+using vitrail::CudaBinary;
 using vitrail::Executable;
 using vitrail::Gpu;
 using vitrail::Kernels;
@@ -15,12 +15,10 @@ using vitrail::Sizes;
 
 namespace {
 
-using Released = py::call_guard<py::gil_scoped_release>;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 using Size = std::tuple<int64_t, int64_t, int64_t>;  // sequences, tokens, the longest sequence
 
-Sizes sizes(const Size& size) {
-    return {std::get<0>(size), std::get<1>(size), std::get<2>(size)};
-}
+Sizes sizes(const Size& size) { return {std::get<0>(size), std::get<1>(size), std::get<2>(size)}; }
 
 // The class that bind_errors makes, for as long as the process.
 PyObject* driver_error = nullptr;
@@ -46,44 +44,44 @@ void bind_errors(py::module_& m) {
 
 void bind_executor(py::module_& m) {
     py::class_<Gpu, std::shared_ptr<Gpu>>(m, "Gpu")
-        .def(py::init<const char*, int>(), py::arg("library"), py::arg("ordinal"), Released())
+        .def(py::init<const char*, int>(), py::arg("library"), py::arg("ordinal"), ReleaseGil())
         .def_property_readonly("name", [](const Gpu& gpu) { return gpu.info().name; })
         .def_property_readonly("capability", [](const Gpu& gpu) { return gpu.info().capability; })
         .def_property_readonly("multiprocessors", &Gpu::multiprocessors);
 
-    py::class_<CudaImage>(m, "CudaImage")
+    py::class_<CudaBinary>(m, "CudaBinary")
         .def(py::init([](std::shared_ptr<Gpu> gpu, std::string_view code) {
-                 return std::make_unique<CudaImage>(gpu, code);
+                 return std::make_unique<CudaBinary>(gpu, code);
              }),
-             py::arg("gpu"), py::arg("code"), Released())
+             py::arg("gpu"), py::arg("code"), ReleaseGil())
         .def(
             "launch",
-            [](CudaImage& self, const std::string& function, int64_t blocks,
-               std::pair<int, int> threads, const std::vector<CudaImage::Argument>& arguments,
+            [](CudaBinary& self, const std::string& function, int64_t blocks,
+               std::pair<int, int> threads, const std::vector<CudaBinary::Argument>& arguments,
                uint64_t stream, bool overlap, int shared) {
                 self.launch(function, blocks, threads, arguments,
                             reinterpret_cast<vitrail::cu::Stream>(stream), overlap, shared);
             },
             py::arg("function"), py::arg("blocks"), py::arg("threads"), py::arg("arguments"),
-            py::arg("stream"), py::arg("overlap"), py::arg("shared") = 0, Released());
+            py::arg("stream"), py::arg("overlap"), py::arg("shared") = 0, ReleaseGil());
 
     py::class_<Kernels, std::shared_ptr<Kernels>>(m, "Kernels")
         .def(py::init([](std::shared_ptr<Gpu> gpu) { return std::make_shared<Kernels>(gpu); }),
              py::arg("gpu"))
         .def(
             "load", [](Kernels& self, std::string_view record) { self.load(record); },
-            py::arg("record"), Released());
+            py::arg("record"), ReleaseGil());
 
     py::class_<Executable>(m, "Executable")
-        .def(py::init([](std::shared_ptr<Kernels> kernels, std::string_view plan,
-                         uint64_t weights) {
-                 return std::make_unique<Executable>(kernels, vitrail::Plan::parse(plan), weights);
-             }),
-             py::arg("kernels"), py::arg("plan"), py::arg("weights"))
+        .def(
+            py::init([](std::shared_ptr<Kernels> kernels, std::string_view plan, uint64_t weights) {
+                return std::make_unique<Executable>(kernels, vitrail::Plan::parse(plan), weights);
+            }),
+            py::arg("kernels"), py::arg("plan"), py::arg("weights"))
         .def(
             "missing",
             [](const Executable& self, const Size& size) { return self.missing(sizes(size)); },
-            py::arg("size"), Released())
+            py::arg("size"), ReleaseGil())
         .def_static(
             "capacity",
             [](const Size& size) {
@@ -105,7 +103,7 @@ void bind_executor(py::module_& m) {
                          reinterpret_cast<vitrail::cu::Stream>(stream), overlap);
             },
             py::arg("size"), py::arg("capacity"), py::arg("arena"), py::arg("buffers"),
-            py::arg("stream"), py::arg("overlap"), Released());
+            py::arg("stream"), py::arg("overlap"), ReleaseGil());
 }
 
 }  // namespace
@@ -126,6 +124,6 @@ PYBIND11_MODULE(_C, m) {
     bind_errors(m);
     bind_executor(m);
     m.def("version", [] { return VITRAIL_VERSION; }, "The version this module was built for.");
-    m.def("driver", &vitrail::probe, Released(),
+    m.def("driver", &vitrail::probe, ReleaseGil(),
           "The NVIDIA driver and its devices; never raises where there is none.");
 }

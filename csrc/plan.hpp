@@ -1,6 +1,6 @@
-// A plan as plain records: launches over named buffers, whose sizes are affine in the sequences,
-// tokens and longest sequence of a call. Read and checked once, never changed. What the records
-// mean is said in docs/runtime.md; engine/vitrail/plan/lowering.py writes them.
+// A plan: launches over named buffers. Sizes are affine in the number of sequences, the number of
+// tokens and the longest sequence of a call. A plan is read and checked once, then never changed.
+// engine/vitrail/plan/lowering.py writes plans; docs/runtime.md explains the fields.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +14,20 @@
 namespace vitrail {
 
 constexpr std::string_view kPlanMagic = "vitrail plan 1\n";
-constexpr std::string_view kImageMagic = "vitrail image 1\n";
+constexpr std::string_view kKernelMagic = "vitrail image 1\n";
 
-constexpr uint64_t kAlignment = 256;  // of what memory of a call is cut into
+constexpr uint64_t kAlignment = 256;  // bytes; of every buffer in the memory of a call
 
 template <typename Number>
 constexpr Number round_up(Number count, Number step) {
     return (count + step - 1) / step * step;
 }
 
-// What one call is about.
+// The sizes of one call.
 struct Sizes {
     int64_t sequences = 0;
-    int64_t tokens = 0;   // of all sequences
-    int64_t longest = 0;  // tokens of the longest
+    int64_t tokens = 0;   // of all sequences together
+    int64_t longest = 0;  // tokens of the longest sequence
 
     bool operator==(const Sizes& other) const {
         return sequences == other.sequences && tokens == other.tokens && longest == other.longest;
@@ -37,7 +37,7 @@ struct Sizes {
     }
 };
 
-// A number that follows from the sizes of the call.
+// A number that is affine in the sizes of a call.
 struct Affine {
     int32_t sequences = 0;
     int32_t tokens = 0;
@@ -48,12 +48,11 @@ struct Affine {
         return sequences * sizes.sequences + tokens * sizes.tokens + longest * sizes.longest +
                constant;
     }
-    bool grows() const {
-        return sequences >= 0 && tokens >= 0 && longest >= 0 && constant >= 0;
-    }
+    bool grows() const { return sequences >= 0 && tokens >= 0 && longest >= 0 && constant >= 0; }
 };
 
-// `slot`: where in the arena it lives; below 0 what the caller brings: -1 the first, -2 the next.
+// `slot`: the buffer's slot in the arena. If negative, the caller brings the buffer: -1 is the
+// caller's first buffer, -2 the second.
 struct Buffer {
     std::string name;
     Affine rows;
@@ -65,41 +64,41 @@ struct Buffer {
 
 constexpr int32_t kWeights = -1;
 
-// An address: `offset` bytes into a buffer, or into the weights.
-struct Place {
+// An address: `offset` bytes into the weights, or the start of a buffer.
+struct Address {
     int32_t buffer = kWeights;
     int64_t offset = 0;
 };
 
-enum class Kind : uint8_t { kInt32, kInt64, kFloat, kPointer, kMap, kNull, kCount };
+enum class ArgumentType : uint8_t { kInt32, kInt64, kFloat, kPointer, kMap, kNull, kCount };
 
 // One parameter of a kernel. A map is a tensor map over `rows` rows of `columns` numbers, `stride`
-// bytes apart; how it is cut into boxes is said by the kernel's image.
+// bytes apart. The box shape is part of the kernel binary (`Box`).
 struct Argument {
-    Kind kind = Kind::kNull;
+    ArgumentType type = ArgumentType::kNull;
     Affine integer;  // kInt32, kInt64
     float number = 0;
-    Place place;  // kPointer, kMap
-    Affine rows;  // kMap, as the two below
+    Address address;  // kPointer, kMap
+    Affine rows;      // kMap, like the two below
     int64_t columns = 0;
     int64_t stride = 0;
 
     uint32_t size() const {
-        switch (kind) {
-            case Kind::kInt32:
-            case Kind::kFloat:
+        switch (type) {
+            case ArgumentType::kInt32:
+            case ArgumentType::kFloat:
                 return 4;
-            case Kind::kMap:
+            case ArgumentType::kMap:
                 return 128;
             default:
                 return 8;
         }
     }
-    uint32_t alignment() const { return kind == Kind::kMap ? 64 : size(); }
+    uint32_t alignment() const { return type == ArgumentType::kMap ? 64 : size(); }
 };
 
-// Blocks of a launch: times * ceil(rows / block), at most `per_multiprocessor` (0: no limit) on
-// each multiprocessor of the device.
+// A launch has times * ceil(rows / block) blocks, and at most `per_multiprocessor` blocks (0: no
+// limit) for each multiprocessor of the device.
 struct Grid {
     Affine times;
     Affine rows;
@@ -107,16 +106,16 @@ struct Grid {
     uint32_t per_multiprocessor = 0;
 
     int64_t blocks(const Sizes& sizes, int multiprocessors) const {
-        const int64_t all = times.at(sizes) * ((rows.at(sizes) + block - 1) / block);
-        const int64_t most = int64_t{per_multiprocessor} * multiprocessors;
-        return per_multiprocessor != 0 && all > most ? most : all;
+        const int64_t blocks = times.at(sizes) * ((rows.at(sizes) + block - 1) / block);
+        const int64_t limit = int64_t{per_multiprocessor} * multiprocessors;
+        return per_multiprocessor != 0 && blocks > limit ? limit : blocks;
     }
 };
 
-// A launch for calls of up to `until` rows, by one of the plan's images.
+// How a launch runs with at most `max_rows` rows. `kernel` is an index into Plan::kernel_keys.
 struct Variant {
-    int64_t until = 0;
-    uint32_t image = 0;
+    int64_t max_rows = 0;
+    uint32_t kernel = 0;
     Grid grid;
     std::vector<Argument> arguments;
 };
@@ -124,23 +123,23 @@ struct Variant {
 struct Launch {
     std::string label;
     Affine rows;
-    std::vector<Variant> variants;  // by `until`; the last serves all that is larger
+    std::vector<Variant> variants;  // in order of `max_rows`; the last also runs larger calls
 };
 
 struct Plan {
     std::string name;
     uint64_t weight_bytes = 0;
     std::vector<Buffer> buffers;
-    std::vector<std::string> images;  // their keys
+    std::vector<std::string> kernel_keys;
     std::vector<Launch> launches;
     uint32_t slots = 0;
-    std::vector<uint32_t> externals;  // buffers, in the order in which the caller brings them
+    std::vector<uint32_t> externals;  // indices of the caller's buffers, in the caller's order
 
-    // Throws FormatError for bytes that are not a plan, or one that points outside itself.
+    // Throws FormatError for bytes that are no plan, and for a plan with an index out of range.
     static Plan parse(std::string_view bytes);
 };
 
-// How a tensor map is cut into boxes; numbers of cuTensorMapEncodeTiled.
+// The box of a tensor map; numbers of cuTensorMapEncodeTiled.
 struct Box {
     uint32_t type = 0;
     uint32_t swizzle = 0;
@@ -149,18 +148,18 @@ struct Box {
     uint32_t columns = 0;
 };
 
-// A kernel's machine code and what launching it takes.
-struct Image {
+// A compiled kernel and its launch parameters.
+struct KernelBinary {
     std::string key;
     std::string function;
     uint32_t arch = 0;
-    uint32_t threads = 0;
-    uint32_t shared = 0;       // bytes of dynamic shared memory
-    bool overlaps = false;     // waits for the kernel before it: may be launched before that ends
-    std::vector<Box> boxes;    // of its tensor maps in order
-    std::string_view machine;  // in the bytes that were parsed
+    uint32_t threads = 0;  // of a block
+    uint32_t shared = 0;  // bytes of dynamic shared memory
+    bool overlaps = false;  // waits for the previous kernel, so it may be launched before that ends
+    std::vector<Box> boxes;  // of the kernel's tensor maps, in order
+    std::string_view cubin;  // a view of the bytes that were parsed
 
-    static Image parse(std::string_view bytes);
+    static KernelBinary parse(std::string_view bytes);
 };
 
 }  // namespace vitrail

@@ -1,5 +1,5 @@
-// Reads what engine/vitrail/plan/record.py encodes: little-endian numbers, and lists and strings with
-// their length before them. Bytes that end early, or are left over, are refused.
+// Reads the encoding of engine/vitrail/plan/record.py: little-endian numbers; lists and strings are
+// preceded by their length. Refuses input that ends early or has bytes left over.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace vitrail {
 
-// Bytes that are not what they should be: a damaged file, or another version's.
+// The bytes of a file are damaged, or were written by another version.
 class FormatError : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;
@@ -19,13 +19,13 @@ class FormatError : public std::runtime_error {
 
 class Reader {
   public:
-    // `what` names the bytes in errors; `magic` is what they must begin with.
-    Reader(std::string_view bytes, std::string what, std::string_view magic)
-        : bytes_(bytes), what_(std::move(what)) {
+    // `name` names the input in errors. The input must begin with `magic`.
+    Reader(std::string_view bytes, std::string name, std::string_view magic)
+        : bytes_(bytes), name_(std::move(name)) {
         if (bytes_.substr(0, magic.size()) != magic) {
             fail("got other first bytes, wanted " + std::string(magic));
         }
-        at_ = magic.size();
+        position_ = magic.size();
     }
 
     template <typename Number>
@@ -39,39 +39,39 @@ class Reader {
     std::string_view bytes() { return take(number<uint64_t>()); }
     std::string string() { return std::string(bytes()); }
 
-    // A list of what `read` gives.
-    template <typename Read>
-    auto list(Read read) -> std::vector<decltype(read(*this))> {
+    // A list; `read_item` reads one item.
+    template <typename ReadItem>
+    auto list(ReadItem read_item) -> std::vector<decltype(read_item(*this))> {
         const auto count = number<uint32_t>();
-        want(count <= bytes_.size() - at_, "a list longer than the file");
-        std::vector<decltype(read(*this))> items;
+        want(count <= bytes_.size() - position_, "a list longer than the file");
+        std::vector<decltype(read_item(*this))> items;
         items.reserve(count);
-        for (uint32_t i = 0; i < count; ++i) items.push_back(read(*this));
+        for (uint32_t i = 0; i < count; ++i) items.push_back(read_item(*this));
         return items;
     }
 
-    void end() const { want(at_ == bytes_.size(), "bytes after the end"); }
+    void end() const { want(position_ == bytes_.size(), "bytes after the end"); }
 
-    // Refuses unless `good`; `got` says what was found.
-    void want(bool good, const char* got) const {
-        if (!good) fail(std::string("got ") + got);
+    // Throws FormatError "got `problem`" unless `valid`.
+    void want(bool valid, const char* problem) const {
+        if (!valid) fail(std::string("got ") + problem);
     }
 
-    [[noreturn]] void fail(const std::string& why) const { throw FormatError(what_ + ": " + why); }
+    [[noreturn]] void fail(const std::string& why) const { throw FormatError(name_ + ": " + why); }
 
   private:
     std::string_view take(uint64_t count) {
-        if (count > bytes_.size() - at_) {
+        if (count > bytes_.size() - position_) {
             fail("got " + std::to_string(bytes_.size()) + " bytes, which end early");
         }
-        const std::string_view part = bytes_.substr(at_, count);
-        at_ += count;
-        return part;
+        const std::string_view taken = bytes_.substr(position_, count);
+        position_ += count;
+        return taken;
     }
 
     std::string_view bytes_;
-    std::string what_;
-    size_t at_ = 0;
+    std::string name_;
+    size_t position_ = 0;
 };
 
 }  // namespace vitrail

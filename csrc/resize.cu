@@ -1,6 +1,5 @@
-// The resize and crop of a batch of uint8 images of mixed sizes, bit for bit as Pillow's; see
-// resize.hpp. Kernels alone, to be loaded and launched through the driver; cuda_images.py builds
-// them when Vitrail is installed.
+// Resizes and crops a batch of uint8 images of mixed sizes, bit for bit like Pillow (resize.hpp).
+// cuda_binaries.py compiles these kernels when Vitrail is installed; CudaBinary loads them.
 #include "resize.hpp"
 
 using vitrail::resize::Image;
@@ -11,21 +10,21 @@ using vitrail::resize::kTogether;
 constexpr int kLanes = 32;
 constexpr int kThreads = 128;
 
-// A kernel launched to overlap the one before it waits here until that one's writes can be read.
-// Nothing is loaded before; pointers are not __restrict__, or the compiler might do it anyway.
-__device__ __forceinline__ void wait_for_the_kernel_before() {
+// If this kernel overlaps the previous one, waits until the previous kernel's writes are visible.
+// No load may come earlier, so pointers are not __restrict__: the compiler could move a load up.
+__device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// grid: groups * ceil(width * channels / 32) blocks of 32 x 4 threads, a thread for one number of
-// four lines of a group.
+// Grid: groups * ceil(width * channels / 32) blocks of 32 x 4 threads. A thread computes one value
+// in each of four lines of a group.
 extern "C" __global__ void __launch_bounds__(kThreads)
     vitrail_resize_across(uint8_t* middle, const uint8_t* pixels, const Image* images,
                           const int32_t* groups, const int32_t* taps, int32_t width, int32_t stride,
                           int32_t channels) {
-    wait_for_the_kernel_before();
+    wait_for_previous_kernel();
     const int32_t numbers = width * channels;
     const int32_t tiles = (numbers + kLanes - 1) / kLanes;
     const int32_t group = static_cast<int32_t>(blockIdx.x) / tiles;
@@ -36,19 +35,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                             channels);
 }
 
-// grid: images * ceil(height * stride / 16 / 128) blocks of 128 threads, a thread for 16 bytes of a
-// line of the output; all threads of a line read the same weights.
+// Grid: images * ceil(height * stride / 16 / 128) blocks of 128 threads. A thread computes 16 bytes
+// of an output line; all threads of a line read the same weights.
 extern "C" __global__ void __launch_bounds__(kThreads)
     vitrail_resize_down(uint8_t* out, const uint8_t* middle, const Image* images,
                         const int32_t* taps, int32_t height, int32_t numbers, int32_t stride) {
-    wait_for_the_kernel_before();
+    wait_for_previous_kernel();
     const int32_t chunks = stride / kNumbers;
     const int32_t blocks = (height * chunks + kThreads - 1) / kThreads;
     const int32_t image = static_cast<int32_t>(blockIdx.x) / blocks;
-    const int32_t place = static_cast<int32_t>(blockIdx.x) % blocks * kThreads + threadIdx.x;
-    if (place >= height * chunks) return;
+    const int32_t chunk = static_cast<int32_t>(blockIdx.x) % blocks * kThreads + threadIdx.x;
+    if (chunk >= height * chunks) return;
     vitrail::resize::down(out + int64_t{image} * height * numbers, middle, images[image], taps,
-                          place / chunks, place % chunks * kNumbers, height, numbers, stride);
+                          chunk / chunks, chunk % chunks * kNumbers, height, numbers, stride);
 }
 
-static_assert(kLines / kTogether * kLanes == kThreads, "a block takes the lines of one group");
+static_assert(kLines / kTogether * kLanes == kThreads, "a block handles the lines of one group");

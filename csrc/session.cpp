@@ -8,35 +8,38 @@ namespace vitrail {
 
 namespace {
 
-int32_t* place(char* to, const Program::Layout& layout, Role role) {
-    return reinterpret_cast<int32_t*>(to + layout.at[static_cast<size_t>(role)]);
+// The buffer of a role within the inputs or the outputs.
+int32_t* buffer_at(char* memory, const Endpoint::Layout& layout, Role role) {
+    return reinterpret_cast<int32_t*>(memory + layout.offset[static_cast<size_t>(role)]);
 }
 
-size_t gap(size_t stop) { return round_up<size_t>(stop, kAlignment) - stop; }
+// Bytes from `end` to the next buffer.
+size_t gap(size_t end) { return round_up<size_t>(end, kAlignment) - end; }
 
 class Pixels : public Items {
   public:
-    Pixels(const Program& program, const void* pixels)
-        : program_(program), pixels_(static_cast<const char*>(pixels)) {}
+    Pixels(const Endpoint& endpoint, const void* pixels)
+        : endpoint_(endpoint), pixels_(static_cast<const char*>(pixels)) {}
 
     const char* name() const override { return "image"; }
 
     Sizes sizes(size_t, size_t count) const override {
         const auto batch = static_cast<int64_t>(count);
-        return {batch, batch * program_.tokens, program_.tokens};
+        return {batch, batch * endpoint_.tokens, endpoint_.tokens};
     }
 
-    void write(size_t first, size_t count, const Program::Layout& layout, char* to) const override {
-        int32_t* offsets = place(to, layout, Role::kOffsets);
-        int32_t* rows = place(to, layout, Role::kRows);
-        for (size_t i = 0; i <= count; ++i) offsets[i] = static_cast<int32_t>(i * program_.tokens);
-        std::copy(offsets, offsets + count, rows);  // the class token is an image's first
-        std::memcpy(place(to, layout, Role::kPixels), pixels_ + first * program_.image_bytes,
-                    count * program_.image_bytes);
+    void write(size_t first, size_t count, const Endpoint::Layout& layout,
+               char* inputs) const override {
+        int32_t* offsets = buffer_at(inputs, layout, Role::kOffsets);
+        int32_t* rows = buffer_at(inputs, layout, Role::kRows);
+        for (size_t i = 0; i <= count; ++i) offsets[i] = static_cast<int32_t>(i * endpoint_.tokens);
+        std::copy(offsets, offsets + count, rows);  // the class token is an image's first token
+        std::memcpy(buffer_at(inputs, layout, Role::kPixels),
+                    pixels_ + first * endpoint_.image_bytes, count * endpoint_.image_bytes);
     }
 
   private:
-    const Program& program_;
+    const Endpoint& endpoint_;
     const char* const pixels_;
 };
 
@@ -56,20 +59,21 @@ class Texts : public Items {
         return sizes;
     }
 
-    void write(size_t first, size_t count, const Program::Layout& layout, char* to) const override {
-        int32_t* offsets = place(to, layout, Role::kOffsets);
-        int32_t* rows = place(to, layout, Role::kRows);
-        int32_t* ids = place(to, layout, Role::kIds);
-        int32_t* positions = place(to, layout, Role::kPositions);
+    void write(size_t first, size_t count, const Endpoint::Layout& layout,
+               char* inputs) const override {
+        int32_t* offsets = buffer_at(inputs, layout, Role::kOffsets);
+        int32_t* rows = buffer_at(inputs, layout, Role::kRows);
+        int32_t* ids = buffer_at(inputs, layout, Role::kIds);
+        int32_t* positions = buffer_at(inputs, layout, Role::kPositions);
         int32_t total = 0;
         for (size_t i = 0; i < count; ++i) {
             const int32_t length = lengths_[first + i];
-            const int32_t* row = ids_ + (first + i) * stride_;
-            std::copy(row, row + length, ids + total);
+            const int32_t* text = ids_ + (first + i) * stride_;
+            std::copy(text, text + length, ids + total);
             for (int32_t at = 0; at < length; ++at) positions[total + at] = at;
             offsets[i] = total;
             total += length;
-            rows[i] = total - 1;  // the end token is a text's last
+            rows[i] = total - 1;  // the end token is a text's last token
         }
         offsets[count] = total;
     }
@@ -80,10 +84,10 @@ class Texts : public Items {
     const std::vector<int32_t>& lengths_;
 };
 
-// How many of a text's ids count: up to its end token, as the model's text encoder pools it.
-int32_t cut(const TextFacts& facts, const int32_t* ids, int64_t length, size_t number) {
+// Number of a text's ids up to and including its end token, which is the token that is pooled.
+int32_t length_to_end(const TextFacts& facts, const int32_t* ids, int64_t length, size_t index) {
     const auto refuse = [&](const std::string& why) {
-        throw std::invalid_argument("text " + std::to_string(number) + ": " + why);
+        throw std::invalid_argument("text " + std::to_string(index) + ": " + why);
     };
     if (length < 1 || length > facts.context) {
         refuse("got " + std::to_string(length) + " ids, wanted 1 to " +
@@ -109,16 +113,16 @@ int32_t cut(const TextFacts& facts, const int32_t* ids, int64_t length, size_t n
 Session::Session(std::shared_ptr<const Model> model, bool overlap)
     : model_(std::move(model)), overlap_(overlap), stream_(model_->gpu()) {}
 
-void Session::images(What what, const void* pixels, size_t n, float* out, int32_t* status) {
-    const Program& program = model_->program(what);
+void Session::images(EndpointId id, const void* pixels, size_t n, float* out, int32_t* status) {
+    const Endpoint& endpoint = model_->endpoint(id);
     const std::lock_guard<std::mutex> lock(mutex_);
-    all(what, Pixels(program, pixels), n, out, status);
+    run(id, Pixels(endpoint, pixels), n, out, status);
 }
 
 void Session::texts(const int32_t* ids, const int32_t* lengths, size_t stride, size_t n, float* out,
                     int32_t* status) {
-    model_->program(What::kText);
-    const TextFacts& facts = *model_->package().text;
+    model_->endpoint(EndpointId::kText);
+    const TextFacts& facts = *model_->folder().text;
     const std::lock_guard<std::mutex> lock(mutex_);
     lengths_.clear();
     for (size_t i = 0; i < n; ++i) {
@@ -128,29 +132,29 @@ void Session::texts(const int32_t* ids, const int32_t* lengths, size_t stride, s
                                         std::to_string(length) + " ids in a row of " +
                                         std::to_string(stride));
         }
-        lengths_.push_back(cut(facts, ids + i * stride, length, i));
+        lengths_.push_back(length_to_end(facts, ids + i * stride, length, i));
     }
-    all(What::kText, Texts(ids, stride, lengths_), n, out, status);
+    run(EndpointId::kText, Texts(ids, stride, lengths_), n, out, status);
 }
 
-// Piece by piece. Where memory lacks, this session's own goes first, and then halves go through
-// one after the other: an item's bits do not depend on what goes with it.
-void Session::all(What what, const Items& items, size_t n, float* out, int32_t* status) {
-    const Program& program = model_->program(what);
-    size_t most = program.most;
+// Runs the items in parts. If memory runs out, frees the session's own memory and goes on with half
+// as many items at a time. The bits stay the same: an item's result does not depend on the others.
+void Session::run(EndpointId id, const Items& items, size_t n, float* out, int32_t* status) {
+    const Endpoint& endpoint = model_->endpoint(id);
+    size_t max_items = endpoint.max_items;
     if (status == nullptr) statuses_.resize(n);
-    int32_t* found = status != nullptr ? status : statuses_.data();
+    int32_t* statuses = status != nullptr ? status : statuses_.data();
     for (size_t first = 0; first < n;) {
-        const size_t count = std::min(most, n - first);
+        const size_t count = std::min(max_items, n - first);
         try {
-            piece(what, items, first, count, out + first * program.width, found + first);
+            run_part(id, items, first, count, out + first * endpoint.width, statuses + first);
             first += count;
         } catch (const DriverError& error) {
             stream_.settle();
             if (error.code() != cu::kOutOfMemory) throw;
             release();
             if (count == 1) throw;
-            most = (count + 1) / 2;
+            max_items = (count + 1) / 2;
         } catch (...) {
             stream_.settle();
             throw;
@@ -158,94 +162,99 @@ void Session::all(What what, const Items& items, size_t n, float* out, int32_t* 
     }
     if (status != nullptr) return;
     for (size_t i = 0; i < n; ++i) {
-        if (found[i] == 0) continue;
-        const char* result = program.result == Role::kLogits ? "class scores are" : "embedding is";
+        if (statuses[i] == 0) continue;
+        const char* result = endpoint.result == Role::kLogits ? "class scores are" : "embedding is";
         throw NotFinite(std::string(items.name()) + " " + std::to_string(i) + ": the " + result +
                         " not finite");
     }
 }
 
-void Session::piece(What what, const Items& items, size_t first, size_t count, float* out,
-                    int32_t* status) {
-    const Gpu::Current current(stream_.gpu());
+void Session::run_part(EndpointId id, const Items& items, size_t first, size_t count, float* out,
+                       int32_t* status) {
+    const Gpu::ContextGuard current(stream_.gpu());
     const Driver& driver = stream_.gpu().driver();
-    const Program& program = model_->program(what);
+    const Endpoint& endpoint = model_->endpoint(id);
     const Sizes sizes = items.sizes(first, count);
-    const Program::Layout layout = program.layout(sizes);
-    const Ready& ready = grow(what, sizes);
-    items.write(first, count, layout, from_.data());
+    const Endpoint::Layout layout = endpoint.layout(sizes);
+    const Workspace& workspace = grow(id, sizes);
+    items.write(first, count, layout, host_inputs_.data());
     externals_.clear();
-    for (const Role role : program.roles) {
-        const bool output = is_output(role);
-        const size_t at = layout.at[static_cast<size_t>(role)];
-        const size_t stop = at + layout.bytes[static_cast<size_t>(role)];
-        // the gap before the next input: nothing of an earlier call goes with this one
-        if (!output && role != Role::kTable) std::memset(from_.data() + stop, 0, gap(stop));
-        externals_.push_back(role == Role::kTable ? program.table
-                             : output             ? out_.address() + at
-                                                  : in_.address() + at);
+    for (const Role role : endpoint.roles) {
+        const size_t offset = layout.offset[static_cast<size_t>(role)];
+        const size_t end = offset + layout.bytes[static_cast<size_t>(role)];
+        if (role == Role::kTable) {
+            externals_.push_back(endpoint.table);
+        } else if (is_output(role)) {
+            externals_.push_back(outputs_.address() + offset);
+        } else {
+            // clears the gap after each input: it may hold bytes of an earlier call
+            std::memset(host_inputs_.data() + end, 0, gap(end));
+            externals_.push_back(inputs_.address() + offset);
+        }
     }
-    driver("the inputs", driver.copy_in, in_.address(), static_cast<const void*>(from_.data()),
-           layout.in, stream_.get());
-    program.executable->run(*ready.frame, sizes, arena_.address(), externals_, stream_.get(),
-                            overlap_);
-    driver("the outputs", driver.copy_out, static_cast<void*>(to_.data()), out_.address(),
-           layout.out, stream_.get());
+    driver("the inputs", driver.copy_in, inputs_.address(),
+           static_cast<const void*>(host_inputs_.data()), layout.inputs, stream_.get());
+    endpoint.executable->run(*workspace.frame, sizes, arena_.address(), externals_, stream_.get(),
+                             overlap_);
+    driver("the outputs", driver.copy_out, static_cast<void*>(host_outputs_.data()),
+           outputs_.address(), layout.outputs, stream_.get());
     stream_.wait("the outputs");
-    const size_t width = program.width;
-    std::memcpy(out, place(to_.data(), layout, program.result), count * width * sizeof(float));
-    if (program.result == Role::kEmbedding) {
-        std::memcpy(status, place(to_.data(), layout, Role::kStatus), count * sizeof(int32_t));
+    const size_t width = endpoint.width;
+    char* outputs = host_outputs_.data();
+    std::memcpy(out, buffer_at(outputs, layout, endpoint.result), count * width * sizeof(float));
+    if (endpoint.result == Role::kEmbedding) {
+        std::memcpy(status, buffer_at(outputs, layout, Role::kStatus), count * sizeof(int32_t));
         return;
     }
-    for (size_t i = 0; i < count; ++i) {  // no kernel looks at logits
+    for (size_t i = 0; i < count; ++i) {  // no kernel checks logits
         const float* row = out + i * width;
         status[i] = !std::all_of(row, row + width, [](float x) { return std::isfinite(x); });
     }
 }
 
-// Makes room for a call of `sizes`, once for all calls that are not larger.
-const Session::Ready& Session::grow(What what, const Sizes& sizes) {
-    const Program& program = model_->program(what);
-    Ready& ready = ready_[static_cast<size_t>(what)];
-    if (!ready.frame || !ready.frame->capacity().covers(sizes)) {
+// Makes room for a call of `sizes`. A call that is not larger than an earlier call allocates
+// nothing.
+const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes) {
+    const Endpoint& endpoint = model_->endpoint(id);
+    Workspace& workspace = workspaces_[static_cast<size_t>(id)];
+    if (!workspace.frame || !workspace.frame->capacity().covers(sizes)) {
         Sizes capacity = Executable::capacity(sizes);
-        if (ready.frame) {
-            const Sizes& before = ready.frame->capacity();
+        if (workspace.frame) {
+            const Sizes& before = workspace.frame->capacity();
             capacity.sequences = std::max(capacity.sequences, before.sequences);
             capacity.tokens = std::max(capacity.tokens, before.tokens);
             capacity.longest = std::max(capacity.longest, before.longest);
         }
-        const Program::Layout layout = program.layout(capacity);
-        const auto arena = static_cast<size_t>(program.executable->arena_bytes(capacity));
-        ready = {std::make_unique<Frame>(*program.executable, capacity), arena, layout.in,
-                 layout.out};
+        const Endpoint::Layout layout = endpoint.layout(capacity);
+        const auto arena = static_cast<size_t>(endpoint.executable->arena_bytes(capacity));
+        workspace = {std::make_unique<Frame>(*endpoint.executable, capacity), arena, layout.inputs,
+                     layout.outputs};
     }
-    // another program may have grown since, or the memory may have been given back
-    arena_.reserve(ready.arena);
-    in_.reserve(ready.in);
-    from_.reserve(ready.in);
-    to_.reserve(ready.out);
-    fresh_ = out_.reserve(ready.out) || fresh_;
-    if (fresh_) {  // what is between the outputs is copied too, and was never written
+    // on every call: the memory is shared between endpoints, and may have been freed
+    arena_.reserve(workspace.arena);
+    inputs_.reserve(workspace.inputs);
+    host_inputs_.reserve(workspace.inputs);
+    host_outputs_.reserve(workspace.outputs);
+    outputs_are_unset_ = outputs_.reserve(workspace.outputs) || outputs_are_unset_;
+    if (outputs_are_unset_) {  // the gaps between outputs are copied too, but no kernel writes them
         const Driver& driver = stream_.gpu().driver();
-        std::memset(to_.data(), 0, ready.out);
-        driver("the outputs", driver.copy_in, out_.address(), static_cast<const void*>(to_.data()),
-               ready.out, stream_.get());
+        std::memset(host_outputs_.data(), 0, workspace.outputs);
+        driver("the outputs", driver.copy_in, outputs_.address(),
+               static_cast<const void*>(host_outputs_.data()), workspace.outputs, stream_.get());
         stream_.wait("the outputs");
-        fresh_ = false;
+        outputs_are_unset_ = false;
     }
-    return ready;
+    return workspace;
 }
 
 void Session::release() noexcept {
-    for (Ready& ready : ready_) ready = {};
+    for (Workspace& workspace : workspaces_) workspace = {};
     arena_.release();
-    in_.release();
-    out_.release();
-    from_.release();
-    to_.release();
-    stream_.settle();  // memory is free once the stream has come to that
+    inputs_.release();
+    outputs_.release();
+    host_inputs_.release();
+    host_outputs_.release();
+    stream_.settle();  // memory that is freed in stream order is free only now
 }
 
 }  // namespace vitrail

@@ -26,7 +26,7 @@ alignas(16) constexpr uint32_t kRound[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-uint32_t turned(uint32_t word, int by) { return (word >> by) | (word << (32 - by)); }
+uint32_t rotated(uint32_t word, int bits) { return (word >> bits) | (word << (32 - bits)); }
 
 }  // namespace
 
@@ -41,17 +41,17 @@ void portable(State& state, const uint8_t* blocks, size_t count) {
         }
         for (int i = 16; i < 64; ++i) {
             const uint32_t a = w[i - 15], b = w[i - 2];
-            w[i] = w[i - 16] + (turned(a, 7) ^ turned(a, 18) ^ (a >> 3)) + w[i - 7] +
-                   (turned(b, 17) ^ turned(b, 19) ^ (b >> 10));
+            w[i] = w[i - 16] + (rotated(a, 7) ^ rotated(a, 18) ^ (a >> 3)) + w[i - 7] +
+                   (rotated(b, 17) ^ rotated(b, 19) ^ (b >> 10));
         }
         State s = state;
         for (int i = 0; i < 64; ++i) {
-            const uint32_t mixed = turned(s[4], 6) ^ turned(s[4], 11) ^ turned(s[4], 25);
+            const uint32_t mixed = rotated(s[4], 6) ^ rotated(s[4], 11) ^ rotated(s[4], 25);
             const uint32_t chosen = (s[4] & s[5]) ^ (~s[4] & s[6]);
-            const uint32_t one = s[7] + mixed + chosen + kRound[i] + w[i];
-            const uint32_t other = turned(s[0], 2) ^ turned(s[0], 13) ^ turned(s[0], 22);
-            const uint32_t most = (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
-            s = {one + other + most, s[0], s[1], s[2], s[3] + one, s[4], s[5], s[6]};
+            const uint32_t t1 = s[7] + mixed + chosen + kRound[i] + w[i];
+            const uint32_t rotations = rotated(s[0], 2) ^ rotated(s[0], 13) ^ rotated(s[0], 22);
+            const uint32_t majority = (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
+            s = {t1 + rotations + majority, s[0], s[1], s[2], s[3] + t1, s[4], s[5], s[6]};
         }
         for (size_t i = 0; i < s.size(); ++i) state[i] += s[i];
     }
@@ -65,7 +65,7 @@ bool has_instructions() {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b & bit_SHA) != 0;
 }
 
-// The instructions keep the state as ABEF and CDGH, and do four rounds at a time, two by two.
+// The instructions keep the state as ABEF and CDGH. Each pair of them does four rounds.
 __attribute__((target("sha,sse4.1"))) void by_instructions(State& state, const uint8_t* blocks,
                                                            size_t count) {
     const auto words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -119,17 +119,17 @@ Digest sha256(const void* data, size_t bytes) {
                                                               : sha256_detail::portable;
     const auto* first = static_cast<const uint8_t*>(data);
     sha256_detail::State state = kStart;
-    const size_t whole = bytes / kBlock, rest = bytes % kBlock;
-    add(state, first, whole);
-    // a 1 bit, zeros, and the number of bits in the last eight bytes of a block
-    uint8_t last[2 * kBlock] = {};
-    if (rest != 0) std::memcpy(last, first + whole * kBlock, rest);
-    last[rest] = 0x80;
-    const size_t blocks = rest + 9 > kBlock ? 2 : 1;
+    const size_t full = bytes / kBlock, tail = bytes % kBlock;
+    add(state, first, full);
+    // padding: a 1 bit, zeros, and the number of bits in the last eight bytes of a block
+    uint8_t padded[2 * kBlock] = {};
+    if (tail != 0) std::memcpy(padded, first + full * kBlock, tail);
+    padded[tail] = 0x80;
+    const size_t blocks = tail + 9 > kBlock ? 2 : 1;
     for (size_t i = 0; i < 8; ++i) {
-        last[blocks * kBlock - 1 - i] = static_cast<uint8_t>(uint64_t{bytes} * 8 >> (8 * i));
+        padded[blocks * kBlock - 1 - i] = static_cast<uint8_t>(uint64_t{bytes} * 8 >> (8 * i));
     }
-    add(state, last, blocks);
+    add(state, padded, blocks);
     Digest digest;
     for (size_t i = 0; i < digest.size(); ++i) {
         digest[i] = static_cast<uint8_t>(state[i / 4] >> (24 - 8 * (i % 4)));

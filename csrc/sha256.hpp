@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), by the processor's own instructions where it has them.
+// SHA-256 (FIPS 180-4). Uses the processor's SHA instructions if it has them.
 #pragma once
 
 #include <array>
@@ -9,10 +9,10 @@ namespace vitrail {
 
 using Digest = std::array<uint8_t, 32>;
 
-// Of bytes that are all there; `data` may be null where there are none.
+// `data` may be null if `bytes` is 0.
 Digest sha256(const void* data, size_t bytes);
 
-namespace sha256_detail {  // what sha256 chooses between, for its test
+namespace sha256_detail {  // both implementations, for their test
 
 using State = std::array<uint32_t, 8>;
 void portable(State& state, const uint8_t* blocks, size_t count);

@@ -1,5 +1,6 @@
-/* libvitrail: embeds images and texts, and classifies images, with a model that `vitrail export`
- * wrote, on an NVIDIA GPU, with no Python and no CUDA toolkit; the driver is opened at run time.
+/* libvitrail runs a model that `vitrail export` wrote, on an NVIDIA GPU: it embeds images and
+ * texts, and classifies images. It needs neither Python nor the CUDA toolkit; the driver's library
+ * is opened at run time.
  *
  *     vitrail_model* model;
  *     vitrail_session* session;
@@ -7,10 +8,10 @@
  *     vitrail_session_create(model, &session);
  *     vitrail_embed_uint8(session, pixels, n, embeddings, NULL);
  *
- * A model may be used from any number of threads. A session has a stream and memory of its own,
- * which grow to the largest call and stay; calls of one session wait for each other, those of
- * different sessions run at once. No function throws, aborts, or changes the caller's current
- * CUDA context. A process must not fork after vitrail_load and use CUDA in the child. */
+ * Any number of threads may use a model. A session has its own stream and memory, which grow to the
+ * largest call and stay. Calls of one session run one after another; different sessions run at the
+ * same time. No function throws, aborts, or changes the caller's current CUDA context. After
+ * vitrail_load, a forked child process must not use CUDA. */
 #ifndef VITRAIL_H
 #define VITRAIL_H
 
@@ -32,95 +33,98 @@ typedef enum vitrail_status {
     VITRAIL_INVALID = 1,       /* an argument is wrong */
     VITRAIL_BAD_FOLDER = 2,    /* not an export, damaged, or for another version or device */
     VITRAIL_NO_DEVICE = 3,     /* no NVIDIA driver, or no such device */
-    VITRAIL_DEVICE = 4,        /* the driver failed; again and again where the device is lost */
-    VITRAIL_OUT_OF_MEMORY = 5, /* one item alone, or the weights, do not fit */
+    VITRAIL_DEVICE = 4,        /* the driver failed; if the device is lost, all later calls fail */
+    VITRAIL_OUT_OF_MEMORY = 5, /* the weights, or even one item, do not fit into memory */
     VITRAIL_NOT_FINITE = 6,    /* an item's embedding or scores hold NaN or infinity */
-    VITRAIL_FAILED = 7         /* anything else */
+    VITRAIL_FAILED = 7         /* any other failure */
 } vitrail_status;
 
 typedef struct vitrail_model vitrail_model;
 typedef struct vitrail_session vitrail_session;
 
-/* All zeros, or no options at all, are the defaults. */
+/* All zeros are the defaults, as is a NULL pointer to the options. */
 typedef struct vitrail_options {
-    int device;         /* its number, as the driver counts */
+    int device;         /* the driver's number of the device */
     const char* driver; /* path of the driver's library; NULL: libcuda.so.1 */
-    int overlap;        /* 1: kernels are launched before the one before has ended (sm_90 and on) */
+    int overlap;        /* 1: a kernel may start before the previous one ends (sm_90 or later) */
 } vitrail_options;
 
-/* Sizes are 0 for what the model does not take. Strings are the model's, until vitrail_free. */
+/* Sizes are 0 for inputs that the model does not take. Strings belong to the model and live until
+ * vitrail_free. */
 typedef struct vitrail_facts {
     uint32_t image_height, image_width, image_channels;
-    uint32_t image_embedding; /* D of an image */
-    uint32_t image_labels;    /* classes; 0: the model has no classification head */
-    const char* image_scores; /* what makes probabilities of logits: "softmax", "sigmoid" for labels
-                                 that do not exclude one another, "none"; NULL without classes */
-    uint32_t text_vocab;      /* ids are 0 to this - 1 */
-    uint32_t text_context;    /* most ids of a text */
-    uint32_t text_embedding;  /* D of a text */
-    int32_t text_end;         /* id that ends a text; -1: the first of its highest */
-    uint32_t architecture;    /* in use, 10 * major + minor: 90 for sm_90 */
-    const char* device;       /* its name */
-    const char* fingerprint;  /* equal numbers follow from equal fingerprints; of the model with the
-                                 kernels of this architecture, as Python's Model.fingerprint */
+    uint32_t image_embedding; /* D of an image embedding */
+    uint32_t image_labels;    /* number of classes; 0 without a classification head */
+    const char* image_scores; /* the function from logits to probabilities: "softmax", "sigmoid" (an
+                                 image may have several labels) or "none"; NULL without classes */
+    uint32_t text_vocab;      /* ids are 0 to text_vocab - 1 */
+    uint32_t text_context;    /* ids of a text at most */
+    uint32_t text_embedding;  /* D of a text embedding */
+    int32_t text_end;         /* the id that ends a text; -1: the first of the text's highest ids */
+    uint32_t architecture;    /* of the device, 10 * major + minor: 90 for sm_90 */
+    const char* device;       /* name of the device */
+    const char* fingerprint;  /* of the model with this architecture's kernels, like Python's
+                                 Model.fingerprint: equal fingerprints mean equal results */
 } vitrail_facts;
 
-/* Of this library; exported folders of another are refused. */
+/* The version of this library. It refuses folders that another version exported. */
 VITRAIL_API const char* vitrail_version(void);
 
-/* Why this thread's latest call that failed did: what was got, what was wanted, where. The text
- * is the thread's own, until its next failure. */
+/* The message of this thread's latest failure: what was got, what was wanted, and where. The string
+ * belongs to the thread and lives until its next failure. */
 VITRAIL_API const char* vitrail_error(void);
 
-/* Opens an exported folder: every file that is used is checked against its digest, and the weights
- * go to the device. `options` may be NULL. `*model` is NULL where it fails.
- * VITRAIL_INVALID, _BAD_FOLDER, _NO_DEVICE, _DEVICE, _OUT_OF_MEMORY. */
+/* Opens an exported folder and copies its weights to the device. Checks the digest of every file
+ * that it uses. `options` may be NULL. On failure, `*model` is NULL. VITRAIL_INVALID, _BAD_FOLDER,
+ * _NO_DEVICE, _DEVICE, _OUT_OF_MEMORY. */
 VITRAIL_API vitrail_status vitrail_load(const char* folder, const vitrail_options* options,
                                         vitrail_model** model);
 
-/* Sessions may outlive it: the weights go with the last of them. NULL is fine. */
+/* Sessions of the model stay usable; the last of them frees the weights. NULL is allowed. */
 VITRAIL_API void vitrail_free(vitrail_model* model);
 
 VITRAIL_API vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* facts);
 
-/* The name of a class, in UTF-8, the model's until vitrail_free; NULL past the last. */
-VITRAIL_API const char* vitrail_label(const vitrail_model* model, size_t number);
+/* The name of class `index` in UTF-8; NULL past the last class. The string lives until
+ * vitrail_free. */
+VITRAIL_API const char* vitrail_label(const vitrail_model* model, size_t index);
 
-/* `*session` is NULL where it fails. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY. */
+/* On failure, `*session` is NULL. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY. */
 VITRAIL_API vitrail_status vitrail_session_create(const vitrail_model* model,
                                                   vitrail_session** session);
 
-/* No call of it may be running. NULL is fine. */
+/* No call of the session may be running. NULL is allowed. */
 VITRAIL_API void vitrail_session_free(vitrail_session* session);
 
-/* The embed functions take `n` items, none to any number, and write `embeddings` (n, D) float32:
- * as encode_image and encode_text give them, not normalised. Memory is the host's, contiguous, and
- * the work is done when they return. `status` (n,) gets 0 for each item that is finite; with NULL
- * an item that is not is VITRAIL_NOT_FINITE, which names the first, and all are written.
+/* The embed functions take any number of items, `n`, and write `embeddings` (n, D) float32, like
+ * Python's encode_image and encode_text without normalization. All arrays are contiguous host
+ * memory. The functions return when the results are written. `status` (n,) is set to 0 for each
+ * item whose embedding is finite. If `status` is NULL, an embedding that is not finite gives
+ * VITRAIL_NOT_FINITE: the message names the first such item, and all embeddings are written.
  *
- * Where device memory lacks, the session's own is freed and the items go through in halves: the
- * same bits, as an item's do not depend on the others. VITRAIL_OUT_OF_MEMORY: one alone does not
- * fit. After another failure the embeddings may be written in part. The session goes on working
- * unless the device is lost.
- * VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY, _NOT_FINITE. */
+ * If device memory runs out, the session frees its memory and runs the items in halves. The bits
+ * stay the same: an item's result does not depend on the other items. VITRAIL_OUT_OF_MEMORY means
+ * that even one item does not fit. After any other failure some embeddings may be written. The
+ * session stays usable unless the device is lost. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY,
+ * _NOT_FINITE. */
 
-/* `pixels` (n, height, width, channels) uint8, resized and cropped, not normalised. */
+/* `pixels` (n, height, width, channels) uint8: resized and cropped, not normalized. */
 VITRAIL_API vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels,
                                                size_t n, float* embeddings, int32_t* status);
 
-/* `pixels` (n, channels, height, width) float32, normalised. */
+/* `pixels` (n, channels, height, width) float32: normalized. */
 VITRAIL_API vitrail_status vitrail_embed_float(vitrail_session* session, const float* pixels,
                                                size_t n, float* embeddings, int32_t* status);
 
-/* `ids` (n, stride) int32, of which a text's are the first `lengths[i]` of its row; `lengths` NULL:
- * all `stride`. What follows a text's end token is not looked at by the model; a text without one
- * is VITRAIL_INVALID, as is an id or a length out of range. */
+/* `ids` (n, stride) int32. The first `lengths[i]` ids of row i are its text; if `lengths` is NULL,
+ * the whole row is. The model ignores ids after a text's end token. A text without an end token, an
+ * id out of range or a length out of range is VITRAIL_INVALID. */
 VITRAIL_API vitrail_status vitrail_embed_text(vitrail_session* session, const int32_t* ids,
                                               size_t stride, const int32_t* lengths, size_t n,
                                               float* embeddings, int32_t* status);
 
-/* The same for a model with a classification head, but `logits` (n, image_labels) float32: class
- * scores, as classify gives them. */
+/* Like the embed functions, for a model with a classification head: `logits` (n, image_labels)
+ * float32 are class scores, like those of Python's classify. */
 VITRAIL_API vitrail_status vitrail_classify_uint8(vitrail_session* session, const uint8_t* pixels,
                                                   size_t n, float* logits, int32_t* status);
 

@@ -1,4 +1,4 @@
-"""What is built and packed: the CUDA images and who decides on them, the sdist, the wheel."""
+"""What is built and packed: the CUDA binaries and who decides on them, the sdist, the wheel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail_kernels import cuda_image
+from vitrail_kernels import cuda_binary
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "engine", "kernels", "csrc")
@@ -86,8 +86,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_where_there_is_nvcc_the_image_was_built() -> None:
-    if cuda_image.cuda_image("resize") is None and os.environ.get("VITRAIL_CUDA") != "0":
-        assert not has_nvcc(), "nvcc is here and the CUDA image is not: make install"
+    if cuda_binary.cuda_binary("resize") is None and os.environ.get("VITRAIL_CUDA") != "0":
+        assert not has_nvcc(), "nvcc is here and the CUDA binary is not: make install"
 
 
 def cuobjdump(file: Path, *options: str) -> str:
@@ -98,9 +98,9 @@ def cuobjdump(file: Path, *options: str) -> str:
 
 
 def test_the_image_holds_what_it_says_without_a_spill(tmp_path: Path) -> None:
-    image = cuda_image.cuda_image("resize")
+    image = cuda_binary.cuda_binary("resize")
     if image is None:
-        pytest.skip("no CUDA image was built: no nvcc in CUDA_HOME or PATH")
+        pytest.skip("no CUDA binary was built: no nvcc in CUDA_HOME or PATH")
     (file := tmp_path / "resize.fatbin").write_bytes(image.code)
     machine, ptx = (cuobjdump(file, f"-l{kind}") for kind in ("elf", "ptx"))
     assert sorted(map(int, re.findall(r"\.sm_(\d+)\.cubin", machine))) == list(image.architectures)
@@ -121,16 +121,16 @@ def test_the_image_holds_what_it_says_without_a_spill(tmp_path: Path) -> None:
 def test_an_image_is_there_once_its_facts_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_image, "IMAGES", tmp_path)
-    assert cuda_image.cuda_image("resize") is None
+    monkeypatch.setattr(cuda_binary, "FOLDER", tmp_path)
+    assert cuda_binary.cuda_binary("resize") is None
     (tmp_path / "resize.fatbin").write_bytes(b"code")
-    assert cuda_image.cuda_image("resize") is None
+    assert cuda_binary.cuda_binary("resize") is None
     facts = {"architectures": [80, 90], "ptx": None, "nvcc": "11.8.89"}
     (tmp_path / "resize.json").write_text(json.dumps(facts))
-    image = cuda_image.cuda_image("resize")
+    image = cuda_binary.cuda_binary("resize")
     assert image == (b"code", (80, 90), None, "11.8.89")
-    assert str(image) == "CUDA image for sm_80, sm_90 (nvcc 11.8.89)"
-    assert str(image._replace(ptx=90)).startswith("CUDA image for sm_80, sm_90 and, as PTX, later")
+    assert str(image) == "CUDA binary for sm_80, sm_90 (nvcc 11.8.89)"
+    assert str(image._replace(ptx=90)).startswith("CUDA binary for sm_80, sm_90 and, as PTX, later")
 
 
 # ---- the step that builds them
@@ -156,7 +156,7 @@ class Step:
         self.log.write_text("")
         given = {"PATH": self.folder / "nothing", **settings}
         done = python(
-            *("setup.py", "-q", "build_cuda_images", "--build-lib", self.folder / "lib"),
+            *("setup.py", "-q", "build_cuda_binaries", "--build-lib", self.folder / "lib"),
             where=self.tree,
             code=code,
             FAKE_KNOWS=knows or " ".join(f"sm_{arch}" for arch in ARCHITECTURES),
@@ -210,7 +210,7 @@ def test_the_compiler_is_cuda_homes_then_paths_then_a_fetched_one(step: Step) ->
 
 def test_without_a_compiler_it_says_so_and_fails_only_if_asked_to_build(step: Step) -> None:
     said = step.run()
-    assert "No CUDA images were built: no nvcc in CUDA_HOME or PATH" in said
+    assert "No CUDA binaries were built: no nvcc in CUDA_HOME or PATH" in said
     assert "VITRAIL_CUDA=1" in said
     assert "error: no nvcc in CUDA_HOME or PATH" in step.run(code=1, VITRAIL_CUDA="1")
 
@@ -220,7 +220,7 @@ def test_a_failing_compiler_has_its_words_and_leaves_nothing(step: Step) -> None
     step.run(PATH=path)
     assert step.facts()
     said = step.run(PATH=path, fails="no such thing")
-    assert "No CUDA images were built: " in said
+    assert "No CUDA binaries were built: " in said
     assert "exit status 2\nresize.cu(7): error: no such thing" in said
     assert not step.built.exists(), "an older image is left"
     said = step.run(PATH=path, fails="no such thing", code=1, VITRAIL_CUDA="1")
@@ -310,9 +310,9 @@ def test_the_wheel_imports_without_gpu_compiler_or_toolkit(wheel: Path, tmp_path
     code = """
         import sys, vitrail, vitrail_kernels
         from vitrail import info
-        from vitrail_kernels.cuda_image import cuda_image
+        from vitrail_kernels.cuda_binary import cuda_binary
         print(vitrail.__file__, vitrail_kernels.__file__, sep="\\n")
-        image, facts = cuda_image("resize"), info.read(sys.argv[1])[1]["serving"]
+        image, facts = cuda_binary("resize"), info.read(sys.argv[1])[1]["serving"]
         print(facts["kernels"].partition("; ")[2], facts["native"], sep="\\n")
         native = sys.modules.get("vitrail._C")
         print(native and native.__file__, len(image.code) if image else 0, sep="\\n")
@@ -328,10 +328,10 @@ def test_the_wheel_imports_without_gpu_compiler_or_toolkit(wheel: Path, tmp_path
     else:
         assert "pure Python" in native
     if f"{IMAGES}/resize.fatbin" in built:
-        assert resize.startswith("resize: CUDA image for sm_80")
+        assert resize.startswith("resize: CUDA binary for sm_80")
         assert int(size) == (site / IMAGES / "resize.fatbin").stat().st_size > 10_000
     else:
-        assert (resize, size) == ("resize: Triton, no CUDA image was built", "0")
+        assert (resize, size) == ("resize: Triton, no CUDA binary was built", "0")
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_without_any_compiler_the_wheel_is_pure_python(tree: Path, tmp_path: Pat
     settings = {"PATH": str(tmp_path / "nothing"), "CC": "false", "CXX": "false"}
     said = hook("build_wheel", tree, tmp_path, **settings)
     assert "vitrail._C was not built" in said
-    assert "No CUDA images were built" in said
+    assert "No CUDA binaries were built" in said
     (wheel,) = tmp_path.glob("*.whl")
     assert names(wheel) == packed_sources(tree)
 

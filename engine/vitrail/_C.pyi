@@ -47,7 +47,7 @@ class Gpu:
     @property
     def multiprocessors(self) -> int: ...
 
-class CudaImage:
+class CudaBinary:
     """Kernels written in CUDA C++: a fatbin, or a cubin, in a GPU's context.
 
     Any number of threads may use one at once. Raises ValueError for code that is neither or is cut

@@ -1,4 +1,4 @@
-"""CUDA images through `vitrail._C`, and the native runner's resize by one: on a driver stand-in."""
+"""CUDA binaries through `vitrail._C`, and the native runner's resize, on a driver stand-in."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from vitrail.runtime.triton import TritonRunner
 from vitrail.tools import info
 from vitrail.weights.folding import Weights
 from vitrail_kernels import OPERATORS
-from vitrail_kernels import cuda_image as built
+from vitrail_kernels import cuda_binary as built
 from vitrail_kernels.compile import compile_kernel, source_of
-from vitrail_kernels.cuda_image import CudaImage
+from vitrail_kernels.cuda_binary import CudaBinary
 from vitrail_kernels.launch import Target
 from vitrail_kernels.ops.resize import FIELDS
 
@@ -41,7 +41,7 @@ KERNELS = {cuda_resize.ACROSS: [8] * 5 + [4] * 3, cuda_resize.DOWN: [8] * 4 + [4
 
 pytestmark = pytest.mark.skipif(
     native.MISSING is not None or not standin.compiler(),
-    reason="CUDA images: needs vitrail._C and a C++ compiler",
+    reason="CUDA binaries: needs vitrail._C and a C++ compiler",
 )
 
 
@@ -69,7 +69,7 @@ def gpu(driver: standin.Standin) -> Any:
 def load(gpu: Any, code: bytes) -> Any:
     from vitrail import _C
 
-    return _C.CudaImage(gpu, code)
+    return _C.CudaBinary(gpu, code)
 
 
 # -- the binding -----------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_code_that_is_no_image_or_cut_short_never_reaches_the_driver(
     before = driver.calls()
     for code in (b"", bytes(100), b".version 8.0\n" * 9, cubin({"kernel": []})[:60]):
         with pytest.raises(
-            ValueError, match=r"CUDA image: got .* bytes, wanted a fatbin or a cubin"
+            ValueError, match=r"CUDA binary: got .* bytes, wanted a fatbin or a cubin"
         ):
             load(gpu, code)
     with pytest.raises(ValueError, match="got 215 bytes, wanted all of a fatbin of 216"):
@@ -149,7 +149,7 @@ def test_an_image_that_the_driver_has_no_use_for_is_its_error(
 
     fatbin = b"\x50\xed\x55\xba\x01\x00\x10\x00" + (200).to_bytes(8, "little") + bytes(200)
     for code, wanted in ((fatbin, 200), (cubin({"kernel": []}, 80), 209)):
-        with pytest.raises(_C.DriverError, match=r"^CUDA image: cuModuleLoadData: ") as caught:
+        with pytest.raises(_C.DriverError, match=r"^CUDA binary: cuModuleLoadData: ") as caught:
             load(gpu, code)
         assert caught.value.code == wanted
     assert driver.live().modules == 0
@@ -214,12 +214,14 @@ def runner(driver: standin.Standin, weights: Weights) -> Runner:
     return Runner(weights, torch.float16, CPU, str(driver.path))
 
 
-def image_of(code: bytes) -> CudaImage:
-    return CudaImage(code, (90,), None, "13.0")
+def image_of(code: bytes) -> CudaBinary:
+    return CudaBinary(code, (90,), None, "13.0")
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, image: CudaImage | None) -> None:
-    monkeypatch.setattr(cuda_resize, "cuda_image", lambda name: image if name == "resize" else None)
+def serve(monkeypatch: pytest.MonkeyPatch, image: CudaBinary | None) -> None:
+    monkeypatch.setattr(
+        cuda_resize, "cuda_binary", lambda name: image if name == "resize" else None
+    )
 
 
 def batch(count: int = 3) -> Packed:
@@ -251,7 +253,7 @@ def test_the_cuda_kernels_are_launched_on_what_was_packed(
     monkeypatch.setenv(native.OVERLAP, str(int(overlap)))
     serve(monkeypatch, image_of(cubin(KERNELS)))
     serving, packed = runner(driver, weights), batch()
-    assert serving.resizer == "CUDA image for sm_90 (nvcc 13.0)"
+    assert serving.resizer == "CUDA binary for sm_90 (nvcc 13.0)"
     out = resized(packed, serving)
     launches = driver.launched()
     check_launches(launches, packed, out)
@@ -281,15 +283,15 @@ def test_the_kernels_of_resize_cu_take_what_they_are_launched_with(
 
 
 REFUSALS = {
-    "nothing was built": (None, "no CUDA image was built"),
+    "nothing was built": (None, "no CUDA binary was built"),
     "another architecture": (
         cubin(KERNELS, 80),
-        r"the driver refuses the CUDA image for sm_90 \(nvcc 13.0\): CUDA image: "
+        r"the driver refuses the CUDA binary for sm_90 \(nvcc 13.0\): CUDA binary: "
         "cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU",
     ),
     "an empty fatbin": (
         b"\x50\xed\x55\xba\x01\x00\x10\x00" + bytes(80),
-        "the driver refuses the CUDA image .*: CUDA_ERROR_INVALID_IMAGE",
+        "the driver refuses the CUDA binary .*: CUDA_ERROR_INVALID_IMAGE",
     ),
 }
 
@@ -356,7 +358,7 @@ def test_a_driver_that_loads_lazily_may_refuse_later(
     serve(monkeypatch, image_of(cubin(KERNELS)))
     serving = runner(driver, weights)
     before = driver.calls()
-    assert serving.resizer.startswith("CUDA image")
+    assert serving.resizer.startswith("CUDA binary")
     calls, kinds = driver.calls() - before, list[str]()
     for number in range(1, calls + 1):
         fresh = runner(driver, weights)
@@ -364,7 +366,7 @@ def test_a_driver_that_loads_lazily_may_refuse_later(
         kinds.append(fresh.resizer.partition(",")[0])
         driver.reset()
     loads = 3  # of the image and of two kernels: that a context is given back in vain is no matter
-    assert sorted(kinds) == ["CUDA image for sm_90 (nvcc 13.0)"] * loads + ["Triton kernels"] * (
+    assert sorted(kinds) == ["CUDA binary for sm_90 (nvcc 13.0)"] * loads + ["Triton kernels"] * (
         calls - loads
     )
 
@@ -394,7 +396,7 @@ def test_a_device_out_of_memory_resizes_in_halves(
     serve(monkeypatch, image_of(cubin(KERNELS)))
     serving = runner(driver, weights)
     (crops,) = device_batch(framed_ones(5), serving, ENOUGH).crops
-    assert serving.resizer.startswith("CUDA image")
+    assert serving.resizer.startswith("CUDA binary")
     driver.fail_launch(1, 2)
     assert crops[:].shape[0] == 5
     names = [launch.name for launch in driver.launched()]
@@ -425,16 +427,16 @@ def test_info_says_what_would_resize(
 ) -> None:
     path, before = str(driver.path), driver.live()
     serve(monkeypatch, image_of(cubin(KERNELS)))
-    assert info._resize("native", path) == "CUDA image for sm_90 (nvcc 13.0)"
+    assert info._resize("native", path) == "CUDA binary for sm_90 (nvcc 13.0)"
     serve(monkeypatch, image_of(cubin(KERNELS, 80)))
     assert info._resize("native", path).startswith(
-        "Triton, since the driver refuses the CUDA image for sm_90 (nvcc 13.0): "
+        "Triton, since the driver refuses the CUDA binary for sm_90 (nvcc 13.0): "
     )
     serve(monkeypatch, None)
-    assert info._resize("native", path) == "Triton, since no CUDA image was built"
+    assert info._resize("native", path) == "Triton, since no CUDA binary was built"
     assert info._resize("native", "libnone.so").startswith("not known: libnone.so: ")
-    monkeypatch.setattr(built, "cuda_image", lambda name: None)
-    assert info._resize("triton") == "Triton, no CUDA image was built"
-    monkeypatch.setattr(built, "cuda_image", lambda name: image_of(b""))
-    assert info._resize("reference") == "CUDA image for sm_90 (nvcc 13.0)"
+    monkeypatch.setattr(built, "cuda_binary", lambda name: None)
+    assert info._resize("triton") == "Triton, no CUDA binary was built"
+    monkeypatch.setattr(built, "cuda_binary", lambda name: image_of(b""))
+    assert info._resize("reference") == "CUDA binary for sm_90 (nvcc 13.0)"
     assert driver.live() == before

@@ -19,7 +19,7 @@ from interpreted.test_resize import CASES, mixed, photo
 from kernels.test_resize_operator import Batch, Run, differing, pillow
 from vitrail.runtime import native
 from vitrail.runtime.cuda_resize import CudaResize
-from vitrail_kernels.cuda_image import CudaImage, cuda_image
+from vitrail_kernels.cuda_binary import CudaBinary, cuda_binary
 from vitrail_kernels.ops.resize import Tables
 
 SOURCE = Path(__file__).parents[2] / "csrc/resize.cu"
@@ -27,7 +27,7 @@ SOURCE = Path(__file__).parents[2] / "csrc/resize.cu"
 
 @pytest.fixture(scope="session")
 def nvcc(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
-    """Compiles resize.cu with the options of csrc/cuda_images.py and those that it is given."""
+    """Compiles resize.cu with the options of csrc/cuda_binaries.py and those that it is given."""
     home = os.environ.get("CUDA_HOME")
     program = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if program is None:
@@ -43,16 +43,16 @@ def nvcc(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def image(nvcc: Callable[..., bytes]) -> CudaImage:
+def image(nvcc: Callable[..., bytes]) -> CudaBinary:
     """The image that was installed, or one of the two architectures."""
-    if (installed := cuda_image("resize")) is not None:
+    if (installed := cuda_binary("resize")) is not None:
         return installed
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
-    return CudaImage(nvcc("-fatbin", "--no-compress", *codes), (80, 90), None, "unknown")
+    return CudaBinary(nvcc("-fatbin", "--no-compress", *codes), (80, 90), None, "unknown")
 
 
 @pytest.fixture
-def kernels(device: Device, image: CudaImage, nvcc: Callable[..., bytes]) -> CudaResize:
+def kernels(device: Device, image: CudaBinary, nvcc: Callable[..., bytes]) -> CudaResize:
     ptx = nvcc("-ptx", f"-arch=sm_{device.arch}").decode()
     device.emulation.source(image.code, ptx)
     gpu = native._C.Gpu(str(device.driver.path), 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vitrail_kernels.cuda_image import CudaImage, cuda_image
+from vitrail_kernels.cuda_binary import CudaBinary, cuda_binary
 from vitrail_kernels.launch import cdiv
 from vitrail_kernels.ops.resize import check_resize
 
@@ -32,11 +32,11 @@ class CudaResize:
     `_C.DriverError` where the driver refuses the image.
     """
 
-    def __init__(self, gpu: _C.Gpu, image: CudaImage, overlap: bool = False) -> None:
+    def __init__(self, gpu: _C.Gpu, image: CudaBinary, overlap: bool = False) -> None:
         from vitrail import _C
 
         self.image = image
-        self._loaded = _C.CudaImage(gpu, image.code)
+        self._loaded = _C.CudaBinary(gpu, image.code)
         self._overlap = overlap and gpu.capability >= OVERLAPPING
         # a driver that loads lazily says only now whether it can
         none = torch.empty(0, device="cpu")
@@ -87,9 +87,9 @@ def open_resize(gpu: _C.Gpu, overlap: bool = False) -> CudaResize | str:
     """
     from vitrail import _C
 
-    image = cuda_image("resize")
+    image = cuda_binary("resize")
     if image is None:
-        return "no CUDA image was built"
+        return "no CUDA binary was built"
     try:
         return CudaResize(gpu, image, overlap)
     except _C.DriverError as error:

@@ -1,6 +1,6 @@
 """The operator `resize` by its Triton kernels, launched through the driver.
 
-They serve if no CUDA image was built. Their numbers follow from every single image, so they are no
+They serve if no CUDA binary was built. Their numbers follow from every single image, so they are no
 plan; Triton's own launcher would need a C compiler.
 """
 
@@ -28,7 +28,7 @@ class TritonResize:
 
     def __init__(self, gpu: _C.Gpu, target: Target) -> None:
         self._gpu, self._target = gpu, target
-        self._loaded: dict[str, tuple[_C.CudaImage, str, int, int]] = {}
+        self._loaded: dict[str, tuple[_C.CudaBinary, str, int, int]] = {}
 
     def __call__(self, stream: int, record: Record, *tensors: Tensor) -> None:
         """`resize_ref` on ``stream``; ``record`` gives the image of a kernel by its key. Raises
@@ -41,13 +41,13 @@ class TritonResize:
             blocks = call.grid.blocks
             image.launch(function, blocks, (threads, 1), arguments, stream, False, shared)
 
-    def _kernel(self, call: Call, record: Record) -> tuple[_C.CudaImage, str, int, int]:
+    def _kernel(self, call: Call, record: Record) -> tuple[_C.CudaBinary, str, int, int]:
         from vitrail import _C
 
         key = image_key(call, self._target.arch)
         if key not in self._loaded:
             function, threads, shared, code = kernel_binary(record(key, call))
-            self._loaded[key] = _C.CudaImage(self._gpu, code), function, threads, shared
+            self._loaded[key] = _C.CudaBinary(self._gpu, code), function, threads, shared
         return self._loaded[key]
 
 

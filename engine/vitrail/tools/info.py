@@ -207,13 +207,13 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
 
 
 def _resize(runner: str, library: str | None = None) -> str:
-    """What resizes images on a device; a driver is asked whether it takes the CUDA image."""
+    """What resizes images on a device; a driver is asked whether it takes the CUDA binary."""
     from vitrail.runtime.cuda_resize import CudaResize, open_resize
     from vitrail.runtime.native import DRIVER
-    from vitrail_kernels.cuda_image import cuda_image
+    from vitrail_kernels.cuda_binary import cuda_binary
 
     if runner != "native":
-        return str(cuda_image("resize") or "Triton, no CUDA image was built")
+        return str(cuda_binary("resize") or "Triton, no CUDA binary was built")
     from vitrail import _C
 
     try:

@@ -36,26 +36,26 @@ struct TextFacts {
     int32_t eos = -1;  // below 0: the first of the highest ids ends a text
 };
 
-// `plan`: a number in Package::files. `table`: where the position table begins in the arena.
-struct ProgramFile {
+// `plan`: a number in ExportFolder::files. `table`: where the position table begins in the arena.
+struct EndpointFile {
     std::string name;
     uint32_t plan = 0;
     int64_t table = -1;
 };
 
-// What runs on one architecture, 10 * major + minor.
+// EndpointId runs on one architecture, 10 * major + minor.
 struct Build {
     uint32_t arch = 0;
     std::string fingerprint;  // of the model with these kernels: see vitrail.h
-    std::vector<ProgramFile> programs;
-    std::vector<uint32_t> images;  // numbers in Package::files
+    std::vector<EndpointFile> endpoints;
+    std::vector<uint32_t> kernels;  // indices into ExportFolder::files
 };
 
-class Package {
+class ExportFolder {
   public:
     // Reads and checks what the folder says; no plans, images or weights yet. Throws FormatError
     // where it is not a folder that Vitrail `version` exported.
-    Package(std::string folder, const std::string& version);
+    ExportFolder(std::string path, const std::string& version);
 
     // Throws FormatError, naming what was exported, where `arch` was not.
     const Build& build(uint32_t arch) const;
@@ -64,8 +64,8 @@ class Package {
     // `use` is called from any of them with every chunk: which of `numbers`, where in the file,
     // the bytes. Throws what it throws, and FormatError for a file that is missing or not what
     // was exported, maybe only after its chunks were used.
-    using Use = std::function<void(size_t which, uint64_t at, std::string_view bytes)>;
-    void read(const std::vector<uint32_t>& numbers, const Use& use) const;
+    using ChunkFn = std::function<void(size_t which, uint64_t at, std::string_view bytes)>;
+    void read(const std::vector<uint32_t>& numbers, const ChunkFn& use) const;
 
     // Whole files, in the order of `numbers`.
     std::vector<std::string> read(const std::vector<uint32_t>& numbers) const;
@@ -74,7 +74,7 @@ class Package {
     // bytes, has the arena elsewhere.
     void check_header(std::string_view first) const;
 
-    std::string folder;
+    std::string path;
     std::vector<File> files;
     uint32_t weights = 0;       // a number in `files`
     uint64_t arena_offset = 0;  // in that file, to its end

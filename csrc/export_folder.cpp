@@ -1,4 +1,4 @@
-#include "package.hpp"
+#include "export_folder.hpp"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -16,10 +16,10 @@ namespace vitrail {
 
 namespace {
 
-constexpr size_t kMostThreads = 16;
-constexpr uint64_t kMostModelBytes = uint64_t{64} << 20;
-constexpr uint64_t kMostFiles = 1 << 20;
-constexpr uint32_t kMostSide = 1 << 20;  // of what an image, text or embedding is counted in
+constexpr size_t kMaxThreads = 16;
+constexpr uint64_t kMaxModelBytes = uint64_t{64} << 20;
+constexpr uint64_t kMaxFiles = 1 << 20;
+constexpr uint32_t kMaxSide = 1 << 20;  // of what an image, text or embedding is counted in
 
 [[noreturn]] void refuse(const std::string& where, const std::string& why) {
     throw FormatError(where + ": " + why);
@@ -31,22 +31,22 @@ constexpr uint32_t kMostSide = 1 << 20;  // of what an image, text or embedding 
 
 // Throws FormatError where there is no file.
 uint64_t file_bytes(const std::string& path) {
-    struct stat status {};
+    struct stat status{};
     if (stat(path.c_str(), &status) != 0) refuse_errno(path);
     if (!S_ISREG(status.st_mode)) refuse(path, "got something else, wanted a file");
     return static_cast<uint64_t>(status.st_size);
 }
 
 // A file opened for reading. Throws FormatError where it cannot be.
-class Opened {
+class InputFile {
   public:
-    explicit Opened(std::string path)
+    explicit InputFile(std::string path)
         : path_(std::move(path)), handle_(open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
         if (handle_ < 0) refuse_errno(path_);
     }
-    ~Opened() { close(handle_); }
-    Opened(const Opened&) = delete;
-    Opened& operator=(const Opened&) = delete;
+    ~InputFile() { close(handle_); }
+    InputFile(const InputFile&) = delete;
+    InputFile& operator=(const InputFile&) = delete;
 
     void read(char* to, uint64_t at, size_t bytes) const {
         while (bytes > 0) {
@@ -72,7 +72,7 @@ std::string read_whole(const std::string& path, uint64_t most) {
                "got " + std::to_string(size) + " bytes, wanted at most " + std::to_string(most));
     }
     std::string bytes(static_cast<size_t>(size), '\0');
-    Opened(path).read(bytes.data(), 0, bytes.size());
+    InputFile(path).read(bytes.data(), 0, bytes.size());
     return bytes;
 }
 
@@ -95,7 +95,7 @@ void check_digest(const std::string& bytes, const std::string& manifest) {
     for (const uint8_t byte : digest_of(each)) {
         for (const int half : {byte >> 4, byte & 15}) wanted += "0123456789abcdef"[half];
     }
-    if (read_whole(manifest, kMostModelBytes).find(wanted + '"') == std::string::npos) {
+    if (read_whole(manifest, kMaxModelBytes).find(wanted + '"') == std::string::npos) {
         refuse(manifest, "got another digest of model.vitrail than the file has");
     }
 }
@@ -123,7 +123,7 @@ File read_file(Reader& in) {
 
 uint32_t side(Reader& in) {
     const auto value = in.number<uint32_t>();
-    in.want(value >= 1 && value <= kMostSide, "a size of 0, or out of range");
+    in.want(value >= 1 && value <= kMaxSide, "a size of 0, or out of range");
     return value;
 }
 
@@ -131,14 +131,14 @@ Build read_build(Reader& in) {
     Build build;
     build.arch = in.number<uint32_t>();
     build.fingerprint = in.string();
-    build.programs = in.list([](Reader& reader) {
-        ProgramFile program;
-        program.name = reader.string();
-        program.plan = reader.number<uint32_t>();
-        program.table = reader.number<int64_t>();
-        return program;
+    build.endpoints = in.list([](Reader& reader) {
+        EndpointFile endpoint;
+        endpoint.name = reader.string();
+        endpoint.plan = reader.number<uint32_t>();
+        endpoint.table = reader.number<int64_t>();
+        return endpoint;
     });
-    build.images = in.list([](Reader& reader) { return reader.number<uint32_t>(); });
+    build.kernels = in.list([](Reader& reader) { return reader.number<uint32_t>(); });
     return build;
 }
 
@@ -148,22 +148,23 @@ std::string arch_name(uint32_t arch) { return "sm_" + std::to_string(arch); }
 
 // -- what the folder says ------------------------------------------------------------------------
 
-Package::Package(std::string from, const std::string& version) : folder(std::move(from)) {
-    struct stat status {};
-    if (stat(folder.c_str(), &status) != 0) refuse_errno(folder);
-    if (!S_ISDIR(status.st_mode)) refuse(folder, "got a file, wanted an exported folder");
-    const std::string path = folder + "/model.vitrail", manifest = folder + "/vitrail.json";
-    for (const std::string& wanted : {path, manifest}) {
+ExportFolder::ExportFolder(std::string folder, const std::string& version)
+    : path(std::move(folder)) {
+    struct stat status{};
+    if (stat(path.c_str(), &status) != 0) refuse_errno(path);
+    if (!S_ISDIR(status.st_mode)) refuse(path, "got a file, wanted an exported folder");
+    const std::string record = path + "/model.vitrail", manifest = path + "/vitrail.json";
+    for (const std::string& wanted : {record, manifest}) {
         if (access(wanted.c_str(), F_OK) == 0) continue;
         refuse(wanted, "got no such file, wanted a folder that `vitrail export` wrote");
     }
-    const std::string bytes = read_whole(path, kMostModelBytes);
-    Reader in(bytes, path, kModelMagic);
+    const std::string bytes = read_whole(record, kMaxModelBytes);
+    Reader in(bytes, record, kModelMagic);
     check_digest(bytes, manifest);
     parse(in, version);
 }
 
-void Package::parse(Reader& in, const std::string& version) {
+void ExportFolder::parse(Reader& in, const std::string& version) {
     const std::string theirs = in.string();
     if (theirs != version) {
         in.fail("got an export by Vitrail " + theirs + ", wanted one by " + version);
@@ -194,11 +195,11 @@ void Package::parse(Reader& in, const std::string& version) {
     check_numbers(in);
 }
 
-void Package::check_numbers(const Reader& in) const {
+void ExportFolder::check_numbers(const Reader& in) const {
     const auto listed = [&](uint32_t number) {
         in.want(number < files.size(), "a file that is not listed");
     };
-    in.want(files.size() <= kMostFiles, "too many files");
+    in.want(files.size() <= kMaxFiles, "too many files");
     in.want(vision || text, "no model for images and none for texts");
     listed(weights);
     const uint64_t whole = files[weights].bytes;
@@ -206,50 +207,50 @@ void Package::check_numbers(const Reader& in) const {
             "an arena that does not end where its file does");
     in.want(weight_bytes > 0 && weight_bytes <= arena_bytes, "weights larger than the arena");
     for (const Build& build : builds) {
-        for (const uint32_t image : build.images) listed(image);
-        for (const ProgramFile& program : build.programs) {
-            listed(program.plan);
-            const bool image = program.name == "image.uint8" || program.name == "image.float";
-            const bool scores = program.name == "scores.uint8" || program.name == "scores.float";
+        for (const uint32_t kernel : build.kernels) listed(kernel);
+        for (const EndpointFile& endpoint : build.endpoints) {
+            listed(endpoint.plan);
+            const bool image = endpoint.name == "image.uint8" || endpoint.name == "image.float";
+            const bool scores = endpoint.name == "scores.uint8" || endpoint.name == "scores.float";
             const bool pixels = image || scores;
             in.want(pixels ? vision && !(scores && vision->labels.empty())
-                           : program.name == "text" && text,
-                    "a program for what the model does not take");
-            in.want(!pixels || (program.table % 16 == 0 && program.table >= 0 &&
-                                static_cast<uint64_t>(program.table) >= weight_bytes &&
-                                static_cast<uint64_t>(program.table) < arena_bytes),
+                           : endpoint.name == "text" && text,
+                    "an endpoint for an input that the model does not take");
+            in.want(!pixels || (endpoint.table % 16 == 0 && endpoint.table >= 0 &&
+                                static_cast<uint64_t>(endpoint.table) >= weight_bytes &&
+                                static_cast<uint64_t>(endpoint.table) < arena_bytes),
                     "a position table outside the arena");
         }
     }
 }
 
-const Build& Package::build(uint32_t arch) const {
+const Build& ExportFolder::build(uint32_t arch) const {
     std::string known;
     for (const Build& build : builds) {
         if (build.arch == arch) return build;
         known += (known.empty() ? "" : ", ") + arch_name(build.arch);
     }
-    refuse(folder, "got an export for " + (known.empty() ? "no architecture" : known) +
-                       ", wanted " + arch_name(arch) + ", which this device is");
+    refuse(path, "got an export for " + (known.empty() ? "no architecture" : known) + ", wanted " +
+                     arch_name(arch) + ", which this device is");
 }
 
 // A safetensors file: 8 bytes of the header's length, the header, the tensors.
-void Package::check_header(std::string_view first) const {
-    const std::string path = folder + "/" + files[weights].path;
+void ExportFolder::check_header(std::string_view first) const {
+    const std::string file = path + "/" + files[weights].path;
     uint64_t length = 0;
-    if (first.size() < sizeof length) refuse(path, "got no safetensors header");
+    if (first.size() < sizeof length) refuse(file, "got no safetensors header");
     std::memcpy(&length, first.data(), sizeof length);
     if (arena_offset < sizeof length || length != arena_offset - sizeof length) {
-        refuse(path, "got a header of " + std::to_string(length) + " bytes, wanted one that ends " +
+        refuse(file, "got a header of " + std::to_string(length) + " bytes, wanted one that ends " +
                          "where the arena begins, at byte " + std::to_string(arena_offset));
     }
-    if (first.size() < arena_offset) refuse(path, "got a header longer than a chunk");
+    if (first.size() < arena_offset) refuse(file, "got a header longer than a chunk");
     std::string header(first.substr(sizeof length, static_cast<size_t>(length)));
     header.erase(std::remove(header.begin(), header.end(), ' '), header.end());
     const std::string wanted = "\"data_offsets\":[0," + std::to_string(arena_bytes) + "]";
     if (header.find("\"arena\":{") == std::string::npos ||
         header.find(wanted) == std::string::npos) {
-        refuse(path, "got another tensor in the header, wanted arena with " + wanted);
+        refuse(file, "got another tensor in the header, wanted arena with " + wanted);
     }
 }
 
@@ -257,14 +258,15 @@ void Package::check_header(std::string_view first) const {
 
 namespace {
 
-// One call of Package::read: what the threads share.
-class Reading {
+// One call of ExportFolder::read: what the threads share.
+class ParallelRead {
   public:
-    Reading(const Package& package, const std::vector<uint32_t>& numbers, const Package::Use& use)
+    ParallelRead(const ExportFolder& folder, const std::vector<uint32_t>& numbers,
+                 const ExportFolder::ChunkFn& use)
         : use_(use) {
         for (const uint32_t number : numbers) {
-            const File& file = package.files[number];
-            const std::string& path = paths_.emplace_back(package.folder + "/" + file.path);
+            const File& file = folder.files[number];
+            const std::string& path = paths_.emplace_back(folder.path + "/" + file.path);
             const uint64_t bytes = file_bytes(path);
             if (bytes != file.bytes) {
                 refuse(path, "got " + std::to_string(bytes) + " bytes, wanted " +
@@ -278,7 +280,7 @@ class Reading {
 
     void run() {
         const size_t cores = std::max(1u, std::thread::hardware_concurrency());
-        const size_t wanted = std::min({kMostThreads, cores, jobs_.size()});
+        const size_t wanted = std::min({kMaxThreads, cores, jobs_.size()});
         std::vector<std::thread> others;
         try {
             others.reserve(wanted);
@@ -296,7 +298,7 @@ class Reading {
     void work() noexcept {
         try {
             const std::unique_ptr<char[]> buffer(new char[kChunkBytes]);  // not filled with zeros
-            std::optional<Opened> file;  // of the job before
+            std::optional<InputFile> file;  // of the job before
             size_t opened = 0;
             for (size_t next; (next = next_.fetch_add(1)) < jobs_.size();) {
                 const auto [which, chunk] = jobs_[next];
@@ -315,10 +317,10 @@ class Reading {
         }
     }
 
-    const Package::Use& use_;
+    const ExportFolder::ChunkFn& use_;
     std::vector<std::string> paths_;
     std::vector<uint64_t> bytes_;
-    std::vector<std::vector<Digest>> digests_;     // by file and chunk
+    std::vector<std::vector<Digest>> digests_;  // by file and chunk
     std::vector<std::pair<size_t, size_t>> jobs_;  // file, chunk
     std::atomic<size_t> next_{0};
     std::atomic<bool> failed_{false};
@@ -327,23 +329,23 @@ class Reading {
 
 }  // namespace
 
-void Package::read(const std::vector<uint32_t>& numbers, const Use& use) const {
-    Reading reading(*this, numbers, use);
+void ExportFolder::read(const std::vector<uint32_t>& numbers, const ChunkFn& use) const {
+    ParallelRead reading(*this, numbers, use);
     reading.run();
     for (size_t which = 0; which < numbers.size(); ++which) {
         const File& file = files[numbers[which]];
         if (reading.digest(which) != file.digest) {
-            refuse(folder + "/" + file.path, "got other bytes than were exported");
+            refuse(path + "/" + file.path, "got other bytes than were exported");
         }
     }
 }
 
-std::vector<std::string> Package::read(const std::vector<uint32_t>& numbers) const {
+std::vector<std::string> ExportFolder::read(const std::vector<uint32_t>& numbers) const {
     std::vector<std::string> whole(numbers.size());
     for (size_t which = 0; which < numbers.size(); ++which) {
         const File& file = files[numbers[which]];
         // the size is believed only once the file has been seen to have it
-        const uint64_t there = file_bytes(folder + "/" + file.path);
+        const uint64_t there = file_bytes(path + "/" + file.path);
         whole[which].resize(static_cast<size_t>(std::min(there, file.bytes)));
     }
     read(numbers, [&](size_t which, uint64_t at, std::string_view bytes) {
