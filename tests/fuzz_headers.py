@@ -31,15 +31,9 @@ from typing import Any, BinaryIO
 import safetensors
 
 from gauge import peak_kib
-from vitrail.checkpoint.header import (
-    DTYPE_BITS,
-    MAX_DEPTH,
-    MAX_HEADER_BYTES,
-    MAX_STRUCTURE,
-    MAX_TENSORS,
-    TensorEntry,
-    read_header,
-)
+from vitrail.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from vitrail.checkpoint.strict_json import MAX_DEPTH, MAX_STRUCTURE
+from vitrail.checkpoint.tensors import TensorEntry
 from vitrail.errors import CheckpointError
 
 CASE_SECONDS, HANG_SECONDS = 1.0, 30.0

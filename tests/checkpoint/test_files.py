@@ -29,20 +29,10 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
 from gauge import fastest, within
-from vitrail.checkpoint.files import (
-    TensorEntry,
-    TensorReader,
-    open_checkpoint,
-    read_header,
-    read_json,
-)
-from vitrail.checkpoint.header import (
-    DTYPE_BITS,
-    MAX_DEPTH,
-    MAX_HEADER_BYTES,
-    MAX_JSON_BYTES,
-    MAX_TENSORS,
-)
+from vitrail.checkpoint.files import open_checkpoint
+from vitrail.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from vitrail.checkpoint.strict_json import MAX_DEPTH, MAX_JSON_BYTES, read_json
+from vitrail.checkpoint.tensors import TensorEntry, TensorReader
 from vitrail.errors import CheckpointError, InputError
 
 CONFIG = {"model_type": "vit", "hidden_size": 8}
@@ -433,7 +423,8 @@ import sys, time
 from pathlib import Path
 from gauge import peak_kib
 from vitrail.errors import CheckpointError
-from vitrail.checkpoint.files import read_header, read_json
+from vitrail.checkpoint.header import read_header
+from vitrail.checkpoint.strict_json import read_json
 read = read_json if sys.argv[1].endswith("json") else read_header
 before, start, outcome = peak_kib(), time.thread_time(), "read"
 try:
@@ -797,7 +788,8 @@ import os, socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("a local folder asked for the network")
 socket.socket = socket.create_connection = socket.getaddrinfo = refuse
-from vitrail.checkpoint.files import TensorReader, open_checkpoint
+from vitrail.checkpoint.files import open_checkpoint
+from vitrail.checkpoint.tensors import TensorReader
 checkpoint = open_checkpoint(sys.argv[1])
 with TensorReader() as reader:
     for entry in checkpoint.tensors.values():

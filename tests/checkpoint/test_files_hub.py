@@ -86,8 +86,8 @@ def test_what_the_cache_lacks_is_said_with_what_to_do(
     hub_cache(cache, HUB_FILES)
     refused(
         lambda: open_checkpoint(typed, revision=revision, local_files_only=local_files_only),
-        f"{typed}: no such local folder, not all in the hub's cache, and the hub was not or could",
-        "load it once without local_files_only, or give a local folder",
+        f"{typed}: no such local folder, not complete in the hub's cache, and the hub is out of",
+        "download it once while online, or give a local folder",
     )
 
 
@@ -109,7 +109,7 @@ def test_a_cache_without_tokenizer_is_enough_and_without_weights_is_not(cache: P
     (snapshot / "model.safetensors").rename(snapshot / "model.fp16.safetensors")
     refused(
         lambda: open_checkpoint("org/name", local_files_only=True),
-        "org/name: no such local folder, not all in the hub's cache",
+        "org/name: no such local folder, not complete in the hub's cache",
     )
 
 
@@ -327,7 +327,7 @@ def test_of_a_repository_only_what_is_used_is_downloaded_and_once(
         ("org/pickled", ["org/pickled: got pytorch_model.bin only", "pickles and the like are"]),
         ("org/climbs", ["weight_map: 'w': got '../../../x.safetensors', wanted the plain name"]),
         ("full disk", ["org/large: the download cannot be stored: ", "make room, or set HF_HOME"]),
-        ("after it", ["org/large: no such local folder, not all in the hub's cache"]),
+        ("after it", ["org/large: no such local folder, not complete in the hub's cache"]),
     ],
 )
 def test_what_goes_wrong_with_the_hub_is_said_with_what_to_do(

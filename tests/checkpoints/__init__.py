@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitrail.checkpoint.files import Checkpoint, TensorEntry
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.tensors import TensorEntry
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -302,7 +302,7 @@ def test_info_as_json_is_complete_and_reads_no_weights(
     def read(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("vitrail.checkpoint.files.TensorReader.read_into", read)
+    monkeypatch.setattr("vitrail.checkpoint.tensors.TensorReader.read_into", read)
     facts = json.loads(run("info", clip, "--json").stdout)
     assert facts["spec"]["vision"]["blocks"]["layers"] == 2
     assert facts["spec"]["text"]["eos"] == SIZE - 1

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from helpers import HALVES, assert_close
 from vitrail import runtime as runners
-from vitrail.checkpoint.files import read_header
+from vitrail.checkpoint.header import read_header
 from vitrail.errors import InputError
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import CONFIGS, HALVES, assert_close, make, save
-from vitrail.checkpoint.files import open_checkpoint, read_header
+from vitrail.checkpoint.files import open_checkpoint
+from vitrail.checkpoint.header import read_header
 from vitrail.errors import CheckpointError
 from vitrail.spec import (
     BlockSpec,
@@ -788,7 +789,7 @@ def test_uint8_projection_is_as_accurate_as_pytorch(
 GROWTH = """
 import sys, torch
 from pathlib import Path
-from vitrail.checkpoint.files import read_header
+from vitrail.checkpoint.header import read_header
 from vitrail.spec import BlockSpec, ModelSpec, VisionSpec
 from vitrail.weights.folding import load_weights
 from vitrail.zoo import Source

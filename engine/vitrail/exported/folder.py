@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import (
+from vitrail.checkpoint.contents import (
     CONFIG,
     EXPORT,
     INDEX,
     PREPROCESSOR,
     SINGLE,
     TOKENIZER_CONFIG,
-    Checkpoint,
-    read_json,
 )
-from vitrail.checkpoint.header import parse_json, reading
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.regular import reading
+from vitrail.checkpoint.strict_json import parse_json, read_json
 from vitrail.dtypes import HALVES, named_dtype
 from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.exported.format import (

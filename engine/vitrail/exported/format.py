@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
-from vitrail.checkpoint.header import open_regular, read_exactly, reading
+from vitrail.checkpoint.contents import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
+from vitrail.checkpoint.regular import open_regular, read_exactly, reading
 from vitrail.errors import refusal, show_path
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from vitrail.checkpoint.contents import TOKENIZER_FILES
+from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name, parse_dtype
 from vitrail.errors import (
     CheckpointError,

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
-from vitrail.checkpoint.files import Checkpoint, read_json
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.strict_json import read_json
 from vitrail.errors import CheckpointError, InputError, show_path
 from vitrail.spec import TextSpec
 from vitrail.text.tokens import TokenIds

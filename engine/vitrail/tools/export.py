@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from vitrail._version import __version__
-from vitrail.checkpoint.files import EXPORT
+from vitrail.checkpoint.contents import EXPORT
 from vitrail.dtypes import HALVES, dtype_name, parse_dtype
 from vitrail.durable import draft_folder, write_file, writing
 from vitrail.errors import InputError, VitrailError

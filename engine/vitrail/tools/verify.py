@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitrail.checkpoint.files import EXPORT
+from vitrail.checkpoint.contents import EXPORT
 from vitrail.errors import ImageError, InputError
 from vitrail.image import decoding
 from vitrail.jobs.listing import Source, path_text

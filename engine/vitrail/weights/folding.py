@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.checkpoint.files import TensorReader
+from vitrail.checkpoint.tensors import TensorReader
 from vitrail.dtypes import dtype_name, named_dtype
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vitrail.checkpoint.files import TensorEntry
+from vitrail.checkpoint.tensors import TensorEntry
 from vitrail.dtypes import SAFETENSORS
 from vitrail.errors import CheckpointError
 from vitrail.spec import Shape
