@@ -55,7 +55,7 @@ def _model() -> Any:
     from torch import Tensor
 
     from vitrail.demo import demo
-    from vitrail.model import model as models
+    from vitrail.model import Model, loading, texts
     from vitrail.spec import VisionSpec
     from vitrail.weights.folding import Weights
 
@@ -72,8 +72,8 @@ def _model() -> Any:
         def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
             return torch.zeros(1 + target[0] * target[1], spec.blocks.width)
 
-    models.CPU_TEXT_BYTES = models.ACTIVATION_BYTES  # batches of a GPU
-    checkpoint, spec, _, digest = models.read_model(demo.bundled(), torch.float16)
+    texts.CPU_TEXT_BYTES = texts.ACTIVATION_BYTES  # batches of a GPU
+    checkpoint, spec, _, digest = loading.read_model(demo.bundled(), torch.float16)
     blocks = dataclasses.replace(spec.text.blocks, width=512, layers=12, heads=8, mlp=2048)
     text = dataclasses.replace(spec.text, blocks=blocks, context=77, vocab=49408, projection=512)
     vision = dataclasses.replace(spec.vision, projection=512)
@@ -82,23 +82,25 @@ def _model() -> Any:
     weights = Weights(zeros.tensors, zeros.arena, logit_scale=100.0)
     driver = host.standin()
     runner = Idle(weights, torch.float16, torch.device("cpu"), str(driver.path))
-    return models.Model(checkpoint, spec, digest, runner)
+    return Model(checkpoint, spec, digest, runner)
 
 
 def _runs() -> dict[str, Callable[[], Any]]:
     """The cases, and the tokenizer alone."""
     import torch
 
+    from vitrail.model.labels import LabelCache
+
     torch.set_num_threads(1)
     model, captions = _model(), _captions(CAPTIONS)
     ids = model.tokenize(captions)
     pixels = torch.zeros(1, 3, *model.spec.vision.image)
     labels = [f"a {word} {number}" for number in range(LABELS // 10) for word in WORDS[:10]]
-    backend = model._tokenizer._backend
+    backend = model._texts.tokenizer()._backend
 
     def classify(new: bool) -> Any:
         if new:
-            model._labels.clear()
+            model._labels = LabelCache(model._texts)
         return model.classify(pixels, labels)
 
     def tokenizer() -> None:

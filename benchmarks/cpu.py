@@ -154,7 +154,7 @@ def pixels(folder: Path) -> Results:
 
 FIRST = """
 import sys, time
-import torch, vitrail, PIL.Image, vitrail.model.model
+import torch, vitrail, PIL.Image, vitrail.model
 start = time.perf_counter()
 model = vitrail.load(sys.argv[1])
 model.encode_image(PIL.Image.new("RGB", (640, 480)))
@@ -163,7 +163,7 @@ print(time.perf_counter() - start)
 
 GROWTH = """
 import json, sys
-import torch, vitrail, vitrail.model.model
+import torch, vitrail, vitrail.model
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     values = {l.split(":")[0]: l.split()[1] for l in lines if l.startswith(("VmRSS", "VmHWM"))}

@@ -103,7 +103,7 @@ def text_case(spec: TextSpec, device: str) -> Case:
 
 FIRST = """
 import json, sys, time
-import torch, PIL.Image, vitrail.model.model
+import torch, PIL.Image, vitrail.model
 start = time.perf_counter()
 if sys.argv[2] == "cuda":
     torch.zeros(1, device="cuda")

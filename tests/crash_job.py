@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import vitrail.model.model
+import vitrail.model
 from vitrail.jobs import folder as job
 from vitrail.jobs.listing import find_images
 
@@ -69,7 +69,7 @@ def work(request: dict[str, Any], answers: int) -> None:
     grown: list[tuple[int, int]] = []
     for name in CALLS:
         setattr(os, name, patched(name, request, made))
-    model = vitrail.model.model.load(request["model"])
+    model = vitrail.load(request["model"])
     sources = find_images([], [request["list"]]).sources
     os.write(answers, b"{}\n")
     commit = job.commit

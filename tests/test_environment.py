@@ -31,7 +31,8 @@ import standin
 import vitrail
 from vitrail import runtime as runners
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError, VitrailError
-from vitrail.model.model import Model, read_model
+from vitrail.model.loading import read_model
+from vitrail.model.model import Model
 from vitrail.plan import lowering as program
 from vitrail.plan.lowering import image_key
 from vitrail.runtime import choose, extension, kernel_cache, native, why_not_native
@@ -82,7 +83,7 @@ def open_model(driver: standin.Standin) -> Model:
 def embed(model: Model, size: tuple[int, int] = (64, 64)) -> tuple[int, ...]:
     """Shape of the embedding of two images: what the stand-in writes there are no numbers."""
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
-    return model._vision_tower("embed").embed(pixels)["vision.embedding"].shape
+    return model._image_encoder("embed").tower.embed(pixels)["vision.embedding"].shape
 
 
 # -- compilers -------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def test_the_native_runner_never_asks_for_a_c_compiler(
     model = open_model(driver)
     assert embed(model) == embed(model, (48, 80)) == (2, 128)
     texts = TokenIds.of([[1, 2, 3]])
-    assert model._text_tower("text").embed(texts)["text.embedding"].shape == (1, 128)
+    assert model._text_encoder("text").tower.embed(texts)["text.embedding"].shape == (1, 128)
 
 
 # -- the cache of kernels --------------------------------------------------------------------------
@@ -596,7 +597,7 @@ def test_memory_that_lacks_for_one_item_is_our_error(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(type(model._vision_tower("")), "embed", full)
+    monkeypatch.setattr(type(model._image_encoder("").tower), "embed", full)
     with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 1\.00 GiB"):
         model.encode_image([PHOTO, PHOTO])
 

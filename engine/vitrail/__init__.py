@@ -12,12 +12,13 @@ from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 
 if TYPE_CHECKING:
     from vitrail.jobs.manifest import Embeddings, read_embeddings
-    from vitrail.model.model import Model, load
+    from vitrail.model.loading import load
+    from vitrail.model.model import Model
     from vitrail.model.outputs import Classification, EncodeResult, Output
 
 _LAZY = {
     "Embeddings": "vitrail.jobs.manifest",
-    "load": "vitrail.model.model",
+    "load": "vitrail.model.loading",
     "read_embeddings": "vitrail.jobs.manifest",
     "Model": "vitrail.model.model",
     "Classification": "vitrail.model.outputs",

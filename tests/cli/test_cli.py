@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import vitrail
 from helpers import assert_close, clip_folder, image_embedding, make, save, small_vocabulary
 from vitrail.cli import app, options
-from vitrail.model import model
+from vitrail.model import loading
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "engine/vitrail/assets/photos"
@@ -254,7 +254,7 @@ def test_inputs_and_output_are_checked_before_the_model_is_loaded(
     def load(*args: object, **options: object) -> None:
         raise AssertionError("loaded for nothing")
 
-    monkeypatch.setattr(model, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     out = tmp_path / "out.npy"
     missing = run("embed", tmp_path / "none.jpg", "--model", "x", "--out", out)
     assert "none.jpg': no such file" in one_line_error(missing)
@@ -396,13 +396,13 @@ def test_the_model_and_the_dtype_come_from_the_environment(clip: Path, photos: P
 def test_where_images_are_resized_is_an_option(
     command: str, clip: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places, load = list[object](), model.load
+    places, load = list[object](), loading.load
 
     def kept(*args: Any, **options: Any) -> Any:
         places.append(options["resize"])
         return load(*args, **options)
 
-    monkeypatch.setattr(model, "load", kept)
+    monkeypatch.setattr(loading, "load", kept)
     arguments = [command, photos / "cat.jpg", "--model", clip]
     arguments += ["--out", photos.parent / "out"] if command == "embed" else ["--labels", "a,b"]
     assert run(*arguments).exit_code == 0

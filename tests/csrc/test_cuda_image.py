@@ -23,7 +23,7 @@ from model.test_crops import ENOUGH, framed_ones
 from runtime.test_runner import CPU, VISION, open_runner
 from standin.calls import cubin
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError
-from vitrail.model.crops import Packed, device_batch, pack, resized
+from vitrail.model.crops import PackedImages, device_batch, pack, resized
 from vitrail.runtime import cuda_resize, native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.triton import TritonRunner
@@ -224,18 +224,18 @@ def serve(monkeypatch: pytest.MonkeyPatch, image: CudaBinary | None) -> None:
     )
 
 
-def batch(count: int = 3) -> Packed:
+def batch(count: int = 3) -> PackedImages:
     """Whose lines are no multiple of 16 bytes."""
     return pack(framed_ones(count, replace(CLIP, crop=(33, 31))), pinned=False)
 
 
-def check_launches(launches: list[standin.Launch], packed: Packed, out: Tensor) -> None:
+def check_launches(launches: list[standin.Launch], packed: PackedImages, out: Tensor) -> None:
     """Grids and blocks by the head of each kernel in resize.cu; addresses by the packed buffer."""
     across, down = launches
     (count, height, width, channels), groups = out.shape, packed.tables.groups.numel()
     numbers, (_, stride) = width * channels, packed.tables.middle
     base = packed.buffer.data_ptr()
-    pixels, images, owners, taps = (base + place.start for place in packed.places)
+    pixels, images, owners, taps = (base + place.start for place in packed.sections)
     assert (across.name, across.block) == ("vitrail_resize_across", (32, 4, 1))
     assert across.grid == (groups * -(-numbers // 32), 1, 1)
     middle, *rest = (one.value for one in across.parameters)
@@ -296,15 +296,17 @@ REFUSALS = {
 }
 
 
-def check_triton_launches(launches: list[standin.Launch], packed: Packed, out: Tensor) -> None:
+def check_triton_launches(
+    launches: list[standin.Launch], packed: PackedImages, out: Tensor
+) -> None:
     """Grids, blocks and integers by the operator's own calls; addresses by the packed buffer."""
     base = packed.buffer.data_ptr()
     places = dict(
-        zip(("pixels_ptr", "images_ptr", "groups_ptr", "taps_ptr"), packed.places, strict=True)
+        zip(("pixels_ptr", "images_ptr", "groups_ptr", "taps_ptr"), packed.sections, strict=True)
     )
     known = {name: base + place.start for name, place in places.items()}
     known |= {"out_ptr": out.data_ptr(), "middle_ptr": launches[0].parameters[0].value}
-    pixels, images, groups, taps = (packed.buffer[place] for place in packed.places)
+    pixels, images, groups, taps = (packed.buffer[place] for place in packed.sections)
     tables = images.view(torch.int64).view(-1, FIELDS), groups.view(torch.int32)
     middle = torch.empty(packed.tables.middle, dtype=torch.uint8)
     calls = OPERATORS["resize"].calls(
@@ -395,7 +397,7 @@ def test_a_device_out_of_memory_resizes_in_halves(
 ) -> None:
     serve(monkeypatch, image_of(cubin(KERNELS)))
     serving = runner(driver, weights)
-    (crops,) = device_batch(framed_ones(5), serving, ENOUGH).crops
+    (crops,) = device_batch(framed_ones(5), serving, ENOUGH).groups
     assert serving.resizer.startswith("CUDA binary")
     driver.fail_launch(1, 2)
     assert crops[:].shape[0] == 5
@@ -413,7 +415,7 @@ def test_a_shape_that_the_kernels_do_not_take_is_refused(
         serving.resize(
             out,
             torch.empty(16, 16, dtype=torch.uint8),
-            packed.buffer[packed.places[0]],
+            packed.buffer[packed.sections[0]],
             *packed.tables[:3],
         )
     assert driver.launched() == []

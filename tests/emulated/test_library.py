@@ -19,7 +19,7 @@ from torch import Tensor
 import emulator
 import standin
 import vitrail
-import vitrail.model.model
+import vitrail.model.loading
 from csrc.test_library import OK, Library, build
 from emulated.device import Device, EmulatedRunner
 from emulated.exports import ARCHITECTURES, SIDE, Export, export
@@ -61,8 +61,8 @@ def python(
         return runners[-1]
 
     open_runner.name = "native"  # type: ignore[attr-defined]
-    monkeypatch.setattr(vitrail.model.model, "NativeRunner", open_runner)
-    monkeypatch.setattr(vitrail.model.model, "choose", lambda *_: "native")
+    monkeypatch.setattr(vitrail.model.loading, "NativeRunner", open_runner)
+    monkeypatch.setattr(vitrail.model.loading, "choose", lambda *_: "native")
     monkeypatch.setattr(triton, "target_of", lambda _: device.target)  # for its fingerprint
     exported.open(device)
     yield vitrail.load(exported.folder)

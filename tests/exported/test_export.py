@@ -35,8 +35,9 @@ from vitrail.durable import write_file
 from vitrail.errors import CheckpointError, InputError, VitrailError
 from vitrail.exported.folder import Exported, open_exported
 from vitrail.exported.format import COPIED, exported_plans, manifest_bytes, pixel_batch
-from vitrail.model import model as models
-from vitrail.model.model import Model, read_model
+from vitrail.model import loading
+from vitrail.model.loading import read_model
+from vitrail.model.model import Model
 from vitrail.plan.lowering import image_record, lower
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
@@ -432,17 +433,19 @@ def natively(driver: standin.Standin, folder: Path) -> Model:
             super().__init__(*given, str(driver.path), exported)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "choose", lambda *_: "native")
-        patch.setattr(models, "NativeRunner", Standing)
+        patch.setattr(loading, "choose", lambda *_: "native")
+        patch.setattr(loading, "NativeRunner", Standing)
         model = vitrail.load(folder, device="cpu")
     assert model.runner == "native"
     return model
 
 
 CALLS: dict[str, Callable[[Model], object]] = {
-    "uint8": lambda model: model._vision_tower("").embed(torch.zeros(3, 32, 32, 3).byte()),
-    "float": lambda model: model._vision_tower("").embed(torch.zeros(40, 3, 32, 32)),
-    "text": lambda model: model._text_tower("").embed(TokenIds.of([[1, 2, 3], [4, 5], [6] * 9])),
+    "uint8": lambda model: model._image_encoder("").tower.embed(torch.zeros(3, 32, 32, 3).byte()),
+    "float": lambda model: model._image_encoder("").tower.embed(torch.zeros(40, 3, 32, 32)),
+    "text": lambda model: model._text_encoder("").tower.embed(
+        TokenIds.of([[1, 2, 3], [4, 5], [6] * 9])
+    ),
 }
 
 
@@ -506,9 +509,9 @@ def test_other_sizes_and_kinds_of_pixels_are_not_taken_for_the_stored_ones(
     fresh = NativeRunner(
         read_model(clip, torch.float16).weights, torch.float16, CPU, str(driver.path)
     )
-    wanted = launches(driver, lambda: serve(whole, fresh)._vision_tower("").embed(pixels))
+    wanted = launches(driver, lambda: serve(whole, fresh)._image_encoder("").tower.embed(pixels))
     ours = natively(driver, whole)
-    assert launches(driver, lambda: ours._vision_tower("").embed(pixels)) == wanted
+    assert launches(driver, lambda: ours._image_encoder("").tower.embed(pixels)) == wanted
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -535,7 +538,7 @@ def test_without_triton_an_image_that_is_not_finite_costs_no_other(
     embedding = torch.zeros(3, 64)
     embedding[1, 5] = float("nan")
     found = {"vision.embedding": embedding}
-    monkeypatch.setattr(model._vision_tower(""), "embed", lambda *_: found)
+    monkeypatch.setattr(model._image_encoder("").tower, "embed", lambda *_: found)
     result = model.encode_image(torch.zeros(3, 3, 32, 32), on_error="skip")
     assert list(result.errors) == [1]
     assert "image 1: the result holds numbers that are not finite" in result.errors[1]

@@ -10,7 +10,7 @@ import torch
 import vitrail
 from gpu.common import DEVICE, DRY, Guarded, same_bits
 from gpu.models import BUNDLED, HALF, RUNNER
-from vitrail.model import model
+from vitrail.model import images as encoder
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.ops.resize import resize_tables
 
@@ -91,8 +91,8 @@ def test_a_model_that_resizes_here_gives_the_bits_of_the_host(
     )
     assert there.resize.startswith("device, by ")
     wanted = host.encode_image(images)
-    for limit in (model.DECODED_BYTES, 1):
-        monkeypatch.setattr(model, "DECODED_BYTES", limit)
+    for limit in (encoder.DECODED_BYTES, 1):
+        monkeypatch.setattr(encoder, "DECODED_BYTES", limit)
         assert same_bits(there.encode_image(images, batch_size=None if DRY else 3), wanted)
 
 

@@ -22,8 +22,8 @@ from vitrail.errors import ImageError, InputError, OutOfMemoryError, VitrailErro
 from vitrail.image import preprocess as images
 from vitrail.image.preprocess import Framed, held_bytes, preprocess_framed, preprocess_uint8
 from vitrail.image.resize import Pixels
-from vitrail.model import model
-from vitrail.model.crops import Batch, DeviceCrops, device_batch, host_batch, pack
+from vitrail.model import images as encoder
+from vitrail.model.crops import CropBatch, DeviceCrops, device_batch, host_batch, pack
 from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.spec import ImageSpec
 
@@ -33,15 +33,17 @@ ENOUGH = 1 << 40
 
 @pytest.fixture(scope="module")
 def runner() -> ReferenceRunner:
-    found = vitrail.load(BUNDLED, resize="device")._resizer
+    images = vitrail.load(BUNDLED, resize="device")._images
+    assert images is not None
+    found = images._resizer
     assert isinstance(found, ReferenceRunner)
     return found
 
 
-def each(batch: Batch) -> list[Any]:
+def each(batch: CropBatch) -> list[Any]:
     """Crops and errors by member."""
     found: dict[int, Any] = dict(batch.errors)
-    for crops in batch.crops:
+    for crops in batch.groups:
         pixels = crops[:]
         assert pixels.shape[1:3] == crops.size
         found |= dict(zip(crops.members, pixels.numpy(), strict=True))
@@ -184,12 +186,12 @@ def test_what_is_resized_at_once_holds_no_more_than_it_may(runner: ReferenceRunn
     whole = sum(held_bytes(one) for one in framed)
     for most in (1, whole // 4, whole // 2, whole):
         batch = device_batch(framed, runner, most)
-        assert sorted(m for crops in batch.crops for m in crops.members) == list(range(9))
-        for crops in batch.crops:
+        assert sorted(m for crops in batch.groups for m in crops.members) == list(range(9))
+        for crops in batch.groups:
             together = sum(held_bytes(framed[member]) for member in crops.members)
             assert together <= most or len(crops.members) == 1
-        assert len(batch.crops) == {1: 9, whole: 1}.get(most, len(batch.crops))
-    assert len(device_batch(framed, runner, whole - 1).crops) == 2
+        assert len(batch.groups) == {1: 9, whole: 1}.get(most, len(batch.groups))
+    assert len(device_batch(framed, runner, whole - 1).groups) == 2
 
 
 def test_the_bytes_held_are_those_that_a_device_needs() -> None:
@@ -205,14 +207,14 @@ def test_the_bytes_held_are_those_that_a_device_needs() -> None:
 def test_a_batch_becomes_one_buffer_that_holds_all() -> None:
     framed = framed_ones(4)
     packed = pack(framed, pinned=False)
-    places = packed.places
-    assert all(place.start % 16 == 0 for place in places)
-    assert all(a.stop <= b.start for a, b in itertools.pairwise(places))
+    sections = packed.sections
+    assert all(section.start % 16 == 0 for section in sections)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(sections))
     pixels = np.concatenate([one.opened.ravel() for one in framed])
-    assert np.array_equal(packed.buffer[places[0]].numpy(), pixels)
-    room = packed.buffer.numpy()
-    for one, view in zip(framed, packed.images, strict=True):
-        assert np.shares_memory(view.opened, room)
+    assert np.array_equal(packed.buffer[sections[0]].numpy(), pixels)
+    memory = packed.buffer.numpy()
+    for one, view in zip(framed, packed.tasks, strict=True):
+        assert np.shares_memory(view.opened, memory)
         assert np.array_equal(view.opened, one.opened)
 
 
@@ -255,7 +257,7 @@ def test_without_memory_for_all_halves_are_resized_to_the_same_bytes(
 ) -> None:
     small = Small(runner.weights, runner.dtype, runner.device)
     framed = framed_ones(7)
-    (crops,), (wanted,) = (device_batch(framed, r, ENOUGH).crops for r in (small, runner))
+    (crops,), (wanted,) = (device_batch(framed, r, ENOUGH).groups for r in (small, runner))
     assert torch.equal(crops[:], wanted[:])
     assert torch.equal(crops[2:5], wanted[2:5])
     assert small.tried == [7, 3, 1, 2, 4, 2, 2], "each was resized once"
@@ -281,8 +283,12 @@ def test_embeddings_and_errors_are_those_of_the_host(
     assert (host.resize, there.resize) == ("host", "device, by PyTorch")
     assert host.fingerprint == there.fingerprint
     given = kinds(tmp_path) * 3
-    for batch_size, limit in ((None, model.DECODED_BYTES), (5, model.DECODED_BYTES), (1, 60_000)):
-        monkeypatch.setattr(model, "DECODED_BYTES", limit)
+    for batch_size, limit in (
+        (None, encoder.DECODED_BYTES),
+        (5, encoder.DECODED_BYTES),
+        (1, 60_000),
+    ):
+        monkeypatch.setattr(encoder, "DECODED_BYTES", limit)
         options: dict[str, Any] = {"batch_size": batch_size, "on_error": "skip"}
         wanted, found = (m.encode_image(given, **options) for m in (host, there))
         assert (found.index, found.errors) == (wanted.index, wanted.errors)
@@ -328,7 +334,7 @@ def test_a_limit_on_bytes_splits_a_call_into_batches(
     wanted = there.encode_image(given)
     (together,) = seen
     seen.clear()
-    monkeypatch.setattr(model, "DECODED_BYTES", 40_000)
+    monkeypatch.setattr(encoder, "DECODED_BYTES", 40_000)
     assert_close(there.encode_image(given), wanted, what="model")
     assert len(seen) > 2
     assert torch.equal(torch.cat(seen), together)

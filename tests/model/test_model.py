@@ -38,6 +38,7 @@ from helpers import (
 )
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 from vitrail.model.outputs import EncodeResult
+from vitrail.model.texts import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -853,13 +854,13 @@ def test_label_embeddings_are_computed_once_for_a_set_of_labels_and_templates(
     pair: tuple[Path, Any, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calls = vitrail.load(pair[0]), []
-    encode = vitrail.Model.encode_text
+    encode = TextEncoder.encode
 
-    def counted(self: vitrail.Model, texts: Any, **options: Any) -> Tensor:
+    def counted(self: TextEncoder, texts: Any, **options: Any) -> Tensor:
         calls.append(list(texts))
         return encode(self, texts, **options)
 
-    monkeypatch.setattr(vitrail.Model, "encode_text", counted)
+    monkeypatch.setattr(TextEncoder, "encode", counted)
     first = model.classify(photos[:2], ["cat", "dog"])
     again = model.classify(photos[:2], ["cat", "dog"])
     assert calls == [["a photo of a cat", "a photo of a dog"]]
@@ -1237,11 +1238,27 @@ def test_weights_at_the_edge_of_fp16_load_and_the_result_says_so(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (("fp32", "float", "float32", torch.float32), torch.float32),
+        (("fp16", "half", "float16", torch.half), torch.float16),
+        (("bf16", "bfloat16", torch.bfloat16), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_dtype_goes_by_every_name_that_pytorch_users_know(
+    pair: tuple[Path, Any, Any], names: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    for name in names:
+        assert vitrail.load(pair[0], dtype=name).dtype == dtype
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": "float64"}, "dtype: got 'float64'"),
         ({"dtype": torch.float64}, r"dtype: got torch\.float64"),
-        ({"dtype": "half"}, "dtype: got 'half'"),
+        ({"dtype": "float8"}, "dtype: got 'float8', wanted 'auto' or one of "),
         ({"dtype": None}, "dtype: got None"),
         ({"dtype": torch.int8}, "dtype"),
         ({"device": "tpu"}, "device: got 'tpu'"),
@@ -1338,14 +1355,15 @@ def test_a_failure_does_not_wait_for_the_batch_decoded_ahead(
     clip: vitrail.Model, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    decode = clip._crops
+    assert clip._images is not None
+    decode = clip._images._crops
 
     def slow(items: Any, size: Any) -> Any:
         if Path("missing.jpg") not in items:
             released.wait(30)
         return decode(items, size)
 
-    monkeypatch.setattr(clip, "_crops", slow)
+    monkeypatch.setattr(clip._images, "_crops", slow)
     begun = time.monotonic()
     with pytest.raises(ImageError, match=r"missing\.jpg"):
         clip.encode_image([Path("missing.jpg"), *photos], batch_size=2)
@@ -1363,7 +1381,7 @@ def test_batches_follow_the_size_that_images_come_out_in(
     config = json.loads((folder / "processor_config.json").read_text())
     config["image_processor"] |= {"do_resize": False, "do_center_crop": False}
     (folder / "processor_config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("vitrail.model.model.ACTIVATION_BYTES", 2 << 20)
+    monkeypatch.setattr("vitrail.model.images.ACTIVATION_BYTES", 2 << 20)
     model = vitrail.load(folder)
     assert model._vision is not None
     sizes: list[int] = []

@@ -15,7 +15,8 @@ from torch import Tensor
 import vitrail
 from vitrail.demo import demo
 from vitrail.errors import InputError
-from vitrail.model import model as models
+from vitrail.model.batches import one_behind
+from vitrail.model.texts import CPU_TEXT_BYTES
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
 from vitrail.runtime.native import SIZES
@@ -140,10 +141,10 @@ def test_100000_captions_take_a_plan_call_a_batch_and_keep_their_order(
         assert {batch for _, batch, _, _ in made} == {batch_size}
         return
     plan, whole = plans.text_pooled(text), 1
-    while plan.arena_bytes(2 * whole, 2 * whole * text.context) <= models.CPU_TEXT_BYTES:
+    while plan.arena_bytes(2 * whole, 2 * whole * text.context) <= CPU_TEXT_BYTES:
         whole *= 2
     arenas = [plan.arena_bytes(batch, tokens) for _, batch, tokens, _ in made]
-    assert max(arenas) <= models.CPU_TEXT_BYTES
+    assert max(arenas) <= CPU_TEXT_BYTES
     # as few as the arena allows, and one more for each length, where a call ends early
     fewest = lengths.sum() / (whole * text.context)
     assert fewest <= len(made) <= fewest + len(set(lengths.tolist()))
@@ -216,6 +217,6 @@ def test_a_batch_is_made_ready_while_the_one_before_is_computed() -> None:
             log.append(f"call {item}")
             yield item
 
-    for item in models._one_behind(made()):
+    for item in one_behind(made()):
         log.append(f"read {item}")
     assert log == ["call 1", "call 2", "read 1", "call 3", "read 2", "read 3"]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from helpers import clip_folder, make, perturb, save
 from vitrail.cli import app
 from vitrail.errors import CheckpointError, InputError
-from vitrail.model import model as engine
+from vitrail.model import loading
 from vitrail.spec import ModelSpec
 from vitrail.tools.verify import Report, verify
 
@@ -48,7 +48,7 @@ def faults(report: Report) -> set[str]:
 
 def check(name: str, folders: dict[str, Path], dtype: str = "float32") -> Report:
     texts = TEXTS if name == "CLIPModel" else []
-    return verify(engine.load(folders[name], dtype=dtype), IMAGES, texts)
+    return verify(loading.load(folders[name], dtype=dtype), IMAGES, texts)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -143,8 +143,8 @@ def test_a_fault_in_the_spec_is_caught(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = engine.read_spec
-    monkeypatch.setattr(engine, "read_spec", lambda checkpoint: plant(real(checkpoint)))
+    real = loading.read_spec
+    monkeypatch.setattr(loading, "read_spec", lambda checkpoint: plant(real(checkpoint)))
     if fault == "the end of a text":
         # An end that no text holds is refused by the engine's own check, before any comparison.
         with pytest.raises(CheckpointError, match="at which the text tower pools"):
@@ -160,7 +160,7 @@ def test_a_fault_in_the_spec_is_caught(
 def test_a_fault_in_the_weights_is_caught_and_its_block_named(
     fault: str, dtype: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine.map_tensors
+    real = loading.map_tensors
 
     def planted(checkpoint: Any, spec: Any) -> Any:
         sources = dict(real(checkpoint, spec))
@@ -174,10 +174,10 @@ def test_a_fault_in_the_weights_is_caught_and_its_block_named(
 
     name = "Dinov2WithRegistersModel"
     if fault == "blocks":
-        monkeypatch.setattr(engine, "map_tensors", planted)
-        loaded = engine.load(folders[name], dtype=dtype)
+        monkeypatch.setattr(loading, "map_tensors", planted)
+        loaded = loading.load(folders[name], dtype=dtype)
     else:
-        loaded = engine.load(folders[name], dtype=dtype)
+        loaded = loading.load(folders[name], dtype=dtype)
         weights = loaded._vision.runner.weights  # type: ignore[union-attr]
         kind = ".up." if fault == "rows" else "scale"
         tensors = {n: t for n, t in weights.tensors.items() if ".1." in n and kind in n}
@@ -199,7 +199,7 @@ def test_without_transformers_it_says_what_it_cannot_see(
     assert report.passed
     assert "transformers is not installed" in report.reference
     assert any("are not seen" in check.text for check in report.checks)
-    loaded = engine.load(folders["CLIPModel"], dtype="float16")
+    loaded = loading.load(folders["CLIPModel"], dtype="float16")
     real = loaded.encode_image
     monkeypatch.setattr(loaded, "encode_image", lambda *a, **k: real(*a, **k).roll(1, 1))
     assert "images" in faults(verify(loaded, IMAGES))
@@ -209,7 +209,7 @@ def test_a_bad_image_is_left_out_and_only_bad_ones_are_an_error(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    loaded = engine.load(folders["ViTModel"])
+    loaded = loading.load(folders["ViTModel"])
     report = verify(loaded, [str(tmp_path / "bad.jpg"), *IMAGES])
     assert report.passed
     assert any("1 left out" in check.text for check in report.checks)
@@ -227,8 +227,8 @@ def test_the_command_says_pass_or_fail_by_its_exit_code(
     good = run(*IMAGES[:2], "--model", folders["CLIPModel"], "--text", "a red cat")
     assert good.exit_code == 0, good.output
     assert good.stdout.endswith("PASS\n")
-    real = engine.read_spec
-    monkeypatch.setattr(engine, "read_spec", lambda c: vision(activation="gelu")(real(c)))
+    real = loading.read_spec
+    monkeypatch.setattr(loading, "read_spec", lambda c: vision(activation="gelu")(real(c)))
     bad = run(*IMAGES[:2], "--model", folders["CLIPModel"])
     assert bad.exit_code == 1
     assert bad.stdout.endswith("FAIL\n")
@@ -245,7 +245,7 @@ def test_the_sample_photos_serve_where_none_are_given(folders: dict[str, Path]) 
 
 def test_the_bundled_model_passes_with_the_captions_of_the_command_itself() -> None:
     """What a newcomer types first; its texts are of at most 24 tokens."""
-    clip = Path(engine.__file__).parents[1] / "assets/clip"
+    clip = Path(loading.__file__).parents[1] / "assets/clip"
     result = run("--model", clip)
     assert result.exit_code == 0, result.output
     assert "the ids of 3 texts are equal" in result.output

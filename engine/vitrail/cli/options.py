@@ -69,9 +69,9 @@ def load(
     local_files_only: bool,
     resize: str = "host",
 ) -> Model:
-    from vitrail.model import model
+    from vitrail.model import loading
 
-    return model.load(
+    return loading.load(
         name,
         device=device,
         dtype=dtype,

@@ -1,5 +1,4 @@
-"""The crops of a batch as the model takes them: resized on the host, or decoded there and resized
-on the device by its runner."""
+"""Crops of a batch as the image tower takes them: made on the host, or resized on the device."""
 
 from __future__ import annotations
 
@@ -14,15 +13,18 @@ from torch import Tensor
 from vitrail.errors import OutOfMemoryError, VitrailError
 from vitrail.image.preprocess import Framed, held_bytes
 from vitrail.image.resize import Pixels
+from vitrail.model.batches import in_halves
 from vitrail.runtime.runner import Runner
 from vitrail_kernels.ops.resize import FIELDS, Size, Tables, resize_tables
 
 ALIGNMENT = 16
 
 
-class Crops(Protocol):
-    """Crops of one ``size`` (height, width). ``members``: which of the batch they are; a slice of
-    them is uint8 (n, height, width, channels), on the host or the device."""
+class CropGroup(Protocol):
+    """Crops of one ``size`` (height, width); ``members``: their indices in the batch.
+
+    A slice of the group is uint8 (n, height, width, channels), on the host or on the device.
+    """
 
     size: Size
     members: list[int]
@@ -30,146 +32,145 @@ class Crops(Protocol):
     def __getitem__(self, part: slice) -> Tensor: ...
 
 
-class Batch(NamedTuple):
-    """What became of the first ``taken`` of some images: why there is no crop, or where it is."""
+class CropBatch(NamedTuple):
+    """The first ``taken`` images of a list: each has an error, or a crop in one of ``groups``."""
 
     taken: int
     errors: dict[int, VitrailError]
-    crops: Sequence[Crops]
+    groups: Sequence[CropGroup]
 
 
 class HostCrops:
-    """Crops that are made."""
+    """Crops that the host has made."""
 
     def __init__(self, size: Size) -> None:
-        self.size, self.members, self._made = size, list[int](), list[Pixels]()
+        self.size, self.members, self._crops = size, list[int](), list[Pixels]()
 
     def add(self, member: int, crop: Pixels) -> None:
         self.members.append(member)
-        self._made.append(crop)
+        self._crops.append(crop)
 
     def __getitem__(self, part: slice) -> Tensor:
-        return torch.from_numpy(np.stack(self._made[part]))
+        return torch.from_numpy(np.stack(self._crops[part]))
 
 
-def host_batch(found: Sequence[Pixels | VitrailError]) -> Batch:
-    """Of `preprocess_uint8`."""
+def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
+    """Group the results of `preprocess_uint8` by size."""
     errors: dict[int, VitrailError] = {}
     groups: dict[Size, HostCrops] = {}
-    for member, crop in enumerate(found):
+    for member, crop in enumerate(results):
         if isinstance(crop, VitrailError):
             errors[member] = crop
         else:
             size = crop.shape[0], crop.shape[1]
             groups.setdefault(size, HostCrops(size)).add(member, crop)
-    return Batch(len(found), errors, list(groups.values()))
+    return CropBatch(len(results), errors, list(groups.values()))
 
 
 def device_batch(
-    found: Sequence[Framed[Pixels] | VitrailError], runner: Runner, most: int
-) -> Batch:
-    """Of `preprocess_framed`. Crops that the device resizes at once hold ``most`` bytes there, or
-    are a single one's."""
+    tasks: Sequence[Framed[Pixels] | VitrailError], runner: Runner, max_bytes: int
+) -> CropBatch:
+    """Group decoded images by crop size, at most ``max_bytes`` of device memory per group.
+
+    An image that needs more gets a group of its own.
+    """
     errors: dict[int, VitrailError] = {}
     groups: dict[Size, list[list[tuple[int, Framed[Pixels]]]]] = {}
-    held: dict[Size, int] = {}  # by the last of a size's groups
-    for member, framed in enumerate(found):
-        if isinstance(framed, VitrailError):
-            errors[member] = framed
+    group_bytes: dict[Size, int] = {}  # of the last group of a size
+    for member, task in enumerate(tasks):
+        if isinstance(task, VitrailError):
+            errors[member] = task
             continue
-        size, needed = (framed.rows.out, framed.columns.out), held_bytes(framed)
-        if size not in held or held[size] + needed > most:
+        size, needed = (task.rows.out, task.columns.out), held_bytes(task)
+        if size not in group_bytes or group_bytes[size] + needed > max_bytes:
             groups.setdefault(size, []).append([])
-            held[size] = 0
-        held[size] += needed
-        groups[size][-1].append((member, framed))
-    crops = [DeviceCrops(group, runner) for of_size in groups.values() for group in of_size]
-    return Batch(len(found), errors, crops)
+            group_bytes[size] = 0
+        group_bytes[size] += needed
+        groups[size][-1].append((member, task))
+    crops = [DeviceCrops(group, runner) for by_size in groups.values() for group in by_size]
+    return CropBatch(len(tasks), errors, crops)
 
 
 class DeviceCrops:
-    """Images that wait to be copied to the device of ``runner`` and resized there, all at once."""
+    """Decoded images that the first slice copies to the device of ``runner`` and resizes there."""
 
-    def __init__(self, images: Sequence[tuple[int, Framed[Pixels]]], runner: Runner) -> None:
-        self.members = [member for member, _ in images]
-        first = images[0][1]
-        self.size = first.rows.out, first.columns.out
-        self._runner = runner
-        self._packed: Packed | None = pack([framed for _, framed in images], self._pinned)
-        self._made: Tensor | None = None
-
-    @property
-    def _pinned(self) -> bool:
-        return self._runner.device.type == "cuda"
+    def __init__(self, members: Sequence[tuple[int, Framed[Pixels]]], runner: Runner) -> None:
+        self.members = [member for member, _ in members]
+        task = members[0][1]
+        self.size = task.rows.out, task.columns.out
+        self._runner, self._pinned = runner, runner.device.type == "cuda"
+        self._packed: PackedImages | None = pack([task for _, task in members], self._pinned)
+        self._crops: Tensor | None = None
 
     def __getitem__(self, part: slice) -> Tensor:
         if self._packed is not None:
-            self._made, self._packed = self._resized(self._packed), None
-        assert self._made is not None, "it was packed, and is resized"
-        return self._made[part]
+            self._crops, self._packed = self._resize(self._packed), None
+        assert self._crops is not None, "the images have been resized"
+        return self._crops[part]
 
-    def _resized(self, packed: Packed) -> Tensor:
-        """In halves where the device has no memory for all, to the same bits."""
-        try:
-            return resized(packed, self._runner)
-        except OutOfMemoryError:
-            half = len(packed.images) // 2
-            if half == 0:
-                raise
-        parts = packed.images[:half], packed.images[half:]
-        return torch.cat([self._resized(pack(part, self._pinned)) for part in parts])
+    def _resize(self, packed: PackedImages) -> Tensor:
+        def resize(tasks: Sequence[Framed[Pixels]]) -> Tensor:
+            return resized(
+                packed if tasks is packed.tasks else pack(tasks, self._pinned), self._runner
+            )
+
+        crops = [part for _, part in in_halves(resize, packed.tasks)]
+        return crops[0] if len(crops) == 1 else torch.cat(crops)
 
 
-class Packed(NamedTuple):
-    """Images one after the other in one ``buffer`` on the host, and behind them the tables of the
-    operator: ``places`` says where pixels, images, groups and taps stand."""
+class PackedImages(NamedTuple):
+    """Images one after another in one host ``buffer``, and after them the tables of `resize`.
 
-    images: list[Framed[Pixels]]
+    ``sections``: the slices of the buffer that hold pixels, images, groups and taps.
+    """
+
+    tasks: list[Framed[Pixels]]
     buffer: Tensor
-    places: list[slice]
+    sections: list[slice]
     tables: Tables
 
 
-def pack(images: Sequence[Framed[Pixels]], pinned: bool) -> Packed:
-    """``images`` of one window, filter and number of channels in a buffer, which they become views
-    of."""
-    first = images[0]
+def pack(tasks: Sequence[Framed[Pixels]], pinned: bool) -> PackedImages:
+    """Copy images of one crop size, filter and channel count into one buffer.
+
+    The tasks returned hold views of that buffer.
+    """
+    task = tasks[0]
     tables = resize_tables(
-        [(rows.source, columns.source) for _, rows, columns, _ in images],
-        [(rows.full, columns.full) for _, rows, columns, _ in images],
-        [(r.start - r.before, c.start - c.before) for _, r, c, _ in images],
-        window=(first.rows.out, first.columns.out),
-        resample=first.resample,
-        channels=first.opened.shape[2],
+        [(rows.source, columns.source) for _, rows, columns, _ in tasks],
+        [(rows.full, columns.full) for _, rows, columns, _ in tasks],
+        [(r.start - r.before, c.start - c.before) for _, r, c, _ in tasks],
+        window=(task.rows.out, task.columns.out),
+        resample=task.resample,
+        channels=task.opened.shape[2],
     )
     sizes = [tables.pixels, *(table.numel() * table.itemsize for table in tables[:3])]
     starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-    places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    sections = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
-    room, views, at = buffer.numpy(), list[Framed[Pixels]](), 0
-    for place, table in zip(places[1:], tables[:3], strict=True):
-        room[place] = table.numpy().ravel().view(np.uint8)
-    for framed in images:
-        pixels = framed.opened
-        view = room[at : at + pixels.size].reshape(pixels.shape)
-        view[...] = pixels
-        views.append(framed._replace(opened=view))
-        at += pixels.size
-    return Packed(views, buffer, places, tables)
+    memory, views, start = buffer.numpy(), list[Framed[Pixels]](), 0
+    for section, table in zip(sections[1:], tables[:3], strict=True):
+        memory[section] = table.numpy().ravel().view(np.uint8)
+    for task in tasks:
+        view = memory[start : start + task.opened.size].reshape(task.opened.shape)
+        view[...] = task.opened
+        views.append(task._replace(opened=view))
+        start += task.opened.size
+    return PackedImages(views, buffer, sections, tables)
 
 
-def resized(packed: Packed, runner: Runner) -> Tensor:
-    """uint8 (N, height, width, channels) on the device of ``runner``, by its kernels.
+def resized(packed: PackedImages, runner: Runner) -> Tensor:
+    """uint8 (N, height, width, channels) on the device of ``runner``, resized by its kernels.
 
-    Raises OutOfMemoryError where the device has too little memory.
+    Raises OutOfMemoryError if the device has too little memory.
     """
-    first, device, count = packed.images[0], runner.device, len(packed.images)
-    shape = count, first.rows.out, first.columns.out, first.opened.shape[2]
+    task, device = packed.tasks[0], runner.device
+    shape = len(packed.tasks), task.rows.out, task.columns.out, task.opened.shape[2]
     try:
         moved = packed.buffer.to(device, non_blocking=True)
         middle = torch.empty(packed.tables.middle, dtype=torch.uint8, device=device)
         out = torch.empty(shape, dtype=torch.uint8, device=device)
-        pixels, images, groups, taps = (moved[place] for place in packed.places)
+        pixels, images, groups, taps = (moved[section] for section in packed.sections)
         images, groups = images.view(torch.int64).view(-1, FIELDS), groups.view(torch.int32)
         runner.resize(out, middle, pixels, images, groups, taps.view(torch.int32))
     except torch.OutOfMemoryError as error:

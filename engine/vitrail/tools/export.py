@@ -35,7 +35,8 @@ from vitrail.exported.format import (
     table_places,
     weights_header,
 )
-from vitrail.model.model import Found, fingerprint, read_model
+from vitrail.model.fingerprint import fingerprint
+from vitrail.model.loading import LoadedCheckpoint, read_model
 from vitrail.plan.lowering import Program, image_key, lower
 from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.torch_runner import ReferenceRunner
@@ -159,7 +160,9 @@ def _image(call: Call, arch: int) -> bytes:
 class _Package:
     """An export in the making: `lower` for every architecture, then `compile`, then `write`."""
 
-    def __init__(self, found: Found, dtype: torch.dtype, size: tuple[int, int] | None) -> None:
+    def __init__(
+        self, found: LoadedCheckpoint, dtype: torch.dtype, size: tuple[int, int] | None
+    ) -> None:
         self.found, self.spec, self.dtype, self.size = found, found.spec, dtype, size
         self.builds: dict[int, _Build] = {}
         self.images: dict[str, bytes] = {}

@@ -25,7 +25,8 @@ from vitrail.checkpoint.contents import EXPORT
 from vitrail.errors import ImageError, InputError
 from vitrail.image import decoding
 from vitrail.jobs.listing import Source, path_text
-from vitrail.model.model import Model, load
+from vitrail.model.loading import load
+from vitrail.model.model import Model
 from vitrail.tools.agreement import CORPUS, Agreement, agree
 
 if TYPE_CHECKING:

@@ -1,0 +1,97 @@
+"""Batches of a call: halves when memory runs out, results one batch behind, rows by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vitrail.errors import OutOfMemoryError, VitrailError
+from vitrail.model.forward import unit
+
+ACTIVATION_BYTES = 256 << 20
+"""Bytes of activations in one batch, unless the caller names a batch size."""
+
+
+class Sliceable(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+Items = TypeVar("Items", bound=Sliceable)
+Result = TypeVar("Result")
+
+
+def in_halves(compute: Callable[[Items], Result], items: Items) -> Iterator[tuple[Items, Result]]:
+    """Yield ``items`` and ``compute(items)``; when memory runs out, the same for each half.
+
+    Halves are halved again, down to single items. Raises OutOfMemoryError (or PyTorch's) if memory
+    has no room for a single item.
+    """
+    try:
+        result = compute(items)
+    except (OutOfMemoryError, torch.OutOfMemoryError):
+        half = len(items) // 2
+        if half == 0:
+            raise
+    else:
+        yield items, result
+        return
+    yield from in_halves(compute, items[:half])
+    yield from in_halves(compute, items[half:])
+
+
+def one_behind(results: Iterable[Result]) -> Iterator[Result]:
+    """Yield each result after the next one has been started.
+
+    A GPU then computes a batch while the host prepares the next one.
+    """
+    previous: list[Result] = []
+    for result in results:
+        yield from previous
+        previous = [result]
+    yield from previous
+
+
+@dataclass(slots=True)
+class ResultRows:
+    """Rows and errors by position in the call. With ``strict``, `check` raises the first error."""
+
+    strict: bool
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    errors: dict[int, VitrailError] = field(default_factory=dict)
+
+    def add(self, position: int, result: Tensor | VitrailError) -> None:
+        if isinstance(result, VitrailError):
+            self.errors[position] = type(result)(f"image {position}: {result}")
+        else:
+            self.rows[position] = result
+
+    def check(self) -> None:
+        """Raise the error of the lowest position if the call is strict."""
+        if self.strict and self.errors:
+            raise self.errors[min(self.errors)]
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The positions that have a row, ascending."""
+        return tuple(sorted(self.rows))
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """The message of each error by position, ascending."""
+        return {position: str(self.errors[position]) for position in sorted(self.errors)}
+
+    def stacked(self, *shape: int, normalize: bool = False) -> Tensor:
+        """The rows as one tensor (N, *``shape``) on the CPU, ascending by position.
+
+        ``normalize`` divides each row (D,) by its length.
+        """
+        if not self.rows:
+            return torch.empty(0, *shape, dtype=torch.float32, device="cpu")
+        stacked = torch.stack([self.rows[position] for position in self.index]).cpu()
+        return unit(stacked) if normalize else stacked

@@ -1,0 +1,44 @@
+"""The fingerprint of a model: a hash of everything that its results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from vitrail._version import __version__
+from vitrail.checkpoint.contents import TOKENIZER_FILES
+from vitrail.checkpoint.files import Checkpoint
+from vitrail.image.decoding import SixteenBit
+from vitrail.spec import ModelSpec
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    weights: str,
+    dtype: torch.dtype,
+    runner: str,
+    sixteen_bit: SixteenBit = "scale",
+) -> str:
+    """64 hex digits, equal for two models that give the same bits; see `Model.fingerprint`.
+
+    ``weights``: the hash of the weights; ``runner``: `Runner.identity`.
+    """
+    files = {name: checkpoint.file(name) for name in TOKENIZER_FILES}
+    tokenizer = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+        if path is not None and spec.text is not None
+    }
+    content = {
+        "weights": weights,
+        "spec": spec.to_dict(),
+        "tokenizer": tokenizer,
+        "sixteen_bit": sixteen_bit,
+        "dtype": str(dtype),
+        "runner": runner,
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,216 @@
+"""Images to embeddings and class scores: preprocess, group by size, compute in batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
+from vitrail.image import preprocess
+from vitrail.image.decoding import PixelInput, SixteenBit
+from vitrail.image.resize import spec_at
+from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
+from vitrail.model.crops import CropBatch, device_batch, host_batch
+from vitrail.model.image_arguments import check_pixels
+from vitrail.model.layers import first_bad_block
+from vitrail.runtime.runner import Runner
+from vitrail.runtime.towers import VisionTower
+from vitrail.spec import ImageSpec
+
+DECODED_IMAGES = 64
+"""Images decoded at once, unless the caller names a batch size."""
+DECODED_BYTES = 256 << 20
+"""Bytes of decoded images, and of their crops, that the device resizes at once."""
+
+
+class ImageEncoder:
+    """The image tower with its preprocessing.
+
+    ``image_spec``: None if ``folder`` has no preprocessor configuration; preprocessed pixels still
+    work. ``resizer``: the runner that resizes on its device; None: the host resizes.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        image_spec: ImageSpec | None,
+        resizer: Runner | None,
+        sixteen_bit: SixteenBit,
+        folder: Path,
+    ) -> None:
+        self.tower, self.image_spec, self.folder = tower, image_spec, folder
+        self._resizer = resizer
+        self._sixteen_bit: SixteenBit = sixteen_bit
+
+    def encode(
+        self,
+        images: Tensor | list[PixelInput],
+        *,
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        strict: bool,
+        scores: bool = False,
+    ) -> ResultRows:
+        """The embedding (D,) fp32 of each image, or its class scores.
+
+        ``images``: preprocessed floats (N, C, H, W), or a list of single images. ``strict``: raise
+        the first error as soon as its batch is done.
+        """
+        result = ResultRows(strict)
+        for positions, pixels in self._batches(images, batch_size, size, result):
+            rows_of = functools.partial(self._rows, pixels, scores)
+            for items, rows in in_halves(rows_of, range(len(positions))):
+                for item, row in zip(items, rows, strict=True):
+                    result.add(positions[item], row)
+            del pixels, rows_of  # or the next batch would be made beside this one
+        return result
+
+    def preprocess(
+        self, images: list[PixelInput], size: tuple[int, int] | None, strict: bool
+    ) -> tuple[Tensor, ResultRows]:
+        """``pixel_values`` (N, C, H, W) fp32 of the images that could be read, and their rows."""
+        spec, tower, result = self._required_spec("preprocess"), self.tower.spec, ResultRows(strict)
+        pixels = preprocess.preprocess_float(
+            images, spec, tower.channels, size=size, sixteen_bit=self._sixteen_bit
+        )
+        for position, image in enumerate(pixels):
+            result.add(
+                position, image if isinstance(image, VitrailError) else torch.from_numpy(image)
+            )
+        result.check()
+        sizes = {tuple(image.shape[1:]) for image in result.rows.values()}
+        if len(sizes) > 1:
+            raise InputError(
+                f"preprocess: got images of sizes {sorted(sizes)}, wanted one size a batch"
+            )
+        resized = spec_at(spec, size)
+        exact = resized.resize[1:] if resized.resize and resized.resize[0] == "exact" else None
+        height, width = resized.crop or exact or tower.image
+        return result.stacked(tower.channels, height, width), result
+
+    def _required_spec(self, call: str) -> ImageSpec:
+        if self.image_spec is None:
+            raise CheckpointError(
+                f"{self.folder}: {call} needs preprocessor_config.json (or "
+                "processor_config.json), which the folder lacks; preprocessed float pixels work"
+            )
+        return self.image_spec
+
+    def _rows(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | VitrailError]:
+        """For each of ``items`` of ``batch`` its row, or an error if the row is not finite."""
+        tower, pixels = self.tower, batch[items.start : items.stop]
+        rows = tower.scores(pixels) if scores else tower.embed(pixels)["vision.embedding"]
+        finite = torch.isfinite(rows).all(dim=1).tolist()
+        return [
+            row if ok else VitrailError(first_bad_block(tower, pixels[item : item + 1]))
+            for item, (row, ok) in enumerate(zip(rows, finite, strict=True))
+        ]
+
+    def _batches(
+        self,
+        images: Tensor | list[PixelInput],
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        result: ResultRows,
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yield the positions and the pixels of each batch; add errors to ``result``."""
+        if isinstance(images, Tensor):
+            yield from self._pixel_batches(images, batch_size, size, result)
+        elif images:
+            yield from self._crop_batches(images, batch_size, size, result)
+
+    def _pixel_batches(
+        self,
+        pixels: Tensor,
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        result: ResultRows,
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        tower = self.tower
+        result.errors |= check_pixels(pixels, tower.spec, self.image_spec, result.strict)
+        pixel_size = tower.size(pixels)
+        if size is not None and tuple(size) != pixel_size:
+            raise InputError(
+                f"size: got {tuple(size)} with preprocessed pixels of {pixel_size}; "
+                "floats are taken as they are, so leave it out"
+            )
+        step = batch_size or tower.batch(pixel_size, ACTIVATION_BYTES)
+        finite = [item for item in range(len(pixels)) if item not in result.errors]
+        for start in range(0, len(finite), step):
+            positions = finite[start : start + step]
+            begin, end = positions[0], positions[-1] + 1
+            adjacent = end - begin == len(positions)
+            yield positions, pixels[begin:end] if adjacent else pixels[positions]
+            result.check()
+
+    def _crop_batches(
+        self,
+        images: list[PixelInput],
+        batch_size: int | None,
+        size: tuple[int, int] | None,
+        result: ResultRows,
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        tower, spec = self.tower, self._required_spec("images")
+        max_batch = tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
+        step = batch_size or min(max_batch, DECODED_IMAGES)
+        for start, batch in self._one_ahead(images, step, size):
+            for member, error in batch.errors.items():
+                result.add(start + member, error)
+            for crops in batch.groups:
+                positions = [start + member for member in crops.members]
+                (height, width), (patch_height, patch_width) = crops.size, tower.spec.patch
+                if height < patch_height or width < patch_width:
+                    too_small = ImageError(
+                        f"got {width}x{height} pixels after preprocessing, "
+                        f"wanted at least one patch of {patch_width}x{patch_height}"
+                    )
+                    for position in positions:
+                        result.add(position, too_small)
+                    continue
+                # without a crop, the size of the images is known only now
+                max_batch = batch_size or tower.batch(crops.size, ACTIVATION_BYTES)
+                for first in range(0, len(positions), max_batch):
+                    part = slice(first, first + max_batch)
+                    yield positions[part], crops[part]
+            result.check()
+
+    def _one_ahead(
+        self, images: list[PixelInput], step: int, size: tuple[int, int] | None
+    ) -> Iterator[tuple[int, CropBatch]]:
+        """Yield the start and the crops of at most ``step`` images at a time.
+
+        The next crops are made on a thread while the caller works on the current ones.
+        """
+        # a pool of the call's own: a forked process would inherit a dead one from the model
+        pool = ThreadPoolExecutor(1, "vitrail-prefetch")
+        start, batch = 0, self._crops(images[:step], size)
+        try:
+            while True:
+                following = start + batch.taken
+                ahead = None
+                if following < len(images):
+                    ahead = pool.submit(self._crops, images[following : following + step], size)
+                yield start, batch
+                if ahead is None:
+                    return
+                start, batch = following, ahead.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _crops(self, images: list[PixelInput], size: tuple[int, int] | None) -> CropBatch:
+        """uint8 crops of the first images: all of them, or as many as `DECODED_BYTES` allow."""
+        spec, channels = self._required_spec("images"), self.tower.spec.channels
+        kind: SixteenBit = self._sixteen_bit
+        if self._resizer is None:
+            return host_batch(
+                preprocess.preprocess_uint8(images, spec, channels, size=size, sixteen_bit=kind)
+            )
+        tasks = preprocess.preprocess_framed(
+            images, spec, channels, enough=DECODED_BYTES, size=size, sixteen_bit=kind
+        )
+        return device_batch(tasks, self._resizer, DECODED_BYTES)

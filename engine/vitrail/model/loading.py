@@ -1,0 +1,139 @@
+"""`load`: a checkpoint or an exported folder to a `Model`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.dtypes import dtype_name
+from vitrail.errors import InputError
+from vitrail.exported.folder import Exported, open_exported
+from vitrail.image.decoding import SixteenBit
+from vitrail.image.preprocess import linear_scale
+from vitrail.model.arguments import Resize, check_device, check_dtype
+from vitrail.model.model import Model
+from vitrail.runtime import RUNNERS, choose
+from vitrail.runtime.native import NativeRunner
+from vitrail.runtime.runner import Runner
+from vitrail.spec import ModelSpec
+from vitrail.weights.folding import Weights, hash_weights, load_weights
+from vitrail.zoo import map_tensors, read_spec
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint as read. The weights are packed, on the CPU; ``hash_weights`` hashes them."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    weights: Weights
+    hash_weights: Callable[[], str]
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    sixteen_bit: SixteenBit = "scale",
+    backend: str = "auto",
+    resize: Resize = "host",
+    runner: str | None = None,
+) -> Model:
+    """Open a model: a checkpoint folder, a hub id, or a folder that ``vitrail export`` wrote.
+
+    A hub id is, for example, ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``. A folder is read without
+    network access.
+
+    ``device``: "cpu", "cuda", "cuda:1" or a torch.device; "auto" is CUDA if there is a GPU, else
+    the CPU.
+    ``dtype``: "float32", "float16", "bfloat16" (also "fp32", "half", "bf16", ...) or a torch.dtype;
+    "auto" is float32 on the CPU and float16 on CUDA. An exported folder has a fixed dtype.
+    ``revision``, ``local_files_only``: as in huggingface_hub.
+    ``sixteen_bit``: 16-bit gray images are scaled to 8 bits, or clipped ("clip"), as transformers
+    does.
+    ``backend``: "native" launches Vitrail's kernels from C++, "triton" launches them from Python,
+    and "torch" uses PyTorch's operators. "auto" is the first of them that can serve the device and
+    the dtype; on the CPU it is "torch". `Model.backend` tells the choice. ``runner`` is the older
+    name of this argument.
+    ``resize``: images are always decoded on the host. They are resized and cropped there ("host"),
+    or on the model's device ("device"), to the same bits. Which of the two is faster on a GPU has
+    not been measured.
+
+    Raises CheckpointError: the files are damaged, or Vitrail cannot serve the checkpoint exactly.
+    InputError: an argument is unknown, or cannot be met on this machine. OutOfMemoryError: the GPU
+    has no room for the weights.
+    """
+    device = check_device(device)
+    compute_dtype = check_dtype(dtype, device)
+    if sixteen_bit not in ("scale", "clip"):
+        raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
+    if resize not in ("host", "device"):
+        raise InputError(f"resize: got {resize!r}, wanted 'host' or 'device'")
+    if runner is not None:
+        if backend != "auto":
+            raise InputError(
+                f"runner: got {runner!r} with backend={backend!r}, wanted backend alone"
+            )
+        backend = runner
+    exported = open_exported(path_or_id, revision)
+    if exported is not None:
+        if dtype != "auto" and compute_dtype != exported.dtype:
+            raise InputError(
+                f"dtype: got {dtype_name(compute_dtype)}, wanted {dtype_name(exported.dtype)}, in "
+                f"which {exported.folder} was exported; load the checkpoint itself, or export it "
+                "again"
+            )
+        exported_runner = _exported_runner(exported, device, backend)
+        hash_of = exported.weights_hash
+        return Model(
+            exported.checkpoint(),
+            exported.spec,
+            lambda: hash_of,
+            exported_runner,
+            sixteen_bit,
+            resize,
+        )
+    runner_class = RUNNERS[choose(backend, compute_dtype, device)]
+    loaded = read_model(
+        path_or_id, compute_dtype, revision=revision, local_files_only=local_files_only
+    )
+    checkpoint_runner = runner_class(loaded.weights, compute_dtype, device)
+    return Model(
+        loaded.checkpoint, loaded.spec, loaded.hash_weights, checkpoint_runner, sixteen_bit, resize
+    )
+
+
+def read_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> LoadedCheckpoint:
+    """Read the files of a checkpoint and pack its weights. Arguments and errors: see `load`."""
+    checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
+    spec = read_spec(checkpoint)
+    sources = map_tensors(checkpoint, spec)
+    scale = None
+    if spec.vision is not None and spec.image is not None:
+        factor, offset = linear_scale(spec.image, spec.vision.channels)
+        scale = torch.from_numpy(factor), torch.from_numpy(offset)
+    weights = load_weights(spec, sources, dtype, scale)
+    return LoadedCheckpoint(
+        checkpoint, spec, weights, functools.partial(hash_weights, spec, sources)
+    )
+
+
+def _exported_runner(exported: Exported, device: torch.device, backend: str) -> Runner:
+    name = choose(backend, exported.dtype, device, exported)
+    weights = exported.load()
+    if name == NativeRunner.name:
+        return NativeRunner(weights, exported.dtype, device, exported=exported)
+    return RUNNERS[name](weights, exported.dtype, device)
