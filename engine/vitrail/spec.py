@@ -1,7 +1,7 @@
-"""The whole model as plain values: what a checkpoint is, before a byte of its weights is read.
+"""The whole model as plain values, before a byte of its weights is read.
 
-A spec holds numbers, strings and tuples only. It is frozen, it checks itself when made, and it
-knows the name and shape of every canonical tensor. Nothing here imports torch.
+A spec holds numbers, strings and tuples only. It is frozen, it checks itself when it is made, and
+it knows the name and shape of every canonical tensor. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,36 @@ MAX_PARAMETERS = 100_000_000_000
 
 Shape = tuple[int, ...]
 
+Features = Literal["class", "class_mean"]
+"""The input of a classifier: the class token, or the class token and the mean of the patches."""
 
-def _want(condition: bool, where: str, got: object, wanted: str) -> None:
-    if not condition:
-        raise CheckpointError(f"{where}: got {got!r}, wanted {wanted}")
+OutputField = Literal["last_hidden_state", "pooler_output", "image_embeds", "text_embeds", "logits"]
 
 
-def _count(where: str, value: object, low: int, high: int) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _want(good, where, value, f"an integer from {low} to {high}")
+def _check(*rows: tuple[bool, str, object, str]) -> None:
+    """Rows of (condition, name, value, wanted): the first false condition is an error."""
+    for holds, name, value, wanted in rows:
+        if not holds:
+            raise CheckpointError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def _check_counts(*rows: tuple[str, object, int, int]) -> None:
+    """Rows of (name, value, low, high): every value is an integer from low to high."""
+    for name, value, low, high in rows:
+        holds = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        _check((holds, name, value, f"an integer from {low} to {high}"))
+
+
+def _projection_row(width: int | None) -> list[tuple[str, object, int, int]]:
+    return [] if width is None else [("projection", width, 1, MAX_WIDTH)]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
     """A stack of pre-norm transformer blocks.
 
-    ``mlp`` is the width between the two MLP matrices (after gating, where ``gated``).
-    ``activation`` acts on the up projection, or on the gate where ``gated`` (SwiGLU: "silu").
+    ``mlp`` is the width between the two MLP matrices (after gating, if ``gated``).
+    ``activation`` acts on the up projection, or on the gate if ``gated`` (SwiGLU: "silu").
     """
 
     width: int
@@ -55,24 +68,18 @@ class BlockSpec:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        _count("width", self.width, 1, MAX_WIDTH)
-        _count("layers", self.layers, 1, MAX_LAYERS)
-        _count("heads", self.heads, 1, self.width)
-        _count("mlp", self.mlp, 1, 16 * MAX_WIDTH)
-        _want(
-            self.width % self.heads == 0,
-            "heads",
-            self.heads,
-            f"a divisor of the width {self.width}",
+        _check_counts(
+            ("width", self.width, 1, MAX_WIDTH),
+            ("layers", self.layers, 1, MAX_LAYERS),
+            ("heads", self.heads, 1, self.width),
+            ("mlp", self.mlp, 1, 16 * MAX_WIDTH),
         )
-        _want(
-            self.activation in ACTIVATIONS, "activation", self.activation, f"one of {ACTIVATIONS}"
-        )
-        _want(
-            math.isfinite(self.eps) and 0 < self.eps < 1,
-            "layer norm eps",
-            self.eps,
-            "a number in (0, 1)",
+        divides, eps = self.width % self.heads == 0, self.eps
+        known = self.activation in ACTIVATIONS
+        _check(
+            (divides, "heads", self.heads, f"a divisor of the width {self.width}"),
+            (known, "activation", self.activation, f"one of {ACTIVATIONS}"),
+            (math.isfinite(eps) and 0 < eps < 1, "layer norm eps", eps, "a number in (0, 1)"),
         )
 
     @property
@@ -80,7 +87,7 @@ class BlockSpec:
         return self.width // self.heads
 
     def tensor_shapes(self, tower: str) -> dict[str, Shape]:
-        """Canonical name, prefixed ``<tower>.blocks.<i>.``, -> shape of every tensor of it."""
+        """Canonical name, such as ``vision.blocks.0.q.weight``, -> shape of every tensor."""
         c, f = self.width, self.mlp
         block: dict[str, Shape] = {"norm1.weight": (c,), "norm1.bias": (c,)}
         for name in ("q", "k", "v"):
@@ -105,19 +112,16 @@ class BlockSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolerSpec:
-    """Transformers' ViT pooler: ``activation(W norm(class token) + b)``."""
+    """The dense pooler of transformers' ViT: ``activation(W norm(class token) + b)``."""
 
     width: int
     activation: Literal["tanh"] | Activation
 
     def __post_init__(self) -> None:
-        _count("pooler width", self.width, 1, MAX_WIDTH)
-        _want(
-            self.activation in (*ACTIVATIONS, "tanh"),
-            "pooler activation",
-            self.activation,
-            f"one of {(*ACTIVATIONS, 'tanh')}",
-        )
+        _check_counts(("pooler width", self.width, 1, MAX_WIDTH))
+        known = (*ACTIVATIONS, "tanh")
+        wanted = f"one of {known}"
+        _check((self.activation in known, "pooler activation", self.activation, wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ class VisionSpec:
 
     ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: how the position
     table is resized to another grid (bicubic, align_corners=False, fp32). ``norm``: the final
-    LayerNorm is applied to every token ("tokens": ViT, DINOv2) or the pooled one ("pooled": CLIP).
+    LayerNorm is applied to every token ("tokens") or to the pooled token alone ("pooled": CLIP).
     """
 
     blocks: BlockSpec
@@ -142,22 +146,19 @@ class VisionSpec:
     pooler: PoolerSpec | None = None
 
     def __post_init__(self) -> None:
-        for where, pair in (("image size", self.image), ("patch size", self.patch)):
-            _want(isinstance(pair, tuple) and len(pair) == 2, where, pair, "(height, width)")
-            for side in pair:
-                _count(where, side, 1, MAX_IMAGE_SIDE)
-        _want(
-            self.patch[0] <= self.image[0] and self.patch[1] <= self.image[1],
-            "patch size",
-            self.patch,
-            f"at most the image size {self.image}",
+        for name, pair in (("image size", self.image), ("patch size", self.patch)):
+            is_pair = isinstance(pair, tuple) and len(pair) == 2
+            _check((is_pair, name, pair, "(height, width)"))
+            _check_counts(*((name, side, 1, MAX_IMAGE_SIDE) for side in pair))
+        fits = self.patch[0] <= self.image[0] and self.patch[1] <= self.image[1]
+        _check((fits, "patch size", self.patch, f"at most the image size {self.image}"))
+        _check_counts(
+            ("channels", self.channels, 1, 1024),
+            ("registers", self.registers, 0, 1024),
+            ("position rows", self.positions, 2, MAX_TABLE),
+            *_projection_row(self.projection),
         )
-        _count("channels", self.channels, 1, 1024)
-        _count("registers", self.registers, 0, 1024)
-        _count("position rows", self.positions, 2, MAX_TABLE)
-        if self.projection is not None:
-            _count("projection", self.projection, 1, MAX_WIDTH)
-        _want(not self.blocks.causal, "vision attention", "causal", "full")
+        _check((not self.blocks.causal, "vision attention", "causal", "full"))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -165,7 +166,7 @@ class VisionSpec:
         return self.grid_at(self.image)
 
     def grid_at(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Patches down and across for an image of ``size``; remainder pixels are dropped."""
+        """Patches down and across an image of ``size``; remainder pixels are dropped."""
         return size[0] // self.patch[0], size[1] // self.patch[1]
 
     @property
@@ -184,12 +185,12 @@ class VisionSpec:
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one patch: patch height x patch width x channels."""
+        """Numbers in a patch: patch height x patch width x channels."""
         return self.patch[0] * self.patch[1] * self.channels
 
     @property
     def embedding(self) -> int:
-        """Width of what ``encode_image`` returns."""
+        """Width of the embeddings that ``encode_image`` returns."""
         return self.projection or self.blocks.width
 
     def tensor_shapes(self) -> dict[str, Shape]:
@@ -219,7 +220,7 @@ class VisionSpec:
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """A text tower: embedding, causal blocks, final LayerNorm, pooled at one token.
+    """A text tower: embedding, causal blocks, final LayerNorm, pooled at a single token.
 
     ``eos`` is the id whose first occurrence is pooled. None means the original CLIP rule (and
     transformers' for configs with ``eos_token_id == 2``): the first occurrence of the highest id.
@@ -232,17 +233,17 @@ class TextSpec:
     projection: int | None = None
 
     def __post_init__(self) -> None:
-        _count("vocabulary size", self.vocab, 1, MAX_TABLE)
-        _count("context length", self.context, 1, MAX_TABLE)
-        if self.eos is not None:
-            _count("eos token id", self.eos, 0, self.vocab - 1)
-        if self.projection is not None:
-            _count("projection", self.projection, 1, MAX_WIDTH)
-        _want(self.blocks.causal, "text attention", "full", "causal")
+        _check_counts(
+            ("vocabulary size", self.vocab, 1, MAX_TABLE),
+            ("context length", self.context, 1, MAX_TABLE),
+            *([] if self.eos is None else [("eos token id", self.eos, 0, self.vocab - 1)]),
+            *_projection_row(self.projection),
+        )
+        _check((self.blocks.causal, "text attention", "full", "causal"))
 
     @property
     def embedding(self) -> int:
-        """Width of what ``encode_text`` returns."""
+        """Width of the embeddings that ``encode_text`` returns."""
         return self.projection or self.blocks.width
 
     def tensor_shapes(self) -> dict[str, Shape]:
@@ -260,19 +261,18 @@ class TextSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """A linear classifier over the normalised tokens.
+    """A linear classifier over the normalized tokens.
 
-    ``features``: "class" (the class token) or "class_mean" (the class token, then the mean of the
-    patch tokens, registers left out: DINOv2). ``scores``: what makes probabilities of the logits,
-    "softmax", "sigmoid" where labels do not exclude one another, "none" for a regression.
+    ``scores`` makes probabilities of the logits: "softmax"; "sigmoid" if labels do not exclude each
+    other; "none" for a regression.
     """
 
     labels: tuple[str, ...]
-    features: Literal["class", "class_mean"]
+    features: Features
     scores: Literal["softmax", "sigmoid", "none"] = "softmax"
 
     def __post_init__(self) -> None:
-        _count("labels", len(self.labels), 1, MAX_TABLE)
+        _check_counts(("labels", len(self.labels), 1, MAX_TABLE))
 
     def tensor_shapes(self, width: int) -> dict[str, Shape]:
         inputs = width if self.features == "class" else 2 * width
@@ -281,12 +281,12 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """From a decoded image to pixels, as the model family's processor does it.
+    """From a decoded image to pixels, as the image processor of the model family does it.
 
     ``resize``: None, ("shortest", edge) or ("exact", height, width). ``resample`` is Pillow's code
-    (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming). ``crop``: None or the centred
-    (height, width), zero-padded where the image is smaller. Then ``x * rescale`` and
-    ``(x - mean) / std`` a channel; None leaves the step out.
+    (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming). ``crop``: None or the central
+    (height, width), padded with zeros if the image is smaller. Then ``x * rescale`` and
+    ``(x - mean) / std`` per channel; None leaves the step out.
     """
 
     convert_rgb: bool
@@ -298,97 +298,68 @@ class ImageSpec:
     std: tuple[float, ...] | None
 
     def __post_init__(self) -> None:
-        _count("resample", self.resample, 0, 5)
+        _check_counts(("resample", self.resample, 0, 5))
         if self.resize is not None:
-            sides = self.resize[1:]
-            _want(
-                (self.resize[0], len(sides)) in (("shortest", 1), ("exact", 2)),
-                "resize",
-                self.resize,
-                "('shortest', edge) or ('exact', height, width)",
-            )
-            for side in sides:
-                _count("resize", side, 1, MAX_IMAGE_SIDE)
+            mode, *sides = self.resize
+            known = (mode, len(sides)) in (("shortest", 1), ("exact", 2))
+            _check((known, "resize", self.resize, "('shortest', edge) or ('exact', height, width)"))
+            _check_counts(*(("resize", side, 1, MAX_IMAGE_SIDE) for side in sides))
         if self.crop is not None:
-            _want(len(self.crop) == 2, "crop size", self.crop, "(height, width)")
-            for side in self.crop:
-                _count("crop size", side, 1, MAX_IMAGE_SIDE)
-        if self.rescale is not None:
-            _want(
-                math.isfinite(self.rescale) and self.rescale > 0,
-                "rescale factor",
-                self.rescale,
-                "a finite number over 0",
-            )
-        _want(
-            (self.mean is None) == (self.std is None),
-            "image mean and std",
-            self.mean,
-            "both or neither",
-        )
-        if self.mean is not None and self.std is not None:
-            _want(
-                len(self.mean) == len(self.std) >= 1,
-                "image std",
-                self.std,
-                "as many values as the mean",
-            )
-            _want(all(map(math.isfinite, self.mean)), "image mean", self.mean, "finite numbers")
-            _want(
-                all(math.isfinite(s) and s > 0 for s in self.std),
-                "image std",
-                self.std,
-                "numbers over 0",
+            _check((len(self.crop) == 2, "crop size", self.crop, "(height, width)"))
+            _check_counts(*(("crop size", side, 1, MAX_IMAGE_SIDE) for side in self.crop))
+        if (rescale := self.rescale) is not None:
+            positive = math.isfinite(rescale) and rescale > 0
+            _check((positive, "rescale factor", rescale, "a finite number over 0"))
+        mean, std = self.mean, self.std
+        _check(((mean is None) == (std is None), "image mean and std", mean, "both or neither"))
+        if mean is not None and std is not None:
+            positive = all(math.isfinite(value) and value > 0 for value in std)
+            _check(
+                (len(mean) == len(std) >= 1, "image std", std, "as many values as the mean"),
+                (all(map(math.isfinite, mean)), "image mean", mean, "finite numbers"),
+                (positive, "image std", std, "numbers over 0"),
             )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """All a checkpoint says of itself; ``architecture``: the class whose outputs are matched."""
+    """Everything that a checkpoint says of itself.
 
-    family: Literal["vit", "clip", "dinov2", "dinov2_with_registers"]
+    ``architecture``: the transformers class whose outputs Vitrail matches. ``outputs``: the fields
+    of its output, inside a CLIPModel those of each tower. ``features``: the input of its
+    classifier, and its logits if there are no labels; None for a class without a classifier.
+    """
+
+    family: str
     architecture: str
     vision: VisionSpec | None = None
     text: TextSpec | None = None
     head: HeadSpec | None = None
     image: ImageSpec | None = None
+    outputs: tuple[OutputField, ...] = ()
+    features: Features | None = None
 
     def __post_init__(self) -> None:
-        _want(
-            self.vision is not None or self.text is not None,
-            "towers",
-            None,
-            "an image or a text tower",
-        )
-        if self.head is not None:
-            _want(
-                self.vision is not None,
-                "classification head",
-                self.head.features,
-                "an image tower under it",
-            )
-        if self.vision is not None and self.text is not None:
-            _want(
-                self.vision.projection is not None
-                and self.vision.projection == self.text.projection,
-                "projections",
-                (self.vision.projection, self.text.projection),
-                "one width for both towers",
-            )
-        _want(
-            self.parameters <= MAX_PARAMETERS,
-            "parameters",
-            self.parameters,
-            f"at most {MAX_PARAMETERS} in all",
-        )
+        vision, text, head = self.vision, self.text, self.head
+        some = vision is not None or text is not None
+        _check((some, "towers", None, "an image or a text tower"))
+        if head is not None:
+            wanted = "an image tower under it"
+            _check((vision is not None, "classification head", head.features, wanted))
+        if vision is not None and text is not None:
+            widths = vision.projection, text.projection
+            shared = widths[0] is not None and widths[0] == widths[1]
+            _check((shared, "projections", widths, "one width for both towers"))
+        total, wanted = self.parameters, f"at most {MAX_PARAMETERS} in all"
+        _check((total <= MAX_PARAMETERS, "parameters", total, wanted))
 
     @property
     def contrastive(self) -> bool:
-        """Two towers in one space, compared under a learnt temperature."""
+        """Whether two towers embed into a shared space, compared under a learned temperature."""
         return self.vision is not None and self.text is not None
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Canonical name -> shape of every tensor the checkpoint must hold, once each."""
+        """Canonical name -> shape of every tensor that the checkpoint must hold."""
         shapes: dict[str, Shape] = {}
         if self.vision is not None:
             shapes |= self.vision.tensor_shapes()
@@ -412,15 +383,15 @@ class ModelSpec:
     def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
         """The spec whose `to_dict` went through JSON. Raises CheckpointError for anything else."""
         try:
-            made = cls(**{name: _part(name, value) for name, value in values.items()})
+            spec = cls(**{name: _field(name, value) for name, value in values.items()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"spec: got {error}, wanted a spec's own fields") from error
-        if _tuples(values) != _tuples(made.to_dict()):
+        if _tuples(values) != _tuples(spec.to_dict()):
             raise CheckpointError("spec: got fields left out, wanted every one")
-        return made
+        return spec
 
 
-_PARTS = {
+_CLASSES = {
     "vision": VisionSpec,
     "text": TextSpec,
     "head": HeadSpec,
@@ -430,14 +401,14 @@ _PARTS = {
 }
 
 
-def _part(name: str, value: Any) -> Any:
-    """A field's value from JSON's: lists become tuples, objects the part of the spec they are."""
+def _field(name: str, value: Any) -> Any:
+    """A field's value from JSON: lists become tuples, objects become specs."""
     if isinstance(value, dict):
-        return _PARTS[name](**{inner: _part(inner, one) for inner, one in value.items()})
+        return _CLASSES[name](**{inner: _field(inner, item) for inner, item in value.items()})
     return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _tuples(one) for name, one in value.items()}
+        return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -28,6 +28,7 @@ from torch import Tensor
 from helpers import HALVES, assert_close
 from vitrail import runtime as runners
 from vitrail.checkpoint.header import read_header
+from vitrail.checkpoint.tensors import Source
 from vitrail.errors import InputError
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
@@ -35,7 +36,6 @@ from vitrail.runtime.runner import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionC
 from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.folding import load_weights
-from vitrail.zoo import Source
 from vitrail_kernels import OPERATORS
 
 CPU = torch.device("cpu")

@@ -23,6 +23,7 @@ from torch import Tensor
 from helpers import CONFIGS, HALVES, assert_close, make, save
 from vitrail.checkpoint.files import open_checkpoint
 from vitrail.checkpoint.header import read_header
+from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError
 from vitrail.spec import (
     BlockSpec,
@@ -34,7 +35,7 @@ from vitrail.spec import (
 )
 from vitrail.weights import folding as module
 from vitrail.weights.folding import Weights, hash_weights, load_weights, packed_layout
-from vitrail.zoo import Source, map_tensors, read_spec
+from vitrail.zoo import map_tensors, read_spec
 from vitrail_kernels import OPERATORS
 
 DTYPES = (torch.float32, *HALVES)
@@ -792,7 +793,7 @@ from pathlib import Path
 from vitrail.checkpoint.header import read_header
 from vitrail.spec import BlockSpec, ModelSpec, VisionSpec
 from vitrail.weights.folding import load_weights
-from vitrail.zoo import Source
+from vitrail.checkpoint.tensors import Source
 
 def status(field):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if field in l)

@@ -20,7 +20,8 @@ import checkpoints
 from vitrail import zoo
 from vitrail.errors import CheckpointError
 from vitrail.spec import ImageSpec
-from vitrail.zoo.processor import DEFAULTS, PROCESSORS, read_image_spec
+from vitrail.zoo.hf import FAMILIES, PROCESSORS
+from vitrail.zoo.preprocessor import read_image_spec as read_with
 
 transformers.logging.set_verbosity_error()
 
@@ -28,6 +29,13 @@ ORACLES = {"CLIP": CLIPImageProcessorPil, "ViT": ViTImageProcessorPil, "Bit": Bi
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+
+
+def read_image_spec(config: dict[str, Any], family: str, channels: int) -> ImageSpec:
+    """The preprocessing of a checkpoint of ``family``."""
+    (default,) = (each.processor for each in FAMILIES if each.name == family)
+    return read_with(config, default, PROCESSORS, channels)
+
 
 # ---- published checkpoints
 
@@ -191,7 +199,10 @@ def test_a_null_flag_is_off(kind: str) -> None:
 # ---- which processor
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+SPELLINGS = [name for processor in PROCESSORS.values() for name in processor.spellings]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
 def test_every_spelling_of_a_class_is_that_class(name: str, key: str) -> None:
     (kind,) = (kind for kind in ORACLES if name.startswith(kind))
@@ -351,7 +362,7 @@ def test_any_json_value_under_any_key_is_read_or_refused_by_us(data: st.DataObje
         ),
         max_leaves=5,
     )
-    keys = st.sampled_from([*DEFAULTS["CLIP"], "image_processor_type", "other"])
+    keys = st.sampled_from([*PROCESSORS["CLIP"].defaults, "image_processor_type", "other"])
     config = data.draw(st.dictionaries(keys, values, max_size=4))
     try:
         spec = read_image_spec(config, "clip", 3)

@@ -26,11 +26,12 @@ from transformers.activations import ACT2FN
 import checkpoints
 from vitrail import zoo
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, ModelSpec
-from vitrail.zoo import hf, hf_names
-from vitrail.zoo.hf_classes import ARCHITECTURES
-from vitrail.zoo.hf_keys import SCHEMAS
+from vitrail.zoo import vit
+from vitrail.zoo.common import ACTIVATIONS
+from vitrail.zoo.hf import ARCHITECTURES, FAMILIES, SCHEMAS
 from vitrail.zoo.rules import LISTED, expand
 
 transformers.logging.set_verbosity_error()
@@ -140,6 +141,7 @@ GOLDEN: dict[str, tuple[str, tuple[Any, ...] | None, tuple[Any, ...] | None, int
     ),
 }
 
+FAMILY = {name: family for family in FAMILIES for name in family.architectures}
 UNUSED = re.compile(r"(.*\.)?embeddings\.(position_ids|mask_token)")
 
 
@@ -304,7 +306,9 @@ def test_weights_of_another_model_are_refused_whole_in_one_line() -> None:
     """All kinds at once, the first names of each and how many more."""
     small, base = checkpoints.load("dinov2-small"), checkpoints.load("dinov2-base")
     refusal = _refusal(dataclasses.replace(small, tensors=base.tensors))
-    assert refusal.startswith("folder: tensors do not fit Dinov2Model: 222 misshaped: ")
+    reason = "config.json says hidden_size 384, the tensors are 768 wide"
+    listed = "tensors do not fit Dinov2Model: 222 misshaped: "
+    assert refusal.startswith(f"folder: {reason}; {listed}")
     assert refusal.endswith(f"and {222 - LISTED} more")
     assert "\n" not in refusal
     vit = checkpoints.load("vit-base-patch16-224-in21k")
@@ -354,11 +358,11 @@ def test_a_tensor_too_many_is_refused(extra: str) -> None:
 
 def test_a_missing_tensor_is_named_in_the_dialect_of_the_others() -> None:
     spec = zoo.read_spec(checkpoints.load("dinov2-giant"))
-    places = expand(hf_names.rules_for(spec))
+    spellings = expand(FAMILY[spec.architecture].rules(spec))
     new = {
-        place.pattern.replace("{i}", "0"): ("F32", (1,))
-        for place in places.values()
-        if place.prefix == "dinov2." and place.dialect == 1
+        spelling.pattern.replace("{i}", "0"): ("F32", (1,))
+        for spelling in spellings.values()
+        if spelling.prefix == "dinov2." and spelling.dialect == 1
     }
     checkpoint = checkpoints.load("dinov2-giant")
     refusal = _refusal(dataclasses.replace(checkpoint, tensors=checkpoints.fake({}, new).tensors))
@@ -369,10 +373,10 @@ def test_a_missing_tensor_is_named_in_the_dialect_of_the_others() -> None:
 
 def test_no_two_rules_match_one_name() -> None:
     for name in GOLDEN:
-        places = expand(hf_names.rules_for(zoo.read_spec(checkpoints.load(name))))
-        assert len(places) >= 40
+        spec = zoo.read_spec(checkpoints.load(name))
+        assert len(expand(FAMILY[spec.architecture].rules(spec))) >= 40
     with pytest.raises(AssertionError, match=r"two rules for layernorm\.weight"):
-        expand([(("",), hf_names.VIT), (("",), hf_names.VIT[-2:])])
+        expand(((("",), vit.RULES), (("",), vit.RULES[-2:])))
 
 
 # ---- the real classes, tiny, in both dialects
@@ -381,7 +385,7 @@ TINY = {
     "hidden_size": st.sampled_from([8, 12, 24]),
     "num_hidden_layers": st.integers(1, 3),
     "num_attention_heads": st.sampled_from([1, 2, 4]),
-    "hidden_act": st.sampled_from(sorted(hf.ACTIVATIONS)),
+    "hidden_act": st.sampled_from(sorted(ACTIVATIONS)),
     "layer_norm_eps": st.sampled_from([1e-12, 1e-6, 1e-5, 0.001]),
 }
 IMAGE = {"num_channels": st.integers(1, 4)}
@@ -438,7 +442,7 @@ def _perturbed(model: torch.nn.Module) -> torch.nn.Module:
 @st.composite
 def models(draw: st.DrawFn, architecture: str) -> Any:
     """A tiny random model of one transformers class, with a random config."""
-    family = ARCHITECTURES[architecture].family
+    family = FAMILY[architecture].name
     cls = getattr(transformers, architecture)
     labels = {"num_labels": draw(st.integers(1, 5))} if "Classification" in architecture else {}
     if family == "vit":
@@ -476,7 +480,7 @@ def _agrees(spec: ModelSpec, model: Any) -> None:
             assert tower.blocks.eps == settings_.layer_norm_eps
             gated = getattr(settings_, "use_swiglu_ffn", False)
             assert tower.blocks.activation == (
-                "silu" if gated else hf.ACTIVATIONS[settings_.hidden_act]
+                "silu" if gated else ACTIVATIONS[settings_.hidden_act]
             )
     if spec.text is not None:
         eos = getattr(config, "text_config", config).eos_token_id
@@ -485,7 +489,7 @@ def _agrees(spec: ModelSpec, model: Any) -> None:
         assert spec.head.labels == tuple(config.id2label[i] for i in range(config.num_labels))
 
 
-def _value(tensors: dict[str, torch.Tensor], source: zoo.Source) -> torch.Tensor:
+def _value(tensors: dict[str, torch.Tensor], source: Source) -> torch.Tensor:
     value = tensors[source.entry.name]
     return value if source.rows is None else value[slice(*source.rows)]
 
@@ -578,7 +582,7 @@ def test_legacy_config_dicts_override_as_clipconfig_has_it(values: dict[str, Any
             other.num_hidden_layers,
             other.num_attention_heads,
             other.intermediate_size,
-            hf.ACTIVATIONS[other.hidden_act],
+            ACTIVATIONS[other.hidden_act],
             other.layer_norm_eps,
         )
     assert (spec.text.vocab, spec.text.context) == (text.vocab_size, text.max_position_embeddings)
@@ -623,8 +627,130 @@ def test_an_activation_equals_its_namesake_in_float64() -> None:
         "relu": torch.relu,
         "silu": torch.nn.functional.silu,
     }
-    for theirs, name in hf.ACTIVATIONS.items():
+    for theirs, name in ACTIVATIONS.items():
         assert (ACT2FN[theirs](x) - ours[name](x)).abs().max() < 1e-7, theirs
+
+
+# ---- a config that contradicts its tensors
+
+CONTRADICTIONS = [
+    ("dinov2-small", {"hidden_size": 390}, "hidden_size 390, the tensors are 384 wide"),
+    (
+        "vit-base-patch16-224",
+        {"hidden_size": 384, "num_hidden_layers": 6},
+        "hidden_size 384, the tensors are 768 wide; config.json says num_hidden_layers 6, the "
+        "tensors have 12 layers",
+    ),
+    ("dinov2-base", {"num_hidden_layers": 24}, "num_hidden_layers 24, the tensors have 12 layers"),
+    (
+        "vit-base-patch16-224",
+        {"intermediate_size": 3000},
+        "intermediate_size 3000, the tensors' MLPs are 3072 wide",
+    ),
+    (
+        "dinov2-base",
+        {"mlp_ratio": 2},
+        "mlp_ratio 2 (MLPs 1536 wide), the tensors' MLPs are 3072 wide",
+    ),
+    (
+        "dinov2-giant",
+        {"mlp_ratio": 2},
+        "mlp_ratio 2 (MLPs 2048 wide), the tensors' MLPs are 4096 wide",
+    ),
+    ("vit-base-patch16-224", {"qkv_bias": False}, "qkv_bias false, the queries have a bias"),
+    ("dinov2-base", {"num_channels": 1}, "num_channels 1, the patch projection reads 3"),
+    (
+        "vit-base-patch16-224",
+        {"patch_size": 14},
+        "patch_size 14, the patch projection reads patches of 16",
+    ),
+    ("vit-base-patch16-224", {"image_size": 384}, "image_size 384, the position table is for 224"),
+    (
+        "dinov2-with-registers-base",
+        {"num_register_tokens": 8},
+        "num_register_tokens 8, the tensors have 4",
+    ),
+    (
+        "vit-base-patch16-224-in21k",
+        {"pooler_output_size": 512},
+        "pooler_output_size 512, the pooler is 768 wide",
+    ),
+    (
+        "dinov2-small-imagenet1k-1-layer",
+        {"id2label": {"0": "cat", "1": "dog"}},
+        "id2label of 2 labels, the classifier has 1000 rows",
+    ),
+    ("clip-vit-base-patch32", {"projection_dim": 640}, "projection_dim 640, the projection is 512"),
+    (
+        "clip-vit-base-patch32",
+        {"text_config/hidden_size": 768},
+        "(text_config) says hidden_size 768, the tensors are 512 wide",
+    ),
+    (
+        "clip-vit-base-patch32",
+        {"text_config/vocab_size": 50000},
+        "(text_config) says vocab_size 50000, the token table has 49408 rows",
+    ),
+    (
+        "clip-vit-base-patch32",
+        {"text_config/max_position_embeddings": 64},
+        "(text_config) says max_position_embeddings 64, the position table has 77 rows",
+    ),
+    (
+        "clip-vit-base-patch32",
+        {"vision_config/patch_size": 16},
+        "(vision_config) says patch_size 16, the patch projection reads patches of 32",
+    ),
+    (
+        "sd-image-variations-encoder",
+        {"projection_dim": 512},
+        "projection_dim 512, the projection is 768 wide",
+    ),
+]
+
+
+def _with_config(name: str, changes: dict[str, Any]) -> Checkpoint:
+    """A published checkpoint with some values of its config changed; a key is a path."""
+    checkpoint = checkpoints.load(name)
+    config = copy.deepcopy(checkpoint.config)
+    for path, value in changes.items():
+        *parents, key = path.split("/")
+        inner = config
+        for parent in parents:
+            inner = inner[parent]
+        inner[key] = value
+    return dataclasses.replace(checkpoint, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"), CONTRADICTIONS, ids=[str(row[1]) for row in CONTRADICTIONS]
+)
+def test_a_config_that_contradicts_its_tensors_says_so_first(
+    name: str, changes: dict[str, Any], sentence: str
+) -> None:
+    refusal = _refusal(_with_config(name, changes))
+    location = "config.json " if sentence.startswith("(") else "config.json says "
+    assert refusal.startswith(f"folder: {location}{sentence}")
+    assert "; tensors do not fit " in refusal
+
+
+def test_a_key_that_the_config_leaves_out_is_named_with_its_default() -> None:
+    checkpoint = checkpoints.load("vit-large-patch16-384")
+    config = {key: value for key, value in checkpoint.config.items() if key != "intermediate_size"}
+    refusal = _refusal(dataclasses.replace(checkpoint, config=config))
+    wanted = "config.json leaves intermediate_size at 3072, the tensors' MLPs are 4096 wide; "
+    assert refusal.startswith(f"folder: {wanted}")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_one_wrong_tensor_of_many_is_no_contradiction(name: str) -> None:
+    checkpoint = checkpoints.load(name)
+    tensors = [
+        tensor for tensor in checkpoint.tensors if re.search(r"\.0\..*norm1\.weight", tensor)
+    ]
+    for tensor in tensors:
+        refusal = _refusal(_changed(checkpoint, tensor, shape=(7,)))
+        assert refusal.startswith("folder: tensors do not fit ")
 
 
 # ---- which class a checkpoint is
@@ -817,16 +943,9 @@ def test_a_number_of_labels_that_no_classifier_has_is_refused_before_labels_are_
 
 
 def _refused(base: str, changes: dict[str, Any]) -> str:
-    checkpoint = checkpoints.load(base)
-    config = copy.deepcopy(checkpoint.config)
-    for path, value in changes.items():
-        *parents, key = path.split("/")
-        inner = config
-        for parent in parents:
-            inner = inner[parent]
-        inner[key] = value
+    checkpoint = _with_config(base, changes)
     with pytest.raises(CheckpointError) as caught:
-        zoo.read_spec(dataclasses.replace(checkpoint, config=config))
+        zoo.read_spec(checkpoint)
     message = str(caught.value)
     assert message.startswith("folder: ")
     assert "\n" not in message

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vitrail.model.outputs import Output
 from vitrail.runtime.towers import TextTower, VisionTower
-from vitrail.spec import ModelSpec
+from vitrail.spec import Features, ModelSpec, OutputField
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of ``x`` (N, D) divided by their length; a row of zeros stays one."""
+    """Rows of ``x`` (N, D) divided by their length; a row of zeros stays zero."""
     return torch.nn.functional.normalize(x, dim=1)
 
 
@@ -21,23 +21,33 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     """``pixels`` (B, C, H, W) floats; ``hidden``: with the residual stream of every block."""
     layers = tower.spec.blocks.layers
     out = tower.dense(pixels, tuple(range(layers + 1)) if hidden else ())
-    last = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
-    pooler = last[:, 0].clone() if spec.family.startswith("dinov2") else out.get("vision.pooler")
-    headed = spec.architecture.endswith("ForImageClassification")
-    logits = out.get("vision.logits")
-    if headed and logits is None:  # no labels: transformers gives the features themselves
-        logits = last[:, 0]
-        if spec.family.startswith("dinov2"):
-            logits = torch.cat([logits, last[:, tower.spec.prefix :].mean(dim=1)], dim=1)
-    projected = spec.architecture == "CLIPVisionModelWithProjection"
+    tokens = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
+    pooled, logits = out.get("vision.pooler"), out.get("vision.logits")
+    if pooled is None and "pooler_output" in spec.outputs:
+        pooled = tokens[:, 0].clone()
+    if logits is None and spec.features is not None:  # no labels: the features themselves
+        logits = _features(tokens, spec.features, tower.spec.prefix)
+    embeds = out.get("vision.embedding")
     return Output(
-        last_hidden_state=None if headed else last,
-        pooler_output=None if headed or projected else pooler,
+        last_hidden_state=_returned(spec, "last_hidden_state", tokens),
+        pooler_output=_returned(spec, "pooler_output", pooled),
         hidden_states=_hidden(out, "vision", layers) if hidden else None,
         logits=logits,
-        image_embeds=out.get("vision.embedding"),
-        status=_status(last, pooler, out.get("vision.embedding"), logits),
+        image_embeds=embeds,
+        status=_status(tokens, pooled, embeds, logits),
     )
+
+
+def _returned(spec: ModelSpec, field: OutputField, value: Tensor | None) -> Tensor | None:
+    """``value`` if the output of the checkpoint's class has such a field."""
+    return value if field in spec.outputs else None
+
+
+def _features(tokens: Tensor, features: Features, prefix: int) -> Tensor:
+    """The input (B, F) of a classifier, from the normalized tokens (B, T, C)."""
+    if features == "class":
+        return tokens[:, 0]
+    return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
 
 
 def forward_text(
@@ -46,23 +56,24 @@ def forward_text(
     """``ids`` (B, T) int64; ``kv_lens`` (B,): leading tokens of a row that may be attended to."""
     layers = tower.spec.blocks.layers
     out = tower.dense(ids, kv_lens, tuple(range(layers + 1)) if hidden else ())
-    projected = spec.architecture == "CLIPTextModelWithProjection"
+    embeds = out.get("text.embedding")
     return Output(
         last_hidden_state=out["text.last"],
-        pooler_output=None if projected else out["text.pooler"],
+        pooler_output=_returned(spec, "pooler_output", out["text.pooler"]),
         hidden_states=_hidden(out, "text", layers) if hidden else None,
-        text_embeds=out.get("text.embedding"),
-        status=_status(out["text.last"], out.get("text.embedding")),
+        text_embeds=embeds,
+        status=_status(out["text.last"], embeds),
     )
 
 
 def forward_pair(vision: Output | None, text: Output | None, logit_scale: float) -> Output:
-    """CLIPModel's own fields; inside it a tower's ``pooler_output`` is its projected embedding.
+    """The fields of a whole CLIPModel, from the outputs of its towers.
 
-    ``logit_scale`` is the factor itself, after exp.
+    Inside it the ``pooler_output`` of a tower is its projected embedding. ``logit_scale`` is the
+    factor itself, after exp.
     """
-    image_embeds = None if vision is None else _normalised(vision.image_embeds)
-    text_embeds = None if text is None else _normalised(text.text_embeds)
+    image_embeds = None if vision is None else _normalized(vision.image_embeds)
+    text_embeds = None if text is None else _normalized(text.text_embeds)
     per_image = per_text = None
     if image_embeds is not None and text_embeds is not None:
         per_text = text_embeds @ image_embeds.t() * logit_scale
@@ -88,12 +99,12 @@ def _inside(out: Output, embeds: Tensor | None) -> Output:
     )
 
 
-def _normalised(embeds: Tensor | None) -> Tensor | None:
+def _normalized(embeds: Tensor | None) -> Tensor | None:
     return None if embeds is None else unit(embeds)
 
 
 def _status(*outputs: Tensor | None) -> Tensor:
-    """(B,) int32: 0 where every number of the item is finite in all outputs, else 1."""
+    """(B,) int32: 0 if every number of the item is finite in all outputs, else 1."""
     finite = [torch.isfinite(t).flatten(1).all(dim=1) for t in outputs if t is not None]
     return torch.stack(finite).all(dim=0).logical_not().to(torch.int32)
 

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.checkpoint.tensors import TensorReader
+from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.dtypes import dtype_name, named_dtype
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
-from vitrail.zoo import Source
 from vitrail_kernels.ops.patch_embed import UINT8_UNIT
 
 CHUNK_BYTES = 4 << 20  # small enough that a chunk is still in cache when it is rewritten

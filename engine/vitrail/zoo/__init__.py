@@ -1,4 +1,4 @@
-"""Checkpoint formats: which one a folder is, its spec, and where its tensors are."""
+"""Checkpoint formats: the format of a folder, its spec, and where its tensors are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError
 from vitrail.spec import ModelSpec
-from vitrail.zoo import hf, hf_names
-from vitrail.zoo.rules import Source
+from vitrail.zoo import hf
 
-__all__ = ["FORMATS", "Format", "Source", "map_tensors", "read_spec"]
+__all__ = ["FORMATS", "Format", "map_tensors", "read_spec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,19 @@ class Format:
     map_tensors: Callable[[Checkpoint, ModelSpec], dict[str, Source]]
 
 
-FORMATS = (Format("Hugging Face", hf.matches, hf.read_spec, hf_names.map_tensors),)
+FORMATS = (Format("Hugging Face", hf.matches, hf.read_spec, hf.map_tensors),)
 
 
 def _format_of(checkpoint: Checkpoint) -> Format:
-    """The one format a checkpoint is in; CheckpointError when it is in none or in several."""
-    found = [candidate for candidate in FORMATS if candidate.matches(checkpoint)]
-    if len(found) != 1:
-        got = " and ".join(candidate.name for candidate in found) or "no known format"
+    """The format of a checkpoint; CheckpointError if none or several match."""
+    matching = [candidate for candidate in FORMATS if candidate.matches(checkpoint)]
+    if len(matching) != 1:
+        got = " and ".join(candidate.name for candidate in matching) or "no known format"
         known = ", ".join(candidate.name for candidate in FORMATS)
         raise CheckpointError(
             f"config.json: got {got}, wanted one of: {known} (a config.json with model_type)"
         )
-    return found[0]
+    return matching[0]
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -50,7 +50,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 def map_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Source]:
     """Canonical name -> source of every tensor of the spec: complete, or a CheckpointError.
 
-    A source's (sliced) tensor has as many elements as ``spec.tensor_shapes()`` says; leading
+    The (sliced) tensor of a source has as many elements as ``spec.tensor_shapes()`` says; leading
     dimensions of 1 may differ.
     """
     try:

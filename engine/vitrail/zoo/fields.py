@@ -1,4 +1,4 @@
-"""A JSON object read key by key: each value is checked where it is read, named when refused."""
+"""A JSON object read key by key: every value is checked when it is read, named if refused."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def is_number(value: object) -> bool:
 class Fields:
     """Values of one JSON object, with the defaults of the keys that it may leave out.
 
-    ``where`` names the object in errors, such as ``config.json (text_config)``. Every reader raises
-    CheckpointError when the value has another type or lies outside its range.
+    ``location`` names the object in errors, such as ``config.json (text_config)``. Every reader
+    raises CheckpointError if the value has another type or lies outside its range.
     """
 
-    def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self.where = where
+    def __init__(
+        self, location: str, values: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        self.location = location
         self.values = values
         self.defaults = defaults
 
@@ -38,11 +40,11 @@ class Fields:
         return self.values[key] if key in self.values else self.defaults[key]
 
     def refuse(self, key: str, wanted: str) -> NoReturn:
-        raise CheckpointError(f"{self.where}: {key}: got {show(self.get(key))}, wanted {wanted}")
+        raise CheckpointError(f"{self.location}: {key}: got {show(self.get(key))}, wanted {wanted}")
 
-    def _checked(self, key: str, good: Callable[[Any], bool], wanted: str) -> Any:
+    def _checked(self, key: str, accepts: Callable[[Any], bool], wanted: str) -> Any:
         value = self.get(key)
-        if not good(value):
+        if not accepts(value):
             self.refuse(key, wanted)
         return value
 

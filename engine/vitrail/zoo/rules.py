@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vitrail.checkpoint.tensors import TensorEntry
+from vitrail.checkpoint.tensors import Source, TensorEntry
 from vitrail.dtypes import SAFETENSORS
 from vitrail.errors import CheckpointError
 from vitrail.spec import Shape
@@ -19,25 +19,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where one canonical tensor comes from.
-
-    ``rows``: the slice of the stored tensor's leading dimension, None for all of it.
-    ``transpose``: stored as the two-dimensional transpose of the canonical shape.
-    """
-
-    entry: TensorEntry
-    rows: tuple[int, int] | None = None
-    transpose: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
+class NameRule:
     """One row of a name table.
 
-    ``names`` are the stored names, one a dialect, oldest first ("" where a dialect has none; a
-    single name serves them all). ``{i}`` is a layer, a last ``*`` is both ``weight`` and ``bias``.
-    ``op``: "copy" one target, "split" the rows evenly over the targets, "ignore" for ``reason``.
+    ``names``: the stored names, one per dialect, oldest first ("" if a dialect has none; a single
+    name serves every dialect). ``{i}`` is a layer, a final ``*`` is both ``weight`` and ``bias``.
+    ``op``: "copy" to one target, "split" the rows evenly over the targets, "ignore" for ``reason``.
     """
 
     op: Literal["copy", "split", "ignore"]
@@ -46,23 +33,27 @@ class Rule:
     reason: str = ""
 
 
-def copy(target: str, *names: str) -> Rule:
-    return Rule("copy", names, (target,))
+Groups = tuple[tuple[tuple[str, ...], tuple[NameRule, ...]], ...]
+"""(prefixes, rules): every rule counts under each of the prefixes."""
 
 
-def split(targets: tuple[str, ...], *names: str) -> Rule:
-    return Rule("split", names, targets)
+def copy(target: str, *names: str) -> NameRule:
+    return NameRule("copy", names, (target,))
 
 
-def ignore(reason: str, *names: str) -> Rule:
-    return Rule("ignore", names, reason=reason)
+def split(targets: tuple[str, ...], *names: str) -> NameRule:
+    return NameRule("split", names, targets)
+
+
+def ignore(reason: str, *names: str) -> NameRule:
+    return NameRule("ignore", names, reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A rule at one spelling: what a stored name that matches it is for.
+class Spelling:
+    """One stored name of a rule, with ``{i}`` for the layer, and the canonical names it stands for.
 
-    ``dialect`` is -1 where the name is the same in all of them.
+    ``dialect`` is -1 if the name is the same in all of them.
     """
 
     pattern: str
@@ -71,39 +62,37 @@ class Place:
     dialect: int
 
 
-def expand(groups: Iterable[tuple[tuple[str, ...], Iterable[Rule]]]) -> dict[str, Place]:
-    """Every spelling of every rule, for ``(prefixes, rules)`` groups: pattern -> place."""
-    places: dict[str, Place] = {}
+def expand(groups: Groups) -> dict[str, Spelling]:
+    """Every spelling of every rule, by pattern."""
+    spellings: dict[str, Spelling] = {}
     for prefixes, rules in groups:
         for prefix in prefixes:
             for rule in rules:
-                for place in _spellings(rule, prefix):
-                    assert place.pattern not in places, f"two rules for {place.pattern}"
-                    places[place.pattern] = place
-    return places
+                for spelling in _spellings(rule, prefix):
+                    assert spelling.pattern not in spellings, f"two rules for {spelling.pattern}"
+                    spellings[spelling.pattern] = spelling
+    return spellings
 
 
-def _spellings(rule: Rule, prefix: str) -> list[Place]:
-    found = []
+def _spellings(rule: NameRule, prefix: str) -> Iterable[Spelling]:
     for index, name in enumerate(rule.names):
         if not name:
             continue
         dialect = index if len(rule.names) > 1 else -1
-        for kind in ("weight", "bias") if name.endswith("*") else ("",):
-            targets = tuple(target.replace("*", kind) for target in rule.targets)
-            found.append(Place(prefix + name.replace("*", kind), targets, prefix, dialect))
-    return found
+        for suffix in ("weight", "bias") if name.endswith("*") else ("",):
+            targets = tuple(target.replace("*", suffix) for target in rule.targets)
+            yield Spelling(prefix + name.replace("*", suffix), targets, prefix, dialect)
 
 
-def _generalise(name: str) -> tuple[str, str]:
-    """A stored name's pattern and its layer number ("" without one)."""
+def _generalize(name: str) -> tuple[str, str]:
+    """The pattern of a stored name and its layer number ("" without one)."""
     layer = _LAYER.search(name)
     if layer is None:
         return name, ""
     return name[: layer.start()] + ".{i}." + name[layer.end() :], layer.group(1)
 
 
-def _squeezed(shape: Shape) -> Shape:
+def squeezed(shape: Shape) -> Shape:
     """Leading dimensions of 1 do not count: (1, 1, C) is (C,), (1, N, C) is (N, C)."""
     while shape and shape[0] == 1:
         shape = shape[1:]
@@ -111,51 +100,53 @@ def _squeezed(shape: Shape) -> Shape:
 
 
 class _Report:
-    """What does not fit, listed whole: the first names of each kind and how many more."""
+    """The names that do not fit, by fault: the first of each and the number of the rest."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[str]] = defaultdict(list)
+        self.faults: dict[str, list[str]] = defaultdict(list)
 
-    def add(self, kind: str, text: str) -> None:
-        self.found[kind].append(text)
+    def add(self, fault: str, text: str) -> None:
+        self.faults[fault].append(text)
 
-    def raise_if_any(self, architecture: str) -> None:
-        if not self.found:
-            return
-        parts = []
-        for kind, texts in self.found.items():
+    def text(self, architecture: str) -> str:
+        clauses = []
+        for fault, texts in self.faults.items():
             more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-            parts.append(f"{len(texts)} {kind}: {', '.join(texts[:LISTED])}{more}")
-        raise CheckpointError(f"tensors do not fit {architecture}: {'; '.join(parts)}")
+            clauses.append(f"{len(texts)} {fault}: {', '.join(texts[:LISTED])}{more}")
+        return f"tensors do not fit {architecture}: {'; '.join(clauses)}"
 
 
 def map_names(
     tensors: Mapping[str, TensorEntry],
     shapes: Mapping[str, Shape],
-    places: Mapping[str, Place],
+    spellings: Mapping[str, Spelling],
     unused: Callable[[str], bool],
     architecture: str,
+    explain: Callable[[Mapping[str, Shape]], Iterable[str]] = lambda _: (),
 ) -> dict[str, Source]:
     """Canonical name -> source for every name of ``shapes``.
 
-    ``unused`` says of a canonical name that this architecture has no use for it.
-    Raises one CheckpointError listing all missing, unexpected, duplicated, misshaped and wrongly
-    typed names.
+    ``unused`` tells if this architecture has no use for a canonical name. Raises one
+    CheckpointError that lists all missing, unexpected, duplicated, misshaped and wrongly typed
+    names, after the sentences that ``explain`` makes of the stored shapes by canonical name.
     """
     report = _Report()
     stored: dict[str, list[str]] = defaultdict(list)
+    entries: dict[str, TensorEntry] = {}
     sources: dict[str, Source] = {}
     styles: Counter[str | int] = Counter()
     for name, entry in tensors.items():
-        pattern, layer = _generalise(name)
-        place = places.get(pattern)
-        if place is None:
+        pattern, layer = _generalize(name)
+        spelling = spellings.get(pattern)
+        if spelling is None:
             report.add("unexpected", name)
             continue
-        styles.update((place.prefix, place.dialect))
-        targets = [target.replace("{i}", layer) for target in place.targets]
+        styles.update((spelling.prefix, spelling.dialect))
+        targets = [target.replace("{i}", layer) for target in spelling.targets]
         if all(map(unused, targets)):
             continue
+        if len(targets) == 1:
+            entries[targets[0]] = entry
         if not all(target in shapes for target in targets):
             report.add("unexpected", name)
             continue
@@ -166,9 +157,11 @@ def map_names(
         if len(names) > 1:
             report.add("duplicated", f"{' and '.join(names)} (both are {target})")
     missing = [target for target in shapes if target not in stored]
-    for name in dict.fromkeys(_spell(target, places, styles) for target in missing):
+    for name in dict.fromkeys(_spell(target, spellings, styles) for target in missing):
         report.add("missing", name)
-    report.raise_if_any(architecture)
+    if report.faults:
+        reasons = explain({name: squeezed(entry.shape) for name, entry in entries.items()})
+        raise CheckpointError("; ".join([*reasons, report.text(architecture)]))
     return sources
 
 
@@ -179,27 +172,29 @@ def _take(
     if entry.dtype not in SAFETENSORS:
         dtypes = " or ".join(SAFETENSORS)
         report.add("of another dtype", f"{entry.name}: got {entry.dtype}, wanted {dtypes}")
+    rows, *columns = shapes[targets[0]] or (1,)
     if len(targets) == 1:
-        wanted = shapes[targets[0]]
-        if _squeezed(entry.shape) != _squeezed(wanted):
-            report.add("misshaped", f"{entry.name}: got {entry.shape}, wanted {wanted}")
-        return {targets[0]: Source(entry)}
-    rows, *rest = shapes[targets[0]]
-    wanted = (rows * len(targets), *rest)
-    if entry.shape != wanted:
-        report.add("misshaped", f"{entry.name}: got {entry.shape}, wanted {wanted}")
-    return {
-        target: Source(entry, rows=(part * rows, (part + 1) * rows))
-        for part, target in enumerate(targets)
-    }
+        shape, fits = shapes[targets[0]], squeezed(entry.shape) == squeezed(shapes[targets[0]])
+        sources = {targets[0]: Source(entry)}
+    else:
+        shape = (rows * len(targets), *columns)
+        fits = entry.shape == shape
+        slices = [(start, start + rows) for start in range(0, shape[0], rows)]
+        sources = {
+            target: Source(entry, rows=bounds)
+            for target, bounds in zip(targets, slices, strict=True)
+        }
+    if not fits:
+        report.add("misshaped", f"{entry.name}: got {entry.shape}, wanted {shape}")
+    return sources
 
 
-def _spell(target: str, places: Mapping[str, Place], styles: Counter[str | int]) -> str:
-    """The stored name a missing tensor would have, in the prefix and dialect of the others."""
-    pattern, layer = _generalise(target)
-    rivals = [place for place in places.values() if pattern in place.targets]
+def _spell(target: str, spellings: Mapping[str, Spelling], styles: Counter[str | int]) -> str:
+    """The stored name that a missing tensor would have, in the prefix and dialect of the others."""
+    pattern, layer = _generalize(target)
+    rivals = [spelling for spelling in spellings.values() if pattern in spelling.targets]
     best = max(
         rivals,
-        key=lambda place: (styles[place.prefix], place.dialect >= 0 and styles[place.dialect]),
+        key=lambda rival: (styles[rival.prefix], rival.dialect >= 0 and styles[rival.dialect]),
     )
     return best.pattern.replace("{i}", layer)

@@ -1,24 +1,26 @@
 """preprocessor_config.json -> ImageSpec, as the PIL processors of transformers 5 read it.
 
-Source: ``models/{vit,clip,bit}/image_processing_pil_*.py``, ``PilBackend`` and ``get_size_dict`` in
-``image_processing_{backends,utils}.py``. A null in the file is no default there: a flag that is
-null is off, a value that is null must not be needed.
+Source: ``models/*/image_processing_pil_*.py``, and ``PilBackend`` and ``get_size_dict`` in
+``image_processing_{backends,utils}.py``. A null in the file does not mean the default: a null flag
+is off, and a null value must not be needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitrail.errors import CheckpointError, show
 from vitrail.spec import MAX_IMAGE_SIDE, ImageSpec
 from vitrail.zoo.fields import Fields, is_integer, is_number, words
 
-_WHERE = "preprocessor_config.json"
+_FILE = "preprocessor_config.json"
 
 Resize = tuple[Literal["shortest"], int] | tuple[Literal["exact"], int, int]
 
-_CLIP: Mapping[str, Any] = {
+# Class attributes of CLIPImageProcessorPil. Other processors differ from it by a few keys.
+BASE: Mapping[str, Any] = {
     "do_convert_rgb": True,
     "do_resize": True,
     "size": {"shortest_edge": 224},
@@ -35,37 +37,25 @@ _CLIP: Mapping[str, Any] = {
     "use_square_size": False,
 }
 
-_VIT: Mapping[str, Any] = {
-    **_CLIP,
-    "do_convert_rgb": False,
-    "size": {"height": 224, "width": 224},
-    "default_to_square": True,
-    "resample": 2,
-    "do_center_crop": False,
-    "crop_size": None,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
-# Class attributes of CLIPImageProcessorPil, ViTImageProcessorPil and BitImageProcessorPil.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"CLIP": _CLIP, "ViT": _VIT, "Bit": _CLIP}
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """An image processor of transformers. ``name``: its class name without "ImageProcessor"."""
+
+    name: str
+    defaults: Mapping[str, Any]
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every published spelling of its class name."""
+        return tuple(self.name + suffix for suffix in _SUFFIXES)
+
 
 _SUFFIXES = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 
-# Every published spelling of a processor class -> the class.
-PROCESSORS: Mapping[str, str] = {kind + suffix: kind for kind in DEFAULTS for suffix in _SUFFIXES}
-
-# AutoImageProcessor's choice where the file names no class.
-FAMILY_PROCESSORS: Mapping[str, str] = {
-    "vit": "ViT",
-    "clip": "CLIP",
-    "dinov2": "Bit",
-    "dinov2_with_registers": "Bit",
-}
-
 _TYPES = ("image_processor_type", "feature_extractor_type")
 
-# The batch, the container or the tensor library; the pixels are the same.
+# Keys about the batch, the container or the tensor library: no effect on the pixels.
 INERT = words(
     """
     _valid_kwargs_names _valid_processor_keys data_format device disable_grouping image_seq_length
@@ -83,13 +73,19 @@ _SIZES = (
 )
 
 
-def read_image_spec(config: Mapping[str, Any], family: str, channels: int) -> ImageSpec:
+def read_image_spec(
+    config: Mapping[str, Any],
+    default: Processor,
+    processors: Mapping[str, Processor],
+    channels: int,
+) -> ImageSpec:
     """The preprocessing of one checkpoint, for an image tower of ``channels`` channels.
 
+    ``default``: the processor if ``config`` names none; ``processors``: those known, by name.
     Raises CheckpointError for a class, key or value that Vitrail does not reproduce exactly.
     """
-    kind = _kind(config, family)
-    fields = Fields(_WHERE, config, DEFAULTS[kind])
+    processor = _named_processor(config, processors) or default
+    fields = Fields(_FILE, config, processor.defaults)
     unknown = [
         key
         for key in config
@@ -97,8 +93,8 @@ def read_image_spec(config: Mapping[str, Any], family: str, channels: int) -> Im
     ]
     if unknown:
         raise CheckpointError(
-            f"{_WHERE}: unknown key {', '.join(map(repr, unknown[:20]))}: it may change the "
-            f"pixels; wanted only keys of {kind}ImageProcessor"
+            f"{_FILE}: unknown key {', '.join(map(repr, unknown[:20]))}: it may change the "
+            f"pixels; wanted only keys of {processor.name}ImageProcessor"
         )
     if _flag(fields, "do_pad"):
         fields.refuse("do_pad", "false: padding is not supported")
@@ -108,7 +104,7 @@ def read_image_spec(config: Mapping[str, Any], family: str, channels: int) -> Im
         std = _per_channel(fields, "image_std", channels)
         if min(std) <= 0:
             fields.refuse("image_std", "numbers over 0")
-    resize = _resize(fields, kind)
+    resize = _resize(fields, processor)
     unused = resize is None and fields.get("resample") is None
     return ImageSpec(
         convert_rgb=_flag(fields, "do_convert_rgb"),
@@ -125,17 +121,21 @@ def _flag(fields: Fields, key: str) -> bool:
     return fields.get(key) is not None and fields.flag(key)
 
 
-def _kind(config: Mapping[str, Any], family: str) -> str:
+def _named_processor(
+    config: Mapping[str, Any], processors: Mapping[str, Processor]
+) -> Processor | None:
     named = [config[key] for key in _TYPES if config.get(key) is not None]
     if not named:
-        return FAMILY_PROCESSORS[family]
+        return None
     name = named[0]
-    if not isinstance(name, str) or name not in PROCESSORS:
+    known = {
+        spelling: processor for processor in processors.values() for spelling in processor.spellings
+    }
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(
-            f"{_WHERE}: image_processor_type: got {show(name)}, "
-            f"wanted one of {', '.join(PROCESSORS)}"
+            f"{_FILE}: image_processor_type: got {show(name)}, wanted one of {', '.join(known)}"
         )
-    return PROCESSORS[name]
+    return known[name]
 
 
 def _sides(fields: Fields, key: str, square: bool) -> dict[str, int]:
@@ -152,17 +152,17 @@ def _sides(fields: Fields, key: str, square: bool) -> dict[str, int]:
     return dict(value)
 
 
-def _resize(fields: Fields, kind: str) -> Resize | None:
-    wanted = _flag(fields, "do_resize")
-    if not wanted and fields.get("size") is None:
+def _resize(fields: Fields, processor: Processor) -> Resize | None:
+    resizes = _flag(fields, "do_resize")
+    if not resizes and fields.get("size") is None:
         return None
     size = _sides(fields, "size", _flag(fields, "default_to_square"))
     if _flag(fields, "use_square_size"):
-        # transformers 4 makes a square of the edge given, transformers 5 one of 224 always.
-        if kind != "CLIP" or size != {"shortest_edge": 224}:
+        # transformers 4 makes a square of the given edge, transformers 5 always of 224
+        if processor.name != "CLIP" or size != {"shortest_edge": 224}:
             fields.refuse("use_square_size", "false, unless CLIP's shortest edge is 224")
         size = {"height": 224, "width": 224}
-    if not wanted:
+    if not resizes:
         return None
     if max(size.values()) > MAX_IMAGE_SIDE:
         fields.refuse("size", f"at most {MAX_IMAGE_SIDE}")
@@ -174,11 +174,11 @@ def _resize(fields: Fields, kind: str) -> Resize | None:
 
 
 def _crop(fields: Fields) -> tuple[int, int] | None:
-    wanted = _flag(fields, "do_center_crop")
-    if not wanted and fields.get("crop_size") is None:
+    crops = _flag(fields, "do_center_crop")
+    if not crops and fields.get("crop_size") is None:
         return None
     size = _sides(fields, "crop_size", square=True)
-    if not wanted:
+    if not crops:
         return None
     if set(size) != {"height", "width"} or max(size.values()) > MAX_IMAGE_SIDE:
         fields.refuse("crop_size", f"a height and a width of at most {MAX_IMAGE_SIDE}")
@@ -186,7 +186,7 @@ def _crop(fields: Fields) -> tuple[int, int] | None:
 
 
 def _per_channel(fields: Fields, key: str, channels: int) -> tuple[float, ...]:
-    """One finite number a channel, from a list of them or from one number for all."""
+    """One finite number per channel, from a list or from one number for all."""
     value = fields.get(key)
     values = value if isinstance(value, list) else [value] * channels
     if len(values) != channels or not all(is_number(v) and abs(v) < 1e6 for v in values):

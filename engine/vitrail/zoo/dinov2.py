@@ -1,0 +1,170 @@
+"""DINOv2, without and with registers: config keys, spec, tensor names, image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vitrail.spec import ModelSpec, VisionSpec
+from vitrail.zoo.common import (
+    HEAD,
+    MASK_TOKEN,
+    Architecture,
+    Config,
+    Family,
+    Towers,
+    block_rules,
+    read_blocks,
+    read_channels,
+    read_sides,
+    read_width,
+)
+from vitrail.zoo.fields import Fields, words
+from vitrail.zoo.preprocessor import BASE, Processor
+from vitrail.zoo.rules import Groups, copy, ignore, split
+from vitrail.zoo.schema import DROPOUT, Schema
+
+_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "mlp_ratio": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "image_size": 224,
+    "num_channels": 3,
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+}
+_INERT = DROPOUT | words(
+    """
+    _out_features _out_indices apply_layernorm drop_path_rate layerscale_value out_features
+    out_indices reshape_hidden_states stage_names use_mask_token
+    """
+)
+
+# Dinov2Config
+_SCHEMA = Schema(
+    {**_DEFAULTS, "patch_size": 14},
+    _INERT,
+    {"interpolate_antialias": (False,), "interpolate_offset": (0,)},
+)
+# Dinov2WithRegistersConfig
+_SCHEMA_WITH_REGISTERS = Schema(
+    {**_DEFAULTS, "patch_size": 16, "num_register_tokens": 4},
+    _INERT,
+    {"interpolate_antialias": (True,), "interpolate_offset": (0,)},
+)
+
+_STACK = ("encoder.layer.{i}.",)
+_RULES = (
+    copy("vision.class", "embeddings.cls_token"),
+    copy("vision.position", "embeddings.position_embeddings"),
+    copy("vision.registers", "embeddings.register_tokens"),
+    copy("vision.patch.*", "embeddings.patch_embeddings.projection.*"),
+    ignore(MASK_TOKEN, "embeddings.mask_token"),
+    *block_rules(
+        "vision",
+        _STACK,
+        {
+            "norm1.*": "norm1.*",
+            "q.*": ("attention.attention.query.*", "attention.q_proj.*"),
+            "k.*": ("attention.attention.key.*", "attention.k_proj.*"),
+            "v.*": ("attention.attention.value.*", "attention.v_proj.*"),
+            "out.*": ("attention.output.dense.*", "attention.o_proj.*"),
+            "scale1": "layer_scale1.lambda1",
+            "norm2.*": "norm2.*",
+            "scale2": "layer_scale2.lambda1",
+        },
+    ),
+    copy("vision.norm.*", "layernorm.*"),
+)
+_MLP = block_rules("vision", _STACK, {"up.*": "mlp.fc1.*", "down.*": "mlp.fc2.*"})
+# transformers 5 splits `weights_in` into two tensors
+_SWIGLU = (
+    split(
+        ("vision.blocks.{i}.gate.*", "vision.blocks.{i}.up.*"),
+        "encoder.layer.{i}.mlp.weights_in.*",
+        "",
+    ),
+    copy("vision.blocks.{i}.gate.*", "", "encoder.layer.{i}.mlp.gate_proj.*"),
+    copy("vision.blocks.{i}.up.*", "", "encoder.layer.{i}.mlp.up_proj.*"),
+    *block_rules("vision", _STACK, {"down.*": ("mlp.weights_out.*", "mlp.down_proj.*")}),
+)
+
+
+def _mlp_width(fields: Fields, gated: bool) -> int:
+    """The width of Dinov2MLP, or of Dinov2SwiGLUFFN: two thirds, rounded up to a multiple of 8."""
+    width, ratio = read_width(fields), fields.get("mlp_ratio")
+    fields.number("mlp_ratio", 0, 16)
+    hidden = int(width * ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
+
+
+def _vision(fields: Fields, *, registers: int, antialias: bool) -> VisionSpec:
+    gated = fields.flag("use_swiglu_ffn")
+    blocks = read_blocks(
+        fields,
+        mlp=_mlp_width(fields, gated),
+        gated=gated,
+        qkv_bias=fields.flag("qkv_bias"),
+        layer_scale=True,
+    )
+    image, patch = read_sides(fields)
+    grid = image[0] // patch[0], image[1] // patch[1]
+    if grid[0] != grid[1]:
+        fields.refuse(
+            "image_size", f"as many patches down as across: DINOv2 reads {grid} as a square"
+        )
+    return VisionSpec(
+        blocks=blocks,
+        image=image,
+        patch=patch,
+        channels=read_channels(fields),
+        registers=registers,
+        position_antialias=antialias,
+    )
+
+
+def _towers(config: Config) -> Towers:
+    return _vision(config.fields(_SCHEMA), registers=0, antialias=False), None
+
+
+def _towers_with_registers(config: Config) -> Towers:
+    fields = config.fields(_SCHEMA_WITH_REGISTERS)
+    registers = fields.count("num_register_tokens", 1, 1024)
+    return _vision(fields, registers=registers, antialias=True), None
+
+
+def _rules(spec: ModelSpec) -> Groups:
+    assert spec.vision is not None, "a DINOv2 model is an image tower"
+    mlp = _SWIGLU if spec.vision.blocks.gated else _MLP
+    return ((("", f"{spec.family}."), (*_RULES, *mlp)), (("",), HEAD))
+
+
+_BASE_MODEL = Architecture(("last_hidden_state", "pooler_output"))
+_CLASSIFIER = Architecture(("logits",), features="class_mean", mark="classifier.")
+_PROCESSOR = Processor("Bit", BASE)  # BitImageProcessorPil
+
+FAMILY = Family(
+    name="dinov2",
+    schemas={"dinov2": _SCHEMA},
+    architectures={"Dinov2Model": _BASE_MODEL, "Dinov2ForImageClassification": _CLASSIFIER},
+    towers=_towers,
+    rules=_rules,
+    processor=_PROCESSOR,
+    mlp_key="mlp_ratio",
+)
+
+WITH_REGISTERS = Family(
+    name="dinov2_with_registers",
+    schemas={"dinov2_with_registers": _SCHEMA_WITH_REGISTERS},
+    architectures={
+        "Dinov2WithRegistersModel": _BASE_MODEL,
+        "Dinov2WithRegistersForImageClassification": _CLASSIFIER,
+    },
+    towers=_towers_with_registers,
+    rules=_rules,
+    processor=_PROCESSOR,
+    mlp_key="mlp_ratio",
+)
