@@ -703,8 +703,8 @@ CONTRADICTIONS = [
     ),
     (
         "sd-image-variations-encoder",
-        {"vision_config/projection_dim": 512},
-        "(vision_config) says projection_dim 512, the projection is 768 wide",
+        {"projection_dim": 512},
+        "projection_dim 512, the projection is 768 wide",
     ),
 ]
 

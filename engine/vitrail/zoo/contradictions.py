@@ -42,12 +42,12 @@ def contradictions(
     for tower, tower_spec in towers:
         if tower_spec is None:
             continue
-        nested = config.get(f"{tower}_config")
+        nested = [config.get(f"{tower}_{name}") or {} for name in ("config", "config_dict")]
         for fact in _tower_facts(tower_spec, tower, family, shapes):
-            if nested is None or (fact.key == "projection_dim" and spec.contrastive):
+            if not any(nested) or config.get(fact.key) == fact.config:
                 yield from _sentence(fact, "config.json", config)
             else:
-                yield from _sentence(fact, f"config.json ({tower}_config)", nested)
+                yield from _sentence(fact, f"config.json ({tower}_config)", nested[0] | nested[1])
     if spec.head is not None:
         yield from _sentence(_head_fact(spec.head, config, shapes), "config.json", config)
 
