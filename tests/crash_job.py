@@ -25,6 +25,7 @@ from typing import Any
 import vitrail.model
 from vitrail.jobs import folder as job
 from vitrail.jobs.listing import find_images
+from vitrail.jobs.rows import EmbedOptions
 
 TRIM = ctypes.CDLL(None).malloc_trim
 CALLS = ("pwrite", "fsync", "replace", "ftruncate")
@@ -80,8 +81,8 @@ def work(request: dict[str, Any], answers: int) -> None:
 
     if request.get("commits"):
         job.commit = committed
-    options = job.Options(part_size=request["part_size"])
-    job.run_job(
+    options = EmbedOptions(part_size=request["part_size"])
+    job.embed_to_folder(
         model,
         sources,
         Path(request["out"]),

@@ -636,16 +636,16 @@ def test_embed_makes_a_folder_goes_on_and_says_so_in_json(clip: Path, photos: Pa
     first = run(*words)
     assert first.exit_code == 3, first.stderr
     facts = json.loads(first.stdout)
-    assert {key: facts[key] for key in ("inputs", "embedded", "failed", "parts", "made")} == {
+    assert {key: facts[key] for key in ("inputs", "embedded", "failed", "parts", "written")} == {
         "inputs": 7,
         "embedded": 6,
         "failed": 1,
         "parts": 3,
-        "made": 3,
+        "written": 3,
     }
     second = run(*words)
     assert second.exit_code == 3
-    assert json.loads(second.stdout)["made"] == 0
+    assert json.loads(second.stdout)["written"] == 0
     found = vitrail.read_embeddings(out)
     assert found.paths == [str(path) for path in good(photos)]
     close(found.embeddings, vitrail.load(clip).encode_image(good(photos)))

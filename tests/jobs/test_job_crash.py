@@ -133,7 +133,7 @@ def test_a_kill_at_each_write_sync_rename_and_manifest_step_changes_nothing(
 ) -> None:
     whole = ask(tmp_path / "whole", list=str(desk / "short"))
     calls = whole["calls"]
-    # The plan: write, sync, rename, sync of its folder. A part: those for its file, then the
+    # The job record: write, sync, rename, sync of its folder. A part: those for its file, then the
     # manifest's line: write, sync, sync of the folder.
     put = ["pwrite", "fsync", "replace", "fsync"]
     assert calls == put + 3 * ([*put, "pwrite", "fsync", "fsync"])
@@ -143,7 +143,7 @@ def test_a_kill_at_each_write_sync_rename_and_manifest_step_changes_nothing(
             out = tmp_path / f"{nth}-{when}"
             killed = ask(out, list=str(desk / "short"), nth=nth, when=when)
             assert killed["status"] == KILLED, (nth, call, when)
-            known = read_embeddings(out) if (out / "_plan.json").exists() else None
+            known = read_embeddings(out) if (out / "_job.json").exists() else None
             again = ask(out, list=str(desk / "short"))
             assert again["status"] == 0, (nth, call, when)
             assert files(out) == wanted, (nth, call, when)

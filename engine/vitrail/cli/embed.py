@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,9 @@ from vitrail.cli.options import (
     require_model,
     say,
 )
+
+if TYPE_CHECKING:
+    from vitrail.jobs.rows import Summary
 
 PARTIAL = 3  # the exit code if some inputs failed and the rest is done
 
@@ -84,74 +87,57 @@ def embed(
 
     Exit codes: 0: all embedded; 3: some failed; 1: all failed, or an error; 130: interrupted.
     """
-    from vitrail.jobs import folder as job
-    from vitrail.jobs import one_file as single
+    from vitrail.jobs.folder import check_folder, embed_to_folder
     from vitrail.jobs.listing import find_images
     from vitrail.jobs.manifest import read_manifest
+    from vitrail.jobs.one_file import check_file, embed_to_file
+    from vitrail.jobs.part_files import SUBFOLDERS
+    from vitrail.jobs.rows import EmbedOptions
 
     if not inputs and not lists:
         raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")
-    if layout not in job.FOLDERS:
+    if layout not in SUBFOLDERS:
         raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
-    pixels = parse_size(size)
+    options = EmbedOptions(
+        layout=layout,
+        precision="float16" if fp16_output else "float32",
+        part_size=part_size,
+        batch_size=batch_size,
+        size=parse_size(size),
+        normalize=normalize,
+        stop_after=stop_after,
+        overwrite=overwrite,
+    )
     name = require_model(model, "--model")
     one_file = bool(out.suffix) and not out.is_dir()
     if one_file:
-        single.check_output(out, overwrite)
+        check_file(out, overwrite)
     else:
-        job.check_folder(out)
-    found = find_images(inputs or [], lists or [])
-    report_unread(found.unread)
+        check_folder(out)
+    listing = find_images(inputs or [], lists or [])
+    report_unread(listing.unread)
     loaded = load(name, device, dtype, revision, local_files_only, resize_on)
-    precision: Any = "float16" if fp16_output else "float32"
+    write = embed_to_file if one_file else embed_to_folder
     start = time.monotonic()
-    with progress(len(found.sources)) as tell:
-        if one_file:
-            summary = single.embed(
-                loaded,
-                found.sources,
-                out,
-                batch_size=batch_size,
-                size=pixels,
-                normalize=normalize,
-                precision=precision,
-                overwrite=overwrite,
-                progress=tell,
-            )
-        else:
-            options = job.Options(
-                layout=layout,  # type: ignore[arg-type]  # one of FOLDERS
-                precision=precision,
-                part_size=part_size,
-                batch_size=batch_size,
-                size=pixels,
-                normalize=normalize,
-                in_a_row=stop_after,
-            )
-            try:
-                summary = job.run_job(
-                    loaded, found.sources, out, options, overwrite=overwrite, progress=tell
+    with progress(len(listing.sources)) as report:
+        try:
+            summary = write(loaded, listing.sources, out, options, report)
+        except (KeyboardInterrupt, SystemExit):
+            if not one_file:
+                say(
+                    f"{len(read_manifest(out))} parts are committed; run the same command to resume"
                 )
-            except (KeyboardInterrupt, SystemExit):
-                kept = len({part.part for part in read_manifest(out)})
-                say(f"{kept} parts are committed; run the same command to resume")
-                raise
-    seconds = time.monotonic() - start
+            raise
+    _finish(summary, out, time.monotonic() - start, as_json, one_file)
+
+
+def _finish(summary: Summary, out: Path, seconds: float, as_json: bool, one_file: bool) -> None:
+    """Prints the result, and exits with the code for failed inputs."""
     report_failures(summary.failed, summary.inputs, summary.reasons)
-    facts = {
-        "out": str(out),
-        "inputs": summary.inputs,
-        "embedded": summary.inputs - summary.failed,
-        "failed": summary.failed,
-        "seconds": round(seconds, 3),
-    }
-    done = f"embedded {facts['embedded']} of {summary.inputs} images in {seconds:.1f} s"
-    if isinstance(summary, job.JobSummary):
-        facts |= {"parts": summary.parts, "made": summary.made, "again": summary.again}
-        done += f"; wrote {summary.made} of {summary.parts} parts"
-    say(done)
-    nothing = summary.failed == summary.inputs
-    if as_json or not (one_file and nothing):
+    say(f"{summary} in {seconds:.1f} s")
+    all_failed = summary.failed == summary.inputs
+    if as_json or not (one_file and all_failed):
+        facts = {"out": str(out), **summary.to_dict(), "seconds": round(seconds, 3)}
         print(json.dumps(facts) if as_json else out)
     if summary.failed:
-        raise typer.Exit(1 if nothing else PARTIAL)
+        raise typer.Exit(1 if all_failed else PARTIAL)

@@ -122,7 +122,7 @@ def report_unread(unread: Mapping[str, int]) -> None:
 def report_failures(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
     """Prints how many images failed, and why the first few did."""
     from vitrail.jobs.listing import shown
-    from vitrail.jobs.one_file import REASONS
+    from vitrail.jobs.rows import REASONS
 
     if not failed:
         return

@@ -1,95 +1,70 @@
-"""A folder of embeddings made in parts, so that a night's work survives whatever stops it.
+"""A folder of embeddings, written in parts so that an interruption loses at most one of them.
 
-``_plan.json`` comes first and says what is being made: a folder goes on only with the same inputs,
-model and options. Each part is written under a temporary name, synced, read back, compared and
-renamed, and then one line of ``_manifest.jsonl`` names its files with their SHA-256: what the
-manifest does not name is not there. Part boundaries depend on the list of inputs alone, so a job
-that was stopped any number of times gives the bytes of one that was not.
+``_job.json`` comes first and records the inputs, the model and the options; a folder is resumed
+only with the same record. Each part is written under a temporary name, synced, read back, compared
+and renamed. Then a line of ``_manifest.jsonl`` names its files with their SHA-256. Readers ignore
+every file without such a line. Part boundaries depend only on the list of inputs, so a job that was
+interrupted gives the same bytes as a job that was not.
 
-Layout "parquet": ``part-00000.parquet`` with path, status, error and embedding (null for failures),
-a row an input; names with an underscore are left alone by pyarrow, Spark and DuckDB, which read the
-folder as one table. Layout "npy" is clip-retrieval's: ``img_emb/img_emb_00000.npy`` and
-``metadata/metadata_00000.parquet`` (image_path) of good rows, ``failures/failures_00000.jsonl``.
+pyarrow, Spark and DuckDB skip names that begin with an underscore, and read the folder of the
+layout "parquet" as one table. `part_files` describes the layouts.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vitrail.durable import DRAFT, put_file, sync
 from vitrail.errors import InputError
+from vitrail.jobs.arrow import pyarrow_modules
 from vitrail.jobs.listing import Source, path_text
-from vitrail.jobs.manifest import (
-    FORMAT,
-    MANIFEST,
-    PLAN,
-    Part,
-    commit,
-    parse,
-    read_manifest,
-)
-from vitrail.jobs.one_file import (
-    Precision,
-    Rows,
+from vitrail.jobs.manifest import FORMAT, JOB, MANIFEST, PartRecord, commit, read_manifest
+from vitrail.jobs.part_files import PATTERNS, SUBFOLDERS, decode_part, encode_part, outcomes
+from vitrail.jobs.rows import (
+    EmbeddingRows,
+    EmbedOptions,
     Summary,
-    about_model,
+    describe_run,
     embed_images,
     narrow,
-    pyarrow_modules,
-    table_rows,
-    table_schema,
 )
 
 if TYPE_CHECKING:
     from vitrail.model.model import Model
 
-Layout = Literal["parquet", "npy"]
-
 LOCK = "_lock"
-PART_SIZE = 4096
-IN_A_ROW = 100
-FOLDERS = {"parquet": ("",), "npy": ("img_emb", "metadata", "failures")}
-OURS = ("part-*.parquet", "img_emb/img_emb_*.npy", "metadata/metadata_*.parquet",
-        "failures/failures_*.jsonl")  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides the numbers and the files. ``in_a_row`` failures stop a job; 0: none do."""
-
-    layout: Layout = "parquet"
-    precision: Precision = "float32"
-    part_size: int = PART_SIZE
-    batch_size: int | None = None
-    size: tuple[int, int] | None = None
-    normalize: bool = False
-    in_a_row: int = IN_A_ROW
 
 
 @dataclass(slots=True)
-class JobSummary(Summary):
-    """Also of a folder: its parts, how many of them this run made, and which it made again."""
+class FolderSummary(Summary):
+    """Also counts the parts, and those that this run wrote; ``repaired`` lists parts whose files
+    were missing or cut, which it wrote again."""
 
     parts: int = 0
-    made: int = 0
-    again: list[int] = field(default_factory=list)
+    written: int = 0
+    repaired: list[int] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {"parts": self.parts, "written": self.written, "repaired": self.repaired}
+        return Summary.to_dict(self) | counts
+
+    def __str__(self) -> str:
+        return f"{Summary.__str__(self)}; wrote {self.written} of {self.parts} parts"
 
 
 @dataclass(slots=True)
-class _Streak:
-    """How many inputs have failed one after the other, across parts."""
+class _FailureStreak:
+    """The number of consecutive failures, across parts."""
 
     limit: int
     length: int = 0
@@ -99,113 +74,124 @@ class _Streak:
         if self.limit and self.length == self.limit:
             raise InputError(
                 f"{self.length} inputs in a row failed, the last {path_text(source)}: {error}; "
-                "stopped before this part was committed. If the storage is back, the same command "
-                "goes on; --stop-after 0 records them as failures"
+                "stopped before this part was committed. Once the storage is back, run the same "
+                "command again to resume, or use --stop-after 0 to record them as failures"
             )
 
 
-def run_job(
+def embed_to_folder(
     model: Model,
     sources: Sequence[Source],
     out: Path,
-    options: Options = Options(),
-    *,
-    overwrite: bool = False,
+    options: EmbedOptions,
     progress: Callable[[int], None] = lambda done: None,
-) -> JobSummary:
-    """Makes the parts of ``out`` that are not there yet; ``progress`` gets the inputs done so far.
+) -> FolderSummary:
+    """Writes the missing parts of ``out``. ``progress`` gets the inputs done so far.
 
-    The same call again goes on where an earlier one stopped, makes anew a part whose files are
-    missing or of another size, and does nothing more to a finished folder. ``overwrite`` starts
-    from nothing and removes a former job's files, no others.
+    The same call again resumes after an interruption, rewrites a part whose files are missing or
+    have another size, and leaves a finished folder alone. ``options.overwrite`` starts from scratch
+    and deletes the files of an earlier job, but no other files.
 
-    Raises InputError where the folder holds another job or something else, where another process
-    is writing it, where it cannot be written (a full disk: what is committed stays), or where
-    ``options.in_a_row`` inputs fail one after the other, which looks like lost storage.
+    Raises InputError if the folder holds another job or other files, if another process writes it,
+    if it cannot be written (for example, a full disk; committed parts stay), or if
+    ``options.stop_after`` inputs fail in a row, which suggests lost storage.
     """
     check_folder(out)
-    plan = _plan(model, sources, options)
-    with _locked(out), _explained(out):
-        if overwrite:
-            _remove(out)
-        _begin(out, plan)
-        done, again = _checked(out, read_manifest(out))
+    job = _job_record(model, sources, options)
+    with _locked(out), _disk_errors(out):
+        if options.overwrite:
+            _delete_job(out)
+        _start_job(out, job)
+        committed = read_manifest(out)
+        complete = {n: part for n, part in committed.items() if _is_complete(out, part)}
         for draft in out.rglob(f"{DRAFT}*"):
             draft.unlink()
-        streak = _Streak(options.in_a_row)
+        streak = _FailureStreak(options.stop_after)
         starts = range(0, len(sources), options.part_size)
-        summary = JobSummary(parts=len(starts), again=again)
+        repaired = sorted(committed.keys() - complete.keys())
+        summary = FolderSummary(parts=len(starts), repaired=repaired)
         for number, start in enumerate(starts):
-            chosen = sources[start : start + options.part_size]
-            if number in done:
-                _count(summary, done[number], chosen)
+            part_sources = sources[start : start + options.part_size]
+            if number in complete:
+                summary.inputs += len(part_sources)
+                summary.failed += complete[number].inputs - complete[number].embedded
             else:
-                rows = _embedded(
-                    model, chosen, options, streak, lambda n: progress(summary.inputs + n)
+                rows = _embed_part(
+                    model, part_sources, options, streak, lambda n: progress(summary.inputs + n)
                 )
-                commit(out, _write(out, number, start, rows, plan, options))
+                commit(out, _write_part(out, number, start, rows, job))
                 summary.add(rows)
-                summary.made += 1
+                summary.written += 1
             progress(summary.inputs)
     return summary
 
 
-def _count(summary: JobSummary, part: Part, chosen: Sequence[Source]) -> None:
-    summary.inputs += len(chosen)
-    summary.failed += part.inputs - part.embedded
-
-
-def _embedded(
+def _embed_part(
     model: Model,
     sources: Sequence[Source],
-    options: Options,
-    streak: _Streak,
+    options: EmbedOptions,
+    streak: _FailureStreak,
     progress: Callable[[int], None],
-) -> Rows:
+) -> EmbeddingRows:
     """All rows of a part."""
     errors: list[str | None] = []
     embeddings = []
-    for rows in embed_images(
-        model,
-        sources,
-        batch_size=options.batch_size,
-        size=options.size,
-        normalize=options.normalize,
-    ):
+    for rows in embed_images(model, sources, options):
         for source, error in zip(rows.sources, rows.errors, strict=True):
             streak.add(source, error)
         errors += rows.errors
         embeddings.append(rows.embeddings)
         progress(len(errors))
-    return Rows(sources, errors, np.concatenate(embeddings))
+    return EmbeddingRows(sources, errors, np.concatenate(embeddings))
 
 
-# -- the plan and the lock -------------------------------------------------------------------------
+def _write_part(
+    out: Path, number: int, start: int, rows: EmbeddingRows, job: dict[str, Any]
+) -> PartRecord:
+    values = narrow(rows, job["dtype"])
+    for subfolder in SUBFOLDERS[job["layout"]]:
+        (out / subfolder).mkdir(exist_ok=True)
+    files = encode_part(number, rows, values, job)
+    paths, decoded, failures = decode_part(files)
+    if decoded.tobytes() != values.tobytes() or (paths, failures) != outcomes(rows):
+        raise InputError(f"{out}: part {number} does not read back as what was computed")
+    entries = tuple((name, *put_file(out / name, data)) for name, data in files.items())
+    return PartRecord(number, start, len(rows.sources), len(values), entries)
+
+
+def _is_complete(out: Path, part: PartRecord) -> bool:
+    """Whether each file of the part exists and has the size in the manifest."""
+    return all(
+        (out / name).is_file() and (out / name).stat().st_size == size
+        for name, size, _ in part.files
+    )
+
+
+# -- the job record and the lock -------------------------------------------------------------------
 
 
 def check_folder(out: Path) -> None:
-    """Raises InputError where no job can be made in ``out``; costs nothing, so ask early."""
+    """Raises InputError if no job can be written to ``out``. The check is cheap: call it early."""
     pyarrow_modules()
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file, wanted a folder, or a name ending in .npy or .parquet")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{out}: the folder {nearest} is not writable")
-    if out.is_dir() and not (out / PLAN).exists():
-        others = sorted(
+    if out.is_dir() and not (out / JOB).exists():
+        foreign = sorted(
             path.name for path in out.iterdir() if not path.name.startswith((DRAFT, LOCK))
         )
-        if others:
+        if foreign:
             raise InputError(
-                f"{out}: holds {others[0]!r} and no {PLAN}, wanted a new folder or a former job's"
+                f"{out}: holds {foreign[0]!r} and no {JOB}, wanted a new folder or a former job's"
             )
 
 
-def _plan(model: Model, sources: Sequence[Source], options: Options) -> dict[str, Any]:
+def _job_record(model: Model, sources: Sequence[Source], options: EmbedOptions) -> dict[str, Any]:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(os.fsencode(str(source)) + b"\0")
-    about = about_model(model, options.size, options.normalize, options.precision)
     return {
         "format": FORMAT,
         "inputs": len(sources),
@@ -213,31 +199,31 @@ def _plan(model: Model, sources: Sequence[Source], options: Options) -> dict[str
         "layout": options.layout,
         "part_size": options.part_size,
         "batch_size": options.batch_size,
-        **about,
+        **describe_run(model, options),
     }
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """Writes the plan, or compares it with the one that is there."""
-    file = out / PLAN
+def _start_job(out: Path, job: dict[str, Any]) -> None:
+    """Writes the job record; InputError if the folder has the record of a different job."""
+    file = out / JOB
     if not file.exists():
-        put_file(file, json.dumps(plan, indent=2).encode() + b"\n")
+        put_file(file, json.dumps(job, indent=2).encode() + b"\n")
         return
     former = json.loads(file.read_bytes())
     changed = [
-        key for key in plan if key not in ("model", "revision") and former.get(key) != plan[key]
+        key for key in job if key not in ("model", "revision") and former.get(key) != job[key]
     ]
     if changed:
-        told = "; ".join(f"{key}: then {former.get(key)}, now {plan[key]}" for key in changed)
+        changes = "; ".join(f"{key}: then {former.get(key)}, now {job[key]}" for key in changed)
         raise InputError(
-            f"{out}: was begun with other inputs or options ({told}). Use those, another "
-            "folder, or --overwrite to begin anew"
+            f"{out}: was begun with other inputs or options ({changes}). Use those, another "
+            "folder, or --overwrite to start from scratch"
         )
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One process at a time, by a lock that ends with its process however that ends."""
+    """Admits one process at a time. The lock ends with the process, however the process ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -257,97 +243,25 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Leaves no temporary file; says of a failure to write what is safe and what to do."""
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError that says which parts are safe; deletes drafts."""
     try:
         yield
     except OSError as error:
-        kept = len({part.part for part in read_manifest(out)})
         raise InputError(
-            f"{out}: cannot write: {error.strerror or error}. {kept} committed parts are safe; "
-            "make room, or mend the disk, and the same command goes on"
+            f"{out}: cannot write: {error.strerror or error}. {len(read_manifest(out))} committed "
+            "parts are safe; free space or repair the disk, then run the same command to resume"
         ) from error
     finally:
         for draft in out.rglob(f"{DRAFT}*"):
             draft.unlink(missing_ok=True)
 
 
-def _remove(out: Path) -> None:
-    """A former job's files; the manifest first, so that nothing half removed is trusted."""
-    for name in (MANIFEST, PLAN):
+def _delete_job(out: Path) -> None:
+    """Deletes an earlier job's files: first its manifest, so that no reader trusts the rest."""
+    for name in (MANIFEST, JOB):
         (out / name).unlink(missing_ok=True)
     sync(out)
-    for pattern in OURS:
+    for pattern in PATTERNS:
         for file in out.glob(pattern):
             file.unlink()
-
-
-# -- parts ---------------------------------------------------------------------------------------
-
-
-def _checked(out: Path, parts: Sequence[Part]) -> tuple[dict[int, Part], list[int]]:
-    """Parts whose files are all there in their size, and the numbers of the others."""
-    last = {part.part: part for part in parts}
-    whole = {
-        number: part
-        for number, part in last.items()
-        if all(
-            (out / name).is_file() and (out / name).stat().st_size == count
-            for name, count, _ in part.files
-        )
-    }
-    return whole, sorted(last.keys() - whole.keys())
-
-
-def _write(
-    out: Path, number: int, start: int, rows: Rows, plan: dict[str, Any], options: Options
-) -> Part:
-    values = narrow(rows, options.precision)
-    for folder in FOLDERS[options.layout]:
-        (out / folder).mkdir(exist_ok=True)
-    made = dict((_parquet if options.layout == "parquet" else _npy)(number, rows, values, plan))
-    good, written, bad = parse(made)
-    told = list(zip(map(path_text, rows.sources), rows.errors, strict=True))
-    if (
-        written.tobytes() != values.tobytes()
-        or good != [path for path, error in told if error is None]
-        or bad != [(path, error) for path, error in told if error is not None]
-    ):
-        raise InputError(f"{out}: part {number} does not read back as what was computed")
-    files = tuple((name, *put_file(out / name, data)) for name, data in made.items())
-    return Part(number, start, len(rows.sources), len(values), files)
-
-
-def _parquet(
-    number: int, rows: Rows, values: npt.NDArray[Any], plan: dict[str, Any]
-) -> Iterator[tuple[str, bytes]]:
-    pa, _ = pyarrow_modules()
-    schema = table_schema({key: plan[key] for key in plan if not key.startswith("inputs")})
-    yield (
-        f"part-{number:05}.parquet",
-        _table(pa.Table.from_batches([table_rows(rows, values, schema)])),
-    )
-
-
-def _npy(
-    number: int, rows: Rows, values: npt.NDArray[Any], plan: dict[str, Any]
-) -> Iterator[tuple[str, bytes]]:
-    pa, _ = pyarrow_modules()
-    array = io.BytesIO()
-    np.save(array, values)
-    yield f"img_emb/img_emb_{number:05}.npy", array.getvalue()
-    told = list(zip(map(path_text, rows.sources), rows.errors, strict=True))
-    good = pa.array([path for path, error in told if error is None], pa.string())
-    yield f"metadata/metadata_{number:05}.parquet", _table(pa.table({"image_path": good}))
-    bad = [json.dumps({"path": path, "error": error}) for path, error in told if error is not None]
-    if bad:
-        yield f"failures/failures_{number:05}.jsonl", "".join(f"{line}\n" for line in bad).encode()
-
-
-def _table(table: Any) -> bytes:
-    _, parquet = pyarrow_modules()
-    data = io.BytesIO()
-    parquet.write_table(
-        table, data, use_dictionary=["status"] if "status" in table.column_names else False
-    )
-    return data.getvalue()

@@ -1,4 +1,4 @@
-"""Which images a job is about: files, folders, patterns, lists and tar shards, in a fixed order."""
+"""The input images of a job, from files, folders, patterns, lists and tars, in a fixed order."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from vitrail.errors import InputError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-UNREAD = frozenset(
+UNREAD_EXTENSIONS = frozenset(
     {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".raw", ".svg", ".tif", ".tiff"}
 )
-"""Other formats of images, which a folder's listing leaves out and counts."""
-NAMED = 5  # missing inputs that one message names
+"""Image formats that Vitrail does not read; a listing skips and counts them."""
+NAMED = 5  # missing inputs that an error names
 _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file inside an uncompressed tar, read in place; nothing is ever unpacked."""
+    """A file inside an uncompressed tar, read in place: ``size`` bytes from ``offset`` on."""
 
     tar: str
     name: str
@@ -34,7 +34,7 @@ class TarMember:
         return f"{self.tar}/{self.name}"
 
     def read_bytes(self) -> bytes:
-        """The encoded image. Raises OSError where the tar cannot be read or has become shorter."""
+        """The encoded image. Raises OSError if the tar cannot be read or has become shorter."""
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
@@ -44,33 +44,33 @@ class TarMember:
 
 
 Source = str | TarMember
-"""A path, or a member of a tar; ``str()`` of it is the name that outputs hold."""
+"""A path, or a member of a tar. Outputs name it by its ``str()``."""
 
 
 @dataclass(slots=True)
 class Listing:
-    """``unread``: how many images of formats that Vitrail does not read were left out, by name."""
+    """The images, and how many files of each unread extension were skipped."""
 
     sources: list[Source] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
 
 def find_images(inputs: Sequence[str], lists: Sequence[str] = ()) -> Listing:
-    """The images that files, folders, patterns and tars stand for, in the order given; then lists.
+    """The images of ``inputs`` in order (files, folders, patterns, tars), then those of ``lists``.
 
-    A file is taken whatever its name. A folder is searched through its sub-folders (not through
-    links to folders, nor hidden names) for jpg, jpeg, png, webp, bmp and gif in any case. A pattern
-    (``**`` crosses folders) is what it matches. A ``.tar`` gives its members with these endings, in
-    its own order. Folders and matches are sorted, and give no path that is already there; what is
-    named, in ``inputs`` or a list, is taken as often as it is named.
+    A file may have any name. A folder is searched recursively, except for links to folders and
+    hidden names, for jpg, jpeg, png, webp, bmp and gif in upper or lower case. In a pattern ``**``
+    crosses folders. A ``.tar`` gives its members with these extensions in its own order. Folders
+    and matches are sorted, and skip a path that the listing has already; a file that ``inputs`` or
+    a list names twice is taken twice.
 
-    ``lists``: files of paths, one a line ("-" is stdin) or apart by NUL, relative to the current
-    folder. What a list names need not exist: it fails when its turn comes, and harms no other.
+    ``lists``: files of paths relative to the current folder, one per line or separated by NUL ("-"
+    is stdin). A path in a list may be missing: it fails later, when it is read, and stops no other.
 
-    Raises InputError where an input does not exist, cannot be listed, or nothing is found.
+    Raises InputError if an input does not exist or cannot be listed, or if there is no image.
     """
-    found = Listing()
-    seen: set[str] = set()
+    listing = Listing()
+    listed: set[str] = set()
     missing = [name for name in inputs if not (os.path.lexists(name) or glob.has_magic(name))]
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
@@ -80,34 +80,28 @@ def find_images(inputs: Sequence[str], lists: Sequence[str] = ()) -> Listing:
         if os.path.lexists(name) and not os.path.isdir(name):
             paths: Iterable[str] = [name]
         else:
-            paths = [path for path in _expand(name, found.unread) if path not in seen]
+            paths = [path for path in _expand(name, listing.unread) if path not in listed]
         for path in paths:
-            seen.add(path)
-            found.sources += _members(path) if path.lower().endswith(".tar") else [path]
+            listed.add(path)
+            listing.sources += _members(path) if path.lower().endswith(".tar") else [path]
     for name in lists:
-        found.sources += _lines(name)
-    if not found.sources:
-        what = ", ".join([*inputs, *lists])
-        raise InputError(f"{what}: no image there{_aside(found.unread)}, wanted {_wanted()}")
-    return found
+        listing.sources += _lines(name)
+    if not listing.sources:
+        raise _no_image(", ".join([*inputs, *lists]), listing.unread)
+    return listing
 
 
-def _wanted() -> str:
-    return ", ".join(sorted(EXTENSIONS))
-
-
-def _aside(unread: Counter[str]) -> str:
-    if not unread:
-        return ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
-    return f" but {kinds}, which Vitrail does not read"
+def _no_image(name: str, unread: Counter[str]) -> InputError:
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+    skipped = f" but {counts}, which Vitrail does not read" if unread else ""
+    return InputError(f"{name}: no image there{skipped}, wanted {', '.join(sorted(EXTENSIONS))}")
 
 
 def _expand(name: str, unread: Counter[str]) -> list[str]:
     if os.path.isdir(name):
         paths = _walk(name, unread)
         if not paths:
-            raise InputError(f"{name}: no image there{_aside(unread)}, wanted {_wanted()}")
+            raise _no_image(name, unread)
         return paths
     matches = glob.glob(name, recursive=True)
     if not matches:
@@ -117,7 +111,7 @@ def _expand(name: str, unread: Counter[str]) -> list[str]:
         for folder in set(matches) - files:
             files.update(_walk(folder, unread))
     if not files:
-        raise InputError(f"{name}: no image there{_aside(unread)}, wanted {_wanted()}")
+        raise _no_image(name, unread)
     return sorted(files)
 
 
@@ -128,49 +122,53 @@ def _walk(root: str, unread: Counter[str]) -> list[str]:
             "name the folders to read, or give a list of files with --list"
         ) from error
 
-    found: list[str] = []
+    paths: list[str] = []
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            kind = os.path.splitext(name)[1].lower()
-            if kind in EXTENSIONS and not name.startswith("."):
-                found.append(os.path.join(folder, name))
-            elif kind in UNREAD:
-                unread[kind] += 1
-    return sorted(found)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in EXTENSIONS and not name.startswith("."):
+                paths.append(os.path.join(folder, name))
+            elif suffix in UNREAD_EXTENSIONS:
+                unread[suffix] += 1
+    return sorted(paths)
 
 
 def _members(path: str) -> list[Source]:
-    """The images of an uncompressed tar; tarfile itself takes later damage for the end."""
-    found: list[Source] = []
+    """The images of an uncompressed tar.
+
+    tarfile takes a damaged header for the end of the tar, so the end block is checked too.
+    """
+    members: list[Source] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                kind = os.path.splitext(member.name)[1].lower()
+                suffix = os.path.splitext(member.name)[1].lower()
                 hidden = os.path.basename(member.name).startswith(".")
-                if member.isreg() and not member.issparse() and kind in EXTENSIONS and not hidden:
-                    found.append(TarMember(path, member.name, member.offset_data, member.size))
+                if member.isreg() and not member.issparse() and suffix in EXTENSIONS and not hidden:
+                    members.append(TarMember(path, member.name, member.offset_data, member.size))
             end = tar.offset
         with open(path, "rb") as file:
             file.seek(end)
-            last = file.read(_BLOCK)
+            end_block = file.read(_BLOCK)
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or "not an uncompressed tar"
         raise InputError(
-            f"{path}: {reason}; decompress a .tar.gz before, or name folders"
+            f"{path}: {reason}; decompress a .tar.gz first, or name folders"
         ) from error
-    if last != bytes(_BLOCK):
+    if end_block != bytes(_BLOCK):
         raise InputError(
-            f"{path}: the tar is damaged or cut short at byte {end}, after {len(found)} images; "
-            "fetch or make it again, or unpack what it holds"
+            f"{path}: the tar is damaged or cut short at byte {end}, after {len(members)} images; "
+            "fetch or make it again, or unpack it"
         )
-    if not found:
-        raise InputError(f"{path}: no image in the tar, wanted members ending in {_wanted()}")
-    return found
+    if not members:
+        extensions = ", ".join(sorted(EXTENSIONS))
+        raise InputError(f"{path}: no image in the tar, wanted members ending in {extensions}")
+    return members
 
 
 def _lines(name: str) -> list[Source]:
-    """The paths of a list; bytes that are no UTF-8 stay as the file system gives them."""
+    """The paths of a list. Bytes that are not UTF-8 are decoded as the file system does."""
     try:
         if name == "-":
             data = sys.stdin.buffer.read()
@@ -185,15 +183,15 @@ def _lines(name: str) -> list[Source]:
     )
     paths: list[Source] = [os.fsdecode(line) for line in lines if line.strip()]
     if not paths:
-        raise InputError(f"{name}: the list is empty, wanted one path a line")
+        raise InputError(f"{name}: the list is empty, wanted one path per line")
     return paths
 
 
 def path_text(source: object) -> str:
-    """A path as text; bytes that are no UTF-8, which a file name may hold, as \\xNN."""
+    """A path as text; a byte of a file name that is not UTF-8 becomes \\xNN."""
     return os.fsencode(str(source)).decode("utf-8", "backslashreplace")
 
 
 def shown(source: object) -> str:
-    """A path for a terminal: control characters, which could act there, as escapes."""
+    """A path for a terminal: control characters, which a terminal would obey, are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path_text(source))

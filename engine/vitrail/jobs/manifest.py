@@ -1,9 +1,8 @@
-"""The manifest of a job's folder, a line a part, and reading the embeddings it vouches for."""
+"""The manifest of a job's folder, a line per committed part, and the reader that trusts it."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import numpy.typing as npt
 
 from vitrail.durable import sync, write_all
 from vitrail.errors import InputError
-from vitrail.jobs.one_file import pyarrow_modules
+from vitrail.jobs.part_files import decode_part
 
 FORMAT = 1
-PLAN, MANIFEST = "_plan.json", "_manifest.jsonl"
+JOB, MANIFEST = "_job.json", "_manifest.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A committed part: inputs from ``start`` on, and its files as name, bytes and SHA-256."""
+class PartRecord:
+    """A committed part: ``inputs`` inputs from ``start`` on; files as (name, bytes, SHA-256)."""
 
     part: int
     start: int
@@ -38,117 +37,85 @@ class Part:
         return json.dumps({**counts, "files": files}).encode() + b"\n"
 
 
-def read_manifest(out: Path) -> list[Part]:
-    """The committed parts, in the order of their commits; the last line of a part counts.
+def read_manifest(out: Path) -> dict[int, PartRecord]:
+    """The committed parts by number. If a part has several lines, its last line counts.
 
-    A last line without its end is a commit that never happened. Raises InputError for a line that
-    is damaged otherwise.
+    A last line without a line end is a commit that never happened. Raises InputError if another
+    line is damaged.
     """
     if not (out / MANIFEST).exists():
-        return []
-    parts = []
+        return {}
+    parts = {}
     lines = (out / MANIFEST).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
-            given = json.loads(line)
-            files = tuple((f["name"], f["bytes"], f["sha256"]) for f in given["files"])
-            counts = {key: int(given[key]) for key in ("part", "start", "inputs", "embedded")}
+            fields = json.loads(line)
+            files = tuple((f["name"], f["bytes"], f["sha256"]) for f in fields["files"])
+            counts = {key: int(fields[key]) for key in ("part", "start", "inputs", "embedded")}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{out / MANIFEST}: line {number} is damaged: {error}") from error
-        parts.append(Part(**counts, files=files))
+        parts[counts["part"]] = PartRecord(**counts, files=files)
     return parts
 
 
-def commit(out: Path, part: Part) -> None:
-    """Appends the part's line. What an earlier crash left of a line is cut off first."""
+def commit(out: Path, part: PartRecord) -> None:
+    """Appends the part's line, after it cuts off the unfinished line of an earlier crash."""
     descriptor = os.open(out / MANIFEST, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(descriptor, whole)
-        write_all(descriptor, part.line(), whole)
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.ftruncate(descriptor, end)
+        write_all(descriptor, part.line(), end)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     sync(out)
 
 
-# -- reading ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """What a job made: ``embeddings`` (K, D) float32 or float16 with a path a row.
+    """The result of a job: ``embeddings`` (K, D), float32 or float16, and a path for each row.
 
-    ``errors`` holds the failures as (path, reason).
+    ``errors`` holds the failures as (path, reason). ``job`` is the record of the model, the inputs
+    and the options.
     """
 
     paths: list[str]
     embeddings: npt.NDArray[Any]
     errors: list[tuple[str, str]]
-    plan: dict[str, Any]
+    job: dict[str, Any]
 
 
 def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
     """The committed parts of a job's folder in input order, each checked against its SHA-256.
 
-    Raises InputError where the folder holds no job, or a file is not what the manifest says.
+    Raises InputError if the folder holds no job, or a file differs from its line in the manifest.
     """
     out = Path(folder)
-    if not (out / PLAN).is_file():
-        raise InputError(f"{out}: no {PLAN} there, wanted the folder of a vitrail embed job")
-    plan = json.loads((out / PLAN).read_bytes())
-    last = {part.part: part for part in read_manifest(out)}
-    parts = [last[number] for number in sorted(last)]
-    every = np.empty((sum(part.embedded for part in parts), plan["width"]), np.dtype(plan["dtype"]))
+    if not (out / JOB).is_file():
+        raise InputError(f"{out}: has no {JOB}, wanted the folder of a vitrail embed job")
+    job = json.loads((out / JOB).read_bytes())
+    parts = [part for _, part in sorted(read_manifest(out).items())]
+    embeddings = np.empty((sum(part.embedded for part in parts), job["width"]), job["dtype"])
     paths: list[str] = []
     errors: list[tuple[str, str]] = []
     for part in parts:
-        files = {name: _vouched(out, name, sha256) for name, _, sha256 in part.files}
-        good, values, bad = parse(files)
-        every[len(paths) : len(paths) + len(good)] = values
-        paths += good
-        errors += bad
-    return Embeddings(paths, every, errors, plan)
+        files = {name: _read_checked(out / name, sha256) for name, _, sha256 in part.files}
+        part_paths, values, failures = decode_part(files)
+        embeddings[len(paths) : len(paths) + len(part_paths)] = values
+        paths += part_paths
+        errors += failures
+    return Embeddings(paths, embeddings, errors, job)
 
 
-def _vouched(out: Path, name: str, sha256: str) -> bytes:
+def _read_checked(file: Path, sha256: str) -> bytes:
     try:
-        data = (out / name).read_bytes()
+        data = file.read_bytes()
     except OSError as error:
-        raise InputError(f"{out / name}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InputError(
-            f"{out / name}: is not what the manifest says (SHA-256); delete it, run the job again"
+            f"{file}: is not what the manifest says (SHA-256); delete it, run the job again"
         )
     return data
-
-
-def _table(data: bytes) -> Any:
-    # read_table leaves the bytes to a thread of its own, which aborts the process where it lets go
-    # of them while the interpreter ends. ParquetFile reads in this thread.
-    pa, parquet = pyarrow_modules()
-    with parquet.ParquetFile(pa.BufferReader(data)) as file:
-        return file.read(use_threads=False)
-
-
-def parse(files: dict[str, bytes]) -> tuple[list[str], npt.NDArray[Any], list[tuple[str, str]]]:
-    """A part's files by name -> its good paths, their embeddings (K, D), and the failures."""
-    tables = [_table(data) for name, data in files.items() if name.endswith(".parquet")]
-    (table,) = tables
-    if "embedding" not in table.column_names:
-        (array,) = (data for name, data in files.items() if name.endswith(".npy"))
-        lines = b"".join(data for name, data in files.items() if name.endswith(".jsonl"))
-        bad = [(line["path"], line["error"]) for line in map(json.loads, lines.splitlines())]
-        values = np.load(io.BytesIO(array))
-        return table["image_path"].to_pylist(), values, bad
-    good, bad = [], []
-    for path, error in zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True):
-        if error is None:
-            good.append(path)
-        else:
-            bad.append((path, error))
-    column = table["embedding"].combine_chunks()
-    width = column.type.list_size
-    return good, column.drop_null().flatten().to_numpy().reshape(-1, width), bad

@@ -18,10 +18,10 @@ import torch
 
 import vitrail
 from vitrail.errors import InputError
-from vitrail.jobs import folder as job
-from vitrail.jobs.folder import Options, check_folder, run_job
+from vitrail.jobs.folder import LOCK, check_folder, embed_to_folder
 from vitrail.jobs.listing import TarMember
-from vitrail.jobs.manifest import MANIFEST, PLAN, read_embeddings, read_manifest
+from vitrail.jobs.manifest import JOB, MANIFEST, read_embeddings, read_manifest
+from vitrail.jobs.rows import EmbedOptions
 from vitrail.model.outputs import EncodeResult
 
 WIDTH = 6
@@ -63,9 +63,8 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def run(out: Path, model: Any = None, sources: Sequence[Any] = SOURCES, **options: Any) -> Any:
-    overwrite = options.pop("overwrite", False)
-    chosen = Options(**{"part_size": 8, **options})
-    return run_job(model or Digits(), sources, out, chosen, overwrite=overwrite)
+    chosen = EmbedOptions(**{"part_size": 8, **options})
+    return embed_to_folder(model or Digits(), sources, out, chosen)
 
 
 # Contents
@@ -77,13 +76,13 @@ def test_a_job_holds_every_embedding_and_every_failure(
     layout: str, precision: str, tmp_path: Path
 ) -> None:
     summary = run(tmp_path / "out", layout=layout, precision=precision)
-    assert (summary.inputs, summary.failed, summary.parts, summary.made) == (INPUTS, 4, 7, 7)
+    assert (summary.inputs, summary.failed, summary.parts, summary.written) == (INPUTS, 4, 7, 7)
     found = vitrail.read_embeddings(tmp_path / "out")
     assert found.paths == [SOURCES[n] for n in GOOD]
     assert found.embeddings.dtype == precision
     assert np.array_equal(found.embeddings, vectors(GOOD).astype(precision))
     assert found.errors == [(SOURCES[n], f"{n}.jpg: empty: 0 bytes") for n in sorted(BAD)]
-    assert found.plan["fingerprint"] == "f00d"
+    assert found.job["fingerprint"] == "f00d"
 
 
 def test_parquet_readers_take_the_folder_as_one_table(tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_the_manifest_has_sizes_and_checksums_of_all_files(tmp_path: Path) -> No
     import hashlib
 
     run(tmp_path, layout="npy")
-    named = {file for part in read_manifest(tmp_path) for file in part.files}
+    named = {file for part in read_manifest(tmp_path).values() for file in part.files}
     assert named == {
         (name, len(data), hashlib.sha256(data).hexdigest())
         for name, data in files(tmp_path).items()
@@ -182,7 +181,7 @@ def test_the_same_call_goes_on_and_ends_with_the_same_bytes(
     model = Digits()
     summary = run(out, model, layout=layout)
     assert model.asked == list(range(8 * after, INPUTS))
-    assert (summary.inputs, summary.failed, summary.made) == (INPUTS, 4, 7 - after)
+    assert (summary.inputs, summary.failed, summary.written) == (INPUTS, 4, 7 - after)
     assert files(out) == files(tmp_path / "whole")
 
 
@@ -191,7 +190,7 @@ def test_a_finished_job_is_left_alone(tmp_path: Path) -> None:
     before, model = files(tmp_path), Digits()
     summary = run(tmp_path, model)
     assert model.asked == []
-    assert (summary.made, summary.inputs, summary.failed) == (0, INPUTS, 4)
+    assert (summary.written, summary.inputs, summary.failed) == (0, INPUTS, 4)
     assert files(tmp_path) == before
 
 
@@ -237,7 +236,7 @@ def test_a_part_whose_file_is_gone_or_cut_is_made_again(harm: str, tmp_path: Pat
     file.unlink() if harm == "deleted" else os.truncate(file, 100)
     model = Digits()
     summary = run(tmp_path, model)
-    assert (summary.again, summary.made, model.asked) == ([3], 1, list(range(24, 32)))
+    assert (summary.repaired, summary.written, model.asked) == ([3], 1, list(range(24, 32)))
     after = files(tmp_path)
     assert after.pop(MANIFEST) != before.pop(MANIFEST)
     assert after == before
@@ -251,7 +250,7 @@ def test_a_torn_last_line_is_no_commit(left: int, tmp_path: Path) -> None:
     lines = before[MANIFEST].splitlines(keepends=True)
     (tmp_path / MANIFEST).write_bytes(b"".join(lines[:-1]) + lines[-1][:left])
     assert len(read_manifest(tmp_path)) == 6
-    assert run(tmp_path).made == 1
+    assert run(tmp_path).written == 1
     assert files(tmp_path) == before
 
 
@@ -286,7 +285,7 @@ def test_what_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=rf"holds 'cat.jpg' and no {PLAN}"):
+    with pytest.raises(InputError, match=rf"holds 'cat.jpg' and no {JOB}"):
         check_folder(tmp_path)
     with pytest.raises(InputError, match="is a file, wanted a folder"):
         check_folder(tmp_path / "cat.jpg")
@@ -296,21 +295,21 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     run(tmp_path)
-    with open(tmp_path / job.LOCK, "r+") as held:
+    with open(tmp_path / LOCK, "r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing there"):
             run(tmp_path)
-    assert run(tmp_path).made == 0
+    assert run(tmp_path).written == 0
 
 
 def test_many_failures_in_a_row_stop_the_job_before_their_part(tmp_path: Path) -> None:
     gone = Digits(bad=frozenset(range(20, 50)))
     with pytest.raises(InputError, match=r"20 inputs in a row failed, the last photos/39.jpg"):
-        run(tmp_path, gone, part_size=25, in_a_row=20)
+        run(tmp_path, gone, part_size=25, stop_after=20)
     assert len(read_manifest(tmp_path)) == 1
-    assert run(tmp_path, Digits(bad=frozenset()), part_size=25, in_a_row=20).failed == 5
+    assert run(tmp_path, Digits(bad=frozenset()), part_size=25, stop_after=20).failed == 5
     other = tmp_path / "other"
-    assert run(other, gone, part_size=25, in_a_row=0).failed == 30
+    assert run(other, gone, part_size=25, stop_after=0).failed == 30
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -330,7 +329,7 @@ def test_a_full_disk_keeps_what_is_committed_and_says_what_to_do(
         with pytest.raises(InputError, match=f"{os.strerror(code)}.*3 committed parts are safe"):
             run(out)
     assert not list(out.rglob("_draft-*"))
-    assert run(out).made == 4
+    assert run(out).written == 4
     assert files(out) == files(tmp_path / "whole")
 
 
@@ -346,4 +345,4 @@ def test_a_disk_that_reads_back_otherwise_is_noticed(
 def test_a_value_beyond_float16_is_an_error_and_no_infinity(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="float16 output: got an embedding value of"):
         run(tmp_path, sources=["5.jpg", "900.jpg"], precision="float16")
-    assert read_manifest(tmp_path) == []
+    assert read_manifest(tmp_path) == {}

@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from vitrail.errors import InputError
-from vitrail.jobs.one_file import ROW_GROUP, check_output, embed, embed_images
+from vitrail.jobs.one_file import ROW_GROUP, check_file, embed_to_file
+from vitrail.jobs.rows import EmbedOptions, Summary, embed_images
 from vitrail.model.outputs import EncodeResult
 
 WIDTH = 5
@@ -53,6 +54,16 @@ class FakeModel:
         return EncodeResult(torch.tensor(rows).reshape(-1, WIDTH), index, errors)
 
 
+def embed(
+    model: Any,
+    sources: Sequence[Any],
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+    **options: Any,
+) -> Summary:
+    return embed_to_file(model, sources, out, EmbedOptions(**options), progress)
+
+
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         path = folder / name
@@ -83,7 +94,7 @@ def left(folder: Path) -> list[str]:
 def test_a_few_batches_go_to_the_model_at_a_time(photos: list[Path]) -> None:
     model = FakeModel()
     options: dict[str, Any] = {"batch_size": 1, "size": (8, 9), "normalize": True}
-    batches = list(embed_images(model, photos, **options))
+    batches = list(embed_images(model, photos, EmbedOptions(**options)))
     assert model.calls == [(n, options | {"on_error": "skip"}) for n in (4, 3)]
     assert [list(rows.sources) for rows in batches] == [photos[:4], photos[4:]]
     assert [len(rows.embeddings) for rows in batches] == [3, 2]
@@ -274,7 +285,7 @@ def test_a_folder_without_write_permission_is_named(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(InputError, match=r"the folder .* is not writable"):
-        check_output(tmp_path / "out.npy", overwrite=False)
+        check_file(tmp_path / "out.npy", overwrite=False)
 
 
 def test_parquet_without_pyarrow_names_the_extra(
@@ -282,7 +293,7 @@ def test_parquet_without_pyarrow_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"needs pyarrow: pip install 'vitrail\[parquet\]'"):
-        check_output(tmp_path / "out.parquet", overwrite=False)
+        check_file(tmp_path / "out.parquet", overwrite=False)
 
 
 def test_a_model_without_an_image_tower_is_refused(photos: list[Path], tmp_path: Path) -> None:
