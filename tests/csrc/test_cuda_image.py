@@ -19,7 +19,7 @@ from torch import Tensor
 
 import standin
 from image.test_images import CLIP
-from model.test_crops import ENOUGH, framed_ones
+from model.test_crops import ENOUGH, crop_tasks
 from runtime.test_runner import CPU, VISION, open_runner
 from standin.calls import cubin
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError
@@ -226,7 +226,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, image: CudaBinary | None) -> None:
 
 def batch(count: int = 3) -> PackedImages:
     """Whose lines are no multiple of 16 bytes."""
-    return pack(framed_ones(count, replace(CLIP, crop=(33, 31))), pinned=False)
+    return pack(crop_tasks(count, replace(CLIP, crop=(33, 31))), pinned=False)
 
 
 def check_launches(launches: list[standin.Launch], packed: PackedImages, out: Tensor) -> None:
@@ -397,7 +397,7 @@ def test_a_device_out_of_memory_resizes_in_halves(
 ) -> None:
     serve(monkeypatch, image_of(cubin(KERNELS)))
     serving = runner(driver, weights)
-    (crops,) = device_batch(framed_ones(5), serving, ENOUGH).groups
+    (crops,) = device_batch(crop_tasks(5), serving, ENOUGH).groups
     assert serving.resizer.startswith("CUDA binary")
     driver.fail_launch(1, 2)
     assert crops[:].shape[0] == 5

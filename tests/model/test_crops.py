@@ -19,9 +19,8 @@ from helpers import assert_close, clip_folder
 from image.test_images import CASES, CLIP, encode, photo, spec_of
 from pixels import cases
 from vitrail.errors import ImageError, InputError, OutOfMemoryError, VitrailError
-from vitrail.image import preprocess as images
-from vitrail.image.preprocess import Framed, held_bytes, preprocess_framed, preprocess_uint8
-from vitrail.image.resize import Pixels
+from vitrail.image import preprocess, threads
+from vitrail.image.preprocess import CropTask, decode_crop_tasks, preprocess_uint8
 from vitrail.model import images as encoder
 from vitrail.model.crops import CropBatch, DeviceCrops, device_batch, host_batch, pack
 from vitrail.runtime.torch_runner import ReferenceRunner
@@ -57,7 +56,7 @@ def device(
     channels: int = 3,
     **options: Any,
 ) -> list[Any]:
-    framed = preprocess_framed(given, spec, channels, enough=ENOUGH, **options)
+    framed = decode_crop_tasks(given, spec, channels, stop_bytes=ENOUGH, **options)
     return each(device_batch(framed, runner, ENOUGH))
 
 
@@ -168,27 +167,27 @@ def test_what_goes_down_first_is_left_to_the_host() -> None:
     """As Pillow 12 does with an image over 100 times taller than wide; nothing else is."""
     tall, other = cases.picture("tall", "RGB", 2, 1200), cases.picture("other", "RGB", 2, 200)
     spec = replace(CLIP, resize=("exact", 20, 30), crop=None)
-    framed = preprocess_framed([tall, other], spec, 3, enough=ENOUGH)
-    shapes = [one.opened.shape for one in framed if isinstance(one, Framed)]
+    framed = decode_crop_tasks([tall, other], spec, 3, stop_bytes=ENOUGH)
+    shapes = [one.pixels.shape for one in framed if isinstance(one, CropTask)]
     assert shapes == [(20, 30, 3), (200, 2, 3)]
 
 
 # -- limits ----------------------------------------------------------------------------------------
 
 
-def framed_ones(count: int, spec: ImageSpec = CLIP) -> list[Framed[Pixels]]:
-    found = preprocess_framed([photo(40 + n, 50) for n in range(count)], spec, 3, enough=ENOUGH)
-    return [one for one in found if isinstance(one, Framed)]
+def crop_tasks(count: int, spec: ImageSpec = CLIP) -> list[CropTask]:
+    found = decode_crop_tasks([photo(40 + n, 50) for n in range(count)], spec, 3, stop_bytes=ENOUGH)
+    return [one for one in found if isinstance(one, CropTask)]
 
 
 def test_what_is_resized_at_once_holds_no_more_than_it_may(runner: ReferenceRunner) -> None:
-    framed = framed_ones(9)
-    whole = sum(held_bytes(one) for one in framed)
+    framed = crop_tasks(9)
+    whole = sum(one.device_bytes for one in framed)
     for most in (1, whole // 4, whole // 2, whole):
         batch = device_batch(framed, runner, most)
         assert sorted(m for crops in batch.groups for m in crops.members) == list(range(9))
         for crops in batch.groups:
-            together = sum(held_bytes(framed[member]) for member in crops.members)
+            together = sum(framed[member].device_bytes for member in crops.members)
             assert together <= most or len(crops.members) == 1
         assert len(batch.groups) == {1: 9, whole: 1}.get(most, len(batch.groups))
     assert len(device_batch(framed, runner, whole - 1).groups) == 2
@@ -196,48 +195,48 @@ def test_what_is_resized_at_once_holds_no_more_than_it_may(runner: ReferenceRunn
 
 def test_the_bytes_held_are_those_that_a_device_needs() -> None:
     """Of what is copied and of what is made there, but for the tables and what rounds up."""
-    for one in framed_ones(3):
+    for one in crop_tasks(3):
         packed = pack([one], pinned=False)
         lines, stride = packed.tables.middle
         crop = one.rows.out * one.columns.out * 3
         needed = packed.tables.pixels + lines * stride + crop
-        assert needed - 16 * stride <= held_bytes(one) <= needed + 8 * stride
+        assert needed - 16 * stride <= one.device_bytes <= needed + 8 * stride
 
 
 def test_a_batch_becomes_one_buffer_that_holds_all() -> None:
-    framed = framed_ones(4)
+    framed = crop_tasks(4)
     packed = pack(framed, pinned=False)
     sections = packed.sections
     assert all(section.start % 16 == 0 for section in sections)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(sections))
-    pixels = np.concatenate([one.opened.ravel() for one in framed])
+    pixels = np.concatenate([one.pixels.ravel() for one in framed])
     assert np.array_equal(packed.buffer[sections[0]].numpy(), pixels)
     memory = packed.buffer.numpy()
     for one, view in zip(framed, packed.tasks, strict=True):
-        assert np.shares_memory(view.opened, memory)
-        assert np.array_equal(view.opened, one.opened)
+        assert np.shares_memory(view.pixels, memory)
+        assert np.array_equal(view.pixels, one.pixels)
 
 
 def test_decoding_stops_once_there_are_enough_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_cores", lambda: 2)
+    monkeypatch.setattr(threads, "core_count", lambda: 2)
     given = [photo(60, 50, seed=n) for n in range(20)]
     opened: list[object] = []
-    open_image = images.open_image
+    open_image = preprocess.open_image
 
     def counted(image: Any, *rest: Any) -> Any:
         opened.append(image)
         return open_image(image, *rest)
 
-    monkeypatch.setattr(images, "open_image", counted)
-    one = held_bytes(framed_ones(1)[0])
+    monkeypatch.setattr(preprocess, "open_image", counted)
+    one = crop_tasks(1)[0].device_bytes
     for enough in (1, 3 * one, ENOUGH):
         opened.clear()
-        found = preprocess_framed(given, CLIP, 3, enough=enough)
+        found = decode_crop_tasks(given, CLIP, 3, stop_bytes=enough)
         assert len(found) == len(opened)
         fewest = min(20, max(1, enough // one - 1))
         assert fewest <= len(found) <= min(20, enough // one + 3)
         wanted = preprocess_uint8(given[: len(found)], CLIP, 3)
-        assert [f.opened.shape[1] for f in found if isinstance(f, Framed)] == [60] * len(wanted)
+        assert [f.pixels.shape[1] for f in found if isinstance(f, CropTask)] == [60] * len(wanted)
 
 
 class Small(ReferenceRunner):
@@ -256,7 +255,7 @@ def test_without_memory_for_all_halves_are_resized_to_the_same_bytes(
     runner: ReferenceRunner,
 ) -> None:
     small = Small(runner.weights, runner.dtype, runner.device)
-    framed = framed_ones(7)
+    framed = crop_tasks(7)
     (crops,), (wanted,) = (device_batch(framed, r, ENOUGH).groups for r in (small, runner))
     assert torch.equal(crops[:], wanted[:])
     assert torch.equal(crops[2:5], wanted[2:5])
@@ -320,7 +319,7 @@ def test_a_limit_on_bytes_splits_a_call_into_batches(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = vitrail.load(folder, resize="device")
-    monkeypatch.setattr(images, "_cores", lambda: 1)
+    monkeypatch.setattr(threads, "core_count", lambda: 1)
     tower, seen = there._vision, list[Tensor]()
     assert tower is not None
     embed = tower.embed

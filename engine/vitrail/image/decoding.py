@@ -1,21 +1,17 @@
-"""Images in, decoded pixels out: one image of any kind as RGB, grey, or an array.
+"""Decodes an image of any kind to RGB, gray, or an array of pixels.
 
-Decoding is strict: five formats, sizes checked before pixels, and never half an image.
+Decoding is strict: five formats, sizes checked before pixels are decoded, and never half an image.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import (
     BmpImagePlugin,
@@ -28,36 +24,23 @@ from PIL import (
 )
 
 from vitrail.errors import ImageError, InputError
-from vitrail.image.formats import Refused, check_png, read_header, read_orientation
+from vitrail.image.formats import FormatError, check_png, read_header
+from vitrail.image.orientation import read_orientation
 from vitrail.image.resize import Pixels
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """Encoded bytes somewhere: a `TarMember`, a ``zipfile.Path``, a resource of a package."""
-
-    def read_bytes(self) -> bytes: ...
-
-
-PixelInput = (
-    (str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any])
-    | torch.Tensor
-    | Readable
+from vitrail.image.sources import (
+    LIMITS,
+    Limits,
+    PixelInput,
+    Readable,
+    array_pixels,
+    check_bytes,
+    check_size,
+    read_file,
+    read_object,
 )
+
 SixteenBit = Literal["scale", "clip"]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest image that is taken: pixels in all, pixels a side, encoded bytes."""
-
-    max_pixels: int = 50_000_000
-    max_side: int = 65_535
-    max_bytes: int = 256 << 20
-
-
-LIMITS = Limits()
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -86,39 +69,42 @@ def decode(
     limits: Limits = LIMITS,
     sixteen_bit: SixteenBit = "scale",
 ) -> Pixels:
-    """One image as contiguous uint8 (height, width, channels), upright, before any resize.
+    """Decodes an image to contiguous uint8 (height, width, channels), upright, not resized.
 
-    ``channels`` is the model's: 3 makes RGB and 1 grey, whatever the image holds and whatever the
-    processor's ``do_convert_rgb`` says (without it, transformers fails on all but RGB images).
+    ``channels`` is the model's: 3 gives RGB and 1 gray, whatever the mode of the image and
+    whatever the processor's ``do_convert_rgb`` says (without it, transformers fails on all but RGB
+    images). ``image`` is:
 
-    * A path, bytes, or an object with ``read_bytes()``: JPEG, PNG, WEBP, BMP or GIF, told by
-      content; the first frame; turned upright by EXIF orientation, where values other than 1..8
-      count as 1.
-    * A PIL image of any mode that Pillow converts to RGB: taken as it is, not turned. One whose
-      pixels fail to load is closed, since Pillow's second load would give wrong pixels in silence.
-    * uint8 (height, width, channels) or (height, width), numpy or a CPU tensor of any strides; one
-      channel is repeated for RGB. The result may share the array's memory. Channel counts other
-      than 1 and 3 come only this way.
+    * A path, bytes, or an object with ``read_bytes()``: JPEG, PNG, WEBP, BMP or GIF, recognized by
+      content. Decodes the first frame and turns it upright by its EXIF orientation (values other
+      than 1..8 count as 1).
+    * A PIL image of any mode that Pillow converts to RGB. It is not turned. If loading its pixels
+      fails, it is closed, because Pillow's second load would give wrong pixels in silence.
+    * uint8 (height, width, channels) or (height, width), as a numpy array or CPU tensor of any
+      strides. A single channel is repeated for RGB. The result may share the array's memory.
+      Channel counts other than 1 and 3 are accepted only in this form.
 
-    Transparency is laid over white and palettes are looked up, as transformers' ``convert_to_rgb``
-    does. 16-bit grey (modes "I;16" and "I") is ``round(value * 255 / 65535)``, or with
-    ``sixteen_bit="clip"`` ``min(value, 255)``, as Pillow's own conversion. Mode "F" is refused.
+    Transparent pixels are laid over white and palettes are looked up, as transformers'
+    ``convert_to_rgb`` does. 16-bit gray (modes "I;16" and "I") becomes
+    ``round(value * 255 / 65535)``; with ``sixteen_bit="clip"``, ``min(value, 255)``, which is
+    Pillow's own conversion. Mode "F" is refused.
 
-    A sound decode is no proof of an undamaged file: JPEG has no checksum, so damage that still
-    parses shows as wrong pixels in every decoder.
+    A decode without an error does not prove that the file is undamaged: JPEG has no checksum, so
+    damage that still parses gives wrong pixels in every decoder.
 
     Raises ImageError for an image that cannot be read, is damaged, empty or over ``limits``, and
-    InputError for the wrong type, dtype or layout. Both name the file.
+    for every encoded image while ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set; InputError for
+    the wrong type, dtype or layout. Both name the file.
     """
     check_arguments(channels, sixteen_bit)
     return as_array(*open_image(image, channels, limits, sixteen_bit))
 
 
-def as_array(where: str, opened: Image.Image | Pixels) -> Pixels:
-    """What `open_image` gives as uint8 (height, width, channels)."""
-    if isinstance(opened, np.ndarray):
-        return opened
-    pixels = _guarded(where, lambda: np.array(opened))
+def as_array(location: str, image: Image.Image | Pixels) -> Pixels:
+    """The result of `open_image` as uint8 (height, width, channels)."""
+    if isinstance(image, np.ndarray):
+        return image
+    pixels = _guarded(location, lambda: np.array(image))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -132,20 +118,20 @@ def check_arguments(channels: int, sixteen_bit: str) -> None:
 def open_image(
     image: PixelInput, channels: int, limits: Limits, sixteen_bit: SixteenBit
 ) -> tuple[str, Image.Image | Pixels]:
-    """What to call the image in a message, and it as "RGB", "L" or uint8 (H, W, channels)."""
+    """The image's name for messages, and the image as "RGB", "L" or uint8 (H, W, channels)."""
     if isinstance(image, torch.Tensor | np.ndarray):
-        return "image array", _from_array(image, channels, limits)
+        return "image array", array_pixels(image, channels, limits)
     if isinstance(image, Image.Image):
-        where, opened = _name(image), image
+        location, opened = _name(image), image
     elif isinstance(image, bytes | bytearray | memoryview):
-        where = f"image of {memoryview(image).nbytes} bytes"
-        opened = _from_bytes(where, image, limits)
+        location = f"image of {memoryview(image).nbytes} bytes"
+        opened = _from_bytes(location, image, limits)
     elif isinstance(image, str | os.PathLike):
-        where = os.fsencode(image).decode("utf-8", "backslashreplace")
-        opened = _from_bytes(where, _read_file(where, image, limits), limits)
+        location = os.fsencode(image).decode("utf-8", "backslashreplace")
+        opened = _from_bytes(location, read_file(location, image, limits), limits)
     elif isinstance(image, Readable):
-        where = str(image).encode("utf-8", "backslashreplace").decode()
-        opened = _from_bytes(where, _read_object(where, image), limits)
+        location = str(image).encode("utf-8", "backslashreplace").decode()
+        opened = _from_bytes(location, read_object(location, image), limits)
     else:
         raise InputError(
             f"image: got {type(image).__name__}, wanted a path, bytes, a PIL image, an object "
@@ -153,13 +139,13 @@ def open_image(
         )
     if channels not in (1, 3):
         raise InputError(
-            f"{where}: this model takes {channels} channels, which only a uint8 array "
+            f"{location}: this model takes {channels} channels, which only a uint8 array "
             f"(height, width, {channels}) can give"
         )
     if opened is image:
-        _check_size(where, opened.width, opened.height, limits)
-        _load_shared(where, opened)
-    return where, _converted(where, opened, "RGB" if channels == 3 else "L", sixteen_bit)
+        check_size(location, opened.width, opened.height, limits)
+        _load_shared(location, opened)
+    return location, _converted(location, opened, "RGB" if channels == 3 else "L", sixteen_bit)
 
 
 def _name(image: Image.Image) -> str:
@@ -169,122 +155,71 @@ def _name(image: Image.Image) -> str:
     return "PIL image " + os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _check_size(where: str, width: int, height: int, limits: Limits) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"{where}: got {width} x {height} pixels, wanted at least 1 x 1")
-    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
-        raise ImageError(
-            f"{where}: got {width} x {height} pixels, wanted at most {limits.max_side} a side and "
-            f"{limits.max_pixels} in all"
-        )
-
-
-def _read_file(where: str, path: str | os.PathLike[str], limits: Limits) -> bytes:
-    """Every byte of a regular file. A pipe or device is refused without waiting for it."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-        try:
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
-                _check_bytes(where, status.st_size, limits)
-                with open(descriptor, "rb", closefd=False) as file:
-                    return file.read(status.st_size)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise ImageError(f"{where}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
-        raise ImageError(f"{where}: cannot be read: {reason}") from None
-    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-    raise ImageError(f"{where}: is {kind}, wanted a regular file")
-
-
-def _read_object(where: str, image: Readable) -> bytes:
-    try:
-        data = image.read_bytes()
-    except Exception as error:  # whatever a storage library raises costs this image only
-        raise ImageError(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise InputError(f"{where}: read_bytes() gave {type(data).__name__}, wanted bytes")
-    return bytes(data)
-
-
-def _check_bytes(where: str, count: int, limits: Limits) -> None:
-    if count > limits.max_bytes:
-        raise ImageError(f"{where}: got {count} bytes, wanted at most {limits.max_bytes}")
-
-
-def _from_bytes(where: str, data: bytes | bytearray | memoryview, limits: Limits) -> Image.Image:
-    """The first frame, every pixel loaded, turned upright. Pillow sees a sniffed format only."""
-    _check_bytes(where, memoryview(data).nbytes, limits)
+def _from_bytes(location: str, data: bytes | bytearray | memoryview, limits: Limits) -> Image.Image:
+    """The first frame, fully loaded and upright. Pillow gets only the formats of `read_header`."""
+    check_bytes(location, memoryview(data).nbytes, limits)
     data = bytes(data)
     try:
         header = read_header(data)
-        _check_size(where, header.width, header.height, limits)
+        check_size(location, header.width, header.height, limits)
         if header.format == "PNG":
             check_png(data)
-    except Refused as refused:
-        raise ImageError(f"{where}: {refused}") from None
+    except FormatError as error:
+        raise ImageError(f"{location}: {error}") from None
 
     def load() -> Image.Image:
+        _check_switch()
         image = _PLUGINS[header.format](io.BytesIO(data))
         if image.size != (header.width, header.height):
             raise ValueError("the decoder and the header disagree on the size")
-        _load(image)
+        image.load()
+        _check_switch()
         turn = _UPRIGHT.get(read_orientation(image.info))
         return image if turn is None else image.transpose(turn)
 
-    return _guarded(where, load)
+    return _guarded(location, load)
 
 
-def _load_shared(where: str, image: Image.Image) -> None:
-    """Load a caller's image, which other threads may hold too: Pillow's lazy load is not safe.
+def _check_switch() -> None:
+    """Refuses to decode while Pillow, in the whole process, fills missing pixels with gray.
 
-    The images have no hash and no weak set will take them, hence a few locks for all of them.
+    Other libraries set the switch, and other threads rely on it, so it is not changed here.
+    Checked before and after each load.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ImageError(
+            "not decoded, because PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set and Pillow would "
+            "make up missing pixels; set it to False, or pass decoded pixels"
+        )
+
+
+def _load_shared(location: str, image: Image.Image) -> None:
+    """Loads a caller's image. Other threads may use it too, and Pillow's lazy load is not safe.
+
+    Images cannot be hashed or kept in a weak set, so all of them share a few locks.
     """
 
     def load() -> None:
+        pending = bool(getattr(image, "tile", ()))
+        if pending:
+            _check_switch()
         try:
-            _load(image)
+            image.load()
+            if pending:
+                _check_switch()
         except Exception:
             Image.Image.close(image)
             raise
 
     with _LOADING[id(image) // 16 % len(_LOADING)]:
-        _guarded(where, load)
-
-
-def _load(image: Image.Image) -> None:
-    """Load every pixel or raise, even where ``ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
-
-    That switch of the whole process makes Pillow fill what is missing with grey. It is left alone;
-    the image is loaded by Pillow's own function, bound to a copy of its globals with the switch
-    off. Formats with a load of their own (WEBP, TIFF) get no such copy: WEBP does not need it.
-    """
-    base = ImageFile.ImageFile.load
-    if not ImageFile.LOAD_TRUNCATED_IMAGES or type(image).load is not base:
-        image.load()
-        return
-    strict = FunctionType(
-        base.__code__,
-        {**base.__globals__, "LOAD_TRUNCATED_IMAGES": False},
-        base.__name__,
-        base.__defaults__,
-        base.__closure__,
-    )
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:
-        # Its own reader, under the switch, makes up an end marker for libjpeg.
-        vars(image)["load_read"] = image.fp.read
-    strict(image)
+        _guarded(location, load)
 
 
 def _converted(
-    where: str, image: Image.Image, mode: Literal["RGB", "L"], sixteen_bit: SixteenBit
+    location: str, image: Image.Image, mode: Literal["RGB", "L"], sixteen_bit: SixteenBit
 ) -> Image.Image:
     if image.mode == "F":
-        raise ImageError(f"{where}: got 32-bit float pixels (mode F), wanted 8-bit or 16-bit ones")
+        raise ImageError(f"{location}: got 32-bit float pixels (mode F), wanted 8-bit or 16-bit")
 
     def convert() -> Image.Image:
         key = image.info.get("transparency")
@@ -295,28 +230,28 @@ def _converted(
             return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
         return image if image.mode == mode else image.convert(mode)
 
-    return _guarded(where, convert)
+    return _guarded(location, convert)
 
 
 def _from_sixteen_bit(image: Image.Image, key: Any, sixteen_bit: SixteenBit) -> Image.Image:
-    """8-bit grey of modes "I;16", "I;16B" and "I"; the transparent value ``key`` becomes white."""
+    """8-bit gray of modes "I;16", "I;16B" and "I"; the transparent value ``key`` becomes white."""
     values = np.asarray(image).astype(np.int64)
     if sixteen_bit == "clip":
-        grey = values.clip(0, 255)
+        gray = values.clip(0, 255)
     elif values.min() < 0 or values.max() > 65_535:
         raise ImageError("32-bit integer pixels beyond 0..65535")
     else:
-        # 65535 = 255 * 257, and with 257 odd no value lies half way: 128 rounds to nearest.
-        grey = (values + 128) // 257
+        # 65535 = 255 * 257. As 257 is odd, no value lies half way: adding 128 rounds to nearest.
+        gray = (values + 128) // 257
     if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+        gray[values == key] = 255
+    return Image.fromarray(gray.astype(np.uint8))
 
 
-def _guarded(where: str, step: Callable[[], Result]) -> Result:
-    """``step()``; whatever Pillow raises on hostile bytes becomes an ImageError from a fixed table.
+def _guarded(location: str, step: Callable[[], Result]) -> Result:
+    """``step()``; an exception of Pillow becomes an ImageError with a text from a fixed table.
 
-    Raised outside the handler, so that the error, which a batch keeps, holds no frame of Pillow's.
+    The error is raised outside the handler, so it holds no frame of Pillow's: a batch keeps errors.
     """
     try:
         return step()
@@ -327,32 +262,6 @@ def _guarded(where: str, step: Callable[[], Result]) -> Result:
     except EOFError:
         reason = "truncated: the image data ends early"
     except Exception as error:
-        early = "truncated" in str(error)
-        reason = "truncated: the image data ends early" if early else _DAMAGED
-    raise ImageError(f"{where}: {reason}")
-
-
-def _from_array(image: npt.NDArray[Any] | torch.Tensor, channels: int, limits: Limits) -> Pixels:
-    wanted = f"wanted uint8 (height, width, {channels}) on the CPU"
-    if isinstance(image, torch.Tensor):
-        if image.device.type != "cpu" or image.dtype != torch.uint8:
-            raise InputError(f"image array: got {image.dtype} on {image.device}, {wanted}")
-        try:
-            image = image.detach().numpy()
-        except (RuntimeError, TypeError):
-            raise InputError(f"image array: got a tensor without plain memory, {wanted}") from None
-    array = np.asarray(image)
-    got = f"image array: got {array.dtype} {array.shape}"
-    if array.dtype != np.uint8:
-        raise InputError(f"{got}, {wanted}")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3:
-        raise InputError(f"{got}, {wanted}")
-    if array.shape[2] == 1 and channels == 3:
-        array = np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.shape[2] != channels:
-        first = array.shape[0] in (1, 3, 4, channels)
-        raise InputError(f"{got}{', which looks like channels first' if first else ''}, {wanted}")
-    _check_size("image array", array.shape[1], array.shape[0], limits)
-    return np.ascontiguousarray(array)
+        truncated = "truncated" in str(error)
+        reason = "truncated: the image data ends early" if truncated else _DAMAGED
+    raise ImageError(f"{location}: {reason}")

@@ -1,9 +1,9 @@
-"""What an encoded image says of itself, read before any decoder sees a byte.
+"""The format and size of an encoded image, read from its header before any decoder runs.
 
-Five formats are read: JPEG, PNG, WEBP, BMP and GIF, told apart by their first bytes and never by
-a file name. The size comes from the header, so that a size limit costs microseconds; structure
-that a decoder would walk without bound (segments, chunks, blocks, scans) is counted here first.
-Nothing here imports Pillow.
+Five formats are read: JPEG, PNG, WEBP, BMP and GIF. Their first bytes tell them apart, never a
+file name. A size limit costs microseconds, because the size comes from the header. Structures that
+a decoder would walk without a limit (segments, chunks, blocks, scans) are counted here first.
+Imports no Pillow.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF"]
 
@@ -24,7 +24,7 @@ MAX_GIF_BLOCKS = 65_536
 
 _WANTED = "not a JPEG, PNG, WEBP, BMP or GIF"
 _PNG = b"\x89PNG\r\n\x1a\n"
-_OTHERS: tuple[tuple[bytes, str], ...] = (
+_UNSUPPORTED: tuple[tuple[bytes, str], ...] = (
     (rb"\s*<!doctype html|\s*<html", "HTML"),
     (rb"\s*(<\?xml[^>]*>\s*)?<svg", "SVG"),
     (rb"\s*<\?xml", "XML"),
@@ -45,13 +45,13 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-class Refused(Exception):
-    """Encoded bytes that will not be decoded. The text is safe to show: it quotes no pointer."""
+class FormatError(Exception):
+    """Encoded bytes that will not be decoded. The message is safe to show: it quotes no address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The format of encoded bytes and the size, in pixels, that their header promises."""
+    """The format of encoded bytes, and the size in pixels that their header states."""
 
     format: Format
     width: int
@@ -61,22 +61,22 @@ class Header:
 def read_header(data: bytes) -> Header:
     """Format and size of encoded image bytes.
 
-    Raises Refused where the bytes are none of the five formats, or their header is damaged.
+    Raises FormatError if the bytes have none of the five formats, or their header is damaged.
     """
     if not data:
-        raise Refused("empty: 0 bytes")
+        raise FormatError("empty: 0 bytes")
     for name, accepts, read_size in _READERS:
         if accepts(data):
             try:
                 width, height = read_size(data)
             except (IndexError, struct.error):
-                raise Refused(f"the {name} header is cut short") from None
+                raise FormatError(f"the {name} header is cut short") from None
             return Header(name, width, height)
-    raise Refused(f"{_WANTED}; {_hint(data)}")
+    raise FormatError(f"{_WANTED}; {_hint(data)}")
 
 
 def _hint(data: bytes) -> str:
-    for pattern, name in _OTHERS:
+    for pattern, name in _UNSUPPORTED:
         if re.match(pattern, data[:512], re.IGNORECASE | re.DOTALL):
             return f"it looks like {name}"
     return f"it starts with the bytes {data[:8].hex(' ')}"
@@ -84,51 +84,51 @@ def _hint(data: bytes) -> str:
 
 # ITU-T T.81, table B.1. Frame headers are C0..CF but for C4 (tables), C8 (reserved) and CC.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_BARE = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
+_STANDALONE = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
 _MARKER = re.compile(rb"\xff([\xc0-\xfe])", re.DOTALL)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Of the last frame header before the first scan. Junk between segments is stepped over."""
+    """The size in the last frame header before the first scan. Skips junk between segments."""
     size: tuple[int, int] | None = None
     at = 2
     for _ in range(MAX_JPEG_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None:
+        marker = _MARKER.search(data, at)
+        if marker is None:
             break
-        code, at = found[1][0], found.end()
+        code, at = marker[1][0], marker.end()
         if code == 0xDA and size is not None:
             if data.count(b"\xff\xda", at) >= MAX_JPEG_SCANS:
-                raise Refused(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
+                raise FormatError(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
             return size
         if code in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 3)
             size = (width, height)
-        if code not in _BARE:
+        if code not in _STANDALONE:
             at += max(2, int.from_bytes(data[at : at + 2]))
-    raise Refused("the JPEG header is damaged or cut short")
+    raise FormatError("the JPEG header is damaged or cut short")
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
     if data[12:16] != b"IHDR":
-        raise Refused("the PNG header is damaged or cut short")
+        raise FormatError("the PNG header is damaged or cut short")
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
     """RFC 9649: the canvas of VP8X, or the frame of a lone VP8 or VP8L chunk."""
-    kind = data[12:16]
-    if kind == b"VP8X":
+    chunk = data[12:16]
+    if chunk == b"VP8X":
         _ = data[29]
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L" and data[20] == 0x2F:
+    if chunk == b"VP8L" and data[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", data, 21)
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+    if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
-    raise Refused("the WEBP header is damaged or cut short")
+    raise FormatError("the WEBP header is damaged or cut short")
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -141,13 +141,13 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
-    """The canvas, grown to the first frame where that reaches beyond it, as Pillow does."""
+    """The canvas, enlarged if the first frame reaches beyond it, as Pillow does."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     for _ in range(MAX_GIF_BLOCKS):
         if data[at] == 0x2C:
-            left, top, across, down = struct.unpack_from("<HHHH", data, at + 1)
-            return max(width, left + across), max(height, top + down)
+            x, y, frame_width, frame_height = struct.unpack_from("<HHHH", data, at + 1)
+            return max(width, x + frame_width), max(height, y + frame_height)
         if data[at] == 0x21:
             at += 2
             while data[at]:
@@ -155,7 +155,7 @@ def _gif_size(data: bytes) -> tuple[int, int]:
         elif data[at] == 0x3B:
             break
         at += 1
-    raise Refused("the GIF has no frame")
+    raise FormatError("the GIF has no frame")
 
 
 _READERS: tuple[tuple[Format, Callable[[bytes], bool], Callable[[bytes], tuple[int, int]]], ...] = (
@@ -168,68 +168,23 @@ _READERS: tuple[tuple[Format, Callable[[bytes], bool], Callable[[bytes], tuple[i
 
 
 def check_png(data: bytes) -> None:
-    """Check that every critical PNG chunk, up to and with IEND, is whole and meets its CRC.
+    """Raises FormatError unless every critical PNG chunk up to IEND is complete, with a right CRC.
 
-    Decoders skip the CRC of pixel data, and take a file that ends early for a finished one once
-    the last row is in. What follows IEND is ignored. Raises Refused.
+    Decoders skip the CRC of pixel data, and they accept a file that ends early if the last row is
+    complete. Bytes after IEND are ignored.
     """
     at, view = len(_PNG), memoryview(data)
     for _ in range(MAX_PNG_CHUNKS):
         if at + 12 > len(data):
-            raise Refused("truncated: the PNG ends before its last chunk")
+            raise FormatError("truncated: the PNG ends before its last chunk")
         length, name = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if end > len(data):
-            raise Refused("truncated: the PNG ends inside a chunk")
+            raise FormatError("truncated: the PNG ends inside a chunk")
         critical = not name[0] & 0x20
         if critical and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
-            raise Refused("corrupt: a PNG chunk does not meet its CRC")
+            raise FormatError("corrupt: a PNG chunk does not meet its CRC")
         if name == b"IEND":
             return
         at = end
-    raise Refused(f"the PNG has more than {MAX_PNG_CHUNKS} chunks")
-
-
-def read_orientation(info: Mapping[Any, Any]) -> int:
-    """The EXIF orientation 1..8 found in Pillow's ``image.info``; 1 for none, garbage or another.
-
-    Looks where Pillow's ``exif_transpose`` looks: the EXIF block, PNG's hexadecimal text form of
-    it, then XMP. Read here because Pillow's own reader warns about, or raises on, damaged blocks.
-    """
-    block = info.get("exif")
-    if block is None and isinstance(text := info.get("Raw profile type exif"), str):
-        try:
-            block = bytes.fromhex("".join(text.split("\n")[3:]))
-        except ValueError:
-            block = None
-    value = _exif_orientation(block) if isinstance(block, bytes) else None
-    if value is None:
-        xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
-        xmp = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else bytes(xmp)
-        found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
-        value = int(found[1]) if found else 1
-    return value if 1 <= value <= 8 else 1
-
-
-def _exif_orientation(block: bytes) -> int | None:
-    """Tag 0x0112 of the first directory of a TIFF structure (EXIF 2.3, 4.6.4); None if absent.
-
-    Any integer type will do, and a second value is passed over, as in Pillow.
-    """
-    while block.startswith(b"Exif\0\0"):
-        block = block[6:]
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
-    if order is None:
-        return None
-    value = None
-    codes = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I"}
-    try:
-        (at,) = struct.unpack_from(order + "I", block, 4)
-        (entries,) = struct.unpack_from(order + "H", block, at)
-        for entry in range(at + 2, at + 2 + 12 * entries, 12):
-            tag, kind, count = struct.unpack_from(order + "HHI", block, entry)
-            if tag == 0x0112 and kind in codes and 1 <= count <= (2 if codes[kind] in "Hh" else 1):
-                (value,) = struct.unpack_from(order + codes[kind], block, entry + 8)
-    except struct.error:
-        return value
-    return value
+    raise FormatError(f"the PNG has more than {MAX_PNG_CHUNKS} chunks")

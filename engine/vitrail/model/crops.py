@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import OutOfMemoryError, VitrailError
-from vitrail.image.preprocess import Framed, held_bytes
+from vitrail.image.preprocess import CropTask
 from vitrail.image.resize import Pixels
 from vitrail.model.batches import in_halves
 from vitrail.runtime.runner import Runner
@@ -68,20 +68,20 @@ def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
 
 
 def device_batch(
-    tasks: Sequence[Framed[Pixels] | VitrailError], runner: Runner, max_bytes: int
+    tasks: Sequence[CropTask | VitrailError], runner: Runner, max_bytes: int
 ) -> CropBatch:
     """Group decoded images by crop size, at most ``max_bytes`` of device memory per group.
 
     An image that needs more gets a group of its own.
     """
     errors: dict[int, VitrailError] = {}
-    groups: dict[Size, list[list[tuple[int, Framed[Pixels]]]]] = {}
+    groups: dict[Size, list[list[tuple[int, CropTask]]]] = {}
     group_bytes: dict[Size, int] = {}  # of the last group of a size
     for member, task in enumerate(tasks):
         if isinstance(task, VitrailError):
             errors[member] = task
             continue
-        size, needed = (task.rows.out, task.columns.out), held_bytes(task)
+        size, needed = task.size, task.device_bytes
         if size not in group_bytes or group_bytes[size] + needed > max_bytes:
             groups.setdefault(size, []).append([])
             group_bytes[size] = 0
@@ -94,7 +94,7 @@ def device_batch(
 class DeviceCrops:
     """Decoded images that the first slice copies to the device of ``runner`` and resizes there."""
 
-    def __init__(self, members: Sequence[tuple[int, Framed[Pixels]]], runner: Runner) -> None:
+    def __init__(self, members: Sequence[tuple[int, CropTask]], runner: Runner) -> None:
         self.members = [member for member, _ in members]
         task = members[0][1]
         self.size = task.rows.out, task.columns.out
@@ -109,7 +109,7 @@ class DeviceCrops:
         return self._crops[part]
 
     def _resize(self, packed: PackedImages) -> Tensor:
-        def resize(tasks: Sequence[Framed[Pixels]]) -> Tensor:
+        def resize(tasks: Sequence[CropTask]) -> Tensor:
             return resized(
                 packed if tasks is packed.tasks else pack(tasks, self._pinned), self._runner
             )
@@ -124,13 +124,13 @@ class PackedImages(NamedTuple):
     ``sections``: the slices of the buffer that hold pixels, images, groups and taps.
     """
 
-    tasks: list[Framed[Pixels]]
+    tasks: list[CropTask]
     buffer: Tensor
     sections: list[slice]
     tables: Tables
 
 
-def pack(tasks: Sequence[Framed[Pixels]], pinned: bool) -> PackedImages:
+def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
     """Copy images of one crop size, filter and channel count into one buffer.
 
     The tasks returned hold views of that buffer.
@@ -142,20 +142,20 @@ def pack(tasks: Sequence[Framed[Pixels]], pinned: bool) -> PackedImages:
         [(r.start - r.before, c.start - c.before) for _, r, c, _ in tasks],
         window=(task.rows.out, task.columns.out),
         resample=task.resample,
-        channels=task.opened.shape[2],
+        channels=task.pixels.shape[2],
     )
     sizes = [tables.pixels, *(table.numel() * table.itemsize for table in tables[:3])]
     starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
     sections = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
-    memory, views, start = buffer.numpy(), list[Framed[Pixels]](), 0
+    memory, views, start = buffer.numpy(), list[CropTask](), 0
     for section, table in zip(sections[1:], tables[:3], strict=True):
         memory[section] = table.numpy().ravel().view(np.uint8)
     for task in tasks:
-        view = memory[start : start + task.opened.size].reshape(task.opened.shape)
-        view[...] = task.opened
-        views.append(task._replace(opened=view))
-        start += task.opened.size
+        view = memory[start : start + task.pixels.size].reshape(task.pixels.shape)
+        view[...] = task.pixels
+        views.append(task._replace(pixels=view))
+        start += task.pixels.size
     return PackedImages(views, buffer, sections, tables)
 
 
@@ -165,7 +165,7 @@ def resized(packed: PackedImages, runner: Runner) -> Tensor:
     Raises OutOfMemoryError if the device has too little memory.
     """
     task, device = packed.tasks[0], runner.device
-    shape = len(packed.tasks), task.rows.out, task.columns.out, task.opened.shape[2]
+    shape = len(packed.tasks), task.rows.out, task.columns.out, task.pixels.shape[2]
     try:
         moved = packed.buffer.to(device, non_blocking=True)
         middle = torch.empty(packed.tables.middle, dtype=torch.uint8, device=device)

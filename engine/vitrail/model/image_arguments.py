@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.errors import InputError, VitrailError
-from vitrail.image.decoding import PixelInput, Readable
-from vitrail.image.preprocess import linear_scale
+from vitrail.image.normalize import linear_scale
+from vitrail.image.sources import PixelInput, Readable
 from vitrail.model.arguments import check_data
 from vitrail.spec import ImageSpec, VisionSpec
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 from vitrail.image import preprocess
-from vitrail.image.decoding import PixelInput, SixteenBit
-from vitrail.image.resize import spec_at
+from vitrail.image.decoding import SixteenBit
+from vitrail.image.geometry import spec_at
+from vitrail.image.sources import PixelInput
 from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
 from vitrail.model.crops import CropBatch, device_batch, host_batch
 from vitrail.model.image_arguments import check_pixels
@@ -210,7 +211,7 @@ class ImageEncoder:
             return host_batch(
                 preprocess.preprocess_uint8(images, spec, channels, size=size, sixteen_bit=kind)
             )
-        tasks = preprocess.preprocess_framed(
-            images, spec, channels, enough=DECODED_BYTES, size=size, sixteen_bit=kind
+        tasks = preprocess.decode_crop_tasks(
+            images, spec, channels, stop_bytes=DECODED_BYTES, size=size, sixteen_bit=kind
         )
         return device_batch(tasks, self._resizer, DECODED_BYTES)

@@ -14,7 +14,7 @@ from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 from vitrail.exported.folder import Exported, open_exported
 from vitrail.image.decoding import SixteenBit
-from vitrail.image.preprocess import linear_scale
+from vitrail.image.normalize import linear_scale
 from vitrail.model.arguments import Resize, check_device, check_dtype
 from vitrail.model.model import Model
 from vitrail.runtime import RUNNERS, choose

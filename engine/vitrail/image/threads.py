@@ -1,0 +1,77 @@
+"""Work on many images by threads. An image that fails gives its error and harms no neighbor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from vitrail.errors import VitrailError
+from vitrail.image.sources import PixelInput
+
+Result = TypeVar("Result")
+
+
+def core_count() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _attempt(work: Callable[[PixelInput], Result], image: PixelInput) -> Result | VitrailError:
+    try:
+        return work(image)
+    except VitrailError as error:
+        # a kept traceback would keep the pixels of the failed image alive
+        return error.with_traceback(None)
+
+
+def map_images(
+    work: Callable[[PixelInput], Result], images: Sequence[PixelInput], executor: Executor | None
+) -> list[Result | VitrailError]:
+    """``work`` of each image, in order, on ``executor`` or on threads of this call.
+
+    A single image is done in the calling thread.
+    """
+    if len(images) < 2:
+        return [_attempt(work, image) for image in images]
+    if executor is None:
+        with ThreadPoolExecutor(min(len(images), core_count()), "vitrail-images") as threads:
+            return map_images(work, images, threads)
+    futures = [executor.submit(_attempt, work, image) for image in images]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def map_first_images(
+    work: Callable[[PixelInput], Result],
+    images: Sequence[PixelInput],
+    stop_bytes: int,
+    size_of: Callable[[Result], int],
+) -> list[Result | VitrailError]:
+    """`map_images` for the first images only, at least one.
+
+    No image is begun once the results hold ``stop_bytes`` by ``size_of``; those under way are
+    finished.
+    """
+    if len(images) < 2:
+        return [_attempt(work, image) for image in images]
+    results: dict[int, Result | VitrailError] = {}
+    running: dict[Future[Result | VitrailError], int] = {}
+    total = begun = 0
+    count = min(len(images), core_count())
+    with ThreadPoolExecutor(count, "vitrail-images") as threads:
+        while True:
+            while len(running) < count and begun < len(images) and total < stop_bytes:
+                running[threads.submit(_attempt, work, images[begun])] = begun
+                begun += 1
+            if not running:
+                return [results[number] for number in range(begun)]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                result = results[running.pop(future)] = future.result()
+                total += 0 if isinstance(result, VitrailError) else size_of(result)
