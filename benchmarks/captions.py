@@ -57,7 +57,7 @@ def _model() -> Any:
     from vitrail.demo import demo
     from vitrail.model import Model, loading, texts
     from vitrail.spec import VisionSpec
-    from vitrail.weights.folding import Weights
+    from vitrail.weights.layout import Weights
 
     class Idle(host.IdleNative):
         """The stand-in computes nothing, so that outputs must be numbers from the start."""

@@ -41,7 +41,7 @@ from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.native import DRIVER, NativeRunner, Size
 from vitrail.runtime.triton import TritonRunner
 from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.weights.folding import Weights, arena_bytes, arena_views
+from vitrail.weights.layout import Weights, arena_bytes, arena_views
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Target, launch
 

@@ -19,7 +19,7 @@ from shapes import KERNEL_BATCHES, TEXT, VISION, captions
 from torch import Tensor
 
 from vitrail.spec import VisionSpec
-from vitrail.weights.folding import PATCH_MULTIPLE
+from vitrail.weights.layout import PATCH_MULTIPLE
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.device.stats import stats_ref, stats_shape
 

@@ -43,7 +43,7 @@ from vitrail.runtime.triton import TritonRunner
 from vitrail.text.tokens import TokenIds
 from vitrail.tools import info
 from vitrail.torch_modes import plain
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS, Call, toolchain
 from vitrail_kernels import launch as kernel_launch
 from vitrail_kernels.compile import compile_kernel

@@ -28,7 +28,7 @@ from vitrail.runtime import cuda_resize, native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.triton import TritonRunner
 from vitrail.tools import info
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS
 from vitrail_kernels import cuda_binary as built
 from vitrail_kernels.compile import compile_kernel, source_of

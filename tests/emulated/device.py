@@ -16,7 +16,7 @@ from vitrail.errors import DeviceError
 from vitrail.exported.folder import Exported
 from vitrail.plan.lowering import record_of
 from vitrail.runtime.native import NativeRunner, Size, _Ready, _Sized
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call, Target
 

@@ -232,7 +232,7 @@ def case_of(work: Work, launch: Step, dtype: torch.dtype) -> Case:
             given[argument] = _values(launch.op, argument, shape, kind, dtype, scalars, work)
     for argument, name in launch.weights:
         packed = weights[name]
-        kind = kinds[packed.kind]
+        kind = kinds[packed.dtype]
         given[argument] = _values(launch.op, argument, packed.shape, kind, dtype, scalars, work)
     alias = over[0] if over else None
     case = Case(launch.op, given, outputs, alias, scalars, rows, work.lengths)

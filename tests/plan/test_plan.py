@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
-from vitrail.weights.folding import packed_layout, text_layout, vision_layout
+from vitrail.weights.layout import packed_layout, text_layout, vision_layout
 
 VIT_B16 = VisionSpec(BlockSpec(768, 12, 12, 3072, "gelu", 1e-12), (224, 224), (16, 16))
 CLIP_L14 = VisionSpec(

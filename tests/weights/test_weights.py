@@ -33,8 +33,10 @@ from vitrail.spec import (
     TextSpec,
     VisionSpec,
 )
-from vitrail.weights import folding as module
-from vitrail.weights.folding import Weights, hash_weights, load_weights, packed_layout
+from vitrail.weights import loader
+from vitrail.weights.folding import load_weights
+from vitrail.weights.layout import Weights, packed_layout
+from vitrail.weights.loader import hash_weights
 from vitrail.zoo import map_tensors, read_spec
 from vitrail_kernels import OPERATORS
 
@@ -209,7 +211,7 @@ def test_packed_tensors_are_the_rewrites_in_fp64_rounded_once(
     for name in sums:  # of the weights as rounded, or the mean would not cancel
         assert_close(weights[name], weights[name.replace(".sums", ".weight")].double().sum(1))
     for name, reference in wanted.items():
-        kind = compute if layout[name].kind == "compute" else torch.float32
+        kind = compute if layout[name].dtype == "compute" else torch.float32
         assert weights[name].dtype == kind
         peer = reference.to(kind) if kind in HALVES else None
         assert_close(weights[name], reference, peer, name=name)
@@ -377,10 +379,10 @@ def test_reading_in_chunks_changes_no_bit(
     for compute in DTYPES:
         whole = load_weights(spec, sources, compute, (A, B))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "CHUNK_BYTES", chunk)
+            patch.setattr(loader, "CHUNK_BYTES", chunk)
             assert identical(load_weights(spec, sources, compute, (A, B)), whole) == []
     digest = hash_weights(spec, sources)
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(loader, "CHUNK_BYTES", chunk)
     assert hash_weights(spec, sources) == digest
 
 
@@ -508,7 +510,7 @@ def test_no_combination_of_numbers_hides_in_the_sum(
     stored: torch.dtype,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(loader, "CHUNK_BYTES", chunk)
     spec, name = SPECS["vit"], "vision.blocks.1.up.weight"
     tensors = random_tensors(spec, stored)
     flat = tensors[name].flatten()
@@ -641,7 +643,7 @@ def test_hash_changes_with(tmp_path: Path, change: Callable[[Tensors], None]) ->
 
 
 def test_hash_changes_with_any_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 1 << 16)
     spec = SPECS["clip"]
     tensors, path = random_tensors(spec), tmp_path / "m.safetensors"
     digests = {hash_weights(spec, store(path, tensors))}

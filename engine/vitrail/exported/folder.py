@@ -42,7 +42,7 @@ from vitrail.exported.format import (
 from vitrail.plan.lowering import Program
 from vitrail.plan.plan import Plan
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
-from vitrail.weights.folding import Weights, arena_bytes, arena_views
+from vitrail.weights.layout import Weights, arena_bytes, arena_views
 
 MOST_BYTES = 1 << 26
 """Of any file but the weights."""
@@ -70,7 +70,7 @@ class Exported:
 
     ``size`` (height, width): of the images its plans take; None without an image tower. ``builds``:
     architecture -> the identity of the runner whose bits its kernels give. ``weights_hash``: see
-    `weights.folding.hash_weights`. ``tables``: position tables (T, C) fp32 on the CPU by kind
+    `weights.loader.hash_weights`. ``tables``: position tables (T, C) fp32 on the CPU by kind
     of pixels, once `load` has read them.
     """
 

@@ -33,7 +33,7 @@ from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
 from vitrail.plan.record import items, string
 from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.weights.folding import ALIGNMENT, arena_bytes
+from vitrail.weights.layout import ALIGNMENT, arena_bytes
 
 FORMAT = 1
 NATIVE, WEIGHTS = "model.vitrail", "weights.safetensors"

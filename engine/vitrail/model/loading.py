@@ -21,7 +21,9 @@ from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
 from vitrail.spec import ModelSpec
-from vitrail.weights.folding import Weights, hash_weights, load_weights
+from vitrail.weights.folding import load_weights
+from vitrail.weights.layout import Weights
+from vitrail.weights.loader import hash_weights
 from vitrail.zoo import map_tensors, read_spec
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vitrail.plan.plan import MAX_SEQLEN, Affine, Builder, Plan
 from vitrail.spec import BlockSpec, HeadSpec, TextSpec, VisionSpec
-from vitrail.weights.folding import text_layout, vision_layout
+from vitrail.weights.layout import text_layout, vision_layout
 
 PER_SEQUENCE = Affine(sequences=1)
 PER_TOKEN = Affine(tokens=1)

@@ -23,7 +23,7 @@ from vitrail.dtypes import dtype_name
 from vitrail.errors import VitrailError
 from vitrail.plan.plan import Affine, Plan, Step
 from vitrail.plan.record import items, string
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS, Call
 from vitrail_kernels.compile import CompileError, compile_privately, identity, source_of
 from vitrail_kernels.configs import MOST, KernelConfig

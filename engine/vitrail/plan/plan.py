@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitrail.weights.folding import Packed
+from vitrail.weights.layout import PackedTensor
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.device.stats import stats_shape
 
@@ -91,7 +91,7 @@ class Plan:
     name: str
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
-    weights: tuple[tuple[str, Packed], ...]
+    weights: tuple[tuple[str, PackedTensor], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -148,7 +148,9 @@ class Plan:
 
         tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in self.buffers}
         tensors |= inputs or {}
-        packed = weights or {name: meta(weight.shape, weight.kind) for name, weight in self.weights}
+        packed = weights or {
+            name: meta(weight.shape, weight.dtype) for name, weight in self.weights
+        }
         for step in self.steps:
             arguments = {arg: tensors[name] for arg, name in step.buffers}
             arguments |= {arg: packed[name] for arg, name in step.weights}
@@ -220,7 +222,7 @@ class Builder:
     def finish(
         self,
         name: str,
-        layout: Mapping[str, Packed],
+        layout: Mapping[str, PackedTensor],
         inputs: Sequence[str],
         outputs: Sequence[str],
     ) -> Plan:

@@ -33,7 +33,7 @@ from vitrail.runtime.triton import TritonRunner
 from vitrail.runtime.triton_resize import TritonResize
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import WITHOUT_TMA
 from vitrail_kernels.launch import MISSING as NO_TRITON
 from vitrail_kernels.launch import TMA, Call, Target

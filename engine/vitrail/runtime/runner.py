@@ -19,7 +19,7 @@ from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan, Step
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
-from vitrail.weights.folding import Weights
+from vitrail.weights.layout import Weights
 
 POSITION_CACHE_BYTES = 64 << 20
 IDLE_ARENAS, IDLE_BYTES = 4, 1 << 30
