@@ -19,9 +19,9 @@ from environment import last_change, refuse_dirty
 from suite import write
 
 import vitrail_kernels
-from vitrail_kernels.compile import Compiled, compile_all, compilers
+from vitrail_kernels.compile import KernelCode, compile_all, compilers
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.report import CARDS, SHAPES, launches
+from vitrail_kernels.report import CARDS, SHAPES, steps
 from vitrail_kernels.sass import Loop, read_sass
 
 DEFAULT = ("ViT-B/16", "CLIP L/14", "DINOv2-B@518")
@@ -53,7 +53,7 @@ def loop_record(loop: Loop) -> Results:
     }
 
 
-def record(call: Call, code: Compiled) -> Results:
+def record(call: Call, code: KernelCode) -> Results:
     """One kernel as the result files hold it."""
     sass, config = read_sass(code.sass), call.config
     sides = (config.block_m, config.block_n, config.block_k)
@@ -107,7 +107,7 @@ def model(name: str, batch: int, arch: int, dtype: torch.dtype) -> Results:
     """Prints the kernels of one model, equal ones once; their records by label."""
     every = [
         (launch.label if number == 0 else f"{launch.label} {number + 1}", call)
-        for launch in launches(SHAPES[name], dtype, batch)
+        for launch in steps(SHAPES[name], dtype, batch)
         for number, call in enumerate(launch.calls(Target(arch, CARDS[arch].sms)))
     ]
     results: Results = {}

@@ -128,7 +128,7 @@ def call() -> Call:
 
     tensors = meta(5, 48), meta(5, 48), meta(1, 48), meta(48)
     calls = OPERATORS["position"].calls(
-        Target(90, 2), *tensors, grid=(2, 2), target=(2, 2), antialias=False
+        Target(90, 2), *tensors, table_grid=(2, 2), grid=(2, 2), antialias=False
     )
     return calls[0]
 
@@ -379,7 +379,7 @@ def test_a_ptxas_that_is_too_old_is_named_with_its_version(
         with pytest.raises(InputError, match=r"ptxas 11\.4 of triton .* no machine code for sm_90"):
             choose("native", FP16, GPU)
         why_not_compiled.cache_clear()
-        monkeypatch.setattr(toolchain, "_ask_ptxas", cannot_execute)
+        monkeypatch.setattr(toolchain, "_ptxas_refusal", cannot_execute)
         with pytest.raises(InputError, match=r"ptxas of triton .* does not run: .*Permission den"):
             choose("native", FP16, GPU)
     finally:
@@ -627,7 +627,9 @@ def test_a_cache_of_triton_that_fails_is_named(
         raise error
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setitem(OPERATORS, "position", OPERATORS["position"]._replace(launch=fail))
+    monkeypatch.setitem(
+        OPERATORS, "position", dataclasses.replace(OPERATORS["position"], calls=fail)
+    )
     loaded = read_model(CLIP, FP16)
     assert loaded.spec.vision is not None
     runner = TritonRunner(loaded.weights, FP16, CPU)

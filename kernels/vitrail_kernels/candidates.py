@@ -1,9 +1,9 @@
-"""Configurations that `vitrail tune` times beside the heuristic's: a dozen an operator, by hand.
+"""Configurations that `vitrail tune` times beside the heuristic's: about a dozen per operator.
 
-Fields are block_m, block_n, block_k, warps, stages, registers, ctas. Rows vary only settings that
-cannot change a result: a warpgroup has 64 rows of a tile, a warp 16 at least, and K is added in
-order. Rows that spill are dropped when they are compiled, so a row here costs a second of compiling
-and no correctness.
+The fields are block_m, block_n, block_k, warps, stages, registers and ctas. Candidates vary only
+settings that cannot change a result: a warpgroup keeps 64 rows of a tile, a warp at least 16, and K
+is added in order. A candidate that spills is dropped after compiling, so a new line here costs a
+second of compiling and cannot make a result wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from vitrail_kernels.compile import SHARED_TOTAL
 from vitrail_kernels.configs import KernelConfig
 
 FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma_tma"}
-"""Architectures that share rows, by the instruction that multiplies; sm_120 has tensor maps too."""
+"""The candidates of an architecture, named by its product instruction. sm_120 has tensor maps
+besides mma."""
 
 LARGE: dict[str, tuple[KernelConfig, ...]] = {
     "wgmma": (
@@ -43,7 +44,7 @@ LARGE: dict[str, tuple[KernelConfig, ...]] = {
         KernelConfig(128, 128, 64, 8, 3), KernelConfig(64, 64, 64, 4, 3, ctas=2),
     ),
 }  # fmt: skip
-"""`linear` where 128 x 128 tiles are enough for every multiprocessor."""
+"""`linear` if there are enough 128 x 128 tiles for every multiprocessor."""
 
 SMALL: dict[str, tuple[KernelConfig, ...]] = {
     "wgmma": (
@@ -69,7 +70,7 @@ SMALL: dict[str, tuple[KernelConfig, ...]] = {
         KernelConfig(128, 64, 64, 4, 2, ctas=2),
     ),
 }  # fmt: skip
-"""`linear` of fewer rows."""
+"""`linear` with fewer rows."""
 
 ATTENTION: tuple[KernelConfig, ...] = (
     KernelConfig(128, 0, 0, 8, 2, 128), KernelConfig(128, 0, 0, 8, 3, 128),
@@ -78,7 +79,7 @@ ATTENTION: tuple[KernelConfig, ...] = (
     KernelConfig(64, 0, 0, 4, 3, 168), KernelConfig(64, 0, 0, 4, 2),
     KernelConfig(64, 0, 0, 4, 4, 168),
 )  # fmt: skip
-"""block_n, the keys a tile, is the heuristic's: the order of a softmax's sums follows from it."""
+"""block_n, the keys of a tile, stays the heuristic's: it fixes the order of a softmax's sums."""
 
 PATCH_EMBED: tuple[KernelConfig, ...] = (
     KernelConfig(128, 128, 32, 8, 3, 128, 2), KernelConfig(128, 128, 32, 8, 4, 128, 2),
@@ -90,19 +91,19 @@ PATCH_EMBED: tuple[KernelConfig, ...] = (
 )  # fmt: skip
 
 
-def _rows(op: str, base: KernelConfig, arch: int) -> tuple[KernelConfig, ...]:
+def _listed(op: str, base: KernelConfig, arch: int) -> tuple[KernelConfig, ...]:
     if op == "linear":
         return (SMALL if base.block_m <= 64 else LARGE)[FAMILIES[arch]]
     return {"attention": ATTENTION, "patch_embed": PATCH_EMBED}.get(op, ())
 
 
 def candidates(op: str, base: KernelConfig, arch: int) -> Iterator[KernelConfig]:
-    """The rows for ``op`` on ``arch`` (90 for sm_90) whose buffers fit a multiprocessor.
+    """The candidates for ``op`` on ``arch`` (90 for sm_90) whose buffers fit a multiprocessor.
 
-    ``base`` is the heuristic's choice, and not among them. Tiles are visited in its order.
+    ``base`` is the heuristic's choice. It is not among them, and they visit tiles in its order.
     """
-    for row in _rows(op, base, arch):
-        config = replace(row, block_n=row.block_n or base.block_n, group_m=base.group_m)
+    for listed in _listed(op, base, arch):
+        config = replace(listed, block_n=listed.block_n or base.block_n, group_m=base.group_m)
         step = 2 * (config.block_m + config.block_n) * config.block_k  # bytes
         fits = (config.stages - 1) * step * config.ctas <= SHARED_TOTAL[arch]
         if fits and config != replace(base, reason=""):

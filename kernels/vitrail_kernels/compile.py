@@ -1,7 +1,8 @@
-"""Compile kernel calls for any GPU without one, and read what the machine code does.
+"""Compile kernel calls for any GPU, without having it, and read the machine code.
 
-The same path as a launch: Triton's own binder specialises the arguments of a `Call`, which may be
-meta tensors. Machine code is read with cuobjdump and nvdisasm, which triton's wheel carries.
+Compiling takes the same path as a launch: Triton's binder specializes the arguments of a `Call`,
+which may be meta tensors. cuobjdump and nvdisasm, which are part of triton's wheel, print the
+machine code.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from vitrail_kernels.sass import TENSOR_CORE, opcodes
 from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Bytes of shared memory one block may use, by architecture (CUDA C++ guide, compute capabilities,
-less the 1 KiB that CUDA keeps)."""
+"""Bytes of shared memory that a block may use, by architecture: the limit of the CUDA C++ guide
+("compute capabilities") less the 1 KiB that CUDA keeps."""
 
 REGISTERS, THREADS = 65_536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
-"""Of one multiprocessor: registers, threads, bytes of shared memory."""
+"""A multiprocessor's registers, threads and bytes of shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
-    """Machine code of one call for one architecture.
+class KernelCode:
+    """The machine code of a call for one architecture.
 
-    ``registers`` and ``stack`` bytes are a thread's, ``shared`` bytes a block's. ``instructions``:
-    how often each opcode stands in the code (not how often it runs). ``ttgir``: Triton's own
-    intermediate code, with the layouts it chose. ``ptx``: what ptxas was given.
+    ``registers`` and ``stack`` (bytes) are per thread, ``shared`` (bytes) per block.
+    ``instructions`` counts each opcode in the code, not how often it runs. ``ttgir`` is Triton's
+    intermediate code with the layouts that it chose, and ``ptx`` the input of ptxas.
     """
 
     name: str
@@ -56,37 +57,37 @@ class Compiled:
 
     @property
     def spills(self) -> int:
-        """Loads and stores of a thread's local memory."""
+        """The number of loads and stores of local memory."""
         return self.instructions["LDL"] + self.instructions["STL"]
 
     @property
     def tensor_core(self) -> dict[str, int]:
-        """Tensor core instructions by opcode."""
+        """The number of tensor core instructions by opcode."""
         return {name: self.instructions[name] for name in TENSOR_CORE if self.instructions[name]}
 
     @property
     def blocks(self) -> int:
-        """Blocks that fit a multiprocessor at once."""
+        """How many blocks fit on a multiprocessor at once."""
         threads = 32 * self.warps
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         by_shared = SHARED_TOTAL[self.arch] // (self.shared + 1024)
         return min(by_registers, by_shared, THREADS[self.arch] // threads)
 
 
-def compile_call(call: Call, arch: int) -> Compiled:
-    """`compile_kernel`, and what its machine code does."""
+def compile_call(call: Call, arch: int) -> KernelCode:
+    """Compile ``call`` for ``arch`` (90 for sm_90) and read its machine code."""
     kernel = compile_kernel(call, arch)
     cubin = kernel.asm["cubin"]
-    used = _tool("cuobjdump", "-res-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: got {used!r}, wanted REG and STACK")
+    usage = _tool("cuobjdump", "-res-usage", cubin)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump: got {usage!r}, wanted REG and STACK")
     sass = _tool("nvdisasm", "-c", cubin)
-    return Compiled(
+    return KernelCode(
         name=call.kernel.__name__,
         arch=arch,
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=int(match[1]),
+        stack=int(match[2]),
         shared=kernel.metadata.shared,
         warps=call.config.warps,
         instructions=Counter(opcodes(sass)),
@@ -96,48 +97,48 @@ def compile_call(call: Call, arch: int) -> Compiled:
     )
 
 
-def compile_all(calls: Sequence[Call], arch: int) -> list[Compiled]:
-    """`compile_call` for each, by a process for every core; calls alike are compiled once.
+def compile_all(calls: Sequence[Call], arch: int) -> list[KernelCode]:
+    """`compile_call` of each call, with one process per core. Equal calls are compiled once.
 
-    Raises RuntimeError with what the first failing call raised.
+    Raises RuntimeError with the message of the first call that does not compile.
     """
-    compiled = []
-    for found in compile_each(calls, arch):
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        compiled.append(found)
-    return compiled
+    codes = []
+    for code in compile_each(calls, arch):
+        if isinstance(code, str):
+            raise RuntimeError(code)
+        codes.append(code)
+    return codes
 
 
-def compile_each(calls: Sequence[Call], arch: int) -> list[Compiled | str]:
-    """`compile_all`, but with the error in the place of what does not compile."""
+def compile_each(calls: Sequence[Call], arch: int) -> list[KernelCode | str]:
+    """As `compile_all`, but a call that does not compile gives its error message."""
     pending = {identity(call): call for call in calls}
-    compiled = in_processes(functools.partial(compile_call, arch=arch), list(pending.values()))
-    found = dict(zip(pending, compiled, strict=True))
-    return [found[identity(call)] for call in calls]
+    results = in_processes(functools.partial(compile_call, arch=arch), list(pending.values()))
+    codes = dict(zip(pending, results, strict=True))
+    return [codes[identity(call)] for call in calls]
 
 
 def identity(call: Call) -> tuple[Any, ...]:
-    """Equal for calls that are one piece of machine code."""
-    parts: list[Any] = [call.kernel.__name__, tuple(call.config.options().items())]
+    """A value that is equal for two calls exactly if they have the same machine code."""
+    facts: list[Any] = [call.kernel.__name__, tuple(call.config.options().items())]
     for parameter in call.kernel.params:
         value: Any = call.arguments.get(parameter.name)
         if isinstance(value, torch.Tensor):
-            parts.append((value.dtype, value.data_ptr() % 16 == 0))
+            facts.append((value.dtype, value.data_ptr() % 16 == 0))
         elif hasattr(value, "block_shape"):
-            parts.append((value.base.dtype, tuple(value.block_shape)))
+            facts.append((value.base.dtype, tuple(value.block_shape)))
         elif parameter.is_constexpr or value is None:
-            parts.append(value)
+            facts.append(value)
         elif isinstance(value, int) and not parameter.do_not_specialize:
-            parts.append((value == 1, value % 16 == 0))
-    return tuple(parts)
+            facts.append((value == 1, value % 16 == 0))
+    return tuple(facts)
 
 
 def compile_kernel(call: Call, arch: int) -> Any:
-    """Triton's CompiledKernel of ``call`` for ``arch`` (90 for sm_90): ``asm`` and ``metadata``.
+    """Triton's CompiledKernel of ``call`` for ``arch``: ``asm`` and ``metadata``.
 
-    Triton caches it by source and options. Raises RuntimeError where triton is missing or its
-    interpreter is on, Triton's own errors where it does not compile.
+    Triton caches it by source and options. Raises RuntimeError if triton is missing or its
+    interpreter is on, and Triton's own errors if the kernel does not compile.
     """
     source, target, options = source_of(call, arch)
     from triton.compiler import compile
@@ -146,13 +147,13 @@ def compile_kernel(call: Call, arch: int) -> Any:
 
 
 class CompileError(RuntimeError):
-    """A kernel does not compile. One line."""
+    """A kernel does not compile. The message is one line."""
 
 
 def compile_privately(call: Call, arch: int) -> Any:
-    """`compile_kernel`, whatever Triton's cache holds and wherever that is; leaves nothing in it.
+    """`compile_kernel` without reading or writing Triton's cache on disk.
 
-    Raises CompileError naming the kernel, triton, ptxas and what they say.
+    Raises CompileError with the kernel, the versions of triton and ptxas, and their message.
     """
     why_not = why_not_compiled(arch)
     if why_not is not None:
@@ -160,7 +161,7 @@ def compile_privately(call: Call, arch: int) -> Any:
     try:
         with private_cache():
             return compile_kernel(call, arch)
-    except Exception as error:  # each stage of Triton's has errors of its own
+    except Exception as error:  # each stage of Triton's compiler has its own errors
         raise CompileError(
             f"{call.kernel.__name__}: {' '.join(compiler_names(arch))} cannot compile it for "
             f"sm_{arch}: {type(error).__name__}: {first_fault(str(error))}"
@@ -168,27 +169,27 @@ def compile_privately(call: Call, arch: int) -> Any:
 
 
 def source_of(call: Call, arch: int) -> tuple[Any, Any, dict[str, Any]]:
-    """What Triton compiles of ``call`` for ``arch``: its ASTSource, GPUTarget and options.
+    """The inputs of Triton's compiler for ``call``: its ASTSource, GPUTarget and options.
 
-    The arguments are bound and specialised, no more. Raises RuntimeError where triton is missing or
-    its interpreter is on.
+    The arguments are bound and specialized; nothing is compiled. Raises RuntimeError if triton is
+    missing or its interpreter is on.
     """
     if MISSING is not None or interpreted():
         raise RuntimeError(f"compile: needs triton's compiler, but {MISSING or INTERPRETING}")
     from triton.compiler import ASTSource
 
     target, backend, bind = _binder(call.kernel, arch)
-    given = dict(call.config.options(), debug=False)
-    bound, special, options = bind(**call.arguments, **given)
+    settings = dict(call.config.options(), debug=False)
+    bound, special, options = bind(**call.arguments, **settings)
     options, signature, constants, attributes = call.kernel._pack_args(
-        backend, given, bound, special, options
+        backend, settings, bound, special, options
     )
     return ASTSource(call.kernel, signature, constants, attributes), target, dict(vars(options))
 
 
 @functools.cache  # Triton writes the binder as source and evaluates it: milliseconds each time
 def _binder(kernel: Any, arch: int) -> tuple[Any, Any, Any]:
-    """GPUTarget, backend, and the function that specialises the arguments of ``kernel``."""
+    """GPUTarget, backend, and the function that specializes the arguments of ``kernel``."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -202,11 +203,14 @@ WITHOUT_TMA = ", without TMA"
 
 
 def provenance(target: Target) -> str:
-    """What the machine code for ``target`` follows from besides these sources: part of a model's
-    fingerprint. Raises ValueError for a tuned table that cannot be read."""
+    """Compiler versions, architecture and tuned table: all that decides the machine code besides
+    the sources, as part of a model's fingerprint.
+
+    Raises ValueError if the tuned table cannot be read.
+    """
     arch, (triton, ptxas) = target.arch, compilers(target.arch)
-    switched = WITHOUT_TMA if target.without_tma else ""
-    return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}{switched}"
+    suffix = WITHOUT_TMA if target.without_tma else ""
+    return f"triton {triton} ptxas {ptxas} sm_{arch} {config_hash(arch)}{suffix}"
 
 
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.(\w+)<\{(.*)\}>$", re.M)
@@ -216,30 +220,30 @@ _REDUCED = re.compile(
 _PRODUCT = re.compile(r"versionMajor = (\d+).*instrShape = \[(?:\d+, )*(\d+)\]")
 
 
-def order_of_sums(code: Compiled) -> frozenset[tuple[str, ...]]:
-    """What the bits of sums follow from, in Triton's own code: equal for configurations that add
-    in one order.
+def order_of_sums(code: KernelCode) -> frozenset[tuple[str, ...]]:
+    """The facts in Triton's code that fix the order of every sum, and with it the sum's bits.
 
-    The version and last side of the products' instructions, and for every axis that is reduced its
-    length, and how it is shared out to the registers, threads and warps.
+    Configurations with equal facts add in the same order. The facts are the version and K of the
+    product instructions, and for every reduced axis its length and how its elements are spread
+    over registers, threads and warps.
     """
-    layouts = {name: (kind, text) for name, kind, text in _LAYOUT.findall(code.ttgir)}
-    found = {("product", *m) for _, text in layouts.values() for m in _PRODUCT.findall(text)}
+    layouts = {name: (layout, text) for name, layout, text in _LAYOUT.findall(code.ttgir)}
+    facts = {("product", *m) for _, text in layouts.values() for m in _PRODUCT.findall(text)}
     for axis, sides, name in _REDUCED.findall(code.ttgir):
-        kind, text = layouts.get(name, ("", name))
+        layout, text = layouts.get(name, ("", name))
         lists = re.findall(r"= \[([\d, ]+)\]", text)
-        if kind == "blocked":
-            shared = [values.split(", ")[int(axis)] for values in lists[:3]]
-        elif kind == "nvidia_mma":
-            shared = [lists[0].split(", ")[int(axis)]]
-        elif kind == "linear":  # of each kind of bit those that move along the axis
-            bits = [re.findall(r"\[([\d, ]+)\]", part) for part in text.split("=")[1:]]
-            along = [[bit.split(", ")[int(axis)] for bit in part] for part in bits]
-            shared = [" ".join(step for step in part if step != "0") for part in along]
+        if layout == "blocked":
+            spread = [values.split(", ")[int(axis)] for values in lists[:3]]
+        elif layout == "nvidia_mma":
+            spread = [lists[0].split(", ")[int(axis)]]
+        elif layout == "linear":  # the bits of registers, lanes and warps along the axis
+            bases = [re.findall(r"\[([\d, ]+)\]", basis) for basis in text.split("=")[1:]]
+            steps = [[vector.split(", ")[int(axis)] for vector in basis] for basis in bases]
+            spread = [" ".join(step for step in basis if step != "0") for basis in steps]
         else:
-            shared = [text]
-        found.add(("reduction", sides.split("x")[int(axis)], kind, *shared))
-    return frozenset(found)
+            spread = [text]
+        facts.add(("reduction", sides.split("x")[int(axis)], layout, *spread))
+    return frozenset(facts)
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
@@ -249,7 +253,6 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [program, option, file.name], capture_output=True, text=True, check=True
-        )
+        command = [str(program), option, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout

@@ -1,9 +1,9 @@
-"""Kernel configurations are data: a tuned table by architecture, else a heuristic with its reason.
+"""Kernel configurations: a tuned table for each architecture, and else the operator's heuristic.
 
-``sm_<arch>.json``, written by ``vitrail tune``, holds ``provenance`` (gpu, driver, versions, date,
-command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. It is read from the
-folder that VITRAIL_TUNED names, else from ``tuned/`` here. What it lacks comes from the operator's
-own heuristic. Nothing is timed while serving.
+``vitrail tune`` writes the table ``sm_<arch>.json``. It holds ``provenance`` (gpu, driver,
+versions, date, command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. It is
+read from the folder that VITRAIL_TUNED names, or else from ``tuned/`` beside this file. If a key is
+missing, the operator's own heuristic decides. Nothing is timed while serving.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TUNED = Path(__file__).parent / "tuned"
 VARIABLE = "VITRAIL_TUNED"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """Tile sides (0 where a kernel has no such side), warps, pipeline stages, and why these.
+    """The sides of a tile (0 if the kernel has no such side), warps, pipeline stages and reason.
 
-    ``registers`` limits a thread's registers, so that ``ctas`` blocks fit a multiprocessor;
-    ``group_m``: how many tiles down are visited for each tile across, for the L2 cache;
-    ``stagger``: nanoseconds that half the blocks of a persistent grid wait once, 0 for none.
+    ``registers`` limits the registers of a thread, so that ``ctas`` blocks fit a multiprocessor.
+    ``group_m`` tiles down are visited for each tile across, which helps the L2 cache. Half the
+    blocks of a persistent grid wait ``stagger`` nanoseconds once (0: no wait).
     """
 
     block_m: int
@@ -46,27 +48,36 @@ class KernelConfig:
     reason: str = ""
 
     def options(self) -> dict[str, int]:
-        """As Triton's launch takes them. No compiler joins a product and a sum by itself: it would
-        in one tile and not in another, and bits follow from it. Kernels say `tl.fma`."""
+        """The keyword arguments of a Triton launch.
+
+        The compiler must not fuse a product and a sum: it would fuse in one tile and not in
+        another, and the bits would differ. Kernels call `tl.fma` instead.
+        """
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 Ladder = tuple[tuple[int, KernelConfig], ...]
-"""Largest rows and configuration, ascending; the last holds up to `MOST` rows."""
+"""Pairs (rows, configuration), ascending: a call takes the first pair that has at least its rows.
+The last pair has `MOST` rows."""
 
 MOST = 1 << 31
 
 
 def ladder_of(limits: Iterable[int], choose: Callable[[int], KernelConfig]) -> Ladder:
-    """``choose`` as a table. ``limits``: every number of rows after which it may change."""
-    found: list[tuple[int, KernelConfig]] = []
+    """``choose(rows)`` for all rows, if it changes only after the numbers in ``limits``."""
+    ladder: list[tuple[int, KernelConfig]] = []
     for limit in sorted({limit for limit in limits if 0 < limit < MOST} | {MOST}):
         config = choose(limit)
-        if found and found[-1][1] == config:
-            found.pop()
-        found.append((limit, config))
-    return tuple(found)
+        if ladder and ladder[-1][1] == config:
+            ladder.pop()
+        ladder.append((limit, config))
+    return tuple(ladder)
+
+
+def config_key(op: str, dtype: torch.dtype, shape: str) -> str:
+    """The key of a configuration in a tuned table, such as "layernorm|float16|768"."""
+    return f"{op}|{str(dtype).removeprefix('torch.')}|{shape}"
 
 
 _FORCED: ContextVar[Mapping[str, KernelConfig] | None] = ContextVar("table", default=None)
@@ -74,7 +85,7 @@ _FORCED: ContextVar[Mapping[str, KernelConfig] | None] = ContextVar("table", def
 
 @contextmanager
 def in_force(table: Mapping[str, KernelConfig]) -> Iterator[None]:
-    """``table`` takes the place of the tuned one, on this thread."""
+    """Use ``table`` instead of the tuned table, on this thread."""
     token = _FORCED.set(table)
     try:
         yield
@@ -83,9 +94,9 @@ def in_force(table: Mapping[str, KernelConfig]) -> Iterator[None]:
 
 
 def tuned(arch: int) -> Mapping[str, KernelConfig]:
-    """The table of an architecture, empty where there is none; a process reads it once.
+    """The table of an architecture; empty if there is no file. A process reads the file once.
 
-    Raises ValueError naming the file, and the key, that cannot be used.
+    Raises ValueError with the file, and the key, that cannot be used.
     """
     table = _FORCED.get()
     return _loaded(arch) if table is None else table
@@ -94,48 +105,52 @@ def tuned(arch: int) -> Mapping[str, KernelConfig]:
 @functools.lru_cache(maxsize=16)
 def _loaded(arch: int) -> Mapping[str, KernelConfig]:
     name = f"sm_{arch}.json"
-    own = os.environ.get(VARIABLE)
-    if own and not Path(own).is_dir():
-        raise ValueError(f"{VARIABLE}: got {own!r}, wanted a folder with {name}")
-    files = [folder / name for folder in ([Path(own)] if own else []) + [TUNED]]
+    user_folder = os.environ.get(VARIABLE)
+    if user_folder and not Path(user_folder).is_dir():
+        raise ValueError(f"{VARIABLE}: got {user_folder!r}, wanted a folder with {name}")
+    files = [folder / name for folder in ([Path(user_folder)] if user_folder else []) + [TUNED]]
     file = next((file for file in files if file.is_file()), None)
     return {} if file is None else read_table(file)[1]
 
 
 def read_table(file: Path) -> tuple[dict[str, Any], dict[str, KernelConfig]]:
-    """Provenance and configurations. Raises ValueError naming the file, and the key, at fault."""
+    """Provenance and configurations. Raises ValueError with the file, and the key, at fault."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: no tuned table can be read: {error}") from error
-    parts = ("provenance", "configs")
-    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
+    keys = ("provenance", "configs")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in keys):
         raise ValueError(f"{file}: wanted an object with the objects 'provenance' and 'configs'")
-    configs = {key: _config(f"{file}: {key}", given) for key, given in content["configs"].items()}
+    configs = {key: _config(f"{file}: {key}", entry) for key, entry in content["configs"].items()}
     return content["provenance"], configs
 
 
-def _config(where: str, given: Any) -> KernelConfig:
+def _config(location: str, entry: Any) -> KernelConfig:
     fields = {field.name: field for field in dataclasses.fields(KernelConfig)}
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: got {given!r:.80}, wanted an object with {', '.join(fields)}")
-    wrong = [name for name, value in given.items() if name not in fields or not _fits(name, value)]
-    wrong += [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
-    if wrong:
-        got = {name: given[name] for name in wrong if name in given}
+    if not isinstance(entry, dict):
         raise ValueError(
-            f"{where}: got {got!r:.200}, lacking {[name for name in wrong if name not in given]}; "
+            f"{location}: got {entry!r:.80}, wanted an object with {', '.join(fields)}"
+        )
+    wrong = [name for name, value in entry.items() if name not in fields or not _fits(name, value)]
+    wrong += [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in entry]
+    if wrong:
+        present = {name: entry[name] for name in wrong if name in entry}
+        absent = [name for name in wrong if name not in entry]
+        raise ValueError(
+            f"{location}: got {present!r:.200}, lacking {absent}; "
             f"wanted only {', '.join(fields)}: sides and warps powers of two, whole numbers over 0"
         )
-    return KernelConfig(**given)
+    return KernelConfig(**entry)
 
 
 def _fits(name: str, value: Any) -> bool:
+    """Whether the field ``name`` may have this value."""
     if name == "reason" or value is None:
         return isinstance(value, str) or name == "registers"
     if type(value) is not int:
         return False
-    if name.startswith("block_") or name == "warps":  # Triton takes no others
+    if name.startswith("block_") or name == "warps":  # Triton takes only powers of two
         return value >= (name == "warps") and value & (value - 1) == 0
     return value > 0 or (value == 0 and name == "stagger")
 
@@ -143,7 +158,7 @@ def _fits(name: str, value: Any) -> bool:
 def write_table(
     file: Path, provenance: Mapping[str, Any], configs: Mapping[str, KernelConfig]
 ) -> None:
-    """What `read_table` reads, whole or not at all; of two writers at once the last stays."""
+    """Write a table for `read_table`: the whole file or nothing. The later of two writers wins."""
     rows = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
     text = json.dumps({"provenance": provenance, "configs": rows}, indent=1)
     descriptor, partial = tempfile.mkstemp(".partial", f".{file.name}.", file.parent)
@@ -152,7 +167,7 @@ def write_table(
             draft.write(text + "\n")
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # mkstemp's are private
+        os.chmod(partial, 0o666 & ~mask)  # a file from mkstemp is private
         os.replace(partial, file)
     except BaseException:
         os.unlink(partial)
@@ -160,7 +175,7 @@ def write_table(
 
 
 def config_hash(arch: int) -> str:
-    """SHA-256 of the tuned table, reasons left out."""
+    """SHA-256 of the tuned table without the reasons."""
     rows = {
         key: dataclasses.astuple(dataclasses.replace(config, reason=""))
         for key, config in tuned(arch).items()

@@ -1,4 +1,4 @@
-"""What a launch costs: arithmetic and traffic, counted from shapes alone."""
+"""The cost of an operator call, counted from shapes alone: arithmetic and memory traffic."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import torch
 
 
 class Cost(NamedTuple):
-    """``flops`` of the matrix products, two a multiply-add; ``bytes`` read and written once."""
+    """``flops`` of the matrix products, two per multiply-add, and ``bytes`` read and written."""
 
     flops: int
     bytes: int
 
 
-def traffic(*tensors: torch.Tensor | None) -> int:
-    """Bytes of the tensors, each counted once; None counts nothing."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+def traffic(*arguments: object) -> int:
+    """The bytes of the tensors among ``arguments``, each counted once."""
+    return sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
+
+
+def memory_cost(**arguments: object) -> Cost:
+    """The cost of an operator without matrix products that touches every tensor once."""
+    return Cost(0, traffic(*arguments.values()))

@@ -1,8 +1,9 @@
-"""Kernel calls as values: what an operator launches, apart from the launching.
+"""Kernel launches as values.
 
-An operator's ``<op>_calls(target, ...)`` gives its `Call`s. The launcher runs them on the tensors'
-device, `vitrail_kernels.compile` compiles the very same calls for any GPU without one, and the
-interpreter of Triton runs them on the CPU. Importable without triton.
+An operator's ``<op>_calls(target, ...)`` returns its `Call`s and launches nothing. `launch` runs
+calls on the device of their tensors, `vitrail_kernels.compile` compiles the same calls for any GPU
+without having that GPU, and Triton's interpreter runs them on the CPU. This module imports without
+triton.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ OLDEST_TRITON = "3.6"
 
 
 def _why_no_triton(error: ImportError) -> ImportError:
-    """The reason in words, ready to be shown: absent, too old, or damaged."""
+    """Why triton cannot be imported: it is absent, too old or damaged."""
     version = getattr(sys.modules.get("triton"), "__version__", None)
     if isinstance(error, ModuleNotFoundError) and error.name == "triton":
         return ImportError("triton is not installed")
@@ -37,9 +38,9 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError as error:  # CPUs and platforms that triton has no wheel for
+except ImportError as error:  # CPU-only machines, and platforms without a triton wheel
     MISSING: ImportError | None = _why_no_triton(error)
-    """Why there are no kernels, in words."""
+    """Why triton, and with it every kernel, is missing; None if triton is here."""
     triton = tl = TensorDescriptor = None
 else:
     MISSING = None
@@ -67,9 +68,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def jit(*, varying: Sequence[str] = ()) -> Callable[[_F], Any]:
-    """`triton.jit`; ``varying`` names integers that change between calls and never recompile.
+    """`triton.jit`. A new value of an integer named in ``varying`` never compiles the kernel again.
 
-    Where triton is not installed the function stays as it is, to be refused at launch.
+    Without triton the function is returned unchanged; `target_of` refuses to launch it.
     """
 
     def decorate(function: _F) -> Any:
@@ -79,61 +80,61 @@ def jit(*, varying: Sequence[str] = ()) -> Callable[[_F], Any]:
 
 
 TMA = "VITRAIL_TMA"
-"""Set to 0: no kernel uses tensor maps, as before sm_90. For GPUs or drivers on which they hang."""
+"""Environment variable: 0 turns tensor maps off, for GPUs or drivers on which they hang."""
 
 
-def _maps() -> bool:
+def _tensor_maps_allowed() -> bool:
     return os.environ.get(TMA) != "0"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU: ``arch`` as 80, 86, 89, 90, 100 or 120, and its number of multiprocessors.
+    """A GPU: its architecture (``arch`` 80, 86, 89, 90, 100 or 120) and its multiprocessors.
 
-    ``maps``: whether kernels may use tensor maps; VITRAIL_TMA decides if it is left out.
+    ``maps`` says whether kernels may use tensor maps. VITRAIL_TMA sets the default.
     """
 
     arch: int
     sms: int
-    maps: bool = field(default_factory=_maps)
+    maps: bool = field(default_factory=_tensor_maps_allowed)
 
     @property
     def tcgen05(self) -> bool:
-        """Multiplies by datacentre Blackwell's tensor cores, whose sums are not in registers."""
+        """Whether it has data center Blackwell's tensor cores, which sum outside registers."""
         return 100 <= self.arch < 120
 
     @property
     def tma(self) -> bool:
-        """Loads and stores whole tiles by tensor descriptors (sm_90 and later)."""
+        """Whether kernels load and store whole tiles by tensor maps (sm_90 and later)."""
         return self.arch >= 90 and self.maps
 
     @property
     def without_tma(self) -> bool:
-        """It has tensor maps, and they are switched off."""
+        """Whether the GPU has tensor maps but they are turned off."""
         return self.arch >= 90 and not self.maps
 
     @property
     def pdl(self) -> bool:
-        """Kernels wait for the one before them by an instruction, see `device.overlap`."""
+        """Whether kernels call `wait_for_previous`'s instructions (dependent launch)."""
         return self.arch >= 90 and not interpreted()
 
 
 INTERPRETED = Target(arch=90, sms=3)
-"""Stands for the CPU, where Triton's interpreter runs the kernels."""
+"""The target of kernels that Triton's interpreter runs on the CPU."""
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda(index: int) -> Target:
+def _cuda_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The GPU that holds ``tensor``, or `INTERPRETED`. Raises RuntimeError where none can run."""
+    """The GPU that holds ``tensor``, or `INTERPRETED`. Raises RuntimeError if no kernel can run."""
     if MISSING is not None:
         raise RuntimeError(f"kernels: {MISSING}") from MISSING
     if tensor.device.type == "cuda":
-        return _cuda(tensor.device.index)
+        return _cuda_target(tensor.device.index)
     if not interpreted():
         raise RuntimeError(
             f"kernels: got a tensor on {tensor.device}, wanted CUDA (or TRITON_INTERPRET=1 before "
@@ -143,7 +144,7 @@ def target_of(tensor: Tensor) -> Target:
 
 
 def triton_version() -> str | None:
-    """The version of triton, under whatever name it was installed; None without it."""
+    """The version of triton; None without triton."""
     return None if triton is None else str(triton.__version__)
 
 
@@ -157,10 +158,10 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Blocks of a launch: times * ceil(rows / block), at most limit where there is one.
+    """The blocks of a launch: times * ceil(rows / block), and at most ``limit`` unless it is None.
 
-    ``rows`` and ``times`` are each affine in sequences, tokens and the longest sequence, so that
-    whoever holds the call knows the grid of any other size.
+    ``rows`` and ``times`` are affine in the numbers of sequences and tokens and in the longest
+    sequence. So the grid for any other size follows from a few calls.
     """
 
     rows: int
@@ -170,29 +171,30 @@ class Grid:
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are, in one dimension; may be 0."""
-        wanted = self.times * cdiv(self.rows, self.block)
-        return wanted if self.limit is None else min(wanted, self.limit)
+        """The number of blocks, in one dimension; may be 0."""
+        blocks = self.times * cdiv(self.rows, self.block)
+        return blocks if self.limit is None else min(blocks, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel launch: every parameter of ``kernel`` by name, and how it is configured.
+    """One kernel launch: every argument of ``kernel`` by name, and its configuration.
 
-    Where ``config`` depends on the call's size, ``ladder`` gives all of them, by the tuned table in
-    force when it is asked: (largest rows, configuration), ascending, up to 2^31. A call of ``rows``
-    takes the first that reaches so far.
+    ``key`` names the configuration in a tuned table; "" if the configuration is fixed. If it
+    depends on the number of rows, ``ladder()`` lists the configurations for every number, by the
+    tuned table in force at that moment, and ``rows`` is this call's number.
     """
 
     kernel: Any
     grid: Grid
     arguments: Mapping[str, Any]
     config: KernelConfig
+    key: str = ""
     rows: int = 0
     ladder: Callable[[], Ladder] | None = None
 
     def launch(self) -> None:
-        """Launch on the current stream of the current device; nothing for a grid of 0 blocks."""
+        """Launch on the current device's current stream; a grid of 0 blocks launches nothing."""
         blocks = self.grid.blocks
         if blocks:
             with _LAUNCHING:
@@ -200,11 +202,12 @@ class Call:
 
 
 _LAUNCHING = threading.Lock()
-"""Triton hands a kernel that one thread is still loading to another, which then has no function."""
+"""Without it a second thread gets a kernel that the first is still loading, without its function.
+"""
 
 
 def launch(calls: Sequence[Call]) -> None:
-    """Launch in order, on the current stream of the device that holds the arguments."""
+    """Launch in order, each on the current stream of the device that holds its arguments."""
     for call in calls:
         tensor = next(a for a in call.arguments.values() if isinstance(a, Tensor))
         if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
@@ -220,7 +223,8 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 
 
 def fits_descriptor(*tensors: Tensor) -> bool:
-    """Whether tensor maps can describe these: 16-byte bases and rows, whole rows, not empty."""
+    """Whether tensor maps can describe them: base and row stride are multiples of 16 bytes, rows
+    are contiguous, and no tensor is empty."""
     return all(
         t.data_ptr() % 16 == 0
         and t.stride(-1) == 1
@@ -231,23 +235,27 @@ def fits_descriptor(*tensors: Tensor) -> bool:
 
 
 def check_tensor(
-    name: str, got: Tensor | None, like: Tensor, dtype: torch.dtype, shape: Sequence[int]
+    name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype, shape: Sequence[int]
 ) -> None:
-    """Raises ValueError unless ``got`` is None, or contiguous, of this dtype and shape, and on the
-    device of ``like``."""
-    if got is None:
+    """Check one optional argument of an operator.
+
+    Raises ValueError unless ``tensor`` is None, or is contiguous, on the device of ``like``, and of
+    this dtype and shape.
+    """
+    if tensor is None:
         return
-    if got.device != like.device:
-        raise ValueError(f"{name}: got a tensor on {got.device}, wanted {like.device}")
-    if got.dtype != dtype:
-        raise ValueError(f"{name}: got {got.dtype}, wanted {dtype}")
-    if tuple(got.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(got.shape)}, wanted {tuple(shape)}")
-    if not got.is_contiguous():
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted {like.device}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: got {tensor.dtype}, wanted {dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(shape)}")
+    if not tensor.is_contiguous():
         raise ValueError(
-            f"{name}: got strides {got.stride()} for {tuple(shape)}, wanted contiguous"
+            f"{name}: got strides {tensor.stride()} for {tuple(shape)}, wanted contiguous"
         )
 
 
 def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up."""
     return -(-a // b)

@@ -1,8 +1,8 @@
-"""Compile with Triton as if its cache on disk were empty, and leave nothing in it.
+"""Compile with Triton without reading or writing its cache on disk.
 
-Triton trusts the files of its cache as they are: a damaged file fails at every start, and whoever
-can write there chooses the machine code. Kernel binaries that are kept elsewhere, with a digest,
-are therefore compiled past it.
+Triton trusts the files in its cache. A damaged file fails at every start, and anyone who can write
+there can choose the machine code. Kernel binaries that Vitrail keeps elsewhere, with a digest, must
+not come from that cache.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ _REPLACING = threading.Lock()
 
 @contextmanager
 def private_cache() -> Iterator[None]:
-    """The Triton cache of this thread is a temporary folder, removed at the end. Other threads keep
-    theirs. Raises OSError if there is no temporary folder."""
+    """Give this thread a temporary Triton cache, removed at the end. Other threads keep theirs.
+
+    Raises OSError if no temporary folder can be made.
+    """
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
@@ -30,7 +32,7 @@ def private_cache() -> Iterator[None]:
     ):
         owner, previous = threading.get_ident(), knobs.cache.manager_class
 
-        class Private(FileCacheManager):  # type: ignore[misc]
+        class PrivateCache(FileCacheManager):  # type: ignore[misc]
             def __init__(self, key: str) -> None:
                 self.key, self.cache_dir = key, os.path.join(folder, key)
                 self.lock_path = os.path.join(self.cache_dir, "lock")
@@ -38,14 +40,14 @@ def private_cache() -> Iterator[None]:
 
         def manager(key: str, **options: bool) -> Any:
             if threading.get_ident() == owner and not options:
-                return Private(key)
+                return PrivateCache(key)
             return (previous or FileCacheManager)(key, **options)
 
-        own = knobs.cache.__dict__.get("manager_class")
+        override = knobs.cache.__dict__.get("manager_class")
         knobs.cache.manager_class = manager
         try:
             yield
         finally:
             del knobs.cache.manager_class
-            if own is not None:
-                knobs.cache.manager_class = own
+            if override is not None:
+                knobs.cache.manager_class = override

@@ -1,8 +1,8 @@
-"""Work on kernel calls in a process for every core.
+"""Work on kernel calls with one process per core.
 
-Processes are forked: that takes no time, and they see whatever the caller sees. A process that has
-started CUDA does not fork, since the driver's threads, and what they hold, do not come along. It
-starts a new one, once, which imports torch and triton and forks in its stead.
+The processes are forked, which takes no time and lets them see the caller's memory. A process that
+has started CUDA cannot fork, because the driver's threads and their locks do not survive a fork. It
+starts a helper process once, which imports torch and triton and forks instead.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _R = TypeVar("_R")
 
 
 def in_processes(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
-    """``work`` of each call in order, by a process for every core; or in words why it failed.
+    """The result of ``work`` for each call, in order; an error message if ``work`` failed.
 
-    If CUDA has been started ``work`` and its results are sent to another process: a function of a
-    module, or a partial one, and the tensors of its call are meta tensors. Raises BrokenProcessPool
-    if a process is killed.
+    If CUDA has been started, ``work`` and its results are sent to another process. ``work`` must
+    then be a function of a module, or a partial of such a function, and gets calls whose tensors
+    are meta tensors. Raises BrokenProcessPool if a process is killed.
     """
     if torch.cuda.is_initialized() and sys.executable:  # type: ignore[no-untyped-call]
         return _in_helper(work, calls)
@@ -43,7 +43,7 @@ def in_processes(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[
 
 
 def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
-    """`in_processes`, forked from this process, which has not started CUDA."""
+    """As `in_processes`, forked from this process, which must not have started CUDA."""
     _PENDING[:] = [(work, call) for call in calls]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
@@ -54,14 +54,14 @@ def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R |
 
 
 _PENDING: list[tuple[Callable[[Call], Any], Call]] = []
-"""What the processes do, by place; filled before they fork: kernels do not pickle."""
+"""The tasks of the forked processes, by number. Filled before forking: kernels do not pickle."""
 
 
-def _work_pending(place: int) -> Any:
-    work, call = _PENDING[place]
+def _work_pending(number: int) -> Any:
+    work, call = _PENDING[number]
     try:
         return work(call)
-    except Exception as error:  # said by whoever asked; Triton's own errors do not pickle
+    except Exception as error:  # returned as text, because Triton's errors do not pickle
         return f"{call.kernel.__name__}: {type(error).__name__}: {error}"
 
 
@@ -69,8 +69,8 @@ def _work_pending(place: int) -> Any:
 
 
 class _Layout(NamedTuple):
-    """A tensor without its numbers, as far as a kernel is compiled for it. ``block``: of a
-    descriptor over it."""
+    """The facts of a tensor that a kernel is compiled for. ``block`` is the tile of a descriptor
+    over the tensor; None for the tensor itself."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -79,9 +79,9 @@ class _Layout(NamedTuple):
     block: tuple[int, int] | None
 
     def tensor(self) -> Any:
-        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        numbers = torch.empty(last + 2, dtype=self.dtype, device="meta")
-        tensor = numbers.as_strided(self.shape, self.stride, 0 if self.aligned else 1)
+        extent = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        storage = torch.empty(extent + 2, dtype=self.dtype, device="meta")
+        tensor = storage.as_strided(self.shape, self.stride, 0 if self.aligned else 1)
         return tensor if self.block is None else descriptor(tensor, *self.block)
 
 
@@ -95,8 +95,8 @@ def _layout(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Portable:
-    """A `Call` that can be sent to another process."""
+class _PortableCall:
+    """A `Call` that pickles."""
 
     module: str
     name: str
@@ -113,26 +113,26 @@ class _Portable:
         return Call(kernel, self.grid, arguments, self.config)
 
 
-def _portable(call: Call) -> _Portable:
+def _portable(call: Call) -> _PortableCall:
     arguments = {name: _layout(value) for name, value in call.arguments.items()}
     kernel = call.kernel.fn
-    return _Portable(kernel.__module__, kernel.__name__, call.grid, arguments, call.config)
+    return _PortableCall(kernel.__module__, kernel.__name__, call.grid, arguments, call.config)
 
 
 class _Helper:
-    """A process that has never seen CUDA. It goes with this one."""
+    """A process without CUDA, which ends when this process ends."""
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
-        self.connection, theirs = multiprocessing.Pipe()
-        code = f"from vitrail_kernels.processes import serve; serve({theirs.fileno()})"
+        self.connection, remote = multiprocessing.Pipe()
+        code = f"from vitrail_kernels.processes import serve; serve({remote.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            pass_fds=[theirs.fileno()],
+            pass_fds=[remote.fileno()],
             stdin=subprocess.DEVNULL,
         )
-        theirs.close()
+        remote.close()
 
     def close(self) -> None:
         self.connection.close()
@@ -157,32 +157,32 @@ def _in_helper(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R
         if not _helpers or _helpers[0].environment != os.environ:
             _close_helper()
             _helpers.append(_Helper())
-        connection, whole = _helpers[0].connection, False
+        connection, complete = _helpers[0].connection, False
         try:
             connection.send((work, [_portable(call) for call in calls]))
             for _ in calls:
-                good, result = connection.recv()
-                if not good:
+                succeeded, result = connection.recv()
+                if not succeeded:
                     raise BrokenProcessPool(result)
                 yield result
-            whole = True
+            complete = True
         except (EOFError, OSError) as error:
             raise BrokenProcessPool("the process that compiles was killed") from error
         finally:
-            if not whole:  # results that nobody takes are in it
+            if not complete:  # the connection still holds results that nobody takes
                 _close_helper()
 
 
-def serve(number: int) -> None:
-    """What the helper does until the other end of the connection ``number`` is closed."""
-    connection = Connection(number)
+def serve(file_number: int) -> None:
+    """Run the helper process until the other end of the connection is closed."""
+    connection = Connection(file_number)
     while True:
         try:
-            work, portable = connection.recv()
+            work, portable_calls = connection.recv()
         except EOFError:
             return
         try:
-            for result in in_forks(work, [each.call() for each in portable]):
+            for result in in_forks(work, [portable.call() for portable in portable_calls]):
                 connection.send((True, result))
         except BrokenProcessPool as error:
             connection.send((False, str(error)))

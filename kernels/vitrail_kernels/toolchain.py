@@ -1,4 +1,4 @@
-"""Triton and ptxas as they are installed: versions, GPUs that they know, settings of theirs."""
+"""The installed triton and ptxas: their versions, the GPUs that they support, their settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitrail_kernels.launch import triton_version
 
 @functools.cache
 def compilers(arch: int) -> tuple[str, str]:
-    """The versions of triton, and of the ptxas that it takes for ``arch``."""
+    """The versions of triton and of the ptxas that it uses for ``arch``."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     return str(triton_version()), str(get_ptxas(arch).version)
 
 
 def first_fault(text: str) -> str:
-    """The line of a compiler's output that says what is wrong."""
+    """The line of a compiler's output that names the error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     faults = [line for line in lines if re.search(r"\b(fatal|error)\b", line)]
     worst = [line for line in faults if "fatal" in line] or faults or lines or ["no reason"]
@@ -31,21 +31,21 @@ def first_fault(text: str) -> str:
 
 
 def compiler_names(arch: int) -> tuple[str, str]:
-    """ "triton 3.7.1" and "ptxas 12.8", as they are for ``arch``."""
+    """The names of `compilers` with their versions: "triton 3.7.1" and "ptxas 12.8"."""
     triton, ptxas = compilers(arch)
     return f"triton {triton}", f"ptxas {ptxas}"
 
 
 @functools.cache
 def why_not_compiled(arch: int) -> str | None:
-    """Why the ptxas of triton cannot make machine code of ``arch``; None if it can.
+    """Why triton's ptxas cannot make machine code for ``arch``; None if it can.
 
-    ptxas is asked, which takes hundredths of a second: Triton would print pages of its own code
-    first. Each triton brings a ptxas that knows the GPUs that it knows.
+    This runs ptxas on an empty program, which takes hundredths of a second. Triton itself would
+    print pages of code before the error.
     """
     try:
-        refusal = _ask_ptxas(arch)
-    except (OSError, RuntimeError) as error:  # not there, not executable, no temporary folder
+        refusal = _ptxas_refusal(arch)
+    except (OSError, RuntimeError) as error:  # missing, not executable, or no temporary folder
         return f"ptxas of triton {triton_version()} does not run: {error}"
     if refusal is None:
         return None
@@ -53,8 +53,8 @@ def why_not_compiled(arch: int) -> str | None:
     return f"{ptxas} of {triton} has no machine code for sm_{arch} ({refusal})"
 
 
-def _ask_ptxas(arch: int) -> str | None:
-    """What ptxas says if it refuses ``arch``."""
+def _ptxas_refusal(arch: int) -> str | None:
+    """The error of ptxas if it refuses ``arch``."""
     from triton.backends.nvidia import compiler
 
     with tempfile.TemporaryDirectory(prefix="vitrail-", ignore_cleanup_errors=True) as folder:
@@ -67,8 +67,10 @@ def _ask_ptxas(arch: int) -> str | None:
 
 
 def why_no_launcher() -> str | None:
-    """Why Triton cannot build its launchers, C code that it compiles when a kernel is first
-    launched; None if it can."""
+    """Why Triton cannot build its launchers; None if it can.
+
+    A launcher is C code that Triton compiles when a kernel is launched for the first time.
+    """
     from triton import knobs
 
     if not (knobs.build.cc or shutil.which("gcc") or shutil.which("clang")):
@@ -81,15 +83,15 @@ def why_no_launcher() -> str | None:
 
 @functools.cache
 def triton_build() -> str:
-    """Version and size of triton's library. Equal for equal compilers: a digest would read 400 MB,
-    which takes longer than a model's loading."""
+    """Version and size of triton's library, to tell two builds apart. A digest would read 400 MB,
+    which takes longer than loading a model."""
     from triton._C import libtriton
 
     return f"{triton_version()} {os.stat(libtriton.__file__).st_size}"
 
 
 def triton_cache() -> str:
-    """The folder of Triton's own cache."""
+    """The folder of Triton's cache."""
     from triton import knobs
 
     return str(knobs.cache.dir)
@@ -106,8 +108,8 @@ CODE_VARIABLES = (
 
 
 def code_settings() -> tuple[tuple[str, str], ...]:
-    """Settings of the environment, beside versions, that machine code follows from."""
+    """The environment variables that change machine code, with their values."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
-    own = {name: os.environ[name] for name in CODE_VARIABLES if name in os.environ}
-    return tuple(sorted({**get_cache_invalidating_env_vars(), **own}.items()))
+    ours = {name: os.environ[name] for name in CODE_VARIABLES if name in os.environ}
+    return tuple(sorted({**get_cache_invalidating_env_vars(), **ours}.items()))

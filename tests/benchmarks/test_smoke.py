@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import standin
-from vitrail_kernels.compile import Compiled
+from vitrail_kernels.compile import KernelCode
 from vitrail_kernels.configs import KernelConfig, read_table
 from vitrail_kernels.launch import Call, Target
 
@@ -191,7 +191,7 @@ def test_a_sweep_leaves_its_winner_in_the_table(
 ) -> None:
     """`vitrail tune` of one kernel after the other, each of which is kept at once."""
     steps, tune = map(importlib.import_module, ("steps", "vitrail.tools.tune"))
-    fine = Compiled("fake", 90, 24, 0, 16_000, 4, Counter(HGMMA=4), "", "", "")
+    fine = KernelCode("fake", 90, 24, 0, 16_000, 4, Counter(HGMMA=4), "", "", "")
     winner = KernelConfig(64, 64, 64, 4, 8, ctas=2)
 
     class Clock:

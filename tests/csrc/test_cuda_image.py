@@ -34,7 +34,7 @@ from vitrail_kernels import cuda_binary as built
 from vitrail_kernels.compile import compile_kernel, source_of
 from vitrail_kernels.cuda_binary import CudaBinary
 from vitrail_kernels.launch import Target
-from vitrail_kernels.ops.resize import FIELDS
+from vitrail_kernels.ops.resize_tables import FIELDS
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KERNELS = {cuda_resize.ACROSS: [8] * 5 + [4] * 3, cuda_resize.DOWN: [8] * 4 + [4] * 3}

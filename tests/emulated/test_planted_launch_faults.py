@@ -147,8 +147,8 @@ SEQUENCES = "cu_seqlens_ptr"
 ATTENTION_80: Faults = {
     "grid three blocks short": (launch(grid=(13,)), UNWRITTEN.format("out_ptr")),
     "out and qkv exchanged": (values(exchange("out_ptr", "qkv_ptr")), EMPTY.format("out_ptr")),
-    "longest a tile short": (values(add("longest", -64)), READ.format(20, SEQUENCES)),
-    "longest a tile long": (values(add("longest", 64)), UNWRITTEN.format("out_ptr")),
+    "max_seqlen a tile short": (values(add("max_seqlen", -64)), READ.format(20, SEQUENCES)),
+    "max_seqlen a tile long": (values(add("max_seqlen", 64)), UNWRITTEN.format("out_ptr")),
     "cu_seqlens an element late": (values(add(SEQUENCES, 4)), READ.format(20, SEQUENCES)),
     "cu_seqlens 2 bytes late": (values(add(SEQUENCES, 2)), MISALIGNED),
     "sequences a row early": (data(SEQUENCES, lambda t: t[1:-1].sub_(1)), NUMBERS),

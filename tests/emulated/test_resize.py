@@ -20,7 +20,7 @@ from kernels.test_resize_operator import Batch, Run, differing, pillow
 from vitrail.runtime import native
 from vitrail.runtime.cuda_resize import CudaResize
 from vitrail_kernels.cuda_binary import CudaBinary, cuda_binary
-from vitrail_kernels.ops.resize import Tables
+from vitrail_kernels.ops.resize_tables import ResizeTables
 
 SOURCE = Path(__file__).parents[2] / "csrc/resize.cu"
 
@@ -63,7 +63,7 @@ def on(device: Device, kernels: CudaResize, seed: int) -> Run:
     """Resizes with every tensor as device memory of its own, the output not yet written. Lines of
     ``middle`` are longer than what is written of them, for loads of 16 bytes."""
 
-    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
         named: Sequence[tuple[str, Tensor]] = (
             ("out", out),
             ("middle", middle),

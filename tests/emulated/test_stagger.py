@@ -12,7 +12,8 @@ from emulator.call import run_call
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.device.stagger import TILES
 from vitrail_kernels.launch import Target
-from vitrail_kernels.ops.linear import linear_calls, linear_config
+from vitrail_kernels.ops.linear import linear_calls
+from vitrail_kernels.ops.linear_config import LinearForm, linear_config
 
 pytestmark = pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 
@@ -50,13 +51,13 @@ def test_only_blocks_that_share_a_multiprocessor_wait() -> None:
     """And for less than a tile of theirs at any rate a card has."""
     for rows in (64, 1 << 10, 1 << 14, 1 << 17):
         for n, k, form in (
-            (2304, 768, "norm"),
-            (3072, 768, "norm gelu"),
-            (768, 768, "residual stats"),
-            (768, 3072, "residual stats"),
+            (2304, 768, LinearForm(norm=True)),
+            (3072, 768, LinearForm(norm=True, activation="gelu")),
+            (768, 768, LinearForm(residual=True, stats=True)),
+            (768, 3072, LinearForm(residual=True, stats=True)),
         ):
             config = linear_config(Target(ARCH, 132), torch.float16, rows, n, k, form)
-            turns = config.block_m == config.block_n == 128 and form != "norm"
+            turns = config.block_m == config.block_n == 128 and not form.short_epilogue
             assert (config.stagger > 0) == turns, config
             assert config.ctas == 2 or config.stagger == 0
             flops = 2 * config.block_m * config.block_n * k

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-import vitrail_kernels
 from gpu.common import DRY
 from gpu.models import Zoo
 
@@ -96,8 +95,8 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     found = {
         id(value): value
-        for module in vars(vitrail_kernels).values()
-        if getattr(module, "__name__", "").startswith("vitrail_kernels.")
+        for path, module in list(sys.modules.items())
+        if path.startswith("vitrail_kernels.")
         for value in vars(module).values()
         if isinstance(value, JITFunction)
     }

@@ -82,10 +82,10 @@ def test_every_tile_gives_the_same_bits(
     launch = next(one for one in work.plan.steps if one.label.endswith(f".0.{label}"))
     case = case_of(work, launch, dtype)
     configs = QUERIES if label == "attention" else TILES
-    chooser = "attention._attention_config" if label == "attention" else "linear.linear_config"
+    chooser = "attention.attention_config" if label == "attention" else "linear.linear_config"
     results = []
     for config in configs:
-        monkeypatch.setattr(f"vitrail_kernels.{chooser}", lambda *_, c=config: c)
+        monkeypatch.setattr(f"vitrail_kernels.ops.{chooser}", lambda *_, c=config: c)
         results.append(case.run())
     for config, result in zip(configs, results, strict=True):
         for name, values in result.items():
@@ -99,7 +99,7 @@ def test_all_operators_are_met() -> None:
 
 @pytest.mark.parametrize("antialias", [False, True], ids=["plain", "antialias"])
 @pytest.mark.parametrize(
-    ("grid", "target"),
+    ("table_grid", "grid"),
     [
         ((14, 14), (14, 14)),
         ((14, 14), (24, 24)),
@@ -112,14 +112,14 @@ def test_all_operators_are_met() -> None:
     ids=str,
 )
 def test_positions_are_pytorchs_in_fp64(
-    grid: tuple[int, int], target: tuple[int, int], antialias: bool
+    table_grid: tuple[int, int], grid: tuple[int, int], antialias: bool
 ) -> None:
     width = 64 if DRY else 768
     prefix = torch.randn(5, width, device=DEVICE)
-    table = torch.randn(1 + grid[0] * grid[1], width, device=DEVICE)
+    table = torch.randn(1 + table_grid[0] * table_grid[1], width, device=DEVICE)
     bias = torch.randn(width, device=DEVICE)
-    scalars: dict[str, Any] = {"grid": grid, "target": target, "antialias": antialias}
-    out = Guarded((5 + target[0] * target[1], width), torch.float32)
+    scalars: dict[str, Any] = {"table_grid": table_grid, "grid": grid, "antialias": antialias}
+    out = Guarded((5 + grid[0] * grid[1], width), torch.float32)
     OPERATORS["position"].launch(out.out, table, prefix, bias, **scalars)
     exact = torch.empty_like(out.out, dtype=torch.float64)
     position_ref(exact, table.double(), prefix.double(), bias.double(), **scalars)

@@ -12,7 +12,7 @@ from gpu.common import DEVICE, DRY, Guarded, same_bits
 from gpu.models import BUNDLED, HALF, RUNNER
 from vitrail.model import images as encoder
 from vitrail_kernels import OPERATORS
-from vitrail_kernels.ops.resize import resize_tables
+from vitrail_kernels.ops.resize_tables import resize_tables
 
 pytestmark = pytest.mark.gpu
 

@@ -30,14 +30,14 @@ from kernels.test_operators import (
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import INTERPRETED, Target, interpreted, launch
 from vitrail_kernels.ops.attention import (
+    ATTENTION,
     _attention_kernel,
-    attention,
     attention_calls,
     attention_ref,
 )
 from vitrail_kernels.ops.attention_one import (
+    ATTENTION_ONE,
     _attention_one_kernel,
-    attention_one,
     attention_one_calls,
     attention_one_ref,
 )
@@ -286,7 +286,7 @@ def test_offsets_past_two_to_the_31(target: Target) -> None:
 
 def test_numbers_that_change_between_calls_compile_once() -> None:
     for kernel, names in (
-        (_attention_kernel, ["longest"]),
+        (_attention_kernel, ["max_seqlen"]),
         (_attention_one_kernel, []),
     ):
         parameters = inspect.signature(kernel.fn).parameters.values()
@@ -294,7 +294,7 @@ def test_numbers_that_change_between_calls_compile_once() -> None:
         told = kernel.kwargs["do_not_specialize"] if interpreted() else kernel.do_not_specialize
         assert told == names
         shapes = {p.name for p in parameters if p.annotation == "tl.constexpr"}
-        assert not shapes & {"longest", "max_seqlen", "tokens", "batch"}
+        assert not shapes & {"max_seqlen", "tokens", "batch"}
 
 
 def test_what_it_refuses() -> None:
@@ -324,11 +324,11 @@ def test_the_launcher_and_its_reference_agree() -> None:
     qkv = packed_qkv(29, 2, 16, torch.float32)
     ours, wanted = torch.full((2, 29, 32), float("nan"))
     scalars = {"heads": 2, "max_seqlen": 20}
-    attention(ours, qkv, offsets(lengths), causal=True, **scalars)
+    ATTENTION.launch(ours, qkv, offsets(lengths), causal=True, **scalars)
     attention_ref(wanted, qkv, offsets(lengths), causal=True, **scalars)
     assert_close(ours, wanted)
     ours, wanted = torch.full((2, 2, 32), float("nan"))
-    for form, out in ((attention_one, ours), (attention_one_ref, wanted)):
+    for form, out in ((ATTENTION_ONE.launch, ours), (attention_one_ref, wanted)):
         form(out, qkv[:2, :32].clone(), qkv[:, 32:].clone(), offsets(lengths), **scalars)
     assert_close(ours, wanted)
 

@@ -12,7 +12,7 @@ from interpreted.guard import at_page_end
 from kernels.test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
 from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.ops.layernorm import layernorm, layernorm_calls, row_config
+from vitrail_kernels.ops.layernorm import LAYERNORM, layernorm_calls, row_config
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -67,7 +67,7 @@ def judge(x: Tensor, eps: float = EPS, target: Target = TARGETS[0]) -> None:
 def test_it_is_its_formula(width: int, extra: int, dtype: torch.dtype) -> None:
     """A row fewer than a program takes, as many, and one more."""
     target = TARGETS[extra % 2]
-    count = max(1, row_config("layernorm", target, dtype, width).block_m + extra)
+    count = max(1, row_config(target, "", width).block_m + extra)
     scales = torch.logspace(-2, 2, count)[:, None]
     judge((normal(count, width) * scales + 3).to(dtype), target=target)
 
@@ -163,7 +163,7 @@ def test_rows_that_x_does_not_have_come_out_as_nan() -> None:
 def test_over_its_own_input(dtype: torch.dtype) -> None:
     x, weights = normal(41, 200, dtype=dtype), affine(200)
     out, _ = run(x, *weights)
-    layernorm(x, x, *weights, eps=EPS)
+    LAYERNORM.launch(x, x, *weights, eps=EPS)
     assert same_bits(x, out)
 
 
@@ -183,7 +183,7 @@ def test_rows_past_two_to_the_31_elements() -> None:
     last, two = normal(2, width, dtype=torch.float16), [count - 1, count - 3]
     x[two] = last
     out = Guarded(2, width, dtype=torch.float16)
-    layernorm(out.out, x, *weights, torch.tensor(two, dtype=torch.int32), eps=EPS)
+    LAYERNORM.launch(out.out, x, *weights, torch.tensor(two, dtype=torch.int32), eps=EPS)
     assert same_bits(out.done(), run(last, *weights)[0])
 
 

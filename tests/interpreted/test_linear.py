@@ -26,7 +26,7 @@ from kernels.test_operators import (
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.device.stats import mean_rstd_ref, stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.ops.linear import linear, linear_calls
+from vitrail_kernels.ops.linear import LINEAR, linear_calls
 
 pytestmark = pytest.mark.interpreted
 
@@ -183,7 +183,7 @@ def test_the_launcher_is_the_reference_by_other_means() -> None:
     operands, scalars, _ = linear_case(5, 64, 64, HALF)
     out = torch.full((5 + 2 * GUARD, 64), torch.nan, dtype=HALF)
     before = bits(out).clone()
-    linear(out[GUARD:-GUARD], *operands, **scalars)
+    LINEAR.launch(out[GUARD:-GUARD], *operands, **scalars)
     assert_close(
         out[GUARD:-GUARD], explicit_linear(*operands), plain_linear(*operands), name="linear"
     )

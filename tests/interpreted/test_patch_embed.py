@@ -23,8 +23,8 @@ from kernels.test_operators import (
 from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
 from vitrail_kernels.ops.patch_embed import (
+    PATCH_EMBED,
     VARYING,
-    patch_embed,
     patch_embed_calls,
     patch_embed_cost,
 )
@@ -185,10 +185,10 @@ def test_the_operator_is_the_call_with_or_without_statistics(uint8: bool) -> Non
     wanted, its = run(pixels, weight, table, (4, 4), 1, Target(90, 3))
     out, stats = torch.empty_like(wanted).flatten(0, 1), torch.empty_like(its)
     scalars: dict[str, Any] = {"patch": (4, 4), "channels": 3, "prefix": 1}
-    patch_embed(out, pixels, weight, table, stats, **scalars)
+    PATCH_EMBED.launch(out, pixels, weight, table, stats, **scalars)
     assert same_bits(out, wanted.flatten(0, 1))
     assert same_bits(stats, its)
-    patch_embed(out.zero_(), pixels, weight, table, **scalars)
+    PATCH_EMBED.launch(out.zero_(), pixels, weight, table, **scalars)
     assert same_bits(out, wanted.flatten(0, 1))
 
 
@@ -206,8 +206,9 @@ def test_statistics_are_traffic() -> None:
     pixels, weight, table, _ = patch_case(2, (9, 9), (4, 4), uint8=True, dtype=torch.float16)
     out, stats = torch.empty(10, 40, dtype=torch.float16), torch.empty(2, 10)
     scalars: dict[str, Any] = {"patch": (4, 4), "channels": 3, "prefix": 1}
-    without = patch_embed_cost(out, pixels, weight, table, **scalars)
-    assert patch_embed_cost(out, pixels, weight, table, stats, **scalars) == (
+    tensors = {"out": out, "pixels": pixels, "weight": weight, "table": table}
+    without = patch_embed_cost(**tensors, **scalars)
+    assert patch_embed_cost(**tensors, stats=stats, **scalars) == (
         without.flops,
         without.bytes + 4 * 2 * 10,
     )

@@ -11,9 +11,9 @@ from helpers import assert_close
 from interpreted.guard import at_page_end
 from kernels.test_operators import EPS, POISONS, Guarded, check, explicit_norm, normal, same_bits
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.ops.class_mean import class_mean, class_mean_calls
+from vitrail_kernels.ops.class_mean import CLASS_MEAN, class_mean_calls
 from vitrail_kernels.ops.layernorm import row_config
-from vitrail_kernels.ops.pool import pool, pool_calls
+from vitrail_kernels.ops.pool import POOL, pool_calls
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -103,7 +103,7 @@ def test_the_widest_with_no_bias(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [32, 48, 64, 192, 200, 768, 1664])
 @pytest.mark.parametrize("extra", [-1, 1])
 def test_a_norm_is_its_formula(width: int, extra: int, dtype: torch.dtype) -> None:
-    batch = max(1, row_config("pool", TARGETS[0], dtype, width).block_m + extra)
+    batch = max(1, row_config(TARGETS[0], "", width).block_m + extra)
     x = (normal(batch, width) * torch.logspace(-2, 2, batch)[:, None]).to(dtype)
     judge(x, ends_of("normalised", width, dtype), target=TARGETS[extra % 2])
 
@@ -242,7 +242,7 @@ def test_rows_past_two_to_the_31_elements(kind: str) -> None:
     x[two] = last
     wanted, _ = run(last, ends)
     out, status = torch.empty_like(wanted), torch.empty(2, dtype=torch.int32)
-    pool(out, status, x, **ends, rows=torch.tensor(two, dtype=torch.int32), eps=EPS)
+    POOL.launch(out, status, x, **ends, rows=torch.tensor(two, dtype=torch.int32), eps=EPS)
     assert same_bits(out, wanted)
     assert status.tolist() == [0, 0]
 
@@ -320,7 +320,7 @@ def test_class_mean_past_two_to_the_31_elements() -> None:
     x[0] = x[-3:] = 1.0
     x[-1] = 4.0
     out = Guarded(1, 128, dtype=torch.float16)
-    class_mean(out.out, x, tokens=tokens, prefix=tokens - 3)
+    CLASS_MEAN.launch(out.out, x, tokens=tokens, prefix=tokens - 3)
     assert out.done().tolist() == [[1.0] * 64 + [2.0] * 64]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from kernels.test_resize_operator import Batch, Run, content, differing, pillow, reference, resized
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.ops.resize import Tables, resize, resize_calls, resize_tables
+from vitrail_kernels.ops.resize import RESIZE, resize_calls
+from vitrail_kernels.ops.resize_tables import ResizeTables, resize_tables
 
 pytestmark = pytest.mark.interpreted
 
@@ -20,7 +21,7 @@ TARGETS = (Target(90, 3), Target(80, 3))
 
 
 def on(target: Target) -> Run:
-    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
         launch(resize_calls(target, out, middle, pixels, *tables[:3]))
 
     return run
@@ -77,7 +78,7 @@ def test_the_lines_between_are_those_of_the_reference() -> None:
     kept = {}
 
     def keeping(name: str, run: Run) -> Run:
-        def both(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+        def both(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
             run(out, middle, pixels, tables)
             kept[name] = middle.clone()
 
@@ -119,7 +120,7 @@ def test_pixels_past_two_billion_bytes() -> None:
     pixels[far:] = batch.pixels()
     tables.images[0, 0] += far
     out, middle = torch.empty(1, 5, 6, 3).byte(), torch.empty(tables.middle).byte()
-    resize(out, middle, pixels, *tables[:3])
+    RESIZE.launch(out, middle, pixels, *tables[:3])
     assert torch.equal(out, pillow(batch))
 
 
@@ -148,8 +149,8 @@ def test_a_middle_past_two_billion_bytes() -> None:
 def test_the_operator_is_its_calls() -> None:
     batch = mixed()
 
-    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
-        resize(out, middle, pixels, *tables[:3])
+    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
+        RESIZE.launch(out, middle, pixels, *tables[:3])
 
     assert differing(batch, run, pillow(batch)) == []
 
@@ -157,7 +158,7 @@ def test_the_operator_is_its_calls() -> None:
 def test_no_images_launch_nothing() -> None:
     tables = resize_tables([], [], [], window=(4, 5), resample=3, channels=3)
     empty = torch.empty(0, dtype=torch.uint8)
-    resize(empty.view(0, 4, 5, 3), empty.view(0, 16), empty, *tables[:3])
+    RESIZE.launch(empty.view(0, 4, 5, 3), empty.view(0, 16), empty, *tables[:3])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from interpreted.guard import at_page_end
 from kernels.test_operators import POISONS, Guarded, check, normal, same_bits
 from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.launch import Target, launch
-from vitrail_kernels.ops.text_embed import text_embed, text_embed_calls
+from vitrail_kernels.ops.text_embed import TEXT_EMBED, text_embed_calls
 
 pytestmark = pytest.mark.interpreted
 
@@ -122,7 +122,7 @@ def test_a_table_past_two_to_the_31_elements() -> None:
     token[ids] = rows
     places = torch.tensor([3, 12], dtype=torch.int32)
     out = Guarded(2, 64, dtype=torch.float16)
-    text_embed(out.out, torch.tensor(ids, dtype=torch.int32), places, token, position)
+    TEXT_EMBED.launch(out.out, torch.tensor(ids, dtype=torch.int32), places, token, position)
     few = torch.tensor([0, 1], dtype=torch.int32)
     assert same_bits(out.done(), run(few, places, rows, position)[0])
 

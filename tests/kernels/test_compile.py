@@ -14,7 +14,7 @@ import triton
 
 from vitrail_kernels.compile import (
     SHARED_LIMIT,
-    Compiled,
+    KernelCode,
     compile_all,
     compile_call,
     identity,
@@ -25,7 +25,7 @@ from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.launch import Call, Grid, Target, jit, tl
 from vitrail_kernels.ops.attention import attention_calls
 from vitrail_kernels.ops.linear import linear_calls
-from vitrail_kernels.report import CARDS, SHAPES, Launch, launches, table
+from vitrail_kernels.report import CARDS, SHAPES, Step, steps, table
 from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ TOUCHES = re.compile(
 """What no block may do before the kernel before it has ended."""
 
 
-def check_overlap(code: Compiled) -> None:
+def check_overlap(code: KernelCode) -> None:
     """The wait stands before all that touches memory, branches or returns; the signal after it."""
     ptx = re.sub(r"//.*", "", code.ptx).partition(".entry")[2]
     where = f"sm_{code.arch} {code.name}"
@@ -74,13 +74,13 @@ LOOSE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz|\.sat)*\.(?:f|bf)(?:16|32)(?:x2)?
 """A product or a sum without .rn: ptxas may join the two, in one tile and not in another."""
 
 
-def check_contraction(code: Compiled) -> None:
+def check_contraction(code: KernelCode) -> None:
     """Only kernels say where a product and a sum are one instruction."""
     where = f"sm_{code.arch} {code.name}"
     assert LOOSE.findall(code.ptx) == [], f"{where}: {Counter(LOOSE.findall(code.ptx))}"
 
 
-def check_groups(code: Compiled) -> None:
+def check_groups(code: KernelCode) -> None:
     """ptxas starts and awaits groups of products as it was told.
 
     It may not: where it finds sums touched while a product is in flight, it waits for each product
@@ -91,7 +91,7 @@ def check_groups(code: Compiled) -> None:
     assert done == told, f"sm_{code.arch} {code.name}: got {done} starts and waits, wanted {told}"
 
 
-def check(launch: Launch, call: Call, code: Compiled) -> None:
+def check(launch: Step, call: Call, code: KernelCode) -> None:
     """What must hold of every kernel of a model."""
     where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
     check_overlap(code)
@@ -120,10 +120,10 @@ def check(launch: Launch, call: Call, code: Compiled) -> None:
 
 def compiled(
     name: str, arch: int, dtype: torch.dtype, batch: int | None = None
-) -> Iterator[tuple[Launch, Call, Compiled]]:
+) -> Iterator[tuple[Step, Call, KernelCode]]:
     every = [
         (launch, call)
-        for launch in launches(SHAPES[name], dtype, batch)
+        for launch in steps(SHAPES[name], dtype, batch)
         for call in launch.calls(target(arch))
     ]
     codes = compile_all([call for _, call in every], arch)
@@ -149,7 +149,7 @@ def test_a_batch_of_one_and_bf16(arch: int) -> None:
 
 def test_the_other_architectures_in_rotation() -> None:
     """Each kernel on one of them, all of them met."""
-    every = list(launches(SHAPES["ViT-B/16"], HALF))
+    every = list(steps(SHAPES["ViT-B/16"], HALF))
     for place, arch in enumerate(OTHERS):
         some = [
             (launch, call)
@@ -180,7 +180,7 @@ def test_all_tiles_of_linear_add_in_one_order(arch: int, dtype: torch.dtype) -> 
     found = []
     tiles = set()
     for batch in (1, 8, 256):
-        for launch in launches(SHAPES["ViT-B/16"], dtype, batch):
+        for launch in steps(SHAPES["ViT-B/16"], dtype, batch):
             if launch.label == "down":
                 (call,) = launch.calls(target(arch))
                 tiles.add((call.config.block_m, call.config.block_n))
@@ -194,7 +194,7 @@ def test_all_tiles_of_linear_add_in_one_order(arch: int, dtype: torch.dtype) -> 
 
 def test_a_tile_of_another_family_is_told_apart() -> None:
     """The check above can fail: 16 rows are another instruction on sm_90."""
-    (launch,) = (one for one in launches(SHAPES["ViT-B/16"], HALF, 1) if one.label == "down")
+    (launch,) = (one for one in steps(SHAPES["ViT-B/16"], HALF, 1) if one.label == "down")
     (call,) = launch.calls(target(90))
     small = KernelConfig(16, 64, 64, 4, 3)
     arguments = dict(call.arguments, BLOCK_M=16)
@@ -213,7 +213,7 @@ def test_no_size_that_changes_between_calls_recompiles(name: str) -> None:
     for arch in FULL:
         kinds: dict[str, set[tuple[object, ...]]] = {}
         for batch in (3, 5, 16, 17):
-            for launch in launches(SHAPES[name], HALF, 8 * batch):
+            for launch in steps(SHAPES[name], HALF, 8 * batch):
                 for call in launch.calls(target(arch)):
                     tile = str(call.config)
                     key = f"{launch.label} {call.kernel.__name__} {tile}"
@@ -327,7 +327,7 @@ def test_what_is_done_before_the_wait_is_seen(wrong: str) -> None:
 
 def test_the_report_says_what_was_compiled_and_what_is_an_estimate() -> None:
     lines = list(table("CLIP-B text", 90, HALF))
-    labels = [launch.label for launch in launches(SHAPES["CLIP-B text"], HALF)]
+    labels = [launch.label for launch in steps(SHAPES["CLIP-B text"], HALF)]
     assert all(any(line.startswith(label) for line in lines) for label in labels)
     assert "HGMMA" in "".join(lines)
     assert lines[-1].startswith("estimate: ")
@@ -340,7 +340,7 @@ def test_the_report_counts_what_a_plan_counts() -> None:
 
     blocks = BlockSpec(768, 12, 12, 3072, "gelu", 1e-12)
     plan = plans.vision_pooled(VisionSpec(blocks, (224, 224), (16, 16)), uint8=True)
-    every = list(launches(SHAPES["ViT-B/16"], HALF, 2))
+    every = list(steps(SHAPES["ViT-B/16"], HALF, 2))
     # this ViT is not projected
     counted = sum(one.times * one.cost().flops for one in every if one.op != "pool")
     assert counted == plan.flops([197, 197])
@@ -397,12 +397,12 @@ def test_heads_and_poolers(arch: int) -> None:
         (
             "position",
             {"out": wide(257, 768), "table": wide(1370, 768), "prefix": wide(1, 768)},
-            {"grid": (37, 37), "target": (16, 16), "antialias": True},
+            {"table_grid": (37, 37), "grid": (16, 16), "antialias": True},
         ),
         ("resize", resized, {}),
     ]
     for op, tensors, scalars in cases:
-        launch = Launch(op, op, tensors, scalars, 1, ())
+        launch = Step(op, op, tensors, scalars, 1, ())
         for call in launch.calls(target(arch)):
             code = compile_call(call, arch)
             assert (code.stack, code.spills) == (0, 0), f"{op} {call.config}: {code.stack} bytes"

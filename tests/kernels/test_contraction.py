@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from vitrail_kernels.compile import Compiled, compile_call
+from vitrail_kernels.compile import KernelCode, compile_call
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.report import CARDS, SHAPES, launches
+from vitrail_kernels.report import CARDS, SHAPES, steps
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
@@ -32,7 +32,7 @@ def tiles(model: str, label: str, arch: int, dtype: torch.dtype) -> Iterator[Cal
     """The call of a model's linear in every tile that some batch takes."""
     calls = {}
     for batch in BATCHES:
-        for launch in launches(SHAPES[model], dtype, batch):
+        for launch in steps(SHAPES[model], dtype, batch):
             if launch.label == label:
                 (call,) = launch.calls(Target(arch, CARDS[arch].sms))
                 config = call.config
@@ -41,12 +41,12 @@ def tiles(model: str, label: str, arch: int, dtype: torch.dtype) -> Iterator[Cal
     return iter(calls.values())
 
 
-def fused(code: Compiled) -> tuple[int, int]:
+def fused(code: KernelCode) -> tuple[int, int]:
     """Fused multiply-adds of the machine code, and of the PTX that ptxas was given."""
     return code.instructions["FFMA"], len(FUSED.findall(code.ptx))
 
 
-def per_value(call: Call, code: Compiled) -> dict[str, float]:
+def per_value(call: Call, code: KernelCode) -> dict[str, float]:
     """fp32 instructions for each value that a thread finishes."""
     values = call.config.block_m * call.config.block_n / (32 * call.config.warps)
     return {name: code.instructions[name] / values for name in ("FFMA", "FADD")}

@@ -26,9 +26,10 @@ from vitrail_kernels.launch import (
     target_of,
 )
 from vitrail_kernels.ops.attention import attention_calls
-from vitrail_kernels.ops.linear import ROWS, linear_calls, linear_key
+from vitrail_kernels.ops.linear import linear_calls
+from vitrail_kernels.ops.linear_config import KEY_ROWS, LinearForm, linear_key
 from vitrail_kernels.ops.patch_embed import patch_embed_calls
-from vitrail_kernels.report import CARDS, SHAPES, launches
+from vitrail_kernels.report import CARDS, SHAPES, steps
 
 CONFIG = KernelConfig(64, 128, 32, 4, 3, registers=128)
 
@@ -211,27 +212,27 @@ def test_the_ladder_of_linear_is_what_its_calls_take(
     n: int, k: int, residual: bool, arch: int
 ) -> None:
     gpu = target(arch)
-    form = "pointers " * (arch < 90) + "residual" * residual
-    keys = {rows: linear_key(HALF, rows, n, k, form.strip()) for rows in ROWS}
+    form = LinearForm(pointers=arch < 90, residual=residual)
+    keys = {rows: linear_key(HALF, rows, n, k, form) for rows in KEY_ROWS}
     one, two = KernelConfig(64, 256, 64, 4, 3), KernelConfig(128, 64, 64, 8, 2)
     tables = ({}, dict.fromkeys(keys.values(), one), {keys[64]: one, keys[256]: one})
-    steps = []
+    ladder_lengths = []
     for table in (*tables, {keys[256]: one, keys[1024]: two, keys[1 << 31]: one}):
         with in_force(table):
             first = linear_call(gpu, 1, n, k, residual=residual)
             assert first.ladder is not None
-            steps.append(len(first.ladder()))
+            ladder_lengths.append(len(first.ladder()))
             for m in sizes(first):
                 call = linear_call(gpu, m, n, k, residual=residual)
                 assert call.rows == m
                 assert call.ladder is not None
                 assert call.ladder() == first.ladder(), "not of the call's size"
                 assert call.config == held(call), f"{m} rows"
-    assert steps[1] == 1, "equal entries are one"
+    assert ladder_lengths[1] == 1, "equal entries are one"
     if n <= 2304:
         wide = arch == 90 and (k > 2048 or not residual)  # one step more, 256 columns wide
-        assert steps[0] == 3 + wide if n > 8 else steps[0] >= 2
-        assert len(set(steps)) >= 3
+        assert ladder_lengths[0] == 3 + wide if n > 8 else ladder_lengths[0] >= 2
+        assert len(set(ladder_lengths)) >= 3
 
 
 @ARCHITECTURES
@@ -299,7 +300,7 @@ def every_call(batch: int, tokens: int) -> Iterator[Call]:
     gpu = Target(90, 1 << 20)
     text = dataclasses.replace(SHAPES["CLIP-B text"], tokens=tokens)
     for shape in (text, SHAPES["ViT-B/16"]):
-        for one in launches(shape, HALF, batch):
+        for one in steps(shape, HALF, batch):
             yield from one.calls(gpu)
     x, vectors = empty(batch * tokens, 64), [empty(64, dtype=torch.float32)] * 2
     yield from OPERATORS["layernorm"].calls(gpu, x, x, *vectors, eps=1e-6)
@@ -344,7 +345,22 @@ def test_every_number_of_a_call_is_affine_in_sequences_and_tokens() -> None:
 
 def test_only_calls_whose_tiles_follow_the_size_have_a_ladder() -> None:
     for name in ("ViT-B/16", "CLIP-B text"):
-        for one in launches(SHAPES[name], HALF):
+        for one in steps(SHAPES[name], HALF):
             for call in one.calls(target(90)):
                 has = one.op in ("linear", "patch_embed", "attention")
                 assert (call.ladder is not None) == has == (call.rows > 0), one.label
+
+
+@ARCHITECTURES
+def test_a_key_finds_its_configuration_in_a_tuned_table(arch: int) -> None:
+    """As `vitrail tune` uses it: a table with the key of a call changes that call."""
+    for name in ("ViT-B/16", "CLIP-B text"):
+        for step in steps(SHAPES[name], HALF):
+            for call in step.calls(target(arch)):
+                if not call.key:
+                    assert call.kernel.__name__ == "_pool_status_kernel", step.label
+                    continue
+                assert call.key.startswith(f"{step.op}|float16|")
+                tuned = dataclasses.replace(call.config, reason="tuned")
+                with in_force({call.key: tuned}):
+                    assert tuned in [again.config for again in step.calls(target(arch))]

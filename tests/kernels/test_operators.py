@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import HALVES, assert_close
-from vitrail_kernels import OPERATORS
+from vitrail_kernels import OPERATORS, Cost
 
 DTYPES = (torch.float32, *HALVES)
 LONG = pytest.param(1370, marks=pytest.mark.slow)
@@ -866,19 +867,19 @@ def run_position(
     table: Tensor,
     prefix: Tensor,
     bias: Tensor | None,
+    table_grid: tuple[int, int],
     grid: tuple[int, int],
-    target: tuple[int, int],
     antialias: bool,
 ) -> Tensor:
-    guarded = Guarded(prefix.shape[0] + target[0] * target[1], table.shape[1], dtype=torch.float32)
+    guarded = Guarded(prefix.shape[0] + grid[0] * grid[1], table.shape[1], dtype=torch.float32)
     call(
         "position",
         guarded.out,
         table,
         prefix,
         bias,
+        table_grid=table_grid,
         grid=grid,
-        target=target,
         antialias=antialias,
     )
     return guarded.done()
@@ -886,7 +887,7 @@ def run_position(
 
 @pytest.mark.parametrize("antialias", [False, True], ids=["plain", "antialias"])
 @pytest.mark.parametrize(
-    ("grid", "target"),
+    ("table_grid", "grid"),
     [
         ((7, 7), (14, 14)),
         ((7, 7), (3, 11)),
@@ -899,13 +900,17 @@ def run_position(
     ids=str,
 )
 def test_positions_are_resized_by_the_bicubic_formula(
-    grid: tuple[int, int], target: tuple[int, int], antialias: bool
+    table_grid: tuple[int, int], grid: tuple[int, int], antialias: bool
 ) -> None:
     width = 24
-    table, prefix, bias = normal(1 + grid[0] * grid[1], width), normal(5, width), normal(width)
-    ours = run_position(table, prefix, bias, grid, target, antialias)
-    down, across = (resampling(g, t, antialias) for g, t in zip(grid, target, strict=True))
-    square = table[1:].double().view(*grid, width)
+    table, prefix, bias = (
+        normal(1 + table_grid[0] * table_grid[1], width),
+        normal(5, width),
+        normal(width),
+    )
+    ours = run_position(table, prefix, bias, table_grid, grid, antialias)
+    down, across = (resampling(g, t, antialias) for g, t in zip(table_grid, grid, strict=True))
+    square = table[1:].double().view(*table_grid, width)
     resized = torch.einsum("yi,xj,ijc->yxc", down, across, square).reshape(-1, width)
     assert same_bits(ours[:5], prefix)
     assert_close(ours[5:], resized + bias.double())
@@ -929,12 +934,12 @@ def test_a_grid_of_the_same_count_but_another_shape_is_resized() -> None:
     assert not torch.equal(turned[1:], table[1:])
 
 
-@pytest.mark.parametrize("target", [(4, 6), (3, 3)])
-def test_the_class_row_of_the_table_is_not_used(target: tuple[int, int]) -> None:
+@pytest.mark.parametrize("grid", [(4, 6), (3, 3)])
+def test_the_class_row_of_the_table_is_not_used(grid: tuple[int, int]) -> None:
     table, prefix = normal(1 + 4 * 6, 8), normal(1, 8)
-    clean = run_position(table, prefix, None, (4, 6), target, False).clone()
+    clean = run_position(table, prefix, None, (4, 6), grid, False).clone()
     table[0] = float("nan")
-    assert same_bits(run_position(table, prefix, None, (4, 6), target, False), clean)
+    assert same_bits(run_position(table, prefix, None, (4, 6), grid, False), clean)
 
 
 # -- text_embed, layernorm -------------------------------------------------------------------------
@@ -1168,6 +1173,12 @@ def counted(op: str, *tensors: Tensor | None, **scalars: Any) -> int:
     return counter.get_total_flops()
 
 
+def cost_of(op: str, *tensors: Tensor | None, **scalars: Any) -> Cost:
+    """The cost, which takes all arguments by the names that the operator's calls give them."""
+    names = list(inspect.signature(OPERATORS[op].calls).parameters)[1:]
+    return OPERATORS[op].cost(**dict(zip(names, tensors, strict=False)), **scalars)
+
+
 @pytest.mark.parametrize("has", LINEARS.values(), ids=LINEARS)
 def test_linear_flops_are_those_counted(has: dict[str, Any]) -> None:
     operands, scalars, _ = linear_case(37, 24, 40, torch.float32, **has)
@@ -1178,7 +1189,7 @@ def test_linear_flops_are_those_counted(has: dict[str, Any]) -> None:
     if residual_rows is not None and rows is None:
         operands[0] = x[:picked]
     out = torch.empty(picked, weight.shape[0] // (2 if scalars["gated"] else 1))
-    cost = OPERATORS["linear"].cost(out, *operands, **scalars)
+    cost = cost_of("linear", out, *operands, **scalars)
     assert cost.flops == counted("linear", out, *operands, **scalars)
     assert cost.flops == 2 * picked * weight.numel()
 
@@ -1187,7 +1198,8 @@ def test_linear_bytes_by_hand() -> None:
     """Half-precision rows gathered, a gathered residual, fp32 vectors, int32 indices."""
     m, n, k, stored = 5, 24, 40, 37
     half = torch.float16
-    cost = OPERATORS["linear"].cost(
+    cost = cost_of(
+        "linear",
         torch.empty(m, n, dtype=half),
         torch.empty(stored, k, dtype=half),
         torch.empty(n, k, dtype=half),
@@ -1206,14 +1218,13 @@ def test_attention_flops_are_those_of_its_two_products(lengths: list[int]) -> No
     heads, head_dim = 3, 16
     width, tokens = heads * head_dim, sum(lengths)
     out, qkv = torch.empty(tokens, width), torch.randn(tokens, 3 * width)
-    cost = OPERATORS["attention"].cost
     operands = out, qkv, offsets(lengths)
     with FlopCounterMode(display=False) as counter:
         over_sequences(plain_attention, qkv, lengths, heads, False)
-    full = cost(*operands, heads=heads, causal=False, lengths=lengths)
+    full = cost_of("attention", *operands, heads=heads, causal=False, lengths=lengths)
     assert full.flops == counter.get_total_flops()
     seen = sum(int(torch.ones(n, n).tril().sum()) for n in lengths)
-    causal = cost(*operands, heads=heads, causal=True, lengths=lengths)
+    causal = cost_of("attention", *operands, heads=heads, causal=True, lengths=lengths)
     assert causal.flops == 2 * (2 * heads * head_dim) * seen
     assert full.bytes == 4 * (3 * tokens * width + tokens * width + len(lengths) + 1)
 
@@ -1224,7 +1235,7 @@ def test_one_query_flops_are_those_of_its_two_products(lengths: list[int]) -> No
     out, starts = torch.empty_like(q), offsets(lengths)
     with FlopCounterMode(display=False) as counter:
         one_query(plain_attention, q, kv, lengths, 3)
-    cost = OPERATORS["attention_one"].cost(out, q, kv, starts, heads=3, lengths=lengths)
+    cost = cost_of("attention_one", out, q, kv, starts, heads=3, lengths=lengths)
     assert cost.flops == counter.get_total_flops()
     assert cost.bytes == 4 * (2 * len(lengths) * 48 + sum(lengths) * 96 + len(lengths) + 1)
 
@@ -1236,7 +1247,7 @@ def test_patch_embed_cost(uint8: bool) -> None:
     )
     out = torch.empty(3 * len(table), 40)
     scalars: dict[str, Any] = {"patch": (7, 4), "channels": 3, "prefix": 5}
-    cost = OPERATORS["patch_embed"].cost(out, pixels, weight, table, **scalars)
+    cost = cost_of("patch_embed", out, pixels, weight, table, **scalars)
     assert cost.flops == counted("patch_embed", out, pixels, weight, table, **scalars)
     assert cost.flops == 2 * 3 * (4 * 4) * 40 * 84
     read = 3 * 30 * 19 * 3 * (1 if uint8 else 4) + 4 * 40 * 96 + 4 * 21 * 40
@@ -1248,10 +1259,10 @@ def test_pool_cost() -> None:
     out, status = torch.empty(3, 24), torch.empty(3, dtype=torch.int32)
     weight, bias = torch.randn(24, 64), torch.randn(24)
     operands = out, status, x, None, None, weight, bias, rows
-    cost = OPERATORS["pool"].cost(*operands, eps=EPS)
+    cost = cost_of("pool", *operands, eps=EPS)
     assert cost.flops == counted("pool", *operands, eps=EPS) == 2 * 3 * 24 * 64
     assert cost.bytes == 4 * (3 * 64 + 24 * 64 + 24 + 3 + 3 * 24 + 3)
-    plain = OPERATORS["pool"].cost(torch.empty(3, 64), status, x, bias, bias, rows=rows, eps=EPS)
+    plain = cost_of("pool", torch.empty(3, 64), status, x, bias, bias, rows=rows, eps=EPS)
     assert plain.flops == 0
 
 
@@ -1259,18 +1270,17 @@ def test_the_costs_of_what_multiplies_nothing() -> None:
     """(FLOPs, bytes): each number read once and written once, in its own width."""
     half, ints = torch.float16, torch.zeros(6, dtype=torch.int32)
     x, vector = torch.empty(50, 24, dtype=half), torch.empty(24)
-    cost = {name: operator.cost for name, operator in OPERATORS.items()}
     picked = torch.empty(6, 24, dtype=half)
-    assert cost["layernorm"](x, x, vector, vector) == (0, 2 * 2 * 50 * 24 + 2 * 4 * 24)
-    assert cost["layernorm"](picked, x, vector, vector, ints) == (
+    assert cost_of("layernorm", x, x, vector, vector) == (0, 2 * 2 * 50 * 24 + 2 * 4 * 24)
+    assert cost_of("layernorm", picked, x, vector, vector, ints) == (
         0,
         2 * 2 * 6 * 24 + 2 * 4 * 24 + 4 * 6,
     )
     tables = torch.empty(1000, 24, dtype=half), torch.empty(77, 24)
-    assert cost["text_embed"](picked, ints, ints, *tables) == (
+    assert cost_of("text_embed", picked, ints, ints, *tables) == (
         0,
         6 * 24 * (2 + 4 + 2) + 2 * 4 * 6,
     )
-    assert cost["class_mean"](torch.empty(2, 48, dtype=half), x) == (0, 2 * (2 * 48 + 50 * 24))
+    assert cost_of("class_mean", torch.empty(2, 48, dtype=half), x) == (0, 2 * (2 * 48 + 50 * 24))
     tables = torch.empty(26, 24), torch.empty(12, 24), torch.empty(3, 24)
-    assert cost["position"](*tables, vector) == (0, 4 * 24 * (26 + 12 + 3 + 1))
+    assert cost_of("position", *tables, vector) == (0, 4 * 24 * (26 + 12 + 3 + 1))

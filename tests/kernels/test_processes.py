@@ -27,7 +27,7 @@ def calls() -> list[Call]:
 
     tables = [meta(*shape, dtype=torch.float32) for shape in ((5, 48), (5, 48), (1, 48), (48,))]
     bias = meta(129, dtype=torch.float32)[1:]
-    scalars = {"grid": (2, 2), "target": (2, 2), "antialias": False}
+    scalars = {"table_grid": (2, 2), "grid": (2, 2), "antialias": False}
     linear = OPERATORS["linear"].calls(
         Target(90, 2), meta(300, 128), meta(300, 64), meta(128, 64), bias
     )

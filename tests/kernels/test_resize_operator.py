@@ -27,7 +27,8 @@ from vitrail.spec import ImageSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_call, identity
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.ops.resize import LINES, Tables, resize_calls, resize_cost, resize_tables
+from vitrail_kernels.ops.resize import resize_calls, resize_cost
+from vitrail_kernels.ops.resize_tables import LINES, ResizeTables, resize_tables
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -36,7 +37,7 @@ SENTINEL = 0xA5
 GUARD = 3
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
-Run = Callable[[Tensor, Tensor, Tensor, Tables], None]
+Run = Callable[[Tensor, Tensor, Tensor, ResizeTables], None]
 
 
 class Batch(NamedTuple):
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
     def channels(self) -> int:
         return int(self.images[0].shape[2])
 
-    def tables(self) -> Tables:
+    def tables(self) -> ResizeTables:
         return resize_tables(
             [(image.shape[0], image.shape[1]) for image in self.images],
             self.targets,
@@ -100,7 +101,7 @@ def resized(batch: Batch, run: Run) -> Tensor:
     return whole[GUARD:]
 
 
-def reference(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+def reference(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
     OPERATORS["resize"].reference(out, middle, pixels, *tables[:3])
 
 
@@ -232,7 +233,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Run:
     subprocess.run([compiler, *options, "-o", library, folder / "shim.cpp"], check=True)
     function = ctypes.CDLL(str(library)).host_resize
 
-    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+    def run(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
         tensors = out, middle, pixels, *tables[:3]
         numbers = out.shape[0], tables.groups.numel(), *out.shape[1:]
         function(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_int32, numbers))
@@ -334,7 +335,7 @@ def test_a_difference_is_seen(host: Run) -> None:
     batch = extreme("a photo", 3)
     wanted = pillow(batch)
 
-    def off(out: Tensor, middle: Tensor, pixels: Tensor, tables: Tables) -> None:
+    def off(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
         rows = int(tables.images[0, 6])
         tables.taps[rows + 2 * 224 : rows + 3 * 224] += 128
         host(out, middle, pixels, tables)
@@ -382,7 +383,7 @@ def test_images_of_one_size_share_their_tables() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": [(4, 4)]}, "got 2 sizes, 1 targets and 2 corners"),
+        ({"outputs": [(4, 4)]}, "got 2 sizes, 1 outputs and 2 corners"),
         ({"resample": 6}, "resample: got 6, wanted one of Pillow's 0 to 5"),
         ({"window": (4, 0)}, "of 0, wanted at least 1"),
         ({"sizes": [(9, 9), (-1, 9)]}, "of -1, wanted at least 1"),
@@ -394,7 +395,7 @@ def test_images_of_one_size_share_their_tables() -> None:
 def test_tables_that_cannot_be_made(change: dict[str, object], message: str) -> None:
     given = {
         "sizes": [(9, 9), (9, 9)],
-        "targets": [(4, 4), (5, 5)],
+        "outputs": [(4, 4), (5, 5)],
         "corners": [(0, 0), (0, 0)],
         "window": (4, 4),
         "resample": 3,
@@ -408,7 +409,8 @@ def test_the_cost_is_traffic_with_the_middle_twice() -> None:
     batch = extreme("padded on every side", 3)
     tables = batch.tables()
     out, middle = torch.empty(1, 17, 20, 3).byte(), torch.empty(tables.middle).byte()
-    cost = resize_cost(out, middle, batch.pixels(), *tables[:3])
+    sizes = {"images": tables.images, "groups": tables.groups, "taps": tables.taps}
+    cost = resize_cost(out=out, middle=middle, pixels=batch.pixels(), **sizes)
     tabled = 8 * tables.images.numel() + 4 * (tables.groups.numel() + tables.taps.numel())
     assert cost == (0, 17 * 20 * 3 + 2 * middle.numel() + 20 * 30 * 3 + tabled)
 

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from vitrail_kernels.compile import Compiled, compile_all, compile_call
+from vitrail_kernels.compile import KernelCode, compile_all, compile_call
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
 from vitrail_kernels.ops.attention import attention_calls
 from vitrail_kernels.ops.linear import linear_calls
-from vitrail_kernels.report import CARDS, SHAPES, launches
+from vitrail_kernels.report import CARDS, SHAPES, steps
 from vitrail_kernels.sass import Loop, Sass, opcodes, read_sass
 
 pytestmark = pytest.mark.skipif(
@@ -70,11 +70,10 @@ FACTS = {
 
 
 @functools.cache
-def kernels(batch: int) -> dict[str, tuple[Call, Compiled, Sass]]:
+def kernels(batch: int) -> dict[str, tuple[Call, KernelCode, Sass]]:
     """ViT-B/16's kernels by launch; of `pool` the first."""
     calls = {
-        launch.label: launch.calls(HOPPER)[0]
-        for launch in launches(SHAPES["ViT-B/16"], HALF, batch)
+        launch.label: launch.calls(HOPPER)[0] for launch in steps(SHAPES["ViT-B/16"], HALF, batch)
     }
     codes = compile_all(list(calls.values()), 90)
     return {
@@ -115,7 +114,7 @@ def test_no_kernel_of_any_model_spills_on_sm_90(name: str, dtype: torch.dtype) -
     for batch in (256, 64, 8, 1):
         calls = [
             (launch.label, call)
-            for launch in launches(SHAPES[name], dtype, batch)
+            for launch in steps(SHAPES[name], dtype, batch)
             for call in launch.calls(HOPPER)
         ]
         codes = compile_all([call for _, call in calls], 90)
@@ -279,7 +278,7 @@ def test_the_command_prints_and_keeps_each_kernel(
     assert benchmark.main(["ViT-B/16", "--batch", "1", "--json", str(file), "--allow-dirty"]) == 0
     lines = capsys.readouterr().out.splitlines()
     results = json.loads(file.read_text())["results"]["ViT-B/16, batch 1, sm_90"]
-    for launch in launches(SHAPES["ViT-B/16"], HALF, 1):
+    for launch in steps(SHAPES["ViT-B/16"], HALF, 1):
         assert any(line.startswith(f"{launch.label} ") for line in lines), launch.label
         record = results[launch.label]
         _, code, sass = kernels(1)[launch.label]

@@ -777,8 +777,8 @@ def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) ->
             weights["vision.position"],
             weights["vision.prefix"],
             weights[f"vision.patch.{kind}.bias"],
-            grid=spec.grid,
-            target=target,
+            table_grid=spec.grid,
+            grid=target,
             antialias=spec.position_antialias,
         )
         assert torch.equal(table, expected)

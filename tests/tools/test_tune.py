@@ -31,7 +31,7 @@ from vitrail_kernels.candidates import candidates
 from vitrail_kernels.compile import (
     REGISTERS,
     SHARED_TOTAL,
-    Compiled,
+    KernelCode,
     compile_call,
     compile_each,
     identity,
@@ -40,7 +40,7 @@ from vitrail_kernels.compile import (
 from vitrail_kernels.configs import KernelConfig, config_hash, in_force, read_table, tuned
 from vitrail_kernels.device.stats import mean_rstd_ref
 from vitrail_kernels.launch import Call, Target, jit, tl
-from vitrail_kernels.ops.linear import linear_config, linear_key
+from vitrail_kernels.ops.linear_config import LinearForm, linear_config, linear_key
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"
@@ -57,6 +57,9 @@ BLOCKS = BlockSpec(64, 3, 2, 128, "gelu", 1e-6)
 VISION = VisionSpec(BLOCKS, (32, 32), (8, 8))
 TEXT = TextSpec(dataclasses.replace(BLOCKS, causal=True), vocab=99, context=12, eos=98)
 LABELS = HeadSpec(("a", "b", "c"), "class")
+
+
+RESIDUAL = LinearForm(residual=True, stats=True)
 
 
 def model(**parts: Any) -> Any:
@@ -76,7 +79,7 @@ def linear(m: int = 256, n: int = 128, k: int = 64, times: int = 1) -> Problem:
 
 def key_of(problem: Problem) -> str:
     (m, n), k = problem.tensors["out"].shape, problem.tensors["x"].shape[1]
-    return linear_key(HALF, m, n, k, "residual stats")
+    return linear_key(HALF, m, n, k, RESIDUAL)
 
 
 # -- what may vary ---------------------------------------------------------------------------------
@@ -109,8 +112,8 @@ def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("m", [64, 100_000])
-@pytest.mark.parametrize("form", ["", "residual"])
-def test_the_heuristics_own_choice_is_no_candidate(arch: int, m: int, form: str) -> None:
+@pytest.mark.parametrize("form", [LinearForm(), LinearForm(residual=True)], ids=str)
+def test_the_heuristics_own_choice_is_no_candidate(arch: int, m: int, form: LinearForm) -> None:
     """It is timed anyway; as a row it would be timed twice."""
     with in_force({}):
         own = linear_config(Target(arch, 100), HALF, m, 4096, 1024, form)
@@ -126,15 +129,14 @@ def test_a_whole_model_takes_a_hundred_kernels_to_tune() -> None:
     compiled: set[Any] = set()
 
     class Counting(FakeGPU):
-        def compile(self, calls: Sequence[Call]) -> list[Compiled | str]:
+        def compile(self, calls: Sequence[Call]) -> list[KernelCode | str]:
             compiled.update(map(identity, calls))
             return super().compile(calls)
 
     gpu = Counting(quick())
     for problem in problems(spec, [256], "float16"):
-        asked = tune._Asked()
-        (own,) = problem.calls(HOPPER, asked)
-        key = asked.names[0]
+        (own,) = problem.calls(HOPPER, {})
+        key = own.key
         for stage in (candidates, orders):
             finding = Finding(key, [problem], own.config)
             tune._fitting(gpu.bench, {key: finding}, stage, lambda _: None)
@@ -226,8 +228,8 @@ class FakeGPU:
         self.order: list[KernelConfig] = []
         self.bench = Bench(HOPPER, CPU, self.compile, self.launch, self.seconds)
 
-    def compile(self, calls: Sequence[Call]) -> list[Compiled | str]:
-        fine = Compiled("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "", "")
+    def compile(self, calls: Sequence[Call]) -> list[KernelCode | str]:
+        fine = KernelCode("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "", "")
         given = [self.codes.get(call.config, {}) for call in calls]
         return [one if isinstance(one, str) else dataclasses.replace(fine, **one) for one in given]
 
@@ -443,9 +445,9 @@ def attended() -> Problem:
 
 def test_equal_machine_code_is_timed_once() -> None:
     """A kernel that takes no notice of ``ctas`` is the same for any, registers apart."""
-    problem, asked = attended(), tune._Asked()
-    (own,) = problem.calls(HOPPER, asked)
-    found = {asked.names[0]: Finding(asked.names[0], [problem], own.config)}
+    problem = attended()
+    (own,) = problem.calls(HOPPER, {})
+    found = {own.key: Finding(own.key, [problem], own.config)}
     other = dataclasses.replace(own.config, stages=own.config.stages + 1)
 
     def repeated(*_: object) -> list[KernelConfig]:
@@ -458,11 +460,9 @@ def test_equal_machine_code_is_timed_once() -> None:
 def test_every_operator_that_varies_is_found_by_its_key() -> None:
     found = problems(model(vision=VISION, head=LABELS, text=TEXT), [2], "float16")
     for problem in found:
-        asked = tune._Asked()
-        (call,) = problem.calls(HOPPER, asked)
-        assert len(set(asked.names)) == 1
+        (call,) = problem.calls(HOPPER, {})
         other = dataclasses.replace(call.config, stages=7)
-        (changed,) = problem.calls(HOPPER, {asked.names[0]: other})
+        (changed,) = problem.calls(HOPPER, {call.key: other})
         assert changed.config == other
 
 
@@ -483,19 +483,19 @@ ORIGIN = {"gpu": "a card", "driver": "1.2", "command": "vitrail tune x"}
 
 def test_what_is_saved_is_what_a_launch_takes(folder: Path) -> None:
     problem = linear()
-    before, reasoned = config_hash(90), linear_config(HOPPER, HALF, 256, 128, 64, "residual stats")
+    before, reasoned = config_hash(90), linear_config(HOPPER, HALF, 256, 128, 64, RESIDUAL)
     configs._loaded.cache_clear()
     save(folder / "sm_90.json", tune.tune([problem], FakeGPU(quick(WINNER)).bench), ORIGIN)
     provenance, table = read_table(folder / "sm_90.json")
     assert provenance == ORIGIN
-    found = linear_config(HOPPER, HALF, 256, 128, 64, "residual stats")
+    found = linear_config(HOPPER, HALF, 256, 128, 64, RESIDUAL)
     assert found == table[key_of(problem)]
     assert plain(found) == WINNER
     assert found.reason == f"2.00 times as fast as {tune.brief(reasoned)}"
     (call,) = problem.calls(HOPPER, tuned(90))
     assert (call.config, call.arguments["BLOCK_N"]) == (found, 128)
     assert config_hash(90) != before
-    assert linear_config(Target(80, 108), HALF, 256, 128, 64, "residual stats").block_n != 256
+    assert linear_config(Target(80, 108), HALF, 256, 128, 64, RESIDUAL).block_n != 256
 
 
 def test_the_hash_is_of_what_is_launched_and_not_of_words() -> None:
@@ -607,7 +607,7 @@ def test_what_does_not_compile_is_said_in_its_place() -> None:
     broken = Call(_broken_kernel, (1,), {"x_ptr": x}, KernelConfig(0, 0, 0, 4, 1))
     (fine,) = linear(m=64, n=64).calls(HOPPER, {})
     found = compile_each([broken, fine, broken], 90)
-    assert isinstance(found[1], Compiled)
+    assert isinstance(found[1], KernelCode)
     assert found[1] == compile_call(fine, 90)
     for text in (found[0], found[2]):
         assert isinstance(text, str)
@@ -632,7 +632,7 @@ BLOCKED = """
 
 
 def read(ttgir: str) -> frozenset[tuple[str, ...]]:
-    return order_of_sums(Compiled("fake", 90, 24, 0, 0, 8, Counter(), ttgir, "", ""))
+    return order_of_sums(KernelCode("fake", 90, 24, 0, 0, 8, Counter(), ttgir, "", ""))
 
 
 def test_the_order_of_sums_is_read_from_tritons_code() -> None:
@@ -671,11 +671,10 @@ def test_rows_and_their_warps_make_no_other_order(old: str, new: str, same: bool
 def test_candidates_add_in_one_order_in_compiled_code(op: str, target: Target) -> None:
     """Those that compile without the heuristic's help."""
     problem = linear(256, 256, 128) if op == "linear" else attended()
-    asked = tune._Asked()
-    (own,) = problem.calls(target, asked)
+    (own,) = problem.calls(target, {})
     some = list(candidates(op, own.config, target.arch))
-    calls = [own, *(problem.calls(target, {asked.names[0]: config})[0] for config in some)]
-    codes = [code for code in compile_each(calls, target.arch) if isinstance(code, Compiled)]
+    calls = [own, *(problem.calls(target, {own.key: config})[0] for config in some)]
+    codes = [code for code in compile_each(calls, target.arch) if isinstance(code, KernelCode)]
     assert len(codes) >= 6
     assert len({order_of_sums(code) for code in codes}) == 1
     assert any(kind == "reduction" for kind, *_ in order_of_sums(codes[0]))

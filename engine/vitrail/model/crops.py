@@ -15,7 +15,7 @@ from vitrail.image.preprocess import CropTask
 from vitrail.image.resize import Pixels
 from vitrail.model.batches import in_halves
 from vitrail.runtime.runner import Runner
-from vitrail_kernels.ops.resize import FIELDS, Size, Tables, resize_tables
+from vitrail_kernels.ops.resize_tables import FIELDS, ResizeTables, Size, resize_tables
 
 ALIGNMENT = 16
 
@@ -127,7 +127,7 @@ class PackedImages(NamedTuple):
     tasks: list[CropTask]
     buffer: Tensor
     sections: list[slice]
-    tables: Tables
+    tables: ResizeTables
 
 
 def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:

@@ -229,8 +229,8 @@ def vision_table(spec: VisionSpec, target: tuple[int, int], *, uint8: bool) -> P
             "prefix": "vision.prefix",
             "bias": f"vision.patch.{kind}.bias",
         },
-        grid=spec.grid,
-        target=target,
+        table_grid=spec.grid,
+        grid=target,
         antialias=spec.position_antialias,
     )
     return build.finish("vision.table", vision_layout(spec), (), [table])

@@ -13,7 +13,7 @@ import os
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,7 +29,7 @@ from vitrail.errors import InputError, VitrailError
 from vitrail.runtime import why_not_triton
 from vitrail.tools.workload import Problem, fill
 from vitrail_kernels.candidates import candidates
-from vitrail_kernels.compile import SHARED_LIMIT, Compiled, compile_each, identity, order_of_sums
+from vitrail_kernels.compile import SHARED_LIMIT, KernelCode, compile_each, identity, order_of_sums
 from vitrail_kernels.configs import KernelConfig, read_table, write_table
 from vitrail_kernels.launch import Call, Target, interpreted, launch, target_of
 
@@ -61,7 +61,7 @@ class Bench:
 
     target: Target
     device: torch.device
-    compile: Callable[[Sequence[Call]], Sequence[Compiled | str]]
+    compile: Callable[[Sequence[Call]], Sequence[KernelCode | str]]
     launch: Callable[[Sequence[Call]], None]
     seconds: Callable[[Callable[[], None]], float]
 
@@ -102,23 +102,6 @@ def brief(config: KernelConfig) -> str:
     )
 
 
-class _Asked(Mapping[str, KernelConfig]):
-    """An empty table that remembers which keys an operator looks for."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __getitem__(self, key: str) -> KernelConfig:
-        self.names.append(key)
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-
 def tune(
     problems: Sequence[Problem],
     bench: Bench,
@@ -135,9 +118,8 @@ def tune(
     """
     findings: dict[str, Finding] = {}
     for problem in sorted(problems, key=lambda one: -one.tensors["out"].numel()):
-        asked = _Asked()
-        for call in problem.calls(bench.target, asked):
-            new = Finding(asked.names[0], [], call.config)
+        for call in problem.calls(bench.target, {}):
+            new = Finding(call.key, [], call.config)
             findings.setdefault(new.key, new).problems.append(problem)
     for stage in stages:
         fitting = _fitting(bench, findings, stage, say)
@@ -175,11 +157,11 @@ def _fitting(
     say(f"compiling {len(tried)} configurations for {len(findings)} keys")
     compiled = iter(bench.compile([call for *_, calls in tried for call in calls]))
     fitting: dict[str, list[KernelConfig]] = {key: [] for key in findings}
-    own: list[Compiled] = []
+    own: list[KernelCode] = []
     for key, config, calls in tried:
         codes = [next(compiled) for _ in calls]
         if config is None:
-            own = [code for code in codes if isinstance(code, Compiled)]
+            own = [code for code in codes if isinstance(code, KernelCode)]
             for text in (code for code in codes if isinstance(code, str)):
                 raise VitrailError(f"tune: {key}: the heuristic's kernel does not compile: {text}")
             continue
@@ -191,7 +173,7 @@ def _fitting(
     return fitting
 
 
-def _unfit(call: Call, code: Compiled | str, own: Compiled) -> str | None:
+def _unfit(call: Call, code: KernelCode | str, own: KernelCode) -> str | None:
     """Why ``code`` does not run in the place of ``own``, the heuristic's."""
     if isinstance(code, str):
         return "do not compile"

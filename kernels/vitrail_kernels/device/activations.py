@@ -11,7 +11,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh")
 
 
 def activate_ref_(y: Tensor, activation: str) -> Tensor:
-    """Apply the activation, in place where the dtype allows it; 16-bit values go through fp32."""
+    """Apply the activation, in place if possible; 16-bit values are computed in fp32."""
     if y.dtype in (torch.float16, torch.bfloat16):
         return activate_ref_(y.float(), activation).to(y.dtype)
     if activation == "gelu":
@@ -32,16 +32,17 @@ def activate_ref_(y: Tensor, activation: str) -> Tensor:
 
 @jit()
 def gelu(y: tl.tensor) -> tl.tensor:
-    """x Phi(x) of fp32 values as max(x, 0) - |x| 2^p(|x|): p stands for log2 Phi(-|x|).
+    """x Phi(x) of fp32 values as max(x, 0) - |x| 2^p(|x|), where p approximates log2 Phi(-|x|).
 
-    Against erf in fp64: within 5.1e-7, and within 0.006 of fp16's spacing at the result, whichever
-    is less, for every fp16 value; erf in fp32 is as far in the first and 1.5 spacings off in the
-    second, since 1 + erf cancels. An infinity gives NaN.
+    Against erf in fp64, for every fp16 value, the error is at most 5.1e-7 and at most 0.006 of
+    fp16's spacing at the result. erf in fp32 has the same absolute error, but is 1.5 spacings off,
+    because 1 + erf cancels. An infinity gives NaN.
 
-    One exponential in eleven instructions, which hold their constants; libdevice's erf takes 32, a
-    third of which move constants into registers. The coefficients are a least squares fit of degree
-    7 over 0 < |x| <= 6 whose weights were raised where the error was largest, in fp16's spacings,
-    until it was level; the last is negative, so that the power is 0 for all larger |x|.
+    This takes one exponential and eleven instructions, which hold their constants. libdevice's erf
+    takes 32 instructions, and a third of them move constants into registers. The coefficients are a
+    least squares fit of degree 7 over 0 < |x| <= 6. The weights of the fit were raised at the
+    largest errors, in fp16's spacings, until the error was level. The leading coefficient is
+    negative, so that the power is 0 for all larger |x|.
     """
     size = tl.abs(y)
     p = tl.fma(size, -9.29414796e-07, 4.77642279e-05)
@@ -56,9 +57,10 @@ def gelu(y: tl.tensor) -> tl.tensor:
 
 @jit()
 def times_sigmoid(y: tl.tensor, s: tl.tensor) -> tl.tensor:
-    """y sigmoid(-s ln 2) = y / (1 + 2^s), of fp32 values, within 3e-7 of the result.
+    """y sigmoid(-s ln 2) = y / (1 + 2^s) of fp32 values, with a relative error of at most 3e-7.
 
-    The square of the reciprocal root is two instructions; a division is six, which keep its range.
+    The square of the reciprocal root takes two instructions. A division takes six, because it also
+    handles the full range.
     """
     root = tl.rsqrt(1.0 + tl.exp2(s))
     return y * root * root
@@ -66,7 +68,7 @@ def times_sigmoid(y: tl.tensor, s: tl.tensor) -> tl.tensor:
 
 @jit()
 def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Of fp32 values. NaN stays NaN."""
+    """The activation of fp32 values. NaN stays NaN."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if ACTIVATION == "gelu":
         y = gelu(y)

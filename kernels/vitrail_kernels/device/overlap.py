@@ -1,6 +1,6 @@
-"""Programmatic dependent launch: a kernel's blocks start while the kernel before still runs.
+"""Programmatic dependent launch: the blocks of a kernel start while the previous kernel still runs.
 
-It is the launch that asks for it; in one that does not, these instructions do nothing.
+The launch must ask for it. In any other launch the instructions below do nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from vitrail_kernels.launch import jit, tl
 
 @jit()
 def wait_for_previous(PDL: tl.constexpr) -> None:
-    """Wait for the kernel before and all that it wrote, then let the next one's blocks come.
+    """Wait until the previous kernel has finished and its writes are visible, then allow the next
+    kernel to start.
 
-    Every kernel's first statement, before any access to memory and any return.
+    This is the first statement of every kernel, before any access to memory and any return.
     """
-    # Waiting comes first: once every block here waits no more, the kernel before has ended, and a
-    # third kernel could not take the room on a multiprocessor that its blocks still need.
+    # Wait first, release second. An early release would let a third kernel take room on a
+    # multiprocessor that blocks of the previous kernel still need.
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

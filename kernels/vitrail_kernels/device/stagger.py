@@ -1,8 +1,8 @@
-"""Blocks of one multiprocessor that take turns: one multiplies while the other finishes its tile.
+"""Two blocks of a multiprocessor take turns: one multiplies while the other finishes its tile.
 
-Persistent blocks that begin together stay together: both want the tensor cores, then both leave
-them idle. Hardware places blocks on every multiprocessor once before it adds a second, so the
-second half of the grid waits once, for about half a tile.
+Persistent blocks that begin together stay together: both need the tensor cores, then both leave
+them idle. The hardware places a first block on every multiprocessor before it adds a second block
+to any. So the second half of the grid waits once, for about half a tile.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from vitrail_kernels.launch import jit, tl
 
 TILES = 16
-"""A block waits only if it takes this many tiles, of which half a tile is 3 %."""
+"""A block waits only if it takes at least this many tiles. Half a tile is then 3 % of its time."""
 
 
 @jit()
 def take_turns(tiles: int, NANOSECONDS: tl.constexpr, TILES: tl.constexpr = TILES) -> None:
-    """Let the second half of a persistent grid over ``tiles`` wait; 0 nanoseconds: never."""
+    """Let the second half of a persistent grid over ``tiles`` wait (0 nanoseconds: not at all)."""
     if NANOSECONDS > 0:
         blocks = tl.num_programs(0)
         if (2 * tl.program_id(0) >= blocks) & (tiles >= TILES * blocks):

@@ -1,12 +1,13 @@
-"""Row statistics: what LayerNorm needs of a row, kept beside the residual stream
+"""Row statistics: LayerNorm's view of a row, kept beside the residual stream
 
-    stats[c]          sum of the row's chunk c of 64 columns
-    stats[chunks + c] sum of squares of that chunk about its own mean
+    stats[c]           sum of chunk c, which is 64 columns of the row
+    stats[chunks + c]  sum of squares of that chunk about its own mean
 
-fp32 (2 chunks, M), written by whatever writes the stream, of the values as rounded; the last chunk
-may be shorter. Combined as Chan, Golub and LeVeque (1979) do: the variance's error does not grow
-with the mean, as that of E[x^2] - E[x]^2 does. Chunks are added in order, whatever the tile of a
-kernel, so that the bits of a row do not depend on it.
+The statistics are fp32 (2 chunks, M) and describe the rounded values. The kernel that writes the
+stream writes them too. The last chunk may be shorter. Chunks are combined as Chan, Golub and
+LeVeque (1979) do, so that the error of the variance does not grow with the mean, as it does for
+E[x^2] - E[x]^2. Every kernel adds the chunks in order, so that the bits of a row do not depend on
+the tile.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ def stats_shape(rows: int, width: int) -> tuple[int, int]:
 def stats_ref(stats: Tensor, x: Tensor) -> None:
     """Write ``stats`` (2 chunks, M) of ``x`` (M, C)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    parts = torch.split(x.to(wide), CHUNK, dim=1)
-    for number, part in enumerate(parts):
-        total = part.sum(dim=1)
+    chunks = torch.split(x.to(wide), CHUNK, dim=1)
+    for number, chunk in enumerate(chunks):
+        total = chunk.sum(dim=1)
         stats[number] = total
-        centred = part - (total / part.shape[1])[:, None]
-        stats[len(parts) + number] = centred.square().sum(dim=1)
+        centered = chunk - (total / chunk.shape[1])[:, None]
+        stats[len(chunks) + number] = centered.square().sum(dim=1)
 
 
 def mean_rstd_ref(stats: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of every row, each (M,)."""
+    """The mean and 1 / sqrt(variance + eps) of every row, each (M,)."""
     chunks = stats.shape[0] // 2
     counts = torch.full((chunks, 1), float(CHUNK), dtype=stats.dtype, device=stats.device)
     counts[-1] = width - CHUNK * (chunks - 1)
@@ -47,7 +48,7 @@ def mean_rstd_ref(stats: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor
 
 @jit()
 def _sum64(v: tl.tensor, ROWS: tl.constexpr, PARTS: tl.constexpr) -> tl.tensor:
-    """Sums (ROWS, PARTS) of every 64 columns, by pairs of neighbours."""
+    """The sums (ROWS, PARTS) of every 64 columns, always adding pairs of neighbors."""
     v = tl.sum(tl.reshape(v, (ROWS, 32 * PARTS, 2)), axis=2)
     v = tl.sum(tl.reshape(v, (ROWS, 16 * PARTS, 2)), axis=2)
     v = tl.sum(tl.reshape(v, (ROWS, 8 * PARTS, 2)), axis=2)
@@ -60,9 +61,9 @@ def _sum64(v: tl.tensor, ROWS: tl.constexpr, PARTS: tl.constexpr) -> tl.tensor:
 def store_stats(
     stats_ptr: tl.tensor,  # (2 chunks, M) fp32
     stride: int,  # from one row of stats to the next: at least M
-    y: tl.tensor,  # (BLOCK_M, BLOCK_N) fp32, the values as rounded, 0 past WIDTH
-    offs_m: tl.tensor,  # (BLOCK_M,) which rows these are
-    mask_m: tl.tensor,  # (BLOCK_M,) which of them exist
+    y: tl.tensor,  # (BLOCK_M, BLOCK_N) fp32, the rounded values, 0 past WIDTH
+    offs_m: tl.tensor,  # (BLOCK_M,) the numbers of the rows
+    mask_m: tl.tensor,  # (BLOCK_M,) whether the row exists
     column: int,  # the first column, a multiple of 64
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,9 +72,9 @@ def store_stats(
 ) -> None:
     """Write the statistics of a tile that holds whole chunks.
 
-    A reduction adds in an order that follows from the layout, which is the same for all tiles of
-    one kernel. Where it is not, since loads are as wide as a caller's memory allows, PAIRED fixes
-    the order; beside a residual it would cost spills.
+    A reduction adds in an order that depends on the layout. All tiles of a kernel usually have the
+    same layout. If they do not, because loads are as wide as the caller's memory allows, PAIRED
+    fixes the order. Together with a residual PAIRED would cost spills.
     """
     CHUNKS: tl.constexpr = (WIDTH + 63) // 64
     PARTS: tl.constexpr = BLOCK_N // 64
@@ -82,16 +83,16 @@ def store_stats(
     chunk = column // 64 + tl.arange(0, PARTS)
     count = tl.minimum(WIDTH - 64 * chunk, 64)
     mean = total / tl.maximum(count, 1).to(tl.float32)[None, :]
-    centred = values - mean[:, :, None]
+    centered = values - mean[:, :, None]
     if WIDTH % 64 != 0:
         inside = tl.arange(0, 64)[None, None, :] < count[None, :, None]
-        centred = tl.where(inside, centred, 0.0)
-    squares = centred * centred
+        centered = tl.where(inside, centered, 0.0)
+    squares = centered * centered
     squares = _sum64(squares, BLOCK_M, PARTS) if PAIRED else tl.sum(squares, axis=2)
-    where = chunk[None, :].to(tl.int64) * stride + offs_m[:, None]
+    offset = chunk[None, :].to(tl.int64) * stride + offs_m[:, None]
     mask = mask_m[:, None] & (chunk < CHUNKS)[None, :]
-    tl.store(stats_ptr + where, total, mask=mask)
-    tl.store(stats_ptr + where + CHUNKS * stride, squares, mask=mask)
+    tl.store(stats_ptr + offset, total, mask=mask)
+    tl.store(stats_ptr + offset + CHUNKS * stride, squares, mask=mask)
 
 
 @jit()
@@ -103,9 +104,9 @@ def load_mean_rstd(
     eps: float,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Mean and 1 / sqrt(variance + eps) of rows, each (BLOCK_M,)."""
+    """The mean and 1 / sqrt(variance + eps) of rows, each (BLOCK_M,)."""
     CHUNKS: tl.constexpr = (WIDTH + 63) // 64
-    LAST: tl.constexpr = WIDTH - 64 * (CHUNKS - 1)
+    LAST_COUNT: tl.constexpr = WIDTH - 64 * (CHUNKS - 1)
     wide = tl.cast(stride, tl.int64)
     sums = stats_ptr + offs_m
     mean = tl.load(sums, mask=mask_m, other=0.0)
@@ -114,7 +115,7 @@ def load_mean_rstd(
     mean = mean / WIDTH
     squares = tl.zeros_like(mean)
     for c in tl.static_range(CHUNKS):
-        count = 64.0 if c < CHUNKS - 1 else LAST * 1.0
+        count = 64.0 if c < CHUNKS - 1 else LAST_COUNT * 1.0
         chunk = tl.load(sums + c * wide, mask=mask_m, other=0.0)
         apart = tl.fma(chunk, 1.0 / count, -mean)
         inside = tl.load(sums + (CHUNKS + c) * wide, mask=mask_m, other=0.0)

@@ -1,4 +1,4 @@
-"""A tile of a matrix product: which one it is, and all that follows the product."""
+"""A tile of a matrix product: its place in the output, and the epilogue after the product."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ def tile_of(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> tl.tensor:
-    """First row and column of a tile: GROUP_M tiles down for each across, so that both operands
-    of tiles that run at once are in the L2 cache."""
+    """The first row and column of a tile.
+
+    Tiles are ordered GROUP_M down for each one across. So tiles that run at the same time share
+    their operands in the L2 cache.
+    """
     ACROSS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     down = tl.cdiv(m, BLOCK_M)
     group = tile // (GROUP_M * ACROSS)
@@ -30,8 +33,11 @@ def tile_of(
 def part_of(
     acc: tl.tensor, number: int, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> tl.tensor:
-    """A tile's left or right half, or all of it. Finishing halves in turn takes fewer registers
-    and half the shared memory, which makes room for a second block on the multiprocessor."""
+    """The left or right half of a tile, or all of it if PARTS is 1.
+
+    Finishing one half after the other takes fewer registers and half the shared memory. This makes
+    room for a second block on the multiprocessor.
+    """
     if PARTS == 1:
         return acc
     else:
@@ -47,14 +53,14 @@ def part_of(
 def epilogue(
     acc: tl.tensor,  # (BLOCK_M, BLOCK_N) fp32
     out_dtype: tl.constexpr,
-    bias_ptr: tl.tensor,  # (N,) fp32 or None, as the three below
-    scale_ptr: tl.tensor,  # (N,) fp32
-    residual_ptr: tl.tensor,  # (M, N)
-    residual_rows_ptr: tl.tensor,  # (M',) int32
-    row_sums_ptr: tl.tensor,  # (N,) fp32, with the norm
-    stats_ptr: tl.tensor,  # (2 chunks, M') fp32
+    bias_ptr: tl.tensor,  # (N,) fp32 or None
+    scale_ptr: tl.tensor,  # (N,) fp32 or None
+    residual_ptr: tl.tensor,  # (M, N) or None
+    residual_rows_ptr: tl.tensor,  # (M',) int32 or None
+    row_sums_ptr: tl.tensor,  # (N,) fp32, if NORM
+    stats_ptr: tl.tensor,  # (2 chunks, M') fp32 or None
     stats_stride: int,
-    mean: tl.tensor,  # (BLOCK_M,), with the norm
+    mean: tl.tensor,  # (BLOCK_M,), if NORM
     rstd: tl.tensor,  # (BLOCK_M,)
     offs_m: tl.tensor,  # (BLOCK_M,)
     mask_m: tl.tensor,  # (BLOCK_M,)
@@ -66,11 +72,11 @@ def epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """All that follows the product, in fp32, down to the one rounding; writes the statistics.
+    """The work after the product, in fp32 with a single rounding; also writes the statistics.
 
-    A product that meets a sum is a `tl.fma`: bits are the same in every tile, and it is one
-    instruction. So is a sum alone, times 1.0: Triton would let a product of one step start from a
-    plain sum's other side, in some tiles only, and round in another order. It is still one add.
+    A product plus a sum is a `tl.fma`, which is one instruction and has the same bits in every
+    tile. A sum alone is a `tl.fma` with 1.0: for a plain sum Triton would start the product from
+    the sum's other operand, in some tiles only, and round in another order. It is still one add.
     """
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -95,11 +101,11 @@ def epilogue(
         if residual_ptr is None:
             acc *= scale
     if residual_ptr is not None:
-        source = offs_m
+        row = offs_m
         if residual_rows_ptr is not None:
-            source = tl.load(residual_rows_ptr + offs_m, mask=mask_m, other=0)
-        at = residual_ptr + source.to(tl.int64)[:, None] * N + offs_n[None, :]
-        residual = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+            row = tl.load(residual_rows_ptr + offs_m, mask=mask_m, other=0)
+        ptrs = residual_ptr + row.to(tl.int64)[:, None] * N + offs_n[None, :]
+        residual = tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
         if scale_ptr is not None:
             acc = tl.fma(acc, scale, residual)
         else:
@@ -109,7 +115,7 @@ def epilogue(
         rounded = y.to(tl.float32)
         if N % BLOCK_N != 0:
             rounded = tl.where(mask_n[None, :], rounded, 0.0)
-        # a residual's layout is the same in every tile, that of the product is not
+        # the layout of a residual is the same in every tile, the layout of a product is not
         PAIRED: tl.constexpr = residual_ptr is None
         store_stats(
             stats_ptr, stats_stride, rounded, offs_m, mask_m, column, N, BLOCK_M, BLOCK_N, PAIRED

@@ -1,18 +1,18 @@
 """patch_embed: pixels -> tokens, out[b, t] = table[t] + patch(b, t) W^T
 
-    patch  the pixels under one patch; remainder pixels at the right and bottom edge are dropped
+    patch  the pixels of a patch; pixels left over at the right and bottom edge are dropped
     table  position + class / register tokens + projection bias, see `position`
     FLOPs  2 B P C K      bytes  pixels + C K + B T C      bound  by memory for uint8 at small K
 
-uint8 pixels come as (B, H, W, channels) with a weight that has the normalisation folded in and
-runs (row, column, channel) along K; float pixels as (B, channels, H, W), already normalised, with a
-weight that runs (channel, row, column). A uint8 value u enters as u / 256: exact in every dtype,
-and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
+uint8 pixels are (B, H, W, channels). The normalization is folded into their weight, whose K runs
+over (row, column, channel). Float pixels are (B, channels, H, W) and already normalized. The K of
+their weight runs over (channel, row, column). A uint8 value u enters as u / 256. This is exact in
+every dtype, and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
 
-The kernel sees both alike: a patch is planes of lines of runs of pixels that are contiguous in
-memory, so K is (plane, line, run). uint8 has one plane and runs of across * channels, float pixels
-have a plane a channel and runs of across. A tile is over tokens, the class and register tokens
-among them: their pixels are masked to 0, and table and statistics know no special row.
+For the kernel both are planes of lines of runs, where a run is contiguous in memory, and K is
+(plane, line, run). uint8 has a single plane and runs of width * channels values. Float pixels have
+a plane for each channel and runs of width values. A tile covers tokens, with the class and register
+tokens among them. Their pixels are masked to 0, so that table and statistics need no special case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, config_key, ladder_of, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stats import stats_ref, stats_shape, store_stats
@@ -36,17 +36,16 @@ from vitrail_kernels.launch import (
     descriptor,
     fits_descriptor,
     jit,
-    launch,
-    target_of,
     tl,
 )
+from vitrail_kernels.operator import Operator
 
 UINT8_UNIT = 256
 """The uint8 value that would stand for 1."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 K_MULTIPLE = 64
-"""What the kernel's weight is padded to along K, with zeros."""
+"""The kernel's weight is padded with zeros to a multiple of this along K."""
 
 VARYING = (
     "rows",
@@ -57,22 +56,22 @@ VARYING = (
     "line_stride",
     "stats_stride",
 )
-"""Integers of the kernel that change with the batch and the image's size."""
+"""The integers of the kernel that change with the batch and the size of the images."""
 
 
 def _columns(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Patches as rows: (B, patches, K)."""
+    """The patches as rows: (B, patches, K)."""
     down, across = patch
     if pixels.dtype == torch.uint8:
         batch, height, width, channels = pixels.shape
         h, w = height // down, width // across
-        kept = pixels[:, : h * down, : w * across]
-        split = kept.reshape(batch, h, down, w, across, channels).permute(0, 1, 3, 2, 4, 5)
+        cropped = pixels[:, : h * down, : w * across]
+        split = cropped.reshape(batch, h, down, w, across, channels).permute(0, 1, 3, 2, 4, 5)
     else:
         batch, channels, height, width = pixels.shape
         h, w = height // down, width // across
-        kept = pixels[:, :, : h * down, : w * across]
-        split = kept.reshape(batch, channels, h, down, w, across).permute(0, 2, 4, 1, 3, 5)
+        cropped = pixels[:, :, : h * down, : w * across]
+        split = cropped.reshape(batch, channels, h, down, w, across).permute(0, 2, 4, 1, 3, 5)
     return split.reshape(batch, h * w, down * across * channels)
 
 
@@ -89,15 +88,16 @@ def patch_embed_ref(
 ) -> None:
     """Write ``out`` (B T, C) from ``pixels``, ``weight`` (C, K') and ``table`` (T, C) fp32.
 
-    K' may be larger than the K numbers of a patch; what is past K is padding and not used.
-    ``stats`` (2 chunks, B T) fp32: where the row statistics of ``out`` go.
+    K' may be larger than the K values of a patch; the columns past K are padding and not used.
+    ``stats`` (2 chunks, B T) fp32 receives the row statistics of ``out``. Raises ValueError if
+    ``pixels`` do not have ``channels`` channels.
     """
-    batch, found = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
-    if found != channels:
-        raise ValueError(f"pixels {tuple(pixels.shape)}: got {found} channels, wanted {channels}")
+    batch, depth = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
+    if depth != channels:
+        raise ValueError(f"pixels {tuple(pixels.shape)}: got {depth} channels, wanted {channels}")
     if batch == 0:
         return
-    # the sum stays wide until the table is added: over uint8 pixels it is large and mostly bias
+    # the sum stays fp32 until the table is added: over uint8 pixels it is large and mostly bias
     wide = torch.promote_types(weight.dtype, torch.float32)
     columns = _columns(pixels, patch).to(wide)
     if pixels.dtype == torch.uint8:
@@ -116,8 +116,8 @@ def patch_embed_ref(
 @jit()
 def _gather(
     base: tl.tensor,  # the first image of the tile
-    corner: tl.tensor,  # (BLOCK_M,) each patch's first pixel, from base
-    mask_m: tl.tensor,  # (BLOCK_M,) which rows are patches
+    corner: tl.tensor,  # (BLOCK_M,) offset of each patch's first pixel from base
+    mask_m: tl.tensor,  # (BLOCK_M,) whether the row is a patch
     first_k: int,
     plane_stride: int,
     line_stride: int,
@@ -127,22 +127,23 @@ def _gather(
     MASK_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """Pixels (BLOCK_M, BLOCK_K) as they are stored, 0 where there is no patch and past K."""
+    """Pixels (BLOCK_M, BLOCK_K) as stored; 0 for rows that are no patch, and past K."""
     offs_k = first_k + tl.arange(0, BLOCK_K)
     line = offs_k // RUN
-    at = line // LINES * plane_stride + line % LINES * line_stride + offs_k % RUN
+    offset = line // LINES * plane_stride + line % LINES * line_stride + offs_k % RUN
     mask = mask_m[:, None]
     if MASK_K:
         mask = mask & (offs_k < K)[None, :]
-    return tl.load(base + (corner[:, None] + at[None, :]), mask=mask, other=0)
+    return tl.load(base + (corner[:, None] + offset[None, :]), mask=mask, other=0)
 
 
 @jit()
 def _operand(pixels: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Pixels as the product takes them; a uint8 u as u / 256, by its place in a mantissa.
+    """The operand of the product: float pixels rounded, a uint8 value u as u / 256.
 
-    4 + u / 256 in fp16 and 2^15 + u / 256 in fp32 hold u in their last bits, and the subtraction is
-    exact: cheaper than a conversion, of which a multiprocessor does 16 a cycle.
+    4 + u / 256 in fp16 and 2^15 + u / 256 in fp32 hold u in their last mantissa bits, and the
+    subtraction is exact. This is cheaper than a conversion, because a multiprocessor does only 16
+    conversions per cycle.
     """
     if pixels.dtype != tl.uint8:
         return pixels.to(dtype)  # float pixels are rounded here
@@ -163,7 +164,7 @@ def _patch_embed_kernel(
     rows: int,  # B T
     tokens: int,  # T
     columns: int,  # patches across
-    image_stride: int,  # of pixels, as the two below, in units of ALIGN
+    image_stride: int,  # in units of ALIGN pixel values, as the next two
     plane_stride: int,
     line_stride: int,
     stats_stride: int,
@@ -183,32 +184,32 @@ def _patch_embed_kernel(
 ) -> None:
     wait_for_previous(PDL)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    # all tiles across of the same tokens are neighbours: their pixels come from the cache
+    # neighboring programs are tiles of the same tokens, which share pixels in the cache
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     first_m = tl.program_id(0) // ACROSS * BLOCK_M
     first_n = tl.program_id(0) % ACROSS * BLOCK_N
 
-    # where each row's patch begins, in 32 bits from the first image of the tile
+    # the first pixel of each row's patch, as a 32-bit offset from the first image of the tile
     offs_m = first_m + tl.arange(0, BLOCK_M)
     first_image = first_m // tokens
     image = offs_m // tokens
-    place = offs_m - image * tokens - PREFIX
-    is_patch = (offs_m < rows) & (place >= 0)
-    place = tl.maximum(place, 0)
-    down = place // columns
+    patch = offs_m - image * tokens - PREFIX
+    is_patch = (offs_m < rows) & (patch >= 0)
+    patch = tl.maximum(patch, 0)
+    down = patch // columns
     line_stride *= ALIGN
     plane_stride *= ALIGN
     image_stride *= ALIGN
     corner = (image - first_image) * image_stride + down * LINES * line_stride
-    corner += (place - down * columns) * RUN
+    corner += (patch - down * columns) * RUN
     base = pixels_ptr + first_image.to(tl.int64) * image_stride
 
     if not TMA:
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        # (BLOCK_K, BLOCK_N): in the pixels' own shape both would be loaded in one layout, which is
-        # good for one of them only
+        # (BLOCK_K, BLOCK_N): in the shape of the pixels, weight and pixels would be loaded in the
+        # same layout, which suits only one of the two
         weight_ptrs = weight + (offs_n[None, :] * PADDED + tl.arange(0, BLOCK_K)[:, None])
-    # runs too short for cp.async: the next step's pixels wait in registers
+    # PREFETCH, for runs too short for cp.async: the pixels of the next step wait in registers
     AHEAD: tl.constexpr = BLOCK_K if PREFETCH else 0
     MASK_K: tl.constexpr = PREFETCH or K != PADDED
     if PREFETCH:
@@ -233,31 +234,31 @@ def _patch_embed_kernel(
             w = tl.load(weight_ptrs + first_k, mask=(offs_n < WIDTH)[None, :], other=0.0)
         acc = tl.dot(a, w, acc, input_precision="ieee")
 
-    # in halves where the tile is wide: 126 registers instead of 174, two blocks instead of one
+    # Halves of a wide tile: 126 registers instead of 174, two blocks instead of one
     PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    # not offs_m % tokens, whose quotients above would be kept in registers through all of K
+    # not offs_m % tokens: its quotients would stay in registers through all of K
     token = ((first_m % tokens + tl.arange(0, BLOCK_M)) % tokens)[:, None, None]
     mask_m = offs_m < rows
     part_m = tl.arange(0, BLOCK_M)[:, None, None]
     tile = out_ptr + first_m.to(tl.int64) * WIDTH
-    # A shape that no other load has, and 4 numbers a thread: in the layout of a 16-byte store, 8,
-    # a load of the table is 16 bytes of every 32. They take twice the addresses, though, for which
-    # sm_80's wide tiles lack registers beside those of short runs.
+    # A shape that no other load has, with 4 values a thread. With 8 values, the layout of a 16-byte
+    # store, a load of the table would use 16 bytes of every 32. But 4 values take twice the
+    # addresses, and with short runs the wide tiles of sm_80 lack registers for them.
     SIDE: tl.constexpr = 4 if TMA or PARTS == 1 or RUN % 16 == 0 else 8
     chunk = tl.arange(0, PART_N // 64)[None, :, None] * 64
-    for part in tl.static_range(PARTS):
+    for number in tl.static_range(PARTS):
         y = acc
         if PARTS == 2:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
-            y = left if part == 0 else right
-        column = first_n + part * PART_N
+            y = left if number == 0 else right
+        column = first_n + number * PART_N
         part_n = chunk + tl.max_contiguous(tl.arange(0, 64), SIDE)[None, None, :]
         mask = mask_m[:, None, None] & (part_n < WIDTH - column)
         y = tl.reshape(y, (BLOCK_M, PART_N // 64, 64))
-        at = table_ptr + column + (token * WIDTH + part_n)
-        # not a plain sum: see tile.epilogue
-        y = tl.fma(y, 1.0, tl.load(at, mask=mask, other=0.0))
+        ptrs = table_ptr + column + (token * WIDTH + part_n)
+        # a tl.fma and not a plain sum, as in tile.epilogue
+        y = tl.fma(y, 1.0, tl.load(ptrs, mask=mask, other=0.0))
         y = y.to(DTYPE)  # the only rounding
         tl.store(tile + column + (part_m * WIDTH + part_n), y, mask=mask)
         if stats_ptr is not None:
@@ -268,52 +269,51 @@ def _patch_embed_kernel(
 
 
 def patch_embed_cost(
-    out: Tensor,
-    pixels: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    stats: Tensor | None = None,
     *,
+    out: Tensor,
+    table: Tensor,
     patch: tuple[int, int],
     channels: int,
     prefix: int,
-    **_: object,
+    **arguments: object,
 ) -> Cost:
-    """FLOPs of the projection of every patch, padding along K left out."""
+    """FLOPs of the projection of every patch, without the padding along K."""
     values = patch[0] * patch[1] * channels
     patches = out.shape[0] // max(table.shape[0], 1) * (table.shape[0] - prefix)
-    return Cost(2 * patches * out.shape[1] * values, traffic(out, pixels, weight, table, stats))
+    return Cost(2 * patches * out.shape[1] * values, traffic(out, table, *arguments.values()))
 
 
-# -- the launcher ----------------------------------------------------------------------------------
+# -- the calls -------------------------------------------------------------------------------------
 
 
 def _patch_config(
-    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int, rows: int
+    target: Target,
+    key: str,
+    pixels: Tensor,
+    weight: Tensor,
+    patch: tuple[int, int],
+    step: int,
+    rows: int,
 ) -> KernelConfig:
-    """The configuration for pixels loaded ``step`` bytes at a time: tuned, else by reasons.
+    """The configuration for pixels loaded ``step`` bytes at a time.
 
-    All of an architecture and dtype give the same bits: the same MMA family (64 rows or more make
-    it HGMMA on sm_90), K in the same order, statistics by the same chunks.
+    All configurations of an architecture and dtype give the same bits: they use the same MMA family
+    (64 rows or more make it HGMMA on sm_90), add K in the same order and use the same chunks for
+    statistics.
     """
-    width, dtype = weight.shape[0], str(weight.dtype).removeprefix("torch.")
-    kind = str(pixels.dtype).removeprefix("torch.")
-    found = tuned(target.arch).get(f"patch_embed|{dtype}|{kind} {patch[0]}x{patch[1]} {width}")
-    if found is not None:
-        return found
+    config = tuned(target.arch).get(key)
+    if config is not None:
+        return config
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
-    # steps of 64 where two addresses a thread cover them: others, and HMMA's layout, would spill
-    deep = (
-        64
-        if step == 16 and pixels.dtype == torch.uint8 and (target.arch == 90 or target.tcgen05)
-        else 32
-    )
-    if cdiv(rows, 128) * cdiv(width, 128) < target.sms:
+    uint8 = pixels.dtype == torch.uint8
+    # steps of 64 if two addresses a thread cover them; other steps, and HMMA's layout, would spill
+    deep = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
+    if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
-    floats = pixels.dtype != torch.uint8
+    # short runs have many addresses
     short = step == pixels.element_size() or (
-        target.arch == 80 and floats and patch[1] % 16 != 0  # short runs, whose addresses are many
+        target.arch == 80 and not uint8 and patch[1] % 16 != 0
     )
     if target.arch not in (80, 90) or short:
         why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
@@ -323,16 +323,17 @@ def _patch_config(
 
 
 def patch_ladder(
-    target: Target, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
+    target: Target, key: str, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
 ) -> Ladder:
     """`_patch_config` for every number of rows."""
-    # as many as leave a multiprocessor without a tile
+    # up to this number, some multiprocessor has no tile
     few = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
-    return ladder_of([few], functools.partial(_patch_config, target, pixels, weight, patch, step))
+    choose = functools.partial(_patch_config, target, key, pixels, weight, patch, step)
+    return ladder_of([few], choose)
 
 
 def _strides(pixels: Tensor) -> tuple[int, int, int]:
-    """From one image, plane and line to the next. Raises ValueError unless lines are contiguous."""
+    """The strides of images, planes and lines. Raises ValueError unless lines are contiguous."""
     if pixels.dtype == torch.uint8:
         image, line, pixel, value = pixels.stride()
         plane, contiguous = 0, value == 1 and pixel == pixels.shape[3]
@@ -357,7 +358,7 @@ def _check(
     channels: int,
     prefix: int,
 ) -> tuple[int, int]:
-    """Patches across, and numbers in a patch. Raises ValueError for what the kernel cannot take."""
+    """The patches across and the values of a patch; raises as `patch_embed_calls` does."""
     uint8 = pixels.dtype == torch.uint8
     if not uint8 and pixels.dtype not in FLOATS:
         raise ValueError(
@@ -403,9 +404,9 @@ def patch_embed_calls(
 ) -> list[Call]:
     """The launch of `patch_embed_ref`; ``weight`` is padded with zeros to a multiple of 64 columns.
 
-    Lines of pixels must be contiguous; images, planes and lines may lie apart. ``config`` takes the
-    place of the one that the size would get. Raises ValueError for another shape, dtype or layout,
-    and for images of 2^31 numbers or so.
+    Lines of pixels must be contiguous; images, planes and lines may lie apart. ``config`` replaces
+    the configuration that the size would get. Raises ValueError for another shape, dtype or layout,
+    and for images of about 2^31 values or more.
     """
     across, values = _check(out, pixels, weight, table, stats, patch, channels, prefix)
     (rows, width), (tokens, _) = out.shape, table.shape
@@ -414,13 +415,14 @@ def patch_embed_calls(
     image, plane, line = _strides(pixels)
     run = patch[1] * (channels if pixels.dtype == torch.uint8 else 1)
     size = pixels.element_size()
-    # what all addresses are multiples of, in numbers: how wide the compiler may load
+    # all addresses are multiples of so many values, and the compiler may load so many at a time
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
-    fixed = target, pixels, weight, patch, align * size
+    pixel_dtype = str(pixels.dtype).removeprefix("torch.")
+    key = config_key("patch_embed", weight.dtype, f"{pixel_dtype} {patch[0]}x{patch[1]} {width}")
+    fixed = target, key, pixels, weight, patch, align * size
     config = config or _patch_config(*fixed, rows)
-    extent = 1 + sum(
-        (n - 1) * s for n, s in zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
-    )
+    strides = zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
+    extent = 1 + sum((side - 1) * stride for side, stride in strides)
     if (config.block_m // tokens + 2) * max(image, extent) >= 1 << 31 or table.numel() >= 1 << 31:
         raise ValueError(
             f"patch_embed: got pixels {tuple(pixels.shape)} with strides {pixels.stride()} and a "
@@ -456,31 +458,7 @@ def patch_embed_calls(
     }
     grid = Grid(rows, config.block_m, cdiv(width, config.block_n))
     ladder = functools.partial(patch_ladder, *fixed)
-    return [Call(_patch_embed_kernel, grid, arguments, config, rows, ladder)]
+    return [Call(_patch_embed_kernel, grid, arguments, config, key, rows, ladder)]
 
 
-def patch_embed(
-    out: Tensor,
-    pixels: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    stats: Tensor | None = None,
-    *,
-    patch: tuple[int, int],
-    channels: int,
-    prefix: int,
-) -> None:
-    """`patch_embed_ref` by the kernel; see `patch_embed_calls` for the errors."""
-    launch(
-        patch_embed_calls(
-            target_of(out),
-            out,
-            pixels,
-            weight,
-            table,
-            stats,
-            patch=patch,
-            channels=channels,
-            prefix=prefix,
-        )
-    )
+PATCH_EMBED = Operator("patch_embed", patch_embed_ref, patch_embed_calls, patch_embed_cost)

@@ -1,12 +1,12 @@
-"""pool: one token a sequence -> LayerNorm -> projection -> fp32 embedding, and is it finite
+"""pool: a token of each sequence -> LayerNorm -> projection -> fp32 embedding and its status
 
-    out = norm(x)[rows] W^T + b, status = 0 where every value is finite, else 1
+    out = norm(x)[rows] W^T + b, status = 0 if every value is finite, else 1
     FLOPs  2 B D C      bytes  B C + D C + B D      bound  by the read of W
 
-The kernel normalises the rows itself, in fp32, and hands the tensor cores each value as the sum of
-two in the compute dtype, so that the embedding has the error of fp32 whatever the rows' mean: it is
-what users hold. That doubles arithmetic that is not the bound. The form of `linear`, which
-subtracts mean times row sum from the product, loses digits where the mean is large.
+Users get this embedding, so it has the error of fp32, whatever the mean of a row. The kernel
+normalizes the rows in fp32 and gives the tensor cores each value as the sum of two values in the
+compute dtype. That doubles the arithmetic, which is not the bound. The form of `linear`, which
+subtracts mean times row sum from the product, loses digits if the mean is large.
 """
 
 from __future__ import annotations
@@ -15,27 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.configs import KernelConfig, config_key, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
-from vitrail_kernels.launch import (
-    Call,
-    Grid,
-    Target,
-    cdiv,
-    check_tensor,
-    jit,
-    launch,
-    target_of,
-    tl,
-)
-from vitrail_kernels.ops.layernorm import (
-    check_rows,
-    config_of,
-    load_row_tile,
-    normalise,
-    row_config,
-)
+from vitrail_kernels.launch import Call, Grid, Target, cdiv, check_tensor, jit, tl
+from vitrail_kernels.operator import Operator
+from vitrail_kernels.ops.layernorm import check_rows, load_row_tile, normalize, row_config
 
 
 def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
@@ -54,10 +39,10 @@ def pool_ref(
     *,
     eps: float,
 ) -> None:
-    """Write ``out`` (B, D) fp32, ``status`` (B,) int32 from ``rows`` (B,) of ``x`` (M, C).
+    """Write ``out`` (B, D) fp32 and ``status`` (B,) int32 from the ``rows`` (B,) of ``x`` (M, C).
 
-    With ``weight`` (D, C) and ``bias`` (D,): the LayerNorm's affine part is folded into them.
-    Without: ``gamma`` and ``beta`` (C,) fp32 are the LayerNorm's own, and D = C.
+    The LayerNorm's affine part is folded into ``weight`` (D, C) and ``bias`` (D,). Without a
+    projection ``gamma`` and ``beta`` (C,) fp32 are the affine part, and D = C.
     """
     if rows is not None:
         x = x.index_select(0, rows)
@@ -69,9 +54,9 @@ def pool_ref(
 
 @jit()
 def _not_finite(y: tl.tensor) -> tl.tensor:
-    """1 for each row of (BLOCK_M, BLOCK_N) fp32 that holds NaN or an infinity, else 0."""
-    bad = tl.where(tl.abs(y) < float("inf"), 0, 1)  # no comparison with NaN holds
-    return tl.max(bad, axis=1)
+    """For each row of (BLOCK_M, BLOCK_N) fp32: 1 if it holds NaN or an infinity, else 0."""
+    not_finite = tl.where(tl.abs(y) < float("inf"), 0, 1)  # a comparison with NaN is false
+    return tl.max(not_finite, axis=1)
 
 
 @jit(varying=("rows", "x_rows"))
@@ -91,16 +76,16 @@ def _pool_norm_kernel(
     PDL: tl.constexpr,
 ) -> None:
     wait_for_previous(PDL)
-    first = tl.program_id(0) * BLOCK_M
-    part = tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    exists = part < rows - first
-    x = load_row_tile(x_ptr, rows_ptr, first, rows, x_rows, WIDTH, BLOCK_M, BLOCK_N)
-    y = normalise(x, gamma_ptr, beta_ptr, eps, WIDTH, BLOCK_N)
-    base = out_ptr + first.to(tl.int64) * WIDTH
+    exists = offs_m < rows - first_row
+    x = load_row_tile(x_ptr, rows_ptr, first_row, rows, x_rows, WIDTH, BLOCK_M, BLOCK_N)
+    y = normalize(x, gamma_ptr, beta_ptr, eps, WIDTH, BLOCK_N)
+    base = out_ptr + first_row.to(tl.int64) * WIDTH
     inside = exists[:, None] & (column < WIDTH)[None, :]
-    tl.store(base + part[:, None] * WIDTH + column[None, :], y, mask=inside)
-    tl.store(status_ptr + first + part, _not_finite(y), mask=exists)
+    tl.store(base + offs_m[:, None] * WIDTH + column[None, :], y, mask=inside)
+    tl.store(status_ptr + first_row + offs_m, _not_finite(y), mask=exists)
 
 
 @jit(varying=("rows", "x_rows"))
@@ -129,30 +114,30 @@ def _pool_linear_kernel(
     mask_m = offs_m < rows
     mask_n = offs_n < N
     row = offs_m
-    known = mask_m
+    valid = mask_m
     if rows_ptr is not None:
         row = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
-        known = mask_m & (row >= 0) & (row < x_rows)
-    source = x_ptr + row.to(tl.int64) * K
+        valid = mask_m & (row >= 0) & (row < x_rows)
+    row_ptrs = x_ptr + row.to(tl.int64) * K
 
-    # Statistics in one pass, about a pivot: the mean of the first columns is within
-    # sqrt(K / BLOCK_K) deviations of the row's, so that nothing worth keeping cancels, and the
-    # row's mean is the pivot plus a remainder that needs no rounding to the pivot's scale.
+    # Statistics in one pass, about a pivot: the mean of the first columns. It is within
+    # sqrt(K / BLOCK_K) deviations of the row's mean, so that little cancels. The row's mean is the
+    # pivot plus a remainder that is not rounded to the pivot's scale.
     inside = (offs_k < K)[None, :]
-    x = tl.load(source[:, None] + offs_k[None, :], mask=known[:, None] & inside, other=0.0)
+    x = tl.load(row_ptrs[:, None] + offs_k[None, :], mask=valid[:, None] & inside, other=0.0)
     pivot = tl.sum(x.to(tl.float32), axis=1) / min(K, BLOCK_K)
-    pivot = tl.where(known, pivot, float("nan"))
+    pivot = tl.where(valid, pivot, float("nan"))
     sums = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside = (k + offs_k < K)[None, :]
-        at = source[:, None] + (k + offs_k)[None, :]
-        x = tl.load(at, mask=known[:, None] & inside, other=0.0)
-        apart = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
-        sums += apart
-        squares = tl.fma(apart, apart, squares)
-    rest = tl.sum(sums, axis=1) / K
-    variance = tl.maximum(tl.fma(-rest, rest, tl.sum(squares, axis=1) / K), 0.0)
+        ptrs = row_ptrs[:, None] + (k + offs_k)[None, :]
+        x = tl.load(ptrs, mask=valid[:, None] & inside, other=0.0)
+        distance = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
+        sums += distance
+        squares = tl.fma(distance, distance, squares)
+    remainder = tl.sum(sums, axis=1) / K
+    variance = tl.maximum(tl.fma(-remainder, remainder, tl.sum(squares, axis=1) / K), 0.0)
     rstd = tl.rsqrt(variance + eps)
 
     # The product
@@ -160,20 +145,20 @@ def _pool_linear_kernel(
     weights = weight_ptr + offs_n[:, None] * K + offs_k[None, :]
     for k in tl.range(0, K, BLOCK_K):
         inside = (k + offs_k < K)[None, :]
-        at = source[:, None] + (k + offs_k)[None, :]
-        x = tl.load(at, mask=known[:, None] & inside, other=0.0)
+        ptrs = row_ptrs[:, None] + (k + offs_k)[None, :]
+        x = tl.load(ptrs, mask=valid[:, None] & inside, other=0.0)
         weight = tl.load(weights + k, mask=mask_n[:, None] & inside, other=0.0)
-        y = ((x.to(tl.float32) - pivot[:, None]) - rest[:, None]) * rstd[:, None]
+        y = ((x.to(tl.float32) - pivot[:, None]) - remainder[:, None]) * rstd[:, None]
         y = tl.where(inside, y, 0.0)
         high = y.to(weight.dtype)
         acc = tl.dot(high, tl.trans(weight), acc, input_precision="ieee")
         if weight.dtype != tl.float32:
-            low = (y - high.to(tl.float32)).to(weight.dtype)  # what the rounding left of y
+            low = (y - high.to(tl.float32)).to(weight.dtype)  # the rounding error of high
             acc = tl.dot(low, tl.trans(weight), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    at = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(at, acc, mask=mask_m[:, None] & mask_n[None, :])
+    ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
 @jit(varying=("rows",))
@@ -187,45 +172,36 @@ def _pool_status_kernel(
     PDL: tl.constexpr,
 ) -> None:
     wait_for_previous(PDL)
-    first = tl.program_id(0) * BLOCK_M
-    part = tl.arange(0, BLOCK_M)
-    exists = part < rows - first
-    base = out_ptr + first.to(tl.int64) * N + part[:, None] * N
-    bad = tl.zeros((BLOCK_M,), tl.int32)
+    first_row = tl.program_id(0) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    exists = offs_m < rows - first_row
+    base = out_ptr + first_row.to(tl.int64) * N + offs_m[:, None] * N
+    status = tl.zeros((BLOCK_M,), tl.int32)
     for start in tl.static_range(0, N, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         mask = exists[:, None] & (column < N)[None, :]
-        bad = tl.maximum(bad, _not_finite(tl.load(base + column[None, :], mask=mask, other=0.0)))
-    tl.store(status_ptr + first + part, bad, mask=exists)
+        values = tl.load(base + column[None, :], mask=mask, other=0.0)
+        status = tl.maximum(status, _not_finite(values))
+    tl.store(status_ptr + first_row + offs_m, status, mask=exists)
 
 
-def pool_cost(
-    out: Tensor,
-    status: Tensor,
-    x: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    **_: object,
-) -> Cost:
-    """FLOPs of the projection, where there is one."""
-    batch, width = out.shape[0], x.shape[1]
-    flops = 0 if weight is None else 2 * batch * weight.numel()
-    read = batch * width * x.element_size()
-    return Cost(flops, read + traffic(out, status, gamma, beta, weight, bias, rows))
+def pool_cost(*, out: Tensor, x: Tensor, weight: Tensor | None = None, **arguments: object) -> Cost:
+    """FLOPs of the projection, if there is any; only the pooled rows of ``x`` are read."""
+    flops = 0 if weight is None else 2 * out.shape[0] * weight.numel()
+    read = out.shape[0] * x.shape[1] * x.element_size()
+    return Cost(flops, read + traffic(out, weight, *arguments.values()))
 
 
-def pool_config(target: Target, dtype: torch.dtype, n: int, k: int) -> KernelConfig:
-    """The projection's tiles; tuning may vary ``block_n`` and ``stages``, no more."""
+# -- the calls -------------------------------------------------------------------------------------
+
+
+def pool_config(target: Target, key: str, dtype: torch.dtype) -> KernelConfig:
+    """The projection's tiles; tuning may vary only ``block_n`` and ``stages``."""
+    why = "64 rows make it HGMMA; narrow, so that many programs read W"
+    heuristic = KernelConfig(64, 32, 64, 4, 4, reason=why)
     if dtype == torch.float32:
         heuristic = KernelConfig(64, 64, 32, 4, 2, reason="fp32, for the interpreter")
-    else:
-        heuristic = KernelConfig(
-            64, 32, 64, 4, 4, reason="64 rows make it HGMMA; narrow, so that many programs read W"
-        )
-    return config_of("pool", target, dtype, f"{n}x{k}", heuristic)
+    return tuned(target.arch).get(key, heuristic)
 
 
 STATUS_CONFIG = KernelConfig(4, 1024, 0, 4, 1, reason="a few KiB to read: a matter of latency")
@@ -244,11 +220,11 @@ def pool_calls(
     *,
     eps: float,
 ) -> list[Call]:
-    """The launches of `pool_ref`: one, or with a ``weight`` two. A row that ``x`` does not have
-    comes out as NaN, with status 1.
+    """The launches of `pool_ref`: two with a ``weight``, else one. A row that ``x`` does not have
+    becomes NaN, with status 1.
 
     Raises ValueError for a shape, dtype or layout that the kernels do not take, for ``gamma`` or
-    ``beta`` beside ``weight``, and for a ``bias`` without it.
+    ``beta`` together with ``weight``, and for a ``bias`` without ``weight``.
     """
     batch, width = check_rows("pool", x, rows), x.shape[1]
     columns = width if weight is None else weight.shape[0]
@@ -268,16 +244,18 @@ def pool_calls(
         "PDL": target.pdl,
     }
     if weight is None and bias is None:
-        config = row_config("pool", target, x.dtype, width)
+        key = config_key("pool", x.dtype, str(width))
+        config = row_config(target, key, width)
         norm = {"status_ptr": status, "gamma_ptr": gamma, "beta_ptr": beta, "WIDTH": width}
         tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         grid = Grid(batch, config.block_m)
-        return [Call(_pool_norm_kernel, grid, {**common, **norm, **tile}, config)]
+        return [Call(_pool_norm_kernel, grid, {**common, **norm, **tile}, config, key)]
     if weight is None or gamma is not None or beta is not None:
-        given = {"gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
-        names = [name for name, tensor in given.items() if tensor is not None]
+        optional = {"gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
+        names = [name for name, tensor in optional.items() if tensor is not None]
         raise ValueError(f"pool: got {names}, wanted gamma and beta, or weight and bias")
-    config = pool_config(target, x.dtype, columns, width)
+    key = config_key("pool", x.dtype, f"{columns}x{width}")
+    config = pool_config(target, key, x.dtype)
     linear = {"weight_ptr": weight, "bias_ptr": bias, "N": columns, "K": width}
     tile = {
         "BLOCK_M": config.block_m,
@@ -287,7 +265,7 @@ def pool_calls(
     }
     grid = Grid(batch, config.block_m, cdiv(columns, config.block_n))
     return [
-        Call(_pool_linear_kernel, grid, {**common, **linear, **tile}, config),
+        Call(_pool_linear_kernel, grid, {**common, **linear, **tile}, config, key),
         _status_call(target, status, out),
     ]
 
@@ -306,18 +284,4 @@ def _status_call(target: Target, status: Tensor, out: Tensor) -> Call:
     return Call(_pool_status_kernel, Grid(batch, config.block_m), arguments, config)
 
 
-def pool(
-    out: Tensor,
-    status: Tensor,
-    x: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    *,
-    eps: float,
-) -> None:
-    """`pool_ref` by the kernels, for the same tensors; see `pool_calls` for the errors."""
-    calls = pool_calls(target_of(out), out, status, x, gamma, beta, weight, bias, rows, eps=eps)
-    launch(calls)
+POOL = Operator("pool", pool_ref, pool_calls, pool_cost)

@@ -1,15 +1,14 @@
-"""position: the position table at another grid, with all that is added to a token beside its pixels
+"""position: the position table for another patch grid, plus everything that no pixel changes
 
     out[:prefix] = prefix          out[prefix:] = resize(table[1:]) + projection bias
-    FLOPs  none counted      bytes  2 T C      bound  by memory, and cached: once for each image
-    size
+    FLOPs  none counted      bytes  2 T C      bound  by memory; cached, once for each image size
 
-The resize is bicubic with align_corners=False in fp32, antialiased where the family says so: what
-transformers' `interpolate_pos_encoding` does. Row i of h from g rows is centred at (i + 1/2) g / h,
-and its taps are those within two rows of it, weighted by Keys' cubic kernel: with a = -3/4 and the
-border repeated, or antialiased with a = -1/2, stretched by g / h where the grid shrinks, taps
-outside left out and the rest normalised. All of it are fractions over 2 h or 2 g, so the kernel
-finds taps and distances in integers, and only the weights are rounded.
+The resize is bicubic with align_corners=False in fp32, and antialiased for some families, as in
+transformers' `interpolate_pos_encoding`. The center of row i of h from g rows is (i + 1/2) g / h.
+Its taps are the rows within two rows of the center, weighted by Keys' cubic kernel with a = -3/4,
+and the border row repeats. Antialiasing takes a = -1/2, stretches the kernel by g / h if the grid
+shrinks, drops taps outside the grid and normalizes the weights. All distances are fractions over
+2 h or 2 g, so that the kernel finds taps and distances in integers and rounds only the weights.
 """
 
 from __future__ import annotations
@@ -19,19 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
-from vitrail_kernels.cost import Cost, traffic
+from vitrail_kernels.cost import memory_cost
 from vitrail_kernels.device.overlap import wait_for_previous
-from vitrail_kernels.launch import (
-    Call,
-    Grid,
-    Target,
-    cdiv,
-    check_tensor,
-    jit,
-    launch,
-    target_of,
-    tl,
-)
+from vitrail_kernels.launch import Call, Grid, Target, cdiv, check_tensor, jit, tl
+from vitrail_kernels.operator import Operator
 
 COPY, PLAIN, ANTIALIAS = 0, 1, 2
 BLOCK_M, BLOCK_N = 32, 128
@@ -43,22 +33,22 @@ def position_ref(
     prefix: Tensor,
     bias: Tensor | None = None,
     *,
+    table_grid: tuple[int, int],
     grid: tuple[int, int],
-    target: tuple[int, int],
     antialias: bool,
 ) -> None:
-    """Write ``out`` (P + h w, C) fp32 for the ``target`` grid (h, w).
+    """Write ``out`` (P + h w, C) fp32 for the patch grid ``grid`` = (h, w).
 
-    ``table`` (1 + grid_h grid_w, C) fp32 is the checkpoint's, its first row the class token's (part
-    of ``prefix``); ``prefix`` (P, C) fp32 holds the class token with its position, then the
-    registers; ``bias`` (C,) fp32 is the patch projection's.
+    ``table`` (1 + H W, C) fp32 is the checkpoint's table, with ``table_grid`` = (H, W). Its first
+    row is the class token's and not used here. ``prefix`` (P, C) fp32 holds the class token with
+    its position, then the registers. ``bias`` (C,) fp32 is the patch projection's bias.
     """
     patches = table[1:]
-    if target != grid:
+    if grid != table_grid:
         width = table.shape[1]
-        square = patches.view(1, *grid, width).permute(0, 3, 1, 2)
+        square = patches.view(1, *table_grid, width).permute(0, 3, 1, 2)
         resized = F.interpolate(
-            square, size=target, mode="bicubic", align_corners=False, antialias=antialias
+            square, size=grid, mode="bicubic", align_corners=False, antialias=antialias
         )
         patches = resized.permute(0, 2, 3, 1).reshape(-1, width)
     out[: prefix.shape[0]] = prefix
@@ -67,7 +57,7 @@ def position_ref(
 
 @jit()
 def _cubic(x: tl.tensor, A: tl.constexpr) -> tl.tensor:
-    """Keys' cubic convolution kernel at a distance."""
+    """Keys' cubic convolution kernel at a distance ``x`` in taps."""
     x = tl.abs(x)
     near = tl.fma(tl.fma(x, A + 2.0, -(A + 3.0)) * x, x, 1.0)
     far = tl.fma(tl.fma(tl.fma(x, A, -5.0 * A), x, 8.0 * A), x, -4.0 * A)
@@ -75,26 +65,30 @@ def _cubic(x: tl.tensor, A: tl.constexpr) -> tl.tensor:
 
 
 @jit()
-def _first_tap(i: tl.tensor, old: int, new: int, ANTIALIAS: tl.constexpr) -> tl.tensor:
-    """The first of the rows of ``old`` that row ``i`` of ``new`` may be made of; may be below 0."""
+def _first_tap(i: tl.tensor, source: int, size: int, ANTIALIAS: tl.constexpr) -> tl.tensor:
+    """The first of the ``source`` rows that row ``i`` of ``size`` is made of; may be below 0."""
     if ANTIALIAS:
-        # floor(centre - reach + 1/2), reach = 2 max(old / new, 1), at least 0
-        return tl.maximum((2 * i + 1) * old - 4 * tl.maximum(old, new) + new, 0) // (2 * new)
-    # floor(centre - 1/2) - 1; 2 new is added and taken away so that the division floors
-    return ((2 * i + 1) * old + new) // (2 * new) - 2
+        # floor(center - reach + 1/2), reach = 2 max(source / size, 1), at least 0
+        return tl.maximum((2 * i + 1) * source - 4 * tl.maximum(source, size) + size, 0) // (
+            2 * size
+        )
+    # floor(center - 1/2) - 1; 2 size is added and subtracted again so that the division floors
+    return ((2 * i + 1) * source + size) // (2 * size) - 2
 
 
 @jit()
-def _weight(i: tl.tensor, tap: tl.tensor, old: int, new: int, ANTIALIAS: tl.constexpr) -> tl.tensor:
-    """What ``tap`` weighs in row ``i``, before normalisation."""
-    apart = (2 * tap + 1) * new - (2 * i + 1) * old  # from centre to centre, times 2 new
+def _weight(
+    i: tl.tensor, tap: tl.tensor, source: int, size: int, ANTIALIAS: tl.constexpr
+) -> tl.tensor:
+    """The weight of ``tap`` in row ``i``, before normalization."""
+    distance = (2 * tap + 1) * size - (2 * i + 1) * source  # between centers, times 2 size
     if ANTIALIAS:
-        stretched = apart.to(tl.float32) / (2.0 * tl.maximum(old, new))
-        return tl.where((tap >= 0) & (tap < old), _cubic(stretched, -0.5), 0.0)
-    return _cubic(apart.to(tl.float32) / (2.0 * new), -0.75)
+        stretched = distance.to(tl.float32) / (2.0 * tl.maximum(source, size))
+        return tl.where((tap >= 0) & (tap < source), _cubic(stretched, -0.5), 0.0)
+    return _cubic(distance.to(tl.float32) / (2.0 * size), -0.75)
 
 
-@jit(varying=("rows", "prefix_rows", "high", "wide", "taps_high", "taps_wide"))
+@jit(varying=("rows", "prefix_rows", "height", "width", "taps_y", "taps_x"))
 def _position_kernel(
     out_ptr: tl.tensor,  # (P + h w, WIDTH) fp32
     table_ptr: tl.tensor,  # (1 + GRID_H GRID_W, WIDTH) fp32
@@ -102,11 +96,11 @@ def _position_kernel(
     bias_ptr: tl.tensor,  # (WIDTH,) fp32 or None
     rows: int,  # P + h w
     prefix_rows: int,  # P
-    high: int,  # h
-    wide: int,  # w
-    taps_high: int,  # how many rows of the old grid a new row is made of, at most
-    taps_wide: int,
-    GRID_H: tl.constexpr,
+    height: int,  # h
+    width: int,  # w
+    taps_y: int,  # the largest number of source rows for a row
+    taps_x: int,
+    GRID_H: tl.constexpr,  # of the table
     GRID_W: tl.constexpr,
     WIDTH: tl.constexpr,
     MODE: tl.constexpr,
@@ -124,92 +118,85 @@ def _position_kernel(
     is_patch = (offs_m >= prefix_rows) & (offs_m < rows)
     mask = is_patch[:, None] & mask_n
     cell = tl.where(is_patch, offs_m - prefix_rows, 0)
-    first = table_ptr + WIDTH + offs_n[None, :]  # the row after the class token's
+    patch_ptr = table_ptr + WIDTH + offs_n[None, :]  # row 0 of the table is the class token's
 
     if MODE == 0:
-        acc = tl.load(first + cell[:, None] * WIDTH, mask=mask, other=0.0)
+        acc = tl.load(patch_ptr + cell[:, None] * WIDTH, mask=mask, other=0.0)
     else:
-        y = cell // wide
-        x = cell - y * wide
-        first_y = _first_tap(y, GRID_H, high, AA)
-        first_x = _first_tap(x, GRID_W, wide, AA)
+        y = cell // width
+        x = cell - y * width
+        first_y = _first_tap(y, GRID_H, height, AA)
+        first_x = _first_tap(x, GRID_W, width, AA)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         total_y = tl.zeros((BLOCK_M,), tl.float32)
         total_x = tl.zeros((BLOCK_M,), tl.float32)
-        for i in range(taps_high):
+        for i in range(taps_y):
             tap_y = first_y + i
-            weight_y = _weight(y, tap_y, GRID_H, high, AA)
+            weight_y = _weight(y, tap_y, GRID_H, height, AA)
             total_y += weight_y
             row = tl.minimum(tl.maximum(tap_y, 0), GRID_H - 1) * GRID_W
             line = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             total_x = tl.zeros((BLOCK_M,), tl.float32)
-            for j in range(taps_wide):
+            for j in range(taps_x):
                 tap_x = first_x + j
-                weight_x = _weight(x, tap_x, GRID_W, wide, AA)
+                weight_x = _weight(x, tap_x, GRID_W, width, AA)
                 total_x += weight_x
-                at = row + tl.minimum(tl.maximum(tap_x, 0), GRID_W - 1)
-                # a weight of 0 must not meet a value that is not this cell's
+                source = row + tl.minimum(tl.maximum(tap_x, 0), GRID_W - 1)
+                # a tap of weight 0 is not read: its value may be NaN
                 used = mask & ((weight_x != 0.0) & (weight_y != 0.0))[:, None]
-                value = tl.load(first + at[:, None] * WIDTH, mask=used, other=0.0)
+                value = tl.load(patch_ptr + source[:, None] * WIDTH, mask=used, other=0.0)
                 line = tl.fma(weight_x[:, None], value, line)
             acc = tl.fma(weight_y[:, None], line, acc)
         if AA:
             acc = acc / (total_y * total_x)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < WIDTH, other=0.0)[None, :]
-    at = offs_m[:, None] * WIDTH + offs_n[None, :]
+    offset = offs_m[:, None] * WIDTH + offs_n[None, :]
     mask_prefix = is_prefix[:, None] & mask_n
-    kept = tl.load(prefix_ptr + at, mask=mask_prefix, other=0.0)
-    tl.store(out_ptr + at, tl.where(is_prefix[:, None], kept, acc), mask=mask | mask_prefix)
+    prefix = tl.load(prefix_ptr + offset, mask=mask_prefix, other=0.0)
+    tl.store(out_ptr + offset, tl.where(is_prefix[:, None], prefix, acc), mask=mask | mask_prefix)
 
 
-def position_cost(
-    out: Tensor, table: Tensor, prefix: Tensor, bias: Tensor | None = None, **_: object
-) -> Cost:
-    """Both tables once."""
-    return Cost(0, traffic(out, table, prefix, bias))
+# -- the calls -------------------------------------------------------------------------------------
 
 
-# -- the launcher ----------------------------------------------------------------------------------
-
-
-def _taps(old: int, new: int, antialias: bool) -> int:
-    """How many rows of ``old`` one row of ``new`` is made of, at most."""
-    return min(old, cdiv(4 * max(old, new), new)) if antialias else 4
+def _taps(source: int, size: int, antialias: bool) -> int:
+    """The largest number of the ``source`` rows that one of ``size`` rows is made of."""
+    return min(source, cdiv(4 * max(source, size), size)) if antialias else 4
 
 
 def position_calls(
-    gpu: Target,
+    target: Target,
     out: Tensor,
     table: Tensor,
     prefix: Tensor,
     bias: Tensor | None = None,
     *,
+    table_grid: tuple[int, int],
     grid: tuple[int, int],
-    target: tuple[int, int],
     antialias: bool,
 ) -> list[Call]:
-    """The launch of `position_ref`; the same tiles for every ``gpu``.
+    """The launch of `position_ref`, with the same tiles for every GPU.
 
     Raises ValueError for a shape, dtype or layout that the kernel does not take, a grid without
-    rows, and tables of 2^31 numbers.
+    rows, and tables of 2^31 values or more.
     """
-    cells, width, rows = grid[0] * grid[1], table.shape[1], prefix.shape[0] + target[0] * target[1]
-    if min(*grid, *target) < 1:
-        raise ValueError(f"position: got grid {grid} and target {target}, wanted a row at least")
+    cells, width = table_grid[0] * table_grid[1], table.shape[1]
+    rows = prefix.shape[0] + grid[0] * grid[1]
+    if min(*table_grid, *grid) < 1:
+        raise ValueError(f"position: got grids {table_grid} and {grid}, wanted a row at least")
     check_tensor("position: table", table, out, torch.float32, (1 + cells, width))
     check_tensor("position: prefix", prefix, out, torch.float32, (prefix.shape[0], width))
     check_tensor("position: bias", bias, out, torch.float32, (width,))
     check_tensor("position: out", out, out, torch.float32, (rows, width))
-    largest = max(
-        table.numel(), out.numel(), *(4 * g * t for g, t in zip(grid, target, strict=True))
-    )
-    if largest >= 1 << 31:
-        raise ValueError(f"position: got {grid} to {target} of {width}, wanted offsets of 32 bits")
+    products = (4 * source * size for source, size in zip(table_grid, grid, strict=True))
+    if max(table.numel(), out.numel(), *products) >= 1 << 31:
+        raise ValueError(
+            f"position: got {table_grid} to {grid} of {width}, wanted offsets of 32 bits"
+        )
     mode = ANTIALIAS if antialias else PLAIN
-    config = KernelConfig(
-        BLOCK_M, BLOCK_N, 0, 8, 1, reason="once for each image size: nothing to tune"
-    )
+    why = "once for each image size: nothing to tune"
+    config = KernelConfig(BLOCK_M, BLOCK_N, 0, 8, 1, reason=why)
     arguments = {
         "out_ptr": out,
         "table_ptr": table,
@@ -217,33 +204,20 @@ def position_calls(
         "bias_ptr": bias,
         "rows": rows,
         "prefix_rows": prefix.shape[0],
-        "high": target[0],
-        "wide": target[1],
-        "taps_high": _taps(grid[0], target[0], antialias),
-        "taps_wide": _taps(grid[1], target[1], antialias),
-        "GRID_H": grid[0],
-        "GRID_W": grid[1],
+        "height": grid[0],
+        "width": grid[1],
+        "taps_y": _taps(table_grid[0], grid[0], antialias),
+        "taps_x": _taps(table_grid[1], grid[1], antialias),
+        "GRID_H": table_grid[0],
+        "GRID_W": table_grid[1],
         "WIDTH": width,
-        "MODE": COPY if target == grid else mode,
+        "MODE": COPY if grid == table_grid else mode,
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "PDL": gpu.pdl,
+        "PDL": target.pdl,
     }
-    return [Call(_position_kernel, Grid(rows, BLOCK_M, cdiv(width, BLOCK_N)), arguments, config)]
+    blocks = Grid(rows, BLOCK_M, cdiv(width, BLOCK_N))
+    return [Call(_position_kernel, blocks, arguments, config)]
 
 
-def position(
-    out: Tensor,
-    table: Tensor,
-    prefix: Tensor,
-    bias: Tensor | None = None,
-    *,
-    grid: tuple[int, int],
-    target: tuple[int, int],
-    antialias: bool,
-) -> None:
-    """`position_ref` by the kernel, for the same tensors; see `position_calls` for the errors."""
-    gpu = target_of(out)
-    launch(
-        position_calls(gpu, out, table, prefix, bias, grid=grid, target=target, antialias=antialias)
-    )
+POSITION = Operator("position", position_ref, position_calls, memory_cost)
