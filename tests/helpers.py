@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vitrail.tools.agreement import agree
+from vitrail.tools.agreement import compare
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -66,7 +66,7 @@ def assert_close(
         return
     if what != "kernel":
         dtype = torch.float32 if peer is None else peer.dtype
-        reasons = agree(y, r, dtype, peer, cosines=what == "model").reasons
+        reasons = compare(y, r, dtype, peer, cosines=what == "model").reasons
         assert not reasons, f"{name}: {'; '.join(reasons)}"
     elif peer is None:
         _assert_fp32(y, r, name)

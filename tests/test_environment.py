@@ -432,7 +432,7 @@ def test_an_interpreter_that_is_left_over_is_named(
 @needs_triton
 def test_info_names_an_interpreter_that_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "; TRITON_INTERPRET=1 lets the kernels run on the CPU" in info._serving()["runner"]
+    assert "; TRITON_INTERPRET=1 runs the kernels on the CPU" in info._serving()["backend"]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is for CUDA")
@@ -440,9 +440,9 @@ def test_a_cpu_build_of_pytorch_beside_a_gpu_is_named(monkeypatch: pytest.Monkey
     cpu_build = re.escape(f"PyTorch {torch.__version__} is a CPU build: install one for CUDA")
     with pytest.raises(InputError, match=f"^device: got 'cuda', but {cpu_build}"):
         vitrail.load(CLIP, device="cuda")
-    assert "CPU build" not in info._serving()["runner"]
+    assert "CPU build" not in info._serving()["backend"]
     monkeypatch.setattr(info, "_sees_gpu", lambda: True)
-    assert re.search(cpu_build, info._serving()["runner"])
+    assert re.search(cpu_build, info._serving()["backend"])
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -461,7 +461,7 @@ def test_a_driver_that_is_too_old_for_pytorch_is_named(
     for device in ("cuda", "cuda:0"):
         with pytest.raises(InputError, match=f"^device: got '{device}', but {words}"):
             vitrail.load(CLIP, device=device, dtype=dtype)
-    assert words in info._serving()["runner"]
+    assert words in info._serving()["backend"]
 
 
 def test_an_extension_that_does_not_load_says_why(

@@ -272,15 +272,15 @@ def test_info_says_what_the_checkpoint_is(clip: Path) -> None:
         "CLIPModel (family clip)",
         "2 layers, width 32, 2 heads of 16, MLP 40 quick_gelu, LayerNorm eps 1e-05",
         "class, 4x4 patches of 8x8 from 3x32x32 pixels; LayerNorm first",
-        "17 learnt, other sizes: bicubic without antialiasing",
+        "17 learned; other sizes: bicubic without antialiasing",
         "class token after the final LayerNorm, projected to 20: 20 numbers",
         "2 layers, width 24, 2 heads of 12, MLP 36 quick_gelu, LayerNorm eps 1e-05, causal",
-        f"the first id {SIZE - 1}, after the final LayerNorm, projected to 20",
+        f"the first token with id {SIZE - 1}, after the final LayerNorm, projected to 20",
         f"tokenizer.json; vocabulary {SIZE}, at most 40 tokens",
-        "to RGB, shortest edge to 32 (bicubic), centre crop 32x32, times 0.00392157, minus mean "
+        "to RGB, shortest edge to 32 (bicubic), center crop 32x32, times 0.00392157, minus mean "
         "(0.481455, 0.457827, 0.408211), by std (0.26863, 0.261303, 0.275777)",
         "model.safetensors: ",
-        "runner       reference (PyTorch",
+        "backend      reference (PyTorch",
         "native       vitrail._C",
     ):
         assert line in text
@@ -310,7 +310,7 @@ def test_info_as_json_is_complete_and_reads_no_weights(
     assert facts["files"] == ["model.safetensors"]
     assert set(facts["tensors"]) == {"F32"}
     assert facts["tokenizer"] == "tokenizer.json"
-    assert facts["serving"].keys() == {"runner", "kernels", "native"}
+    assert facts["serving"].keys() == {"backend", "kernels", "native"}
 
 
 def test_info_gives_the_fingerprint_on_request(clip: Path) -> None:

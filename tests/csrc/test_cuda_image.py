@@ -436,7 +436,7 @@ def test_info_says_what_would_resize(
     )
     serve(monkeypatch, None)
     assert info._resize("native", path) == "Triton, since no CUDA binary was built"
-    assert info._resize("native", "libnone.so").startswith("not known: libnone.so: ")
+    assert info._resize("native", "libnone.so").startswith("unknown: libnone.so: ")
     monkeypatch.setattr(built, "cuda_binary", lambda name: None)
     assert info._resize("triton") == "Triton, no CUDA binary was built"
     monkeypatch.setattr(built, "cuda_binary", lambda name: image_of(b""))

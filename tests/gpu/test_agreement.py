@@ -20,7 +20,7 @@ from helpers import (
     reference_numbers,
     text_embedding,
 )
-from vitrail.tools.agreement import CORPUS, agree
+from vitrail.tools.agreement import CORPUS, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -142,7 +142,7 @@ CORPORA = {
 
 def report(name: str, ours: Tensor, exact: Tensor, peer: Tensor) -> None:
     """A line for the log, whatever comes of it; then the rules."""
-    y, p = (agree(x, exact, peer.dtype) for x in (ours, peer))
+    y, p = (compare(x, exact, peer.dtype) for x in (ours, peer))
     print(
         f"{name}: {y.items} items, cosine {y.cosine_mean:.7f} (PyTorch {p.cosine_mean:.7f}), worst "
         f"{y.cosine_worst:.7f} ({p.cosine_worst:.7f}), error {y.error:.2e} ({p.error:.2e})"

@@ -16,7 +16,7 @@ from helpers import make, save
 from vitrail.errors import VitrailError
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.text.tokens import TokenIds
-from vitrail.tools.agreement import agree
+from vitrail.tools.agreement import compare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,7 +162,7 @@ def test_what_overflows_fp16_is_right_in_bf16(bright: Path) -> None:
     model = vitrail.load(bright, device=DEVICE, dtype="bfloat16")
     exact = vitrail.load(bright, device=DEVICE, dtype="float32", runner="reference")
     found, wanted = model.encode_image(shades()), exact.encode_image(shades())
-    assert agree(found, wanted, torch.bfloat16).reasons == ()
+    assert compare(found, wanted, torch.bfloat16).reasons == ()
 
 
 def test_a_text_that_overflows_is_named(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_auto_is_cuda_fp16_and_our_kernels(zoo: Zoo) -> None:
 
 def test_info_says_so(zoo: Zoo) -> None:
     spec, facts = info.read(str(zoo.folder("ViT-B/16")))
-    assert facts["serving"]["runner"] == "native (Vitrail's kernels) on CUDA, float16"
+    assert facts["serving"]["backend"] == "native (Vitrail's kernels) on CUDA, float16"
     assert "native (Vitrail's kernels) on CUDA, float16" in info.describe(spec, facts)
 
 

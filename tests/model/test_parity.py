@@ -115,7 +115,7 @@ def test_a_massive_channel_hides_nothing() -> None:
     reference[:, 3] += 1000
     off = noisy(reference, 0.05)
     assert nn.functional.cosine_similarity(off, reference).min() > agreement.COSINE[torch.float16]
-    with pytest.raises(AssertionError, match="centred cosine"):
+    with pytest.raises(AssertionError, match="centered cosine"):
         assert_close(off, reference, off.half(), what="model")
 
 

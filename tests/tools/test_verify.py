@@ -20,7 +20,8 @@ from vitrail.cli import app
 from vitrail.errors import CheckpointError, InputError
 from vitrail.model import loading
 from vitrail.spec import ModelSpec
-from vitrail.tools.verify import Report, verify
+from vitrail.tools.report import Report
+from vitrail.tools.verify import verify
 
 PHOTOS = sorted((Path(__file__).parents[2] / "engine/vitrail/assets/photos").glob("*.jpg"))
 IMAGES = [str(path) for path in PHOTOS]

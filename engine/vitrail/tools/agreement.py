@@ -1,7 +1,8 @@
-"""How near a model's outputs are to a reference, and whether that is near enough.
+"""Compares a model's outputs with a reference, by the rules that docs/numerics.md has for models.
 
-The rules are those of docs/numerics.md for whole models: in fp32 an absolute bound, in 16 bits
-twice the error of PyTorch in the same dtype and a cosine, again without what all items share.
+A float32 result needs a largest error below an absolute bound. A 16-bit result needs at most twice
+the error of PyTorch in the same dtype, and high cosines, also after the mean of all items is
+subtracted.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import torch
 from torch import Tensor
 
 MODEL_ATOL = 1e-4
-"""Of max|R|, for a whole model in fp32."""
+"""Largest error of a model in float32, as a fraction of the reference's largest value."""
 COSINE = {torch.float16: 0.99995, torch.bfloat16: 0.9995}
-CENTRED_COSINE = 0.9999
+CENTERED_COSINE = 0.9999
 CORPUS = 512
-"""Items from which the mean over them means something."""
+"""The mean over fewer items is not subtracted: it would be too noisy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """``worst`` is the item with the lowest cosine; ``error`` the largest, of max|R|.
-
-    ``reasons`` says which rules are broken; none where the two agree.
+    """``worst`` is the item with the lowest cosine; ``error`` is the largest error, as a fraction
+    of the reference's largest value. ``reasons`` names the broken rules; empty if all hold.
     """
 
     items: int
@@ -35,61 +35,62 @@ class Agreement:
     reasons: tuple[str, ...]
 
 
-def agree(
-    y: Tensor,
-    r: Tensor,
+def compare(
+    output: Tensor,
+    reference: Tensor,
     dtype: torch.dtype = torch.float32,
-    p: Tensor | None = None,
+    peer: Tensor | None = None,
     *,
     cosines: bool = True,
 ) -> Agreement:
-    """``y`` (N, ...) of ``dtype`` against the reference ``r`` in fp32, and ``p``, PyTorch's own.
+    """Compares ``output`` (N, ...), computed in ``dtype``, with ``reference`` (N, ...) in float32.
 
-    Without ``p`` a 16-bit result is judged by its cosines alone; ``cosines=False`` leaves those
-    out, for scores, which are too few or too alike to have one.
+    ``peer`` is PyTorch's own result in ``dtype``; without it the error of a 16-bit result has no
+    bound. ``cosines=False`` leaves out the rules for cosines: scores, for example, are too few or
+    too similar for them.
     """
-    items = len(r) if r.dim() else 1
-    y, r = (x.detach().double().cpu().reshape(items, -1) for x in (y, r))
+    items = len(reference) if reference.dim() else 1
+    y, r = (x.detach().double().cpu().reshape(items, -1) for x in (output, reference))
     if not torch.isfinite(y).all():
         item = int((~torch.isfinite(y)).any(dim=1).nonzero()[0])
-        why = f"item {item} holds numbers that are not finite"
-        return Agreement(items, float("nan"), float("nan"), item, float("inf"), (why,))
+        reason = f"item {item} holds numbers that are not finite"
+        return Agreement(items, float("nan"), float("nan"), item, float("inf"), (reason,))
     cosine = torch.nn.functional.cosine_similarity(y, r, dim=1, eps=0.0)
     top = float(r.abs().max())
     error = float((y - r).abs().max())
     reasons: list[str] = []
     if dtype == torch.float32:
         if error > MODEL_ATOL * top:
-            at = int((y - r).abs().argmax())
-            wanted = f"wanted {MODEL_ATOL * top:.3e} of {top:.3g}"
-            reasons.append(f"largest error {error:.3e} at {at}, {wanted}")
+            position = int((y - r).abs().argmax())
+            bound = f"wanted {MODEL_ATOL * top:.3e} of {top:.3g}"
+            reasons.append(f"largest error {error:.3e} at {position}, {bound}")
     else:
-        if p is not None:
-            reasons += _beyond(y, r, p.detach().double().cpu().reshape(items, -1))
+        if peer is not None:
+            reasons += _large_errors(y, r, peer.detach().double().cpu().reshape(items, -1))
         if cosines:
-            reasons += _apart(y, r, cosine, dtype)
+            reasons += _low_cosines(y, r, cosine, dtype)
     worst = int(cosine.argmin())
     mean, lowest = float(cosine.mean()), float(cosine[worst])
     return Agreement(items, mean, lowest, worst, error / top if top else 0.0, tuple(reasons))
 
 
-def _beyond(y: Tensor, r: Tensor, p: Tensor) -> Iterator[str]:
-    ours, theirs = (y - r).norm(dim=1), (p - r).norm(dim=1)
-    for label, got, peer in (
+def _large_errors(y: Tensor, r: Tensor, peer: Tensor) -> Iterator[str]:
+    ours, theirs = (y - r).norm(dim=1), (peer - r).norm(dim=1)
+    for label, error, peer_error in (
         ("mean", ours.mean(), theirs.mean()),
         ("99th percentile", ours.quantile(0.99), theirs.quantile(0.99)),
         ("largest", ours.max(), theirs.max()),
     ):
-        if got > 2 * peer:
-            yield f"{label} error {got:.3e}, PyTorch's own {peer:.3e}"
+        if error > 2 * peer_error:
+            yield f"{label} error {error:.3e}, PyTorch's own {peer_error:.3e}"
 
 
-def _apart(y: Tensor, r: Tensor, cosine: Tensor, dtype: torch.dtype) -> Iterator[str]:
+def _low_cosines(y: Tensor, r: Tensor, cosine: Tensor, dtype: torch.dtype) -> Iterator[str]:
     worst = float(cosine.min())
     if worst < COSINE[dtype]:
         yield f"worst cosine {worst:.7f}, wanted {COSINE[dtype]}"
     if len(r) >= CORPUS and dtype == torch.float16:
         mean = r.mean(dim=0)
-        centred = torch.nn.functional.cosine_similarity(y - mean, r - mean, dim=1, eps=0.0)
-        if float(centred.min()) < CENTRED_COSINE:
-            yield f"worst centred cosine {float(centred.min()):.7f}, wanted {CENTRED_COSINE}"
+        centered = torch.nn.functional.cosine_similarity(y - mean, r - mean, dim=1, eps=0.0)
+        if float(centered.min()) < CENTERED_COSINE:
+            yield f"worst centered cosine {float(centered.min()):.7f}, wanted {CENTERED_COSINE}"

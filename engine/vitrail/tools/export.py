@@ -41,7 +41,7 @@ from vitrail.plan.lowering import Program, image_key, lower
 from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
-from vitrail.tools.workload import served
+from vitrail.tools.workload import preprocessed_size
 from vitrail_kernels.compile import provenance
 from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 from vitrail_kernels.processes import in_processes
@@ -128,7 +128,7 @@ def _size(spec: ModelSpec, size: tuple[int, int] | None) -> tuple[int, int] | No
         if size is not None:
             raise InputError(f"size: got {size}, but {spec.architecture} has no image tower")
         return None
-    sides = size or served(spec) or spec.vision.image
+    sides = size or preprocessed_size(spec) or spec.vision.image
     for side, least in zip(sides, spec.vision.patch, strict=True):
         if not least <= side <= MAX_IMAGE_SIDE:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What ``vitrail info`` says of a checkpoint: read from configurations and headers, no weights."""
+"""The facts that ``vitrail info`` prints, from configurations and headers (not from weights)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vitrail.exported.format import WEIGHTS
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
-INTERPRETER = "TRITON_INTERPRET=1 lets the kernels run on the CPU, slowly: runner='triton'"
+INTERPRETER = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly: backend='triton'"
 FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")
 
 
 def read(
     name: str, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec, and facts ready for JSON: the files, what is stored, what would serve it.
+    """The spec, and facts ready for JSON: files, stored dtypes, and the backend on this machine.
 
-    Raises CheckpointError, as loading would, where the checkpoint is not one Vitrail can serve.
+    Raises CheckpointError, as loading would, if Vitrail does not support the checkpoint.
     """
     exported = open_exported(name, revision)
     if exported is not None:
@@ -47,7 +47,7 @@ def read(
 
 
 def _exported(exported: Exported) -> dict[str, Any]:
-    """`read` of an exported folder, whose weights are packed into one tensor."""
+    """The facts of an exported folder, which stores its weights as one tensor."""
     checkpoint, spec = exported.checkpoint(), exported.spec
     return {
         "source": checkpoint.source,
@@ -65,7 +65,7 @@ def _exported(exported: Exported) -> dict[str, Any]:
 
 
 def describe(spec: ModelSpec, facts: dict[str, Any]) -> str:
-    """The same in words, a line a topic."""
+    """The spec and the facts in words, a line per topic."""
     lines = list(_lines(spec, facts))
     width = max(len(topic) for topic, _ in lines)
     return "\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)
@@ -82,7 +82,7 @@ def _lines(spec: ModelSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "exported", facts["exported"]
     if spec.vision is not None:
         yield from _vision_lines(spec.vision)
-        yield "images", _contract(spec.image)
+        yield "images", _preprocessing(spec.image)
     if spec.text is not None:
         yield from _text_lines(spec.text, facts["tokenizer"])
     if spec.head is not None:
@@ -112,7 +112,7 @@ def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
         f"{vision.channels}x{_by(vision.image)} pixels{'; LayerNorm first' * vision.pre_norm}",
     )
     antialias = "with" if vision.position_antialias else "without"
-    yield "positions", f"{vision.positions} learnt, other sizes: bicubic {antialias} antialiasing"
+    yield "positions", f"{vision.positions} learned; other sizes: bicubic {antialias} antialiasing"
     projected = f", projected to {vision.projection}" if vision.projection else ""
     yield (
         "embedding",
@@ -122,44 +122,47 @@ def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
 
 
 def _text_lines(text: TextSpec, tokenizer: str | None) -> Iterator[tuple[str, str]]:
-    rule = f"the first id {text.eos}" if text.eos is not None else "the first of the highest ids"
+    token = f"with id {text.eos}" if text.eos is not None else "with the highest id"
     projected = f", projected to {text.projection}" if text.projection else ""
     yield "text tower", _blocks(text.blocks)
-    yield "pooled at", f"{rule}, after the final LayerNorm{projected}: {text.embedding} numbers"
+    yield (
+        "pooled at",
+        f"the first token {token}, after the final LayerNorm{projected}: {text.embedding} numbers",
+    )
     yield (
         "texts",
         f"{tokenizer or 'no tokenizer in the folder: token ids only'}; vocabulary {text.vocab}, "
-        f"at most {text.context} tokens, longer ones an error unless cut on request",
+        f"at most {text.context} tokens; a longer text is an error unless truncation is on",
     )
 
 
-def _contract(image: ImageSpec | None) -> str:
+def _preprocessing(image: ImageSpec | None) -> str:
     if image is None:
         return "no preprocessor in the folder: preprocessed float pixels only"
     steps = ["to RGB"] * image.convert_rgb
     if image.resize is not None:
-        target = (
+        size = (
             f"shortest edge to {image.resize[1]}"
             if image.resize[0] == "shortest"
             else f"resize to {_by(image.resize[1:])}"
         )
-        steps.append(f"{target} ({FILTERS[image.resample]})")
+        steps.append(f"{size} ({FILTERS[image.resample]})")
     if image.crop is not None:
-        steps.append(f"centre crop {_by(image.crop)}")
+        steps.append(f"center crop {_by(image.crop)}")
     if image.rescale is not None:
         steps.append(f"times {image.rescale:.6g}")
     if image.mean is not None and image.std is not None:
         mean, std = (", ".join(f"{x:g}" for x in values) for values in (image.mean, image.std))
         steps.append(f"minus mean ({mean}), by std ({std})")
-    return ", ".join(steps) or "taken as they are"
+    return ", ".join(steps) or "used as they are"
 
 
 def _head(head: HeadSpec) -> str:
     source = (
         "the class token" if head.features == "class" else "class token and mean of the patches"
     )
-    some = ", ".join(head.labels[:3]) + ", ..." * (len(head.labels) > 3)
-    return f"{len(head.labels)} labels from {source}: {some}"
+    examples = ", ".join(head.labels[:3]) + ", ..." * (len(head.labels) > 3)
+    return f"{len(head.labels)} labels from {source}: {examples}"
 
 
 def _by(pair: tuple[int, ...]) -> str:
@@ -174,7 +177,7 @@ def _tokenizer_files(checkpoint: Checkpoint) -> str | None:
 
 
 def _serving(exported: Exported | None = None) -> dict[str, str]:
-    """Which runner and device would serve, and what of the faster parts is installed."""
+    """The backend and device that would run the model, and the state of kernels and extension."""
     import torch
 
     from vitrail.cuda import cuda_capability, why_no_cuda
@@ -188,43 +191,43 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     name = choose("auto", dtype, device, exported)
     if name == "reference":
         unused = why_no_cuda() if not cuda and _sees_gpu() else None
-        why = unused or why_not_kernels(dtype, device) or INTERPRETER
-        runner = f"reference (PyTorch {torch.__version__}; {why})"
+        reason = unused or why_not_kernels(dtype, device) or INTERPRETER
+        backend = f"reference (PyTorch {torch.__version__}; {reason})"
     elif name == "triton":
-        runner = f"triton (Vitrail's kernels; {why_not_native(dtype, device, exported)})"
+        backend = f"triton (Vitrail's kernels; {why_not_native(dtype, device, exported)})"
     else:
-        runner = f"{name} (Vitrail's kernels)"
+        backend = f"{name} (Vitrail's kernels)"
     kernels = str(MISSING) if MISSING is not None else f"triton {triton_version()}"
     if name != "reference":
         major, minor = cuda_capability(device)
         if Target(10 * major + minor, 1).without_tma:
             kernels += f", without TMA ({TMA}=0)"
     return {
-        "runner": f"{runner} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
+        "backend": f"{backend} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
         "kernels": f"{kernels}; resize: {_resize(name)}",
         "native": _native(),
     }
 
 
-def _resize(runner: str, library: str | None = None) -> str:
-    """What resizes images on a device; a driver is asked whether it takes the CUDA binary."""
+def _resize(backend: str, library: str | None = None) -> str:
+    """The code that resizes images on a device, if the driver loads it."""
     from vitrail.runtime.cuda_resize import CudaResize, open_resize
     from vitrail.runtime.native import DRIVER
     from vitrail_kernels.cuda_binary import cuda_binary
 
-    if runner != "native":
+    if backend != "native":
         return str(cuda_binary("resize") or "Triton, no CUDA binary was built")
     from vitrail import _C
 
     try:
-        found = open_resize(_C.Gpu(library or DRIVER, 0))
+        resize = open_resize(_C.Gpu(library or DRIVER, 0))
     except RuntimeError as error:
-        return f"not known: {error}"
-    return str(found.image) if isinstance(found, CudaResize) else f"Triton, since {found}"
+        return f"unknown: {error}"
+    return str(resize.image) if isinstance(resize, CudaResize) else f"Triton, since {resize}"
 
 
 def _sees_gpu() -> bool:
-    """Whether the driver, or PyTorch, counts a GPU, usable or not."""
+    """Whether the driver or PyTorch counts a GPU, even one that cannot be used."""
     import torch
 
     from vitrail.runtime.native import MISSING
@@ -248,7 +251,7 @@ def _native() -> str:
     if not driver.available:
         return f"vitrail._C {_C.version()}; no GPU: {driver.reason}"
     names = ", ".join(
-        f"{one.name} (sm_{''.join(map(str, one.capability))})" for one in driver.devices
+        f"{gpu.name} (sm_{''.join(map(str, gpu.capability))})" for gpu in driver.devices
     )
     cuda = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
     return f"vitrail._C {_C.version()}; {cuda}: {names}"

@@ -1,0 +1,34 @@
+"""The report of ``vitrail verify``: named checks with their verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """``facts`` holds the numbers behind the verdict, ready for JSON."""
+
+    name: str
+    verdict: Verdict
+    text: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The checks, and the ``reference`` that the model was compared with, in words."""
+
+    reference: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.verdict != "fail" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) for check in self.checks]
+        return {"passed": self.passed, "reference": self.reference, "checks": checks}
