@@ -87,7 +87,7 @@ def _vitrail(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compute embeddings and class scores with ViT, CLIP and DINOv2 checkpoints."""
+    """Compute embeddings and class scores with vision transformers such as ViT, CLIP and DINOv2."""
 
 
 for command in (

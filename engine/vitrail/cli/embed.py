@@ -48,7 +48,7 @@ def embed(
     ] = Path("embeddings.npy"),
     lists: Annotated[
         list[str] | None,
-        typer.Option("--list", help="File of paths, one per line (-: stdin); repeatable."),
+        typer.Option("--list", help="File of paths, one per line (- for stdin); repeatable."),
     ] = None,
     batch_size: BatchSize = None,
     size: Size = None,

@@ -17,6 +17,7 @@ from vitrail.cli.options import (
     require_model,
     say,
 )
+from vitrail.dtypes import ALIASES, HALVES
 
 BATCHES = (1, 8, 64)
 
@@ -53,7 +54,8 @@ def tune(
     from vitrail_kernels.configs import VARIABLE
 
     name, sides, batches = require_model(model, "MODEL"), parse_size(size), batch or BATCHES
-    if dtype not in ("float16", "bfloat16"):
+    dtype = ALIASES.get(dtype, dtype)
+    if dtype not in HALVES:
         raise typer.BadParameter(f"got {dtype!r}, wanted float16 or bfloat16", param_hint="--dtype")
     bench = cuda_bench()
     table_name = f"sm_{bench.target.arch}.json"

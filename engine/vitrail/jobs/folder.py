@@ -103,7 +103,7 @@ def embed_to_folder(
             _delete_job(out)
         _start_job(out, job)
         committed = read_manifest(out)
-        complete = {n: part for n, part in committed.items() if _is_complete(out, part)}
+        complete = {n: record for n, record in committed.items() if _is_complete(out, record)}
         for draft in out.rglob(f"{DRAFT}*"):
             draft.unlink()
         streak = _FailureStreak(options.stop_after)
@@ -159,11 +159,11 @@ def _write_part(
     return PartRecord(number, start, len(rows.sources), len(values), entries)
 
 
-def _is_complete(out: Path, part: PartRecord) -> bool:
-    """Whether each file of the part exists and has the size in the manifest."""
+def _is_complete(out: Path, record: PartRecord) -> bool:
+    """Whether each file of the part exists and has the size in its record."""
     return all(
         (out / name).is_file() and (out / name).stat().st_size == size
-        for name, size, _ in part.files
+        for name, size, _ in record.files
     )
 
 

@@ -45,7 +45,7 @@ def read_manifest(out: Path) -> dict[int, PartRecord]:
     """
     if not (out / MANIFEST).exists():
         return {}
-    parts = {}
+    records = {}
     lines = (out / MANIFEST).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -54,19 +54,19 @@ def read_manifest(out: Path) -> dict[int, PartRecord]:
             counts = {key: int(fields[key]) for key in ("part", "start", "inputs", "embedded")}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{out / MANIFEST}: line {number} is damaged: {error}") from error
-        parts[counts["part"]] = PartRecord(**counts, files=files)
-    return parts
+        records[counts["part"]] = PartRecord(**counts, files=files)
+    return records
 
 
-def commit(out: Path, part: PartRecord) -> None:
-    """Appends the part's line, after it cuts off the unfinished line of an earlier crash."""
+def commit(out: Path, record: PartRecord) -> None:
+    """Appends the record's line, after it cuts off the unfinished line of an earlier crash."""
     descriptor = os.open(out / MANIFEST, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         end = data.rfind(b"\n") + 1
         if end < len(data):
             os.ftruncate(descriptor, end)
-        write_all(descriptor, part.line(), end)
+        write_all(descriptor, record.line(), end)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -96,12 +96,13 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
     if not (out / JOB).is_file():
         raise InputError(f"{out}: has no {JOB}, wanted the folder of a vitrail embed job")
     job = json.loads((out / JOB).read_bytes())
-    parts = [part for _, part in sorted(read_manifest(out).items())]
-    embeddings = np.empty((sum(part.embedded for part in parts), job["width"]), job["dtype"])
+    records = [record for _, record in sorted(read_manifest(out).items())]
+    rows = sum(record.embedded for record in records)
+    embeddings = np.empty((rows, job["width"]), job["dtype"])
     paths: list[str] = []
     errors: list[tuple[str, str]] = []
-    for part in parts:
-        files = {name: _read_checked(out / name, sha256) for name, _, sha256 in part.files}
+    for record in records:
+        files = {name: _read_checked(out / name, sha256) for name, _, sha256 in record.files}
         part_paths, values, failures = decode_part(files)
         embeddings[len(paths) : len(paths) + len(part_paths)] = values
         paths += part_paths
