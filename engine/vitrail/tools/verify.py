@@ -65,7 +65,7 @@ def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) ->
         checks += _check_texts(model, oracle, transformers, list(texts))
     if transformers is None:
         reference = "Vitrail in float32: transformers is not installed"
-        text = "a fault that both runs share is not seen: pip install transformers, and run again"
+        text = "faults that both runs share are not seen: pip install transformers, and run again"
         checks.append(Check("reference", "note", text))
     else:
         reference = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
