@@ -110,7 +110,7 @@ if sys.argv[2] == "cuda":
 begun = time.perf_counter()
 model = vitrail.load(sys.argv[1], device=sys.argv[2])
 model.encode_image(PIL.Image.new("RGB", (640, 480)))
-print(json.dumps([time.perf_counter() - start, begun - start, model.runner]))
+print(json.dumps([time.perf_counter() - start, begun - start, model.backend]))
 """
 
 

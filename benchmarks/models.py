@@ -176,8 +176,8 @@ def _theirs(spec: VisionSpec | TextSpec, device: str, dtype: torch.dtype, attent
 def _ours(spec: VisionSpec | TextSpec, device: str) -> vitrail.Model:
     dtype = "float16" if device == "cuda" else "float32"
     model = vitrail.load(checkpoint(spec).name, device=device, dtype=dtype)
-    if device == "cuda" and model.runner != "native":
-        raise RuntimeError(f"the {model.runner} runner would serve, wanted the native one")
+    if device == "cuda" and model.backend != "native":
+        raise RuntimeError(f"the {model.backend} runner would serve, wanted the native one")
     return model
 
 

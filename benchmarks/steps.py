@@ -96,7 +96,7 @@ def bundled(runner: str, device: str) -> str:
     alone = torch.cat([model.encode_image([image]) for image in images[:5]])
     differ = int((alone != embeddings[:5]).sum())
     verdict = "right" if worst > COSINE and (differ == 0 or device == "cpu") else "WRONG"
-    return f"{verdict}: worst cosine {worst:.7f}, {differ} numbers differ alone, {model.runner}"
+    return f"{verdict}: worst cosine {worst:.7f}, {differ} numbers differ alone, {model.backend}"
 
 
 def kernel(name: str, device: str) -> str:

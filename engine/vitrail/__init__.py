@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vitrail.jobs.manifest import Embeddings, read_embeddings
     from vitrail.model.loading import load
     from vitrail.model.model import Model
-    from vitrail.model.outputs import Classification, EncodeResult, Output
+    from vitrail.model.outputs import Classification, EncodeResult, Output, PreprocessResult
 
 _LAZY = {
     "Embeddings": "vitrail.jobs.manifest",
@@ -24,6 +24,7 @@ _LAZY = {
     "Classification": "vitrail.model.outputs",
     "EncodeResult": "vitrail.model.outputs",
     "Output": "vitrail.model.outputs",
+    "PreprocessResult": "vitrail.model.outputs",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "InputError",
     "Model",
     "Output",
+    "PreprocessResult",
     "VitrailError",
     "__version__",
     "load",

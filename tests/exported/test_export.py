@@ -127,7 +127,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def both(checkpoint: Path, folder: Path, dtype: str = "float16") -> tuple[Model, Model]:
     loaded = vitrail.load(folder, device="cpu")
-    assert (loaded.runner, loaded.source) == ("reference", str(folder))
+    assert (loaded.backend, loaded.source) == ("reference", str(folder))
     assert loaded.dtype == getattr(torch, dtype)
     return loaded, vitrail.load(checkpoint, device="cpu", dtype=dtype)
 
@@ -436,7 +436,7 @@ def natively(driver: standin.Standin, folder: Path) -> Model:
         patch.setattr(loading, "choose", lambda *_: "native")
         patch.setattr(loading, "NativeRunner", Standing)
         model = vitrail.load(folder, device="cpu")
-    assert model.runner == "native"
+    assert model.backend == "native"
     return model
 
 

@@ -133,7 +133,7 @@ class Zoo:
         folder = self.folder(name, stored, outliers)
         model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=runner)
         wanted = SERVES if runner == "auto" else runner
-        assert model.runner == wanted, f"{model.runner} serves {dtype}"
+        assert model.backend == wanted, f"{model.backend} serves {dtype}"
         return model
 
 

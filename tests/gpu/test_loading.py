@@ -22,7 +22,7 @@ def test_auto_is_cuda_fp16_and_our_kernels(zoo: Zoo) -> None:
     model = vitrail.load(zoo.folder("ViT-B/16"), runner=RUNNER)
     assert model.device.type == "cuda"
     assert model.dtype == torch.float16
-    assert model.runner == SERVES
+    assert model.backend == SERVES
     assert "float16 on cuda" in repr(model)
     assert f"{SERVES} runner" in repr(model)
     pixels = images(2)
@@ -37,15 +37,15 @@ def test_info_says_so(zoo: Zoo) -> None:
 
 def test_fp32_goes_through_pytorch_and_says_so(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
-    assert vitrail.load(folder, dtype="float32").runner == "reference"
+    assert vitrail.load(folder, dtype="float32").backend == "reference"
     with pytest.raises(InputError, match="float32 goes through PyTorch"):
         vitrail.load(folder, dtype="float32", runner="triton")
 
 
 def test_a_device_may_be_named(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
-    assert vitrail.load(folder, device="cuda:0").runner == "native"
-    assert vitrail.load(folder, device="cpu").runner == "reference"
+    assert vitrail.load(folder, device="cuda:0").backend == "native"
+    assert vitrail.load(folder, device="cpu").backend == "reference"
     with pytest.raises(InputError, match="device: got 'cuda:99'"):
         vitrail.load(folder, device="cuda:99")
 

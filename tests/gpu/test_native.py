@@ -51,7 +51,7 @@ def opened(folder: Path, dtype: torch.dtype, overlap: bool = False) -> vitrail.M
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(OVERLAP, str(int(overlap)))
         model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=RUNNER)
-    assert model.runner == RUNNER
+    assert model.backend == RUNNER
     return model
 
 
@@ -422,7 +422,7 @@ def test_an_exported_folder_gives_the_same_bits_and_compiles_nothing(
     monkeypatch.setattr(native, "lower", refuse)
     monkeypatch.setattr(native, "kernel_record", refuse)
     loaded = vitrail.load(exported)
-    assert loaded.runner == "native"
+    assert loaded.backend == "native"
     found = [*(loaded.encode_image(pool) for pool in pools), loaded.encode_text(words)]
     for number, (out, right) in enumerate(zip(found, wanted, strict=True)):
         assert same_bits(out, right), f"call {number}"

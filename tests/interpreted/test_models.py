@@ -43,7 +43,7 @@ SWIGLU = {**SHAPES["Dinov2WithRegistersModel"], "use_swiglu_ffn": True}
 
 def opened(folder: Path, dtype: str) -> vitrail.Model:
     model = vitrail.load(folder, dtype=dtype, runner="triton")
-    assert model.runner == "triton"
+    assert model.backend == "triton"
     return model
 
 

@@ -37,7 +37,7 @@ from helpers import (
     text_embedding,
 )
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
-from vitrail.model.outputs import EncodeResult
+from vitrail.model.outputs import EncodeResult, PreprocessResult
 from vitrail.model.texts import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -613,6 +613,29 @@ def test_only_bad_images_give_no_rows(clip: vitrail.Model, seven: list[Any]) -> 
     assert sorted(result.errors) == [0, 1]
 
 
+def test_pixels_and_classes_skip_bad_images_as_embeddings_do(
+    clip: vitrail.Model, seven: list[Any]
+) -> None:
+    index, errors = (0, 1, 3, 5), clip.encode_image(seven, on_error="skip").errors
+    good = [seven[position] for position in index]
+    pixels = clip.preprocess(seven, on_error="skip")
+    assert isinstance(pixels, PreprocessResult)
+    assert (pixels.index, pixels.errors) == (index, errors)
+    assert torch.equal(pixels.pixel_values, clip.preprocess(good))
+    nothing = clip.preprocess([seven[2]], on_error="skip")
+    assert (nothing.pixel_values.shape, nothing.index) == ((0, 3, 32, 32), ())
+    classes = clip.classify(seven, ["cat", "dog"], on_error="skip")
+    assert (classes.index, classes.errors) == (index, errors)
+    strict = clip.classify(good, ["cat", "dog"])
+    assert (strict.index, strict.errors) == ((0, 1, 2, 3), {})
+    near(classes.probs, strict.probs)
+    assert len(classes.top(1)) == 4
+    assert clip.classify([seven[2]], ["cat", "dog"], on_error="skip").probs.shape == (0, 2)
+    for call in (clip.preprocess, lambda x, **o: clip.classify(x, ["cat", "dog"], **o)):
+        with pytest.raises(InputError, match="on_error: got 'ignore', wanted 'raise' or 'skip'"):
+            call(seven, on_error="ignore")
+
+
 def test_an_error_names_the_first_bad_image(clip: vitrail.Model, seven: list[Any]) -> None:
     for batch_size in (None, 1, 2, 4):
         with pytest.raises(ImageError, match=r"^image 2: .*cut\.png"):
@@ -913,6 +936,9 @@ def test_a_head_gives_its_own_labels(tmp_path: Path) -> None:
             near(found.logits, logits)
             near(found.probs, logits.softmax(dim=1))
         assert ours.classify([]).probs.shape == (0, 7)
+        skipped = ours.classify([images[0], b"<html>", images[2]], on_error="skip")
+        assert (skipped.index, sorted(skipped.errors)) == ((0, 2), [1])
+        near(skipped.logits, logits[[0, 2]])
         with pytest.raises(InputError, match="no image and text tower"):
             ours.classify(images, ["a", "b"])
 
@@ -1280,10 +1306,46 @@ def test_a_model_says_what_it_is(pair: tuple[Path, Any, Any], clip: vitrail.Mode
     assert clip.spec.parameters == count
     assert clip.dtype == torch.float32
     assert clip.device == torch.device("cpu")
-    assert clip.runner == "reference"
+    assert clip.backend == "reference"
     assert Path(clip.source) == pair[0]
     assert repr(clip).startswith("<vitrail.Model CLIPModel from ")
     assert vitrail.load(pair[0], dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_call_is_forward_and_eval_changes_nothing(clip: vitrail.Model) -> None:
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[1, 2, 590]])
+    called = clip.eval()(pixel_values=pixels, input_ids=ids)
+    forward = clip.forward(pixels, ids)
+    assert called.logits_per_image is not None
+    assert forward.logits_per_image is not None
+    assert torch.equal(called.logits_per_image, forward.logits_per_image)
+    assert clip.eval() is clip
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        *((name, "device=") for name in ("to", "cuda", "cpu")),
+        *((name, "dtype=") for name in ("half", "float", "bfloat16")),
+        *((name, "transformers") for name in ("train", "parameters", "state_dict")),
+        ("modules", "as_module"),
+        ("encode_picture", "there is no such attribute"),
+    ],
+)
+def test_methods_of_torch_modules_say_what_to_do_instead(
+    clip: vitrail.Model, method: str, advice: str
+) -> None:
+    with pytest.raises(AttributeError, match=rf"^Model\.{method}: .*{advice}"):
+        getattr(clip, method)
+    assert not hasattr(clip, method)
+
+
+def test_a_backend_goes_by_its_older_argument_too(pair: tuple[Path, Any, Any]) -> None:
+    backend = vitrail.load(pair[0]).backend
+    assert vitrail.load(pair[0], backend="reference").backend == backend
+    assert vitrail.load(pair[0], runner="reference").backend == backend
+    with pytest.raises(InputError, match="runner: got 'native' with backend='triton', wanted "):
+        vitrail.load(pair[0], runner="native", backend="triton")
 
 
 def test_the_checkpoint_may_go_once_the_model_is_loaded(

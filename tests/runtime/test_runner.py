@@ -973,7 +973,7 @@ import vitrail
 from vitrail_kernels import OPERATORS
 
 model = vitrail.load({str(root / "engine/vitrail/assets/clip")!r})
-print(model.runner, tuple(model.encode_image(torch.zeros(2, 3, 56, 56)).shape))
+print(model.backend, tuple(model.encode_image(torch.zeros(2, 3, 56, 56)).shape))
 try:
     OPERATORS["linear"].launch(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8, 8))
 except RuntimeError as error:

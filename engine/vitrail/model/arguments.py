@@ -10,6 +10,8 @@ from vitrail.cuda import cuda_capability, why_no_cuda
 from vitrail.dtypes import parse_dtype
 from vitrail.errors import InputError
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 OnError = Literal["raise", "skip"]
 Resize = Literal["host", "device"]
 
@@ -45,7 +47,7 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return parse_dtype(dtype, auto=True)
 
 
-def check_options(batch_size: int | None, size: tuple[int, int] | None, on_error: OnError) -> None:
+def check_options(batch_size: int | None, size: Size | None, on_error: OnError) -> None:
     """Raise InputError for a batch size, an image size or an error policy of another form."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch_size: got {batch_size!r}, wanted None or a number over 0")

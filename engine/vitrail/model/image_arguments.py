@@ -69,6 +69,14 @@ def float_pixels(images: object) -> Tensor | None:
     return images[None] if images.dim() == 3 else images
 
 
+def required_pixels(name: str, pixels: object) -> Tensor:
+    """`float_pixels` of the argument ``name``. Raises InputError if it is of another type."""
+    tensor = float_pixels(pixels)
+    if tensor is None:
+        raise InputError(f"{name}: wanted a float tensor (B, C, height, width)")
+    return tensor
+
+
 def check_pixels(
     pixels: Tensor,
     tower: VisionSpec,

@@ -15,6 +15,7 @@ from vitrail.image import preprocess
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.geometry import spec_at
 from vitrail.image.sources import PixelInput
+from vitrail.model.arguments import Size
 from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
 from vitrail.model.crops import CropBatch, device_batch, host_batch
 from vitrail.model.image_arguments import check_pixels
@@ -51,9 +52,8 @@ class ImageEncoder:
     def encode(
         self,
         images: Tensor | list[PixelInput],
-        *,
         batch_size: int | None,
-        size: tuple[int, int] | None,
+        size: Size | None,
         strict: bool,
         scores: bool = False,
     ) -> ResultRows:
@@ -72,7 +72,7 @@ class ImageEncoder:
         return result
 
     def preprocess(
-        self, images: list[PixelInput], size: tuple[int, int] | None, strict: bool
+        self, images: list[PixelInput], size: Size | None, strict: bool
     ) -> tuple[Tensor, ResultRows]:
         """``pixel_values`` (N, C, H, W) fp32 of the images that could be read, and their rows."""
         spec, tower, result = self._required_spec("preprocess"), self.tower.spec, ResultRows(strict)
@@ -116,7 +116,7 @@ class ImageEncoder:
         self,
         images: Tensor | list[PixelInput],
         batch_size: int | None,
-        size: tuple[int, int] | None,
+        size: Size | None,
         result: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield the positions and the pixels of each batch; add errors to ``result``."""
@@ -129,7 +129,7 @@ class ImageEncoder:
         self,
         pixels: Tensor,
         batch_size: int | None,
-        size: tuple[int, int] | None,
+        size: Size | None,
         result: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         tower = self.tower
@@ -153,7 +153,7 @@ class ImageEncoder:
         self,
         images: list[PixelInput],
         batch_size: int | None,
-        size: tuple[int, int] | None,
+        size: Size | None,
         result: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         tower, spec = self.tower, self._required_spec("images")
@@ -181,7 +181,7 @@ class ImageEncoder:
             result.check()
 
     def _one_ahead(
-        self, images: list[PixelInput], step: int, size: tuple[int, int] | None
+        self, images: list[PixelInput], step: int, size: Size | None
     ) -> Iterator[tuple[int, CropBatch]]:
         """Yield the start and the crops of at most ``step`` images at a time.
 
@@ -203,7 +203,7 @@ class ImageEncoder:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _crops(self, images: list[PixelInput], size: tuple[int, int] | None) -> CropBatch:
+    def _crops(self, images: list[PixelInput], size: Size | None) -> CropBatch:
         """uint8 crops of the first images: all of them, or as many as `DECODED_BYTES` allow."""
         spec, channels = self._required_spec("images"), self.tower.spec.channels
         kind: SixteenBit = self._sixteen_bit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,21 +13,22 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 from vitrail.image.decoding import SixteenBit
-from vitrail.model.arguments import OnError, Resize, check_device, check_options
+from vitrail.model.advice import ADVICE
+from vitrail.model.arguments import OnError, Resize, Size, check_device, check_options
 from vitrail.model.fingerprint import fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
 from vitrail.model.image_arguments import (
     Images,
     check_pixels,
-    float_pixels,
     list_images,
+    required_pixels,
     sort_images,
 )
 from vitrail.model.images import ImageEncoder
 from vitrail.model.labels import LabelCache
 from vitrail.model.layers import intermediate_layers
 from vitrail.model.module import ImageModule, TextModule
-from vitrail.model.outputs import Classification, EncodeResult, Output
+from vitrail.model.outputs import Classification, EncodeResult, Output, PreprocessResult
 from vitrail.model.text_arguments import Texts, check_id_tensor, check_strings, mask_lengths
 from vitrail.model.texts import TextEncoder
 from vitrail.runtime.runner import Runner
@@ -42,7 +43,7 @@ class Model:
 
     Attributes: ``spec`` (`ModelSpec`: architecture, sizes, preprocessing), ``source`` (the path or
     hub id that was loaded), ``revision`` (the commit of a hub id), ``folder`` (its files),
-    ``device``, ``dtype`` (of the computation), ``runner`` ("reference", "triton" or "native"),
+    ``device``, ``dtype`` (of the computation), ``backend`` ("native", "triton" or "torch"),
     ``weight_bytes`` (on the device), ``resize`` (where images are resized, and by what).
     """
 
@@ -58,29 +59,24 @@ class Model:
         """Users call `vitrail.load`. ``runner`` holds the weights that ``hash_weights`` hashes."""
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
-        self.device, self.dtype, self.runner = runner.device, runner.dtype, runner.name
+        self.device, self.dtype, self.backend = runner.device, runner.dtype, runner.name
         self.weight_bytes = runner.weights.arena.numel()
         self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
         identity = runner.identity
         self._make_fingerprint: Callable[[], str] = lambda: fingerprint(
             checkpoint, spec, hash_weights(), runner.dtype, identity, sixteen_bit
         )
-        self._vision: VisionTower | None = None
-        self._text: TextTower | None = None
-        self._images: ImageEncoder | None = None
-        self._texts: TextEncoder | None = None
-        self._labels: LabelCache | None = None
-        if spec.vision is not None:
-            self._vision = VisionTower(spec.vision, spec.head, runner)
+        self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
+        self._text = TextTower(spec.text, runner) if spec.text else None
+        self._images, self._texts, self._labels = None, None, None
+        if self._vision is not None:
             resizer = None if resize == "host" else runner
             self._images = ImageEncoder(
                 self._vision, spec.image, resizer, sixteen_bit, checkpoint.folder
             )
-        if spec.text is not None:
-            self._text = TextTower(spec.text, runner)
-            self._texts = TextEncoder(
-                self._text, functools.partial(load_tokenizer, checkpoint, spec.text)
-            )
+        if self._text is not None:
+            tokenizer = functools.partial(load_tokenizer, checkpoint, self._text.spec)
+            self._texts = TextEncoder(self._text, tokenizer)
             self._labels = LabelCache(self._texts)
         self._logit_scale = runner.weights.logit_scale
 
@@ -88,8 +84,17 @@ class Model:
         return (
             f"<vitrail.Model {self.spec.architecture} from {str(self.source)!r}: "
             f"{self.spec.parameters / 1e6:.1f} M parameters, {dtype_name(self.dtype)} on "
-            f"{self.device}, {self.runner} runner>"
+            f"{self.device}, {self.backend} backend>"
         )
+
+    if not TYPE_CHECKING:  # a type checker reports these names by itself
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"Model.{name}: {ADVICE.get(name, 'there is no such attribute')}")
+
+    def eval(self) -> Model:
+        """The model itself, which is always in evaluation mode (no dropout, no gradients)."""
+        return self
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -113,19 +118,35 @@ class Model:
 
     # -- inputs of the towers ----------------------------------------------------------------------
 
+    @overload
+    def preprocess(
+        self, images: Images, *, size: Size | None = ..., on_error: Literal["raise"] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def preprocess(
+        self, images: Images, *, size: Size | None = ..., on_error: Literal["skip"]
+    ) -> PreprocessResult: ...
+
     @plain()
-    def preprocess(self, images: Images, *, size: tuple[int, int] | None = None) -> Tensor:
+    def preprocess(
+        self, images: Images, *, size: Size | None = None, on_error: OnError = "raise"
+    ) -> Tensor | PreprocessResult:
         """Images to ``pixel_values`` (N, channels, H, W) float32, the processor's bit for bit.
 
         ``images`` and ``size``: see `encode_image`; preprocessed floats are refused.
+        ``on_error="skip"``: return a `PreprocessResult` of the images that succeed.
 
         Raises ImageError: an image cannot be read. InputError: a wrong argument, or images that
         come out in several sizes. CheckpointError: the checkpoint has no preprocessor
         configuration.
         """
-        check_options(None, size, "raise")
+        check_options(None, size, on_error)
         encoder = self._image_encoder("preprocess")
-        return encoder.preprocess(list_images(images), size, strict=True)[0]
+        pixels, result = encoder.preprocess(list_images(images), size, strict=on_error == "raise")
+        if on_error == "raise":
+            return pixels
+        return PreprocessResult(pixels, result.index, result.reasons)
 
     @plain()
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
@@ -145,7 +166,7 @@ class Model:
         *,
         normalize: bool = ...,
         batch_size: int | None = ...,
-        size: tuple[int, int] | None = ...,
+        size: Size | None = ...,
         on_error: Literal["raise"] = ...,
         output_device: str | torch.device = ...,
     ) -> Tensor: ...
@@ -157,7 +178,7 @@ class Model:
         *,
         normalize: bool = ...,
         batch_size: int | None = ...,
-        size: tuple[int, int] | None = ...,
+        size: Size | None = ...,
         on_error: Literal["skip"],
         output_device: str | torch.device = ...,
     ) -> EncodeResult: ...
@@ -169,7 +190,7 @@ class Model:
         *,
         normalize: bool = False,
         batch_size: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
         on_error: OnError = "raise",
         output_device: str | torch.device = "cpu",
     ) -> Tensor | EncodeResult:
@@ -180,25 +201,19 @@ class Model:
         (N, C, H, W). CLIP: the projected embedding. ViT and DINOv2: the class token after the final
         LayerNorm, never the tanh pooler.
 
-        ``normalize``: divide each embedding by its length. ``batch_size``: images computed at once;
-        None: as many as the memory budget allows. ``size`` (H, W): preprocess to this size instead
-        of the processor's; positions are interpolated. ``on_error="skip"``: return an
-        `EncodeResult` with the embeddings of the images that succeed and the reasons of the others.
+        ``normalize``: to unit length. ``batch_size``: images computed at once; None: as many as the
+        memory budget allows. ``size`` (H, W): preprocess to this size instead of the processor's;
+        positions are interpolated. ``on_error="skip"``: return an `EncodeResult`, in which a bad
+        image costs no other.
 
         Raises ImageError: an image cannot be read. InputError: a wrong argument. VitrailError: an
-        embedding is not finite. CheckpointError: images need preprocessing, and the checkpoint has
-        no preprocessor configuration.
+        embedding is not finite. CheckpointError: there is no preprocessor configuration.
         """
         check_options(batch_size, size, on_error)
-        device, encoder = (
-            check_device(output_device, "output_device"),
-            self._image_encoder("encode_image"),
-        )
-        result = encoder.encode(
-            sort_images(images), batch_size=batch_size, size=size, strict=on_error == "raise"
-        )
-        width = encoder.tower.spec.embedding
-        embeddings = result.stacked(width, normalize=normalize).to(device)
+        device = check_device(output_device, "output_device")
+        encoder = self._image_encoder("encode_image")
+        result = encoder.encode(sort_images(images), batch_size, size, on_error == "raise")
+        embeddings = result.stacked(encoder.tower.spec.embedding, normalize=normalize).to(device)
         if on_error == "raise":
             return embeddings
         return EncodeResult(embeddings, result.index, result.reasons)
@@ -239,47 +254,48 @@ class Model:
         templates: Sequence[str] = ("a photo of a {}",),
         *,
         batch_size: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
+        on_error: OnError = "raise",
         overflow: Overflow = "error",
     ) -> Classification:
         """Probabilities (N, L) over ``labels`` (zero-shot), or over the checkpoint's own labels.
 
         Zero-shot, for CLIP: each label is put into every template, for example "a photo of a cat".
-        The normalized text embeddings of a label are averaged and normalized again. The logits are
+        The unit-length text embeddings of a label are averaged and normalized again. Logits are
         their cosines with the image embedding, times the learned temperature. Label embeddings are
         cached. ``overflow``: for labels that are too long, see `tokenize`.
 
-        Without ``labels``: the classification head of the checkpoint. Other arguments and errors:
-        see `encode_image`.
+        Without ``labels``: the classification head of the checkpoint. ``on_error="skip"``: the
+        result tells which images it has rows for. For the rest see `encode_image`.
         """
-        check_options(batch_size, size, "raise")
+        check_options(batch_size, size, on_error)
+        label_embeddings, scale = None, self._logit_scale
         if labels is None:
-            head = self.spec.head
-            if head is None:
+            if self.spec.head is None:
                 raise InputError(
                     f"classify: {self.spec.architecture} has no classification head; "
                     "give labels to a CLIP checkpoint, or load one that was fine-tuned"
                 )
-            encoder = self._image_encoder("images")
-            logits = encoder.encode(
-                sort_images(images), batch_size=batch_size, size=size, strict=True, scores=True
-            ).stacked(len(head.labels))
-            by_scores = {
-                "softmax": logits.softmax(dim=1),
-                "sigmoid": logits.sigmoid(),
-                "none": logits,
-            }
-            return Classification(head.labels, by_scores[head.scores], logits)
-        if self._logit_scale is None or self._labels is None:
+            names, scores = self.spec.head.labels, self.spec.head.scores
+        elif self._labels is None or scale is None:
             raise InputError(
                 f"classify: {self.spec.architecture} has no image and text tower to compare "
                 "labels with; leave labels out to use the checkpoint's own head"
             )
-        names = check_strings("labels", labels)
-        targets = self._labels.embeddings(names, check_strings("templates", templates), overflow)
-        embeddings = self.encode_image(images, normalize=True, batch_size=batch_size, size=size)
-        logits = self._logit_scale * embeddings @ targets.t()
-        return Classification(names, logits.softmax(dim=1), logits)
+        else:
+            names, scores = check_strings("labels", labels), "softmax"
+            templates = check_strings("templates", templates)
+            label_embeddings = self._labels.embeddings(names, templates, overflow)
+        strict, encoder = on_error == "raise", self._image_encoder("classify")
+        if label_embeddings is None or scale is None:
+            result = encoder.encode(sort_images(images), batch_size, size, strict, scores=True)
+            logits = result.stacked(len(names))
+        else:
+            result = encoder.encode(sort_images(images), batch_size, size, strict)
+            embeddings = result.stacked(encoder.tower.spec.embedding, normalize=True)
+            logits = scale * embeddings @ label_embeddings.t()
+        probs = {"softmax": logits.softmax(dim=1), "sigmoid": logits.sigmoid(), "none": logits}
+        return Classification(names, probs[scores], logits, result.index, result.reasons)
 
     # -- the outputs of transformers and of DINOv2 -------------------------------------------------
 
@@ -294,15 +310,14 @@ class Model:
     ) -> Output:
         """The output fields of the checkpoint's transformers class, on the model's device.
 
-        ``pixel_values`` (B, C, H, W) floats of any size from one patch up: positions are
-        interpolated, and pixels beyond the last whole patch are dropped. ``input_ids`` (B, T) int32
-        or int64: a row without an end token is pooled at its first token, as in transformers.
-        ``attention_mask`` (B, T): ones, then zeros (right padding). A CLIPModel takes either input
-        alone, too. ``output_hidden_states``: also return the residual stream of every block.
+        ``pixel_values`` (B, C, H, W): floats of any size from one patch up; positions are
+        interpolated, and pixels beyond the last whole patch are dropped. ``input_ids`` (B, T):
+        int32 or int64; a row without an end token is pooled at its first token, as in transformers.
+        ``attention_mask`` (B, T): ones, then zeros. A CLIPModel takes either input alone, too.
+        ``output_hidden_states``: also return the residual stream of every block.
 
-        `Output.status` tells which items are finite. Pixel values on a GPU are not checked, because
-        that would wait for the GPU; ids and masks are checked. Raises InputError for a wrong
-        argument.
+        `Output.status` tells which items are finite: the values of pixels on a GPU are not checked,
+        because that would wait for the GPU. Raises InputError for a wrong argument.
         """
         if pixel_values is None and input_ids is None:
             raise InputError("forward: got neither pixel_values nor input_ids")
@@ -310,12 +325,10 @@ class Model:
             raise InputError("forward: got attention_mask without input_ids")
         vision = text = None
         if pixel_values is not None:
-            vision_tower = self._image_encoder("pixel_values").tower
-            pixels = float_pixels(pixel_values)
-            if pixels is None:
-                raise InputError("pixel_values: wanted a float tensor (B, C, height, width)")
-            check_pixels(pixels, vision_tower.spec, self.spec.image, wait=False)
-            vision = forward_vision(vision_tower, self.spec, pixels, output_hidden_states)
+            tower = self._image_encoder("pixel_values").tower
+            pixels = required_pixels("pixel_values", pixel_values)
+            check_pixels(pixels, tower.spec, self.spec.image, wait=False)
+            vision = forward_vision(tower, self.spec, pixels, output_hidden_states)
         if input_ids is not None:
             text_tower = self._text_encoder("input_ids").tower
             ids = check_id_tensor(input_ids, text_tower.spec.vocab, text_tower.spec.context)
@@ -326,6 +339,8 @@ class Model:
         output = vision or text
         assert output is not None, "one tower ran"
         return output
+
+    __call__ = forward
 
     @plain()
     def get_intermediate_layers(
@@ -347,9 +362,7 @@ class Model:
         Raises InputError: a wrong argument. VitrailError: an item that is not finite.
         """
         tower = self._image_encoder("get_intermediate_layers").tower
-        pixels = float_pixels(x)
-        if pixels is None:
-            raise InputError("x: wanted a float tensor (B, C, height, width)")
+        pixels = required_pixels("x", x)
         check_pixels(pixels, tower.spec, self.spec.image)
         return intermediate_layers(tower, pixels, n, reshape, return_class_token, norm)
 

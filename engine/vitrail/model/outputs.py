@@ -1,4 +1,4 @@
-"""What a model gives back."""
+"""Results of the calls of a `Model`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vitrail.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """Embeddings of the inputs that could be read.
+    """Embeddings of the images that succeed.
 
-    ``embeddings`` (K, D) fp32; ``index``: position in the input of each row; ``errors``: position
-    -> reason for every input without a row.
+    ``embeddings`` (K, D) fp32; ``index``: position in the input of each row; ``errors``: the reason
+    for each position without a row.
     """
 
     embeddings: Tensor
@@ -24,37 +24,57 @@ class EncodeResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
-    """``probs`` and ``logits`` (N, L) fp32 over ``labels``.
+class PreprocessResult:
+    """Pixels of the images that succeed.
 
-    The probabilities of a row add up to 1, except for a multi-label head, where each is its own;
-    of a regression they are the logits themselves.
+    ``pixel_values`` (K, channels, H, W) fp32; ``index`` and ``errors`` as in `EncodeResult`.
+    """
+
+    pixel_values: Tensor
+    index: tuple[int, ...]
+    errors: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """``probs`` and ``logits`` (K, L) fp32 over ``labels``; ``index`` and ``errors`` as in
+    `EncodeResult`.
+
+    The probabilities of a row add up to 1, except for a multi-label head: there each label has a
+    probability of its own. For a regression head ``probs`` are the logits.
     """
 
     labels: tuple[str, ...]
     probs: Tensor
     logits: Tensor
+    index: tuple[int, ...]
+    errors: Mapping[int, str]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each image the ``k`` most probable labels, best first."""
+        """The ``k`` most probable labels of each row with their probabilities, descending.
+
+        Raises InputError if ``k`` is less than 1.
+        """
         if k < 1:
             raise InputError(f"k: got {k}, wanted 1 or more")
-        best = self.probs.topk(min(k, len(self.labels)), dim=1)
+        top = self.probs.topk(min(k, len(self.labels)), dim=1)
         return [
-            [(self.labels[i], p) for i, p in zip(row, values, strict=True)]
-            for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            [(self.labels[label], prob) for label, prob in zip(labels, probs, strict=True)]
+            for labels, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The fields of the transformers output of the checkpoint's class; those it lacks are None.
+    """The output fields of the checkpoint's transformers class; fields that it lacks are None.
 
-    B sequences of T tokens, width C, projection D. ``hidden_states``: the residual stream before
-    every block and after the last, not normalised. ``pooler_output`` of a tower inside a CLIPModel
-    is the projected embedding, as transformers 5 has it. ``status`` (B,) int32: 0 where every
-    returned number of the item is finite, else 1; of a CLIPModel with both towers: of the images,
-    then of the texts.
+    B items of T tokens, width C, embedding width D, L labels. ``last_hidden_state`` (B, T, C);
+    ``pooler_output`` (B, C), or inside a CLIPModel the embedding (B, D), as in transformers 5;
+    ``hidden_states``: the residual stream (B, T, C) before every block and after the last, without
+    the final LayerNorm; ``logits`` (B, L); ``image_embeds`` and ``text_embeds`` (B, D), of unit
+    length in a CLIPModel; ``logits_per_image`` (images, texts) and its transpose
+    ``logits_per_text``. ``status`` (B,) int32: 0 if every number returned for the item is finite,
+    else 1; a CLIPModel with both inputs has the images first, then the texts.
     """
 
     last_hidden_state: Tensor | None = None
