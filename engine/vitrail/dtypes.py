@@ -49,6 +49,6 @@ def parse_dtype(
     dtypes = {name: named_dtype(name) for name in choices}
     dtype = dtypes.get(ALIASES.get(value, value)) if isinstance(value, str) else value
     if dtype is None or dtype not in dtypes.values():
-        wanted = "'auto' or one of" if auto else "one of"
-        raise InputError(f"dtype: got {value!r}, wanted {wanted} {tuple(choices)}")
+        or_auto = "'auto' or " if auto else ""
+        raise InputError(f"dtype: got {value!r}, wanted {or_auto}one of {tuple(choices)}")
     return dtype

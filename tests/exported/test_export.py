@@ -778,9 +778,9 @@ def test_a_folder_is_an_export_or_a_checkpoint(clip: Path, copy: Path) -> None:
 
 
 def test_what_takes_a_checkpoint_says_that_this_is_none(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="got an exported folder, wanted a checkpoint"):
+    with pytest.raises(CheckpointError, match="got an exported folder, wanted the checkpoint"):
         open_checkpoint(whole)
-    with pytest.raises(CheckpointError, match="got an exported folder, wanted a checkpoint"):
+    with pytest.raises(CheckpointError, match="got an exported folder, wanted the checkpoint"):
         export_model(whole, tmp_path / "out", [90])
     with pytest.raises(InputError, match="verify: got the exported folder"):
         verify.verify(vitrail.load(whole, device="cpu"), [])

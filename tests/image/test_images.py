@@ -13,7 +13,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from gauge import within
 from pixels import cases
 from pixels.theirs import processor
 from vitrail.errors import ImageError, InputError
-from vitrail.image import decoding
+from vitrail.image import decoding, threads
 from vitrail.image.decoding import decode
 from vitrail.image.filters import nearest_source, rows_reached
 from vitrail.image.geometry import crop_axis, geometry, spec_at
@@ -1118,7 +1117,11 @@ def test_arguments_that_no_image_could_meet_are_refused(options: dict[str, Any])
 # ---- batches
 
 
-def test_a_batch_keeps_its_order_and_its_bad_images_to_themselves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cores", [1, 5])
+def test_a_batch_keeps_its_order_and_its_bad_images_to_themselves(
+    cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "core_count", lambda: cores)
     path = tmp_path / "photo.png"
     path.write_bytes(encode(photo(90, 70, seed=5), "PNG"))
     given: list[Any] = [
@@ -1132,20 +1135,19 @@ def test_a_batch_keeps_its_order_and_its_bad_images_to_themselves(tmp_path: Path
         photo(80, 60),
         sound("WEBP"),
     ]
-    for executor in (None, ThreadPoolExecutor(1), ThreadPoolExecutor(5)):
-        found = preprocess_uint8(given, CLIP, 3, executor=executor)
-        kinds = [type(result) for result in found]
-        bad = {1: ImageError, 3: ImageError, 5: ImageError, 6: InputError}
-        assert kinds == [bad.get(i, np.ndarray) for i in range(9)]
-        assert "missing.png" in str(found[3])
-        for index in (0, 2, 4, 7, 8):
-            alone = crop_pixels(rgb(given[index]), CLIP)
-            assert np.array_equal(found[index], alone)  # type: ignore[arg-type]
-        floats = preprocess_float(given, CLIP, 3, executor=executor)
-        assert [str(e) for e in floats if isinstance(e, Exception)] == [
-            str(e) for e in found if isinstance(e, Exception)
-        ]
-        assert np.array_equal(floats[2], normalize(found[2], CLIP))  # type: ignore[arg-type]
+    found = preprocess_uint8(given, CLIP, 3)
+    kinds = [type(result) for result in found]
+    bad = {1: ImageError, 3: ImageError, 5: ImageError, 6: InputError}
+    assert kinds == [bad.get(i, np.ndarray) for i in range(9)]
+    assert "missing.png" in str(found[3])
+    for index in (0, 2, 4, 7, 8):
+        alone = crop_pixels(rgb(given[index]), CLIP)
+        assert np.array_equal(found[index], alone)  # type: ignore[arg-type]
+    floats = preprocess_float(given, CLIP, 3)
+    assert [str(e) for e in floats if isinstance(e, Exception)] == [
+        str(e) for e in found if isinstance(e, Exception)
+    ]
+    assert np.array_equal(floats[2], normalize(found[2], CLIP))  # type: ignore[arg-type]
 
 
 def test_an_empty_batch_is_empty() -> None:
@@ -1158,7 +1160,11 @@ def test_a_mean_of_other_channels_fails_the_call_and_not_the_images() -> None:
         preprocess_float([photo()], CLIP, 1)
 
 
-def test_an_image_that_is_not_loaded_yet_may_be_given_many_times_over() -> None:
+def test_an_image_that_is_not_loaded_yet_may_be_given_many_times_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "core_count", lambda: 8)
+
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
             time.sleep(0.001)
@@ -1166,29 +1172,30 @@ def test_an_image_that_is_not_loaded_yet_may_be_given_many_times_over() -> None:
 
     data = encode(photo(300, 200), "PNG")
     expected = rgb(Image.open(io.BytesIO(data)))
-    with ThreadPoolExecutor(8) as executor:
-        for _ in range(3):
-            lazy = Image.open(Slow(data))
-            spec = dataclasses.replace(CLIP, resize=None, crop=None)
-            found = preprocess_uint8([lazy] * 16, spec, 3, executor=executor)
-            assert all(np.array_equal(crop, expected) for crop in found)  # type: ignore[arg-type]
+    for _ in range(3):
+        lazy = Image.open(Slow(data))
+        spec = dataclasses.replace(CLIP, resize=None, crop=None)
+        found = preprocess_uint8([lazy] * 16, spec, 3)
+        assert all(np.array_equal(crop, expected) for crop in found)  # type: ignore[arg-type]
 
 
-def test_many_threads_get_the_bits_of_one() -> None:
+def test_many_threads_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [encode(photo(70 + i, 50 + i, seed=i), FORMATS[i % 5]) for i in range(10)]
     given += [sound("PNG")[:500]]
-    expected = preprocess_float(given, CLIP, 3, executor=ThreadPoolExecutor(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "core_count", lambda: 1)
+        expected = preprocess_float(given, CLIP, 3)
     results: list[Any] = []
 
     def call() -> None:
         for _ in range(3):
             results.append(preprocess_float(given, CLIP, 3))
 
-    threads = [threading.Thread(target=call) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=call) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert len(results) == 18
     for found in results:
         assert str(found[-1]) == str(expected[-1])

@@ -122,7 +122,7 @@ def _mode(path: Path) -> int | None:
 def _open(folder: Path, source: str, revision: str | None, weights: str | None) -> Checkpoint:
     names = file_names(folder)
     if EXPORT in names:
-        expected = "a checkpoint: this was made of one by vitrail export, and only loads"
+        expected = "the checkpoint that it was exported from"
         raise refusal(show_path(folder / EXPORT), "an exported folder", expected)
     if CONFIG not in names:
         expected = "a checkpoint folder as transformers saves it"

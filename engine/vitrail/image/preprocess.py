@@ -1,14 +1,13 @@
 """Images to pixels: decode, resize, crop and normalize as the processor of the model family does.
 
 The bits are those of transformers' PIL processors under Pillow 12, in every Pillow. The resize
-runs here (`preprocess_uint8`, `preprocess_float`), or on a device from a `CropTask`, which holds a
-decoded image and the window of it that is wanted.
+runs here (`preprocess_uint8`, `preprocess_float`) or on a device: a `CropTask` is a decoded image
+with its resize still to be done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from vitrail.spec import ImageSpec
 
 
 class CropTask(NamedTuple):
-    """Decoded ``pixels``, uint8 (H, W, channels), and their resize and crop, not yet done."""
+    """Decoded ``pixels``, uint8 (H, W, channels), and the resize and crop still to be done."""
 
     pixels: Pixels
     rows: Axis
@@ -40,7 +39,7 @@ class CropTask(NamedTuple):
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that the resize needs, about: source, lines between passes, and crop."""
+        """Approximate device memory of the resize: source, lines between the passes, and crop."""
         top, bottom = rows_reached(self.rows, self.resample)
         channels = self.pixels.shape[2]
         lines = (bottom - top + self.rows.out) * self.columns.out
@@ -79,30 +78,34 @@ def _crop(image: Image.Image | Pixels, spec: ImageSpec, location: str) -> Pixels
     return np.concatenate(crops, axis=2)
 
 
+def _cropper(
+    spec: ImageSpec, channels: int, size: tuple[int, int] | None, sixteen_bit: SixteenBit
+) -> Callable[[PixelInput], Pixels]:
+    """The function that decodes and crops an image. Raises InputError for wrong arguments."""
+    check_arguments(channels, sixteen_bit)
+    sized = spec_at(spec, size)
+
+    def crop(image: PixelInput) -> Pixels:
+        location, opened = open_image(image, channels, LIMITS, sixteen_bit)
+        return _crop(opened, sized, location)
+
+    return crop
+
+
 def preprocess_uint8(
     images: Sequence[PixelInput],
     spec: ImageSpec,
     channels: int,
     *,
     size: tuple[int, int] | None = None,
-    executor: Executor | None = None,
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Pixels | VitrailError]:
-    """`decode` and `crop_pixels` for each image, in order, on the threads of ``executor``.
+    """`decode` and `crop_pixels` for each image, in order, on a thread for every core.
 
     Returns uint8 (h, w, channels) for each image, or the ImageError or InputError of an image that
-    cannot be used. Without an executor, the call starts and ends a thread for every core that the
-    process may use. A single image is done in the calling thread. Raises InputError only for
-    arguments that no image could meet.
+    cannot be used. Raises InputError only for arguments that no image could meet.
     """
-    check_arguments(channels, sixteen_bit)
-    sized = spec_at(spec, size)
-
-    def work(image: PixelInput) -> Pixels:
-        location, opened = open_image(image, channels, LIMITS, sixteen_bit)
-        return _crop(opened, sized, location)
-
-    return map_images(work, images, executor)
+    return map_images(_cropper(spec, channels, size, sixteen_bit), images)
 
 
 def preprocess_float(
@@ -111,19 +114,12 @@ def preprocess_float(
     channels: int,
     *,
     size: tuple[int, int] | None = None,
-    executor: Executor | None = None,
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Floats | VitrailError]:
     """`preprocess_uint8` followed by `normalize`: float32 (channels, h, w) for each image."""
-    check_arguments(channels, sixteen_bit)
+    crop = _cropper(spec, channels, size, sixteen_bit)
     value_table(spec, channels)  # raises here if the mean has another number of channels
-    sized = spec_at(spec, size)
-
-    def work(image: PixelInput) -> Floats:
-        location, opened = open_image(image, channels, LIMITS, sixteen_bit)
-        return normalize(_crop(opened, sized, location), sized)
-
-    return map_images(work, images, executor)
+    return map_images(lambda image: normalize(crop(image), spec), images)
 
 
 def decode_crop_tasks(

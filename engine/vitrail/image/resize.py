@@ -67,9 +67,9 @@ def _down(image: Image.Image, axis: Axis, top: int, resample: int) -> Image.Imag
         return Image.fromarray(_window_pass(np.asarray(image), axis, top, resample))
     if axis.full != axis.source:
         if image.height < axis.source:
-            whole = Image.new(image.mode, (image.width, axis.source))
-            whole.paste(image, (0, top))
-            image, top = whole, 0
+            padded = Image.new(image.mode, (image.width, axis.source))
+            padded.paste(image, (0, top))
+            image, top = padded, 0
         image = image.resize((image.width, axis.full), Image.Resampling(resample))
     if axis.kept < image.height:
         image = image.crop((0, axis.start - top, image.width, axis.stop - top))

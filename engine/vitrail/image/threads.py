@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 from vitrail.errors import VitrailError
@@ -20,6 +21,10 @@ def core_count() -> int:
     return os.cpu_count() or 1
 
 
+def _threads(images: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(images, core_count()), "vitrail-images")
+
+
 def _attempt(work: Callable[[PixelInput], Result], image: PixelInput) -> Result | VitrailError:
     try:
         return work(image)
@@ -29,23 +34,16 @@ def _attempt(work: Callable[[PixelInput], Result], image: PixelInput) -> Result 
 
 
 def map_images(
-    work: Callable[[PixelInput], Result], images: Sequence[PixelInput], executor: Executor | None
+    work: Callable[[PixelInput], Result], images: Sequence[PixelInput]
 ) -> list[Result | VitrailError]:
-    """``work`` of each image, in order, on ``executor`` or on threads of this call.
+    """``work`` of each image, in order, on a thread for every core.
 
     A single image is done in the calling thread.
     """
     if len(images) < 2:
         return [_attempt(work, image) for image in images]
-    if executor is None:
-        with ThreadPoolExecutor(min(len(images), core_count()), "vitrail-images") as threads:
-            return map_images(work, images, threads)
-    futures = [executor.submit(_attempt, work, image) for image in images]
-    try:
-        return [future.result() for future in futures]
-    finally:
-        for future in futures:
-            future.cancel()
+    with _threads(len(images)) as threads:
+        return list(threads.map(partial(_attempt, work), images))
 
 
 def map_first_images(
@@ -54,20 +52,19 @@ def map_first_images(
     stop_bytes: int,
     size_of: Callable[[Result], int],
 ) -> list[Result | VitrailError]:
-    """`map_images` for the first images only, at least one.
+    """`map_images` for the first images only, at least one of them.
 
-    No image is begun once the results hold ``stop_bytes`` by ``size_of``; those under way are
+    No image is begun once the results hold ``stop_bytes`` by ``size_of``; images under way are
     finished.
     """
     if len(images) < 2:
-        return [_attempt(work, image) for image in images]
+        return map_images(work, images)
     results: dict[int, Result | VitrailError] = {}
     running: dict[Future[Result | VitrailError], int] = {}
-    total = begun = 0
-    count = min(len(images), core_count())
-    with ThreadPoolExecutor(count, "vitrail-images") as threads:
+    begun = total = 0
+    with _threads(len(images)) as threads:
         while True:
-            while len(running) < count and begun < len(images) and total < stop_bytes:
+            while len(running) < core_count() and begun < len(images) and total < stop_bytes:
                 running[threads.submit(_attempt, work, images[begun])] = begun
                 begun += 1
             if not running:
