@@ -23,6 +23,7 @@ from shapes import VISION
 
 import vitrail
 from vitrail.tools import tune, workload
+from vitrail.tools.bench import cuda_bench, provenance
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.candidates import candidates
 from vitrail_kernels.launch import Call, Target
@@ -160,16 +161,16 @@ def sweep(name: str, device: str, folder: Path) -> str:
     """`vitrail tune` of one case; the winner goes into the table of ``folder`` at once."""
     if device == "cpu":
         return "nothing to time on a CPU"
-    bench = tune.cuda_bench()
-    (finding,) = tune.tune([tuning_problem(name)], bench, stages=(candidates,))
-    origin = tune.provenance(bench.device, "benchmarks/gpu.sh first")
+    bench = cuda_bench()
+    (result,) = tune.tune([tuning_problem(name)], bench, stages=(candidates,))
+    origin = provenance(bench.device, "benchmarks/gpu.sh first")
     origin["date"] = datetime.now(UTC).strftime("%Y-%m-%d")  # one run, however many its steps
-    tune.save(folder / f"sm_{bench.target.arch}.json", [finding], origin)
-    times = sorted((seconds, tune.brief(config)) for config, seconds in finding.seconds.items())
+    tune.save(folder / f"sm_{bench.target.arch}.json", [result], origin)
+    times = sorted((seconds, tune.brief(config)) for config, seconds in result.seconds.items())
     rest = "; ".join(f"{seconds * 1e6:.1f} {config}" for seconds, config in times)
-    own = finding.seconds.get(finding.old, 0.0) * 1e6
-    refused = "".join(f"; OTHER BITS: {tune.brief(config)}" for config in finding.refused)
-    return f"heuristic {own:.1f} us, {tune.brief(finding.old)}; {finding}; us: {rest}{refused}"
+    own = result.seconds.get(result.heuristic, 0.0) * 1e6
+    refused = "".join(f"; OTHER BITS: {tune.brief(config)}" for config in result.rejected)
+    return f"heuristic {own:.1f} us, {tune.brief(result.heuristic)}; {result}; us: {rest}{refused}"
 
 
 @dataclass(frozen=True)

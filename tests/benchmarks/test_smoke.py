@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import standin
+from vitrail.tools.bench import Bench
 from vitrail_kernels.compile import KernelCode
 from vitrail_kernels.configs import KernelConfig, read_table
 from vitrail_kernels.launch import Call, Target
@@ -190,7 +191,7 @@ def test_a_sweep_leaves_its_winner_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`vitrail tune` of one kernel after the other, each of which is kept at once."""
-    steps, tune = map(importlib.import_module, ("steps", "vitrail.tools.tune"))
+    steps = importlib.import_module("steps")
     fine = KernelCode("fake", 90, 24, 0, 16_000, 4, Counter(HGMMA=4), "", "", "")
     winner = KernelConfig(64, 64, 64, 4, 8, ctas=2)
 
@@ -205,15 +206,15 @@ def test_a_sweep_leaves_its_winner_in_the_table(
             return 1e-6 if self.config == winner else 2e-6
 
     clock = Clock()
-    bench = tune.Bench(
+    bench = Bench(
         Target(90, 132),
         torch.device("cpu"),
         lambda calls: [fine for _ in calls],
         clock.launch,
         clock.seconds,
     )
-    monkeypatch.setattr(tune, "cuda_bench", lambda: bench)
-    monkeypatch.setattr(tune, "provenance", lambda device, command: {"date": "now", "gpu": "card"})
+    monkeypatch.setattr(steps, "cuda_bench", lambda: bench)
+    monkeypatch.setattr(steps, "provenance", lambda device, command: {"date": "now", "gpu": "card"})
     names = ("B/16 x 1 qkv", "B/16 x 1 out")
     for name in names:
         text = steps.sweep(name, "cuda", tmp_path)

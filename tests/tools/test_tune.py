@@ -23,8 +23,9 @@ from vitrail.cli import app
 from vitrail.errors import InputError, VitrailError
 from vitrail.plan import blocks as plans
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, TextSpec, VisionSpec
-from vitrail.tools import tune
-from vitrail.tools.tune import Bench, Finding, fastest, orders, save
+from vitrail.tools import bench, tune
+from vitrail.tools.bench import Bench
+from vitrail.tools.tune import TuningResult, fastest, orders, save
 from vitrail.tools.workload import Problem, fill, problems
 from vitrail_kernels import OPERATORS, configs
 from vitrail_kernels.candidates import candidates
@@ -138,8 +139,8 @@ def test_a_whole_model_takes_a_hundred_kernels_to_tune() -> None:
         (own,) = problem.calls(HOPPER, {})
         key = own.key
         for stage in (candidates, orders):
-            finding = Finding(key, [problem], own.config)
-            tune._fitting(gpu.bench, {key: finding}, stage, lambda _: None)
+            result = TuningResult(key, [problem], own.config)
+            tune._fitting(gpu.bench, {key: result}, stage, lambda _: None)
     assert 60 < len(compiled) < 160
 
 
@@ -253,7 +254,7 @@ class FakeGPU:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "ENOUGH", 1)
+    monkeypatch.setattr(tune, "MIN_OUTPUTS", 1)
     monkeypatch.setattr(tune, "ROUNDS", 3)
 
 
@@ -272,19 +273,19 @@ def quick(*ranked: KernelConfig) -> Callable[[KernelConfig, int], float]:
     return lambda config, _: 0.5 + 0.1 * ranked.index(config) if config in ranked else 1.0
 
 
-def only(problem: Problem, gpu: FakeGPU) -> Finding:
-    (finding,) = tune.tune([problem], gpu.bench)
-    return finding
+def only(problem: Problem, gpu: FakeGPU) -> TuningResult:
+    (result,) = tune.tune([problem], gpu.bench)
+    return result
 
 
 def test_the_fastest_is_chosen_and_the_heuristic_is_timed_beside_it() -> None:
     gpu = FakeGPU(quick(WINNER, SECOND))
-    finding = only(linear(), gpu)
-    assert (finding.key, finding.config) == (key_of(linear()), WINNER)
-    assert finding.gain == pytest.approx(2)
-    assert finding.refused == []
-    assert "2.00x, 64x128x64" in str(finding)
-    heuristic = finding.old
+    result = only(linear(), gpu)
+    assert (result.key, result.config) == (key_of(linear()), WINNER)
+    assert result.gain == pytest.approx(2)
+    assert result.rejected == []
+    assert "2.00x, 64x128x64" in str(result)
+    heuristic = result.heuristic
     assert heuristic.reason
     rounds = gpu.order.count(heuristic)
     assert rounds == 2 * tune.ROUNDS
@@ -295,9 +296,9 @@ def test_the_fastest_is_chosen_and_the_heuristic_is_timed_beside_it() -> None:
 
 def test_the_order_of_tiles_is_tried_last_on_the_best_tile() -> None:
     better = dataclasses.replace(WINNER, group_m=16)
-    finding = only(linear(), FakeGPU(lambda c, _: {WINNER: 0.5, better: 0.4}.get(c, 1.0)))
-    assert finding.config == better
-    assert finding.gain == pytest.approx(2.5)
+    result = only(linear(), FakeGPU(lambda c, _: {WINNER: 0.5, better: 0.4}.get(c, 1.0)))
+    assert result.config == better
+    assert result.gain == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize("op", ["linear", "attention"])
@@ -312,17 +313,17 @@ def test_a_first_place_by_noise_is_timed_again(op: str) -> None:
         times[config] += 1
         return 0.5 if config == lucky and times[config] <= tune.ROUNDS else 1.0
 
-    finding = only(problem, FakeGPU(cost))
+    result = only(problem, FakeGPU(cost))
     assert times[lucky] == 2 * tune.ROUNDS
-    assert finding.config is None
+    assert result.config is None
 
 
 @pytest.mark.parametrize(("gain", "wins"), [(1.019, False), (1.021, True)])
 def test_the_heuristic_stays_unless_another_is_two_percent_faster(gain: float, wins: bool) -> None:
-    finding = only(linear(), FakeGPU(lambda c, _: 1 / gain if plain(c) == WINNER else 1.0))
-    assert finding.config == (WINNER if wins else None)
-    assert finding.gain == (pytest.approx(gain) if wins else 1.0)
-    assert ("heuristic stays" in str(finding)) != wins
+    result = only(linear(), FakeGPU(lambda c, _: 1 / gain if plain(c) == WINNER else 1.0))
+    assert result.config == (WINNER if wins else None)
+    assert result.gain == (pytest.approx(gain) if wins else 1.0)
+    assert ("heuristic stays" in str(result)) != wins
 
 
 def test_a_key_that_serves_several_sizes_is_judged_on_all() -> None:
@@ -332,12 +333,12 @@ def test_a_key_that_serves_several_sizes_is_judged_on_all() -> None:
     small, large = WINNER, SECOND
     cost = {(small, 70): 0.8, (small, 256): 1.01, (large, 70): 0.99, (large, 256): 0.5}
     gpu = FakeGPU(lambda config, m: cost.get((config, m), 1.0))
-    (finding,) = tune.tune(sizes, gpu.bench)
-    assert finding.config == small
-    assert finding.gain == pytest.approx(12 / (10 * 0.8 + 2 * 1.01))
+    (result,) = tune.tune(sizes, gpu.bench)
+    assert result.config == small
+    assert result.gain == pytest.approx(12 / (10 * 0.8 + 2 * 1.01))
     cost[small, 256] = 1.03
-    (finding,) = tune.tune(sizes, gpu.bench)
-    assert finding.config == large
+    (result,) = tune.tune(sizes, gpu.bench)
+    assert result.config == large
 
 
 def test_fastest_with_nothing_to_choose_from() -> None:
@@ -351,16 +352,16 @@ def test_a_candidate_with_another_bit_is_refused(where: str) -> None:
             spoilt = {"out": out.view(torch.int16), "stats": stats.view(torch.int32)}[where]
             spoilt[-1, -1] ^= 1
 
-    finding = only(linear(), FakeGPU(quick(WINNER, SECOND), spoil=spoil))
-    assert finding.config == SECOND
-    assert finding.refused == [WINNER]
-    assert finding.dropped == {"give other bits": 1}
-    assert "1 give other bits" in str(finding)
+    result = only(linear(), FakeGPU(quick(WINNER, SECOND), spoil=spoil))
+    assert result.config == SECOND
+    assert result.rejected == [WINNER]
+    assert result.dropped == {"give other bits": 1}
+    assert "1 give other bits" in str(result)
 
 
 def test_few_outputs_are_compared_over_many_random_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """One output in a thousand that differs is found where a call has 256."""
-    monkeypatch.setattr(tune, "ENOUGH", 20_000)
+    monkeypatch.setattr(tune, "MIN_OUTPUTS", 20_000)
     seen: Counter[KernelConfig] = Counter()
 
     def spoil(config: KernelConfig, out: torch.Tensor, _: torch.Tensor) -> None:
@@ -368,9 +369,9 @@ def test_few_outputs_are_compared_over_many_random_values(monkeypatch: pytest.Mo
         if config == WINNER and seen[config] == 40:
             out.view(torch.int16)[0, 0] ^= 1
 
-    finding = only(linear(m=4, n=64), FakeGPU(quick(WINNER), spoil=spoil))
-    assert finding.refused == [WINNER]
-    assert finding.config is None
+    result = only(linear(m=4, n=64), FakeGPU(quick(WINNER), spoil=spoil))
+    assert result.rejected == [WINNER]
+    assert result.config is None
 
 
 def test_the_same_nan_is_the_same_bits() -> None:
@@ -396,10 +397,10 @@ def test_what_is_no_fit_is_never_run(code: Any, why: str) -> None:
     def never(config: KernelConfig, *_: torch.Tensor) -> None:
         assert config != DENSE
 
-    finding = only(linear(), FakeGPU(quick(DENSE, SECOND), {DENSE: code}, never))
-    assert finding.config == SECOND
-    assert finding.dropped == {why: 1}
-    assert f"1 {why}" in str(finding)
+    result = only(linear(), FakeGPU(quick(DENSE, SECOND), {DENSE: code}, never))
+    assert result.config == SECOND
+    assert result.dropped == {why: 1}
+    assert f"1 {why}" in str(result)
 
 
 def test_what_does_not_launch_is_dropped() -> None:
@@ -407,14 +408,14 @@ def test_what_does_not_launch_is_dropped() -> None:
         if config == WINNER:
             raise RuntimeError("out of resource")
 
-    finding = only(linear(), FakeGPU(quick(WINNER, SECOND), spoil=fail))
-    assert finding.config == SECOND
-    assert finding.dropped == {"do not run (RuntimeError)": 1}
-    assert finding.refused == []
+    result = only(linear(), FakeGPU(quick(WINNER, SECOND), spoil=fail))
+    assert result.config == SECOND
+    assert result.dropped == {"do not run (RuntimeError)": 1}
+    assert result.rejected == []
 
 
 def test_a_heuristic_that_does_not_compile_or_run_is_an_error() -> None:
-    old = only(linear(), FakeGPU(quick())).old
+    old = only(linear(), FakeGPU(quick())).heuristic
     with pytest.raises(VitrailError, match=r"linear.*does not compile: no ptxas"):
         only(linear(), FakeGPU(quick(), {old: "no ptxas"}))
 
@@ -447,7 +448,7 @@ def test_equal_machine_code_is_timed_once() -> None:
     """A kernel that takes no notice of ``ctas`` is the same for any, registers apart."""
     problem = attended()
     (own,) = problem.calls(HOPPER, {})
-    found = {own.key: Finding(own.key, [problem], own.config)}
+    found = {own.key: TuningResult(own.key, [problem], own.config)}
     other = dataclasses.replace(own.config, stages=own.config.stages + 1)
 
     def repeated(*_: object) -> list[KernelConfig]:
@@ -713,8 +714,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeGPU:
             return 0.5 if plain(self.last.config) == WINNER and wide else 1.0
 
     fake = Linears(quick())
-    monkeypatch.setattr(tune, "cuda_bench", lambda: fake.bench)
-    monkeypatch.setattr(tune, "provenance", lambda _, command: {**ORIGIN, "command": command})
+    monkeypatch.setattr(bench, "cuda_bench", lambda: fake.bench)
+    monkeypatch.setattr(bench, "provenance", lambda _, command: {**ORIGIN, "command": command})
     return fake
 
 
@@ -737,18 +738,18 @@ def test_the_command_writes_a_table_and_says_how_to_use_it(gpu: FakeGPU, folder:
 def test_a_run_that_is_cut_short_leaves_its_table(
     gpu: FakeGPU, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, kept = tune.save, list[Finding]()
+    whole, kept = tune.save, list[TuningResult]()
 
-    def interrupted(file: Path, findings: list[Finding], origin: Any) -> None:
-        whole(file, findings, origin)
-        kept.extend(finding for finding in findings if finding.config)
+    def interrupted(file: Path, results: list[TuningResult], origin: Any) -> None:
+        whole(file, results, origin)
+        kept.extend(result for result in results if result.config)
         if len(kept) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "save", interrupted)
     assert run(CLIP, "--batch", 40).exit_code != 0
     provenance, table = read_table(folder / "sm_90.json")
-    assert table.keys() == {finding.key for finding in kept}
+    assert table.keys() == {result.key for result in kept}
     assert "earlier" not in provenance, "one run, however often it writes"
 
 
@@ -810,15 +811,15 @@ def test_help_says_what_it_does_and_names_the_variables() -> None:
 @pytest.mark.gpu
 def test_a_real_gpu_tunes_a_small_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A dozen tiles a key, of which none may give other bits; the table then serves."""
-    monkeypatch.setattr(tune, "ENOUGH", 1 << 16)
-    bench = tune.cuda_bench()
+    monkeypatch.setattr(tune, "MIN_OUTPUTS", 1 << 16)
+    gpu = bench.cuda_bench()
     found = problems(model(vision=VISION, text=TEXT), [2, 64], "float16")
-    findings = tune.tune(found, bench)
-    assert all(finding.timed for finding in findings)
-    assert [config for finding in findings for config in finding.refused] == []
-    file = folder / f"sm_{bench.target.arch}.json"
-    save(file, findings, tune.provenance(bench.device, "vitrail tune"))
+    results = tune.tune(found, gpu)
+    assert all(result.timed for result in results)
+    assert [config for result in results for config in result.rejected] == []
+    file = folder / f"sm_{gpu.target.arch}.json"
+    save(file, results, bench.provenance(gpu.device, "vitrail tune"))
     provenance, table = read_table(file)
     assert torch.cuda.get_device_name() == provenance["gpu"]
     assert re.match(r"\d+\.", provenance["driver"])
-    assert table == tuned(bench.target.arch)
+    assert table == tuned(gpu.target.arch)

@@ -47,7 +47,8 @@ def tune(
     stay. Tuning takes a minute or two, reads no weights, and saves the table after every shape.
     """
     from vitrail.checkpoint.files import open_checkpoint
-    from vitrail.tools.tune import cuda_bench, existing, provenance, save
+    from vitrail.tools.bench import cuda_bench, provenance
+    from vitrail.tools.tune import open_table, save
     from vitrail.tools.tune import tune as search
     from vitrail.tools.workload import problems
     from vitrail.zoo import read_spec
@@ -60,7 +61,7 @@ def tune(
     bench = cuda_bench()
     table_name = f"sm_{bench.target.arch}.json"
     file = out or Path(os.environ.get(VARIABLE) or "tuned", table_name)
-    existing(file)
+    open_table(file)
     spec = read_spec(open_checkpoint(name, revision=revision, local_files_only=local_files_only))
     public_name = Path(name).name if Path(name).is_dir() else name  # no path of this machine
     command = ["vitrail", "tune", public_name]
@@ -75,7 +76,7 @@ def tune(
     )
     for result in results:
         print(result)
-        for config in result.refused:
+        for config in result.rejected:
             say(f"rejected, because its output differs: {result.key}: {config}")
     faster = sum(result.config is not None for result in results)
     folder = file.parent.resolve()
