@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from random import Random
 
 import numpy as np
@@ -30,31 +31,16 @@ class Question:
     truth: Callable[[Scene], object]
 
 
-def _things(count: str) -> str:
-    return "one thing" if count == "one" else f"{count} things"
+def _question(field: str, text: Callable[[str], str]) -> Question:
+    return Question(field, tuple(map(text, VALUES[field])), VALUES[field], attrgetter(field))
 
 
 QUESTIONS = (
-    Question(
-        "color and shape",
-        tuple(f"{color} {shape}" for color, shape in PAIRS),
-        PAIRS,
-        lambda scene: (scene.color, scene.shape),
-    ),
-    Question("count", tuple(map(_things, VALUES["count"])), VALUES["count"], lambda s: s.count),
-    Question(
-        "position",
-        tuple(f"thing {position}" for position in VALUES["position"]),
-        VALUES["position"],
-        lambda scene: scene.position,
-    ),
-    Question("size", tuple(f"{s} thing" for s in VALUES["size"]), VALUES["size"], lambda s: s.size),
-    Question(
-        "background",
-        tuple(f"thing on a {color} background" for color in VALUES["background"]),
-        VALUES["background"],
-        lambda scene: scene.background,
-    ),
+    Question("color and shape", tuple(map(" ".join, PAIRS)), PAIRS, attrgetter("color", "shape")),
+    _question("count", lambda count: "one thing" if count == "one" else f"{count} things"),
+    _question("position", lambda position: f"thing {position}"),
+    _question("size", lambda size: f"{size} thing"),
+    _question("background", lambda color: f"thing on a {color} background"),
 )
 
 

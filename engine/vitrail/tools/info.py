@@ -26,42 +26,32 @@ def read(
     """
     exported = open_exported(name, revision)
     if exported is not None:
-        return exported.spec, _exported(exported)
-    checkpoint = open_checkpoint(name, revision=revision, local_files_only=local_files_only)
-    spec = read_spec(checkpoint)
-    map_tensors(checkpoint, spec)
-    entries = checkpoint.tensors.values()
-    stored = Counter(entry.dtype for entry in entries)
-    return spec, {
+        checkpoint, spec = exported.checkpoint(), exported.spec
+        files, count = [WEIGHTS], exported.arena_bytes
+        stored = {dtype_name(exported.dtype): 1}
+    else:
+        checkpoint = open_checkpoint(name, revision=revision, local_files_only=local_files_only)
+        spec = read_spec(checkpoint)
+        map_tensors(checkpoint, spec)
+        entries = checkpoint.tensors.values()
+        files, count = sorted({e.file.name for e in entries}), sum(e.nbytes for e in entries)
+        stored = dict(Counter(entry.dtype for entry in entries).most_common())
+    facts = {
         "source": checkpoint.source,
         "folder": str(checkpoint.folder),
         "revision": checkpoint.revision,
         "parameters": spec.parameters,
-        "files": sorted({entry.file.name for entry in entries}),
-        "bytes": sum(entry.nbytes for entry in entries),
-        "tensors": dict(stored.most_common()),
-        "tokenizer": _tokenizer_files(checkpoint),
-        "serving": _serving(),
-        "spec": spec.to_dict(),
-    }
-
-
-def _exported(exported: Exported) -> dict[str, Any]:
-    """The facts of an exported folder, which stores its weights as one tensor."""
-    checkpoint, spec = exported.checkpoint(), exported.spec
-    return {
-        "source": checkpoint.source,
-        "folder": str(checkpoint.folder),
-        "revision": None,
-        "parameters": spec.parameters,
-        "files": [WEIGHTS],
-        "bytes": exported.arena_bytes,
-        "tensors": {dtype_name(exported.dtype): 1},
+        "files": files,
+        "bytes": count,
+        "tensors": stored,
         "tokenizer": _tokenizer_files(checkpoint),
         "serving": _serving(exported),
         "spec": spec.to_dict(),
-        "exported": f"from {exported.origin} for {exported.architectures}: {exported.extent}",
     }
+    if exported is not None:
+        architectures = exported.architectures
+        facts["exported"] = f"from {exported.origin} for {architectures}: {exported.extent}"
+    return spec, facts
 
 
 def describe(spec: ModelSpec, facts: dict[str, Any]) -> str:

@@ -30,5 +30,4 @@ class Report:
         return all(check.verdict != "fail" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        checks = [asdict(check) for check in self.checks]
-        return {"passed": self.passed, "reference": self.reference, "checks": checks}
+        return {"passed": self.passed, **asdict(self)}
