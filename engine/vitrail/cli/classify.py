@@ -24,7 +24,6 @@ from vitrail.cli.options import (
     report_unread,
     require_model,
 )
-from vitrail.errors import CheckpointError, InputError, VitrailError
 
 if TYPE_CHECKING:
     from vitrail.jobs.listing import Source
@@ -103,16 +102,10 @@ def _classified(
     step = batch_size or CLASSIFY_BATCH
     for start in range(0, len(paths), step):
         batch = paths[start : start + step]
-        try:
-            yield from zip(batch, model.classify(batch, **options).top(top), strict=True)
-        except VitrailError as failure:
-            if isinstance(failure, InputError | CheckpointError):
-                raise
-            for path in batch:
-                try:
-                    yield path, model.classify([path], **options).top(top)[0]
-                except VitrailError as error:
-                    yield path, str(error).removeprefix("image 0: ")
+        result = model.classify(batch, on_error="skip", **options)
+        answers: dict[int, Answer] = dict(zip(result.index, result.top(top), strict=True))
+        answers |= {i: reason.removeprefix(f"image {i}: ") for i, reason in result.errors.items()}
+        yield from ((path, answers[i]) for i, path in enumerate(batch))
 
 
 def _json_line(path: str, answer: Answer) -> str:
