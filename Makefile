@@ -68,7 +68,7 @@ test-all: .venv/dev.stamp ## every test that needs no GPU
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'
-	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/image/test_images.py
+	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/image
 
 test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
 	$(say) 'What the kernels compile to under triton 3.6'

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import standin
-from image.test_images import CLIP
+from image.samples import CLIP
 from model.test_crops import ENOUGH, crop_tasks
 from runtime.test_runner import CPU, VISION, open_runner
 from standin.calls import cubin

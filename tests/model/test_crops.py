@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vitrail
 from helpers import assert_close, clip_folder
-from image.test_images import CASES, CLIP, encode, photo, spec_of
+from image.samples import CASES, CLIP, encode, photo, spec_of
 from pixels import cases
 from vitrail.errors import ImageError, InputError, OutOfMemoryError, VitrailError
 from vitrail.image import preprocess, threads

@@ -22,7 +22,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from checkpoint.test_files import (
+from checkpoint.samples import (
     BLOB,
     COMMIT,
     CONFIG,
