@@ -35,8 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.runtime import driver as triton_driver
 
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan, Step
+from vitrail.plan.vision import vision_pooled
 from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.native import DRIVER, NativeRunner, Size
 from vitrail.runtime.triton import TritonRunner
@@ -142,7 +142,7 @@ class Forward:
 
     def __init__(self, spec: VisionSpec, device: str) -> None:
         self.spec, self.device = spec, torch.device(device)
-        self.plan: Plan = plans.vision_pooled(spec, uint8=True)
+        self.plan: Plan = vision_pooled(spec, uint8=True)
         self.tokens = spec.tokens_at(spec.image)
         self.kept = list[Tensor]()  # what C++ has addresses of
         weights = weights_of(ModelSpec("vit", "ViTModel", vision=spec), device)

@@ -11,8 +11,9 @@ import torch
 from shapes import TEXT, VISION, captions
 from torch import Tensor
 
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled
 from vitrail.spec import TextSpec, VisionSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Call, Target
@@ -43,12 +44,12 @@ def _plan(
 ) -> tuple[Plan, Sequence[int], dict[str, Tensor]]:
     """The pooled plan, tokens of each sequence, and the pixels as a meta tensor."""
     if isinstance(spec, TextSpec):
-        return plans.text_pooled(spec), captions(images), {}
+        return text_pooled(spec), captions(images), {}
     shape = (side, side, spec.channels) if uint8 else (spec.channels, side, side)
     dtype = torch.uint8 if uint8 else torch.float32
     pixels = torch.empty((images, *shape), dtype=dtype, device="meta")
     lengths = [spec.tokens_at((side, side))] * images
-    return plans.vision_pooled(spec, uint8=uint8), lengths, {"pixels": pixels}
+    return vision_pooled(spec, uint8=uint8), lengths, {"pixels": pixels}
 
 
 def _numbers(name: str, like: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -42,7 +42,8 @@ from suite import arguments, results_folder, run_suite
 from torch import Tensor
 
 import vitrail
-from vitrail.plan import blocks as plans
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.spec import TextSpec, VisionSpec
 from vitrail.text.tokens import TokenIds
 
@@ -227,8 +228,8 @@ def vision_case(spec: VisionSpec, batch: int, device: str) -> Case:
     peers = _peers(theirs, {"pixel_values": given}, _modes(spec, batch, device))
     variants |= peers
     lengths = [spec.tokens_at(spec.image)] * batch
-    pooled = plans.vision_pooled(spec, uint8=False).flops(lengths)
-    dense = plans.vision_dense(spec).flops(lengths)
+    pooled = vision_pooled(spec, uint8=False).flops(lengths)
+    dense = vision_dense(spec).flops(lengths)
     ours = (OURS, f"{OURS} uint8", "graph")
     flops = {name: pooled if name in ours else dense for name in variants}
     items = dict.fromkeys(variants, batch)
@@ -257,12 +258,12 @@ def text_case(spec: TextSpec, batch: int, device: str) -> Case:
     tower = _ours(spec, device)._text
     assert tower is not None, "the checkpoint has a text tower"
     variants: dict[str, Run] = {OURS: lambda: tower.embed(TokenIds.of(ids))["text.embedding"]}
-    flops = {OURS: plans.text_pooled(spec).flops(lengths)}
+    flops = {OURS: text_pooled(spec).flops(lengths)}
     for padded in (spec.context, max(lengths)):
         given = {"input_ids": rows[:, :padded].contiguous()}
         peers = _peers(theirs, given, _modes(spec, batch, device), f" at {padded}")
         variants |= peers
-        flops |= dict.fromkeys(peers, plans.text_dense(spec).flops([padded] * batch))
+        flops |= dict.fromkeys(peers, text_dense(spec).flops([padded] * batch))
     late = [name for name in variants if not name.startswith((OURS, "eager"))]
     items = dict.fromkeys(variants, batch)
     return Case(variants, check, late=late, flops=flops, items=items)

@@ -27,9 +27,10 @@ from steps import sweep_calls
 
 from gpu import precompile as gpu_tests
 from gpu import record
-from vitrail.plan import blocks as plans
 from vitrail.plan.lowering import image_key, record_of
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled, vision_table
 from vitrail.runtime.kernel_cache import keep
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_kernel, identity
@@ -72,7 +73,7 @@ def model_calls(target: Target) -> Iterator[Call]:
     """The models and latency suites, and the models of `smoke.py`."""
     for model, batch in (*MODEL_CASES, ("B/32", 1), ("DINOv2-B@518", 1)):
         if model in TEXT:
-            yield from plan_calls(plans.text_pooled(TEXT[model]), captions(batch), target)
+            yield from plan_calls(text_pooled(TEXT[model]), captions(batch), target)
             continue
         spec = VISION[model]
         lengths = [spec.tokens_at(spec.image)] * batch
@@ -80,9 +81,9 @@ def model_calls(target: Target) -> Iterator[Call]:
             shape = (*spec.image, spec.channels) if uint8 else (spec.channels, *spec.image)
             dtype = torch.uint8 if uint8 else torch.float32
             pixels = torch.empty((batch, *shape), dtype=dtype, device="meta")
-            plan = plans.vision_pooled(spec, uint8=uint8)
+            plan = vision_pooled(spec, uint8=uint8)
             yield from plan_calls(plan, lengths, target, pixels=pixels)
-            table = plans.vision_table(spec, spec.grid, uint8=uint8)
+            table = vision_table(spec, spec.grid, uint8=uint8)
             yield from plan_calls(table, [1], target)
 
 

@@ -22,7 +22,7 @@ import transformers
 
 import checkpoints
 import standin
-from vitrail.plan import blocks as plans
+from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.runtime import native
 from vitrail.spec import BlockSpec, TextSpec, VisionSpec
 from vitrail.zoo import read_spec
@@ -745,7 +745,7 @@ def test_shapes_are_the_defaults_of_transformers() -> None:
 @pytest.mark.parametrize("name", shapes.VISION)
 def test_kernels_are_measured_at_the_shapes_of_the_plan(name: str) -> None:
     spec = shapes.VISION[name]
-    dense = plans.vision_dense(spec)
+    dense = vision_dense(spec)
     buffers = {buffer.name: buffer for buffer in dense.buffers}
     weights = dict(dense.weights)
     found = problems.vision_problems(spec, 2)
@@ -802,7 +802,7 @@ def test_what_a_model_launches_is_compiled_ahead() -> None:
 
     def identities(blocks: BlockSpec, batch: int) -> set[Any]:
         spec = dataclasses.replace(TOWERS["CLIP"], blocks=blocks)
-        plan = plans.vision_pooled(spec, uint8=True)
+        plan = vision_pooled(spec, uint8=True)
         pixels = torch.empty((batch, 28, 28, 3), dtype=torch.uint8, device="meta")
         calls = list(precompile.plan_calls(plan, [5] * batch, target, pixels=pixels))
         assert len(calls) >= len(plan.steps)

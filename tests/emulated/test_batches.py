@@ -26,8 +26,9 @@ from runtime.test_runner import (
     same_bits,
     see,
 )
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail.tools.tune import _Asked
 from vitrail.tools.workload import Problem, fill, problems
@@ -75,14 +76,14 @@ def test_an_image_has_the_same_bits_in_any_batch(tiny: Open, family: str) -> Non
     model, spec, head = tiny(family), VISION[family], HEADS.get(family)
     taps = tuple(range(spec.blocks.layers + 1))
     for plan in (
-        plans.vision_pooled(spec, uint8=True),
-        plans.vision_dense(spec, head, uint8=True, taps=taps),
+        vision_pooled(spec, uint8=True),
+        vision_dense(spec, head, uint8=True, taps=taps),
     ):
         assert parts_that_differ(*forwards(model, spec, plan)) == {}, plan.name
 
 
 def test_a_text_has_the_same_bits_in_any_batch(tiny: Open) -> None:
-    model, plan = tiny("text"), plans.text_pooled(TEXT)
+    model, plan = tiny("text"), text_pooled(TEXT)
     lengths = [1 + 7 * i % TEXT.context for i in range(MOST)]
     texts = [torch.randint(1, TEXT.vocab - 1, (n,)) for n in lengths]
 
@@ -120,7 +121,7 @@ def test_one_rounding_more_in_the_tiles_of_large_batches_is_noticed(
 ) -> None:
     """The comparison above, and its control: with such tiles planted it fails."""
     _, reference = open_runner(tmp_path, WIDE, dtype=torch.float16)
-    plan = plans.vision_dense(WIDE, uint8=True, taps=(1,))
+    plan = vision_dense(WIDE, uint8=True, taps=(1,))
     try:
         for edit in (device.edit, unfused):
             device.edit = edit
@@ -202,7 +203,7 @@ def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -
             asked = _Asked()
             for call in problem.calls(device.target, asked):
                 table[asked.names[0]] = call.ladder()[-1][1] if call.ladder else call.config
-    plan, shapes, outputs = plans.vision_pooled(spec, uint8=True), [], []
+    plan, shapes, outputs = vision_pooled(spec, uint8=True), [], []
     for forced in ({}, table):
         model.runner.close()
         model.runner = EmulatedRunner(device, model.runner.weights, model.dtype)

@@ -14,7 +14,7 @@ import pytest
 import triton
 
 import shared_library
-from vitrail.plan import blocks as plans
+from vitrail.plan.vision import vision_pooled
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail_kernels.launch import Target
 from vitrail_kernels.report import CARDS
@@ -149,7 +149,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_launches_run_once_and_are_counted_as_often_as_the_plan_has_them() -> None:
-    plan = plans.vision_pooled(TINY, uint8=True)
+    plan = vision_pooled(TINY, uint8=True)
     distinct = list(launches.launches(TINY, 32, Target(90, SMS), 2))
     assert sum(launch.times for launch in distinct) == len(plan.steps)
     repeats = {launch.label: launch.times for launch in distinct if launch.times > 1}

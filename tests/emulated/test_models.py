@@ -27,8 +27,9 @@ from runtime.test_runner import (
     vision_outputs,
     vision_streams,
 )
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
 from vitrail.spec import HeadSpec, VisionSpec
 
 BATCH = 12
@@ -63,11 +64,11 @@ def formula(
 def plans_of(spec: VisionSpec, head: HeadSpec | None, uint8: bool) -> list[Plan]:
     layers = spec.blocks.layers
     made = [
-        plans.vision_pooled(spec, uint8=uint8),
-        plans.vision_dense(spec, head, uint8=uint8, taps=tuple(range(layers + 1))),
-        plans.vision_layers(spec, (0, layers - 1), True, uint8),
+        vision_pooled(spec, uint8=uint8),
+        vision_dense(spec, head, uint8=uint8, taps=tuple(range(layers + 1))),
+        vision_layers(spec, (0, layers - 1), True, uint8),
     ]
-    return made if head is None else [*made, plans.vision_scores(spec, head, uint8=uint8)]
+    return made if head is None else [*made, vision_scores(spec, head, uint8=uint8)]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
@@ -97,8 +98,8 @@ def test_text_outputs_are_those_of_a_plain_model(tiny: Open, seeds: Sequence[int
     packed = [row[: end + 1] for row, end in zip(ids, ends, strict=True)]
     taps = tuple(range(TEXT.blocks.layers + 1))
     for plan, rows in (
-        (plans.text_dense(TEXT, taps=taps), list(ids)),
-        (plans.text_pooled(TEXT), packed),
+        (text_dense(TEXT, taps=taps), list(ids)),
+        (text_pooled(TEXT), packed),
     ):
         out = model.outputs(
             seeds, lambda plan=plan, rows=rows: read(model.runner, plan, rows, ends)
@@ -121,7 +122,7 @@ def test_images_of_another_size_are_those_of_a_plain_model(tiny: Open, family: s
     """Positions are interpolated, and pixels are left over at the edges."""
     model, spec = tiny(family), VISION[family]
     larger = (spec.image[0] + 2 * spec.patch[0] + 1, spec.image[1] + spec.patch[1])
-    pixels, plan = images(BATCH, larger), plans.vision_pooled(spec, uint8=True)
+    pixels, plan = images(BATCH, larger), vision_pooled(spec, uint8=True)
     out = model.outputs(FEW, lambda: see(model.runner, spec, plan, pixels))["vision.embedding"]
     wanted = formula(plan, "vision.embedding", spec, None, normalised(pixels))
     check("embedding", out, model.tensors, wanted, model.dtype)
@@ -130,7 +131,7 @@ def test_images_of_another_size_are_those_of_a_plain_model(tiny: Open, family: s
 def test_launches_overlap_from_sm_90_on(tiny: Open, device: Device) -> None:
     """So that the schedules above are those of grids that run together."""
     model, spec = tiny("vit"), VISION["vit"]
-    plan, pixels = plans.vision_pooled(spec, uint8=True), images(3, spec.image)
+    plan, pixels = vision_pooled(spec, uint8=True), images(3, spec.image)
     model.runner.table(spec, spec.grid, "uint8")
     before = device.emulation.totals()
     model.outputs((1, 2), lambda: see(model.runner, spec, plan, pixels))

@@ -12,7 +12,8 @@ from emulated.device import Device
 from emulated.tiny import Open, Outputs
 from emulator.call import run_call
 from runtime.test_runner import HEADS, TEXT, VISION, images, read, same_bits, see
-from vitrail.plan import blocks as plans
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.triton import TritonRunner
 from vitrail_kernels.launch import Call
@@ -67,8 +68,8 @@ def test_images_have_the_executors_bits(
     runner, pixels = runner_of(model.runner, model.dtype), images(BATCH, spec.image)
     taps = tuple(range(spec.blocks.layers + 1))
     for plan in (
-        plans.vision_pooled(spec, uint8=True),
-        plans.vision_dense(spec, head, uint8=True, taps=taps),
+        vision_pooled(spec, uint8=True),
+        vision_dense(spec, head, uint8=True, taps=taps),
     ):
         wanted = see(model.runner, spec, plan, pixels)
         check(lambda plan=plan: see(runner, spec, plan, pixels), wanted, seeds, schedules)
@@ -76,7 +77,7 @@ def test_images_have_the_executors_bits(
 
 @pytest.mark.parametrize("schedules", COUNTS)
 def test_texts_have_the_executors_bits(tiny: Open, seeds: list[int], schedules: int) -> None:
-    model, plan = tiny("text"), plans.text_pooled(TEXT)
+    model, plan = tiny("text"), text_pooled(TEXT)
     lengths = (5, 9, TEXT.context, 3)
     texts = [torch.randint(1, TEXT.vocab - 1, (n,)) for n in lengths]
     ends = [n - 1 for n in lengths]

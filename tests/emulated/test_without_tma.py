@@ -24,7 +24,8 @@ from runtime.test_runner import (
     same_bits,
     see,
 )
-from vitrail.plan import blocks as plans
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled
 from vitrail.runtime import native
 
 SEEDS = (0, 1)
@@ -51,10 +52,10 @@ def test_kernels_without_tensor_maps_give_the_same_bits(
         device.driver.record(True)
         if vision is None or pixels is None:
             rows = [row[: end + 1] for row, end in zip(ids, ends, strict=True)]
-            plan = plans.text_pooled(TEXT)
+            plan = text_pooled(TEXT)
             out = model.outputs(SEEDS, lambda: read(runner, plan, rows, ends))["text.embedding"]
         else:
-            plan = plans.vision_pooled(vision, uint8=True)
+            plan = vision_pooled(vision, uint8=True)
             out = model.outputs(SEEDS, lambda: see(runner, vision, plan, pixels))
             out = out["vision.embedding"]
         launched = device.driver.launched()
@@ -70,6 +71,6 @@ def test_kernels_without_tensor_maps_give_the_same_bits(
     assert identity == f"{other}, without TMA"
     assert same_bits({"out": plain}, {"out": with_maps})
     if vision is not None and pixels is not None:
-        plan = plans.vision_pooled(vision, uint8=True)
+        plan = vision_pooled(vision, uint8=True)
         wanted = formula(plan, "vision.embedding", vision, HEADS.get(family), normalised(pixels))
         check("embedding", plain, tensors, wanted, dtype)

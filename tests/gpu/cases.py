@@ -14,8 +14,9 @@ from torch import Tensor
 
 import checkpoints
 from gpu.common import DEVICE, DRY, NAMES, Guarded
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Affine, Buffer, Plan, Step
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores
 from vitrail.runtime.torch_runner import STATISTICS
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import read_spec
@@ -107,18 +108,18 @@ def works(shapes: Shapes) -> Iterator[Work]:
         text = spec.text
         assert text is not None, "the checkpoint has a text tower"
         several = tuple(1 + (29 * i) % text.context for i in range(batch))
-        yield Work(plans.text_pooled(text), several, None)
-        yield Work(plans.text_dense(text, masked=True), (text.context,) * batch, None)
+        yield Work(text_pooled(text), several, None)
+        yield Work(text_dense(text, masked=True), (text.context,) * batch, None)
         return
     vision, head = spec.vision, spec.head
     assert vision is not None, "the checkpoint has an image tower"
     for uint8 in (True, False):
-        plan = plans.vision_pooled(vision, uint8=uint8)
+        plan = vision_pooled(vision, uint8=uint8)
         yield vision_work(spec, plan, batch, vision.image, uint8)
         if head is not None:
-            plan = plans.vision_scores(vision, head, uint8=uint8)
+            plan = vision_scores(vision, head, uint8=uint8)
             yield vision_work(spec, plan, batch, vision.image, uint8)
-    plan = plans.vision_dense(vision, head)
+    plan = vision_dense(vision, head)
     yield vision_work(spec, plan, batch, vision.image, False)
 
 

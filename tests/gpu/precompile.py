@@ -27,8 +27,9 @@ from gpu.common import HALVES
 from gpu.models import BUNDLED, SMALL
 from helpers import make, save
 from vitrail.checkpoint.files import open_checkpoint
-from vitrail.plan import blocks as plans
 from vitrail.plan.lowering import image_key, record_of
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores, vision_table
 from vitrail.runtime.kernel_cache import keep
 from vitrail.spec import ModelSpec
 from vitrail.zoo import read_spec
@@ -86,16 +87,16 @@ def served_work(served: Served) -> Iterator[Work]:
             assert spec.text is not None, "the checkpoint has a text tower"
             context = spec.text.context
             several = tuple(2 + (29 * i) % (context - 2) for i in range(batch))
-            yield Work(plans.text_pooled(spec.text), several, None)
-            yield Work(plans.text_dense(spec.text), (context,) * batch, None)
+            yield Work(text_pooled(spec.text), several, None)
+            yield Work(text_dense(spec.text), (context,) * batch, None)
             continue
         assert spec.vision is not None, "the checkpoint has an image tower"
         for size in served.sizes:
             grid = spec.vision.grid_at(size)
-            yield Work(plans.vision_table(spec.vision, grid, uint8=False), (1,), None)
+            yield Work(vision_table(spec.vision, grid, uint8=False), (1,), None)
             for plan in (
-                plans.vision_pooled(spec.vision, uint8=False),
-                plans.vision_dense(spec.vision),
+                vision_pooled(spec.vision, uint8=False),
+                vision_dense(spec.vision),
             ):
                 yield vision_work(spec, plan, batch, size, uint8=False)
 
@@ -115,16 +116,16 @@ def small_work() -> Iterator[Work]:
 def tower_work(spec: ModelSpec, batch: int) -> Iterator[Work]:
     """Pooled and dense plans of both towers."""
     if (text := spec.text) is not None:
-        yield Work(plans.text_pooled(text), (min(9, text.context),) * batch, None)
-        yield Work(plans.text_dense(text), (text.context,) * batch, None)
+        yield Work(text_pooled(text), (min(9, text.context),) * batch, None)
+        yield Work(text_dense(text), (text.context,) * batch, None)
     if (vision := spec.vision) is not None:
-        yield vision_work(spec, plans.vision_dense(vision, spec.head), batch, vision.image, False)
+        yield vision_work(spec, vision_dense(vision, spec.head), batch, vision.image, False)
         for uint8 in (False, True):
-            yield Work(plans.vision_table(vision, vision.grid, uint8=uint8), (1,), None)
-            plan = plans.vision_pooled(vision, uint8=uint8)
+            yield Work(vision_table(vision, vision.grid, uint8=uint8), (1,), None)
+            plan = vision_pooled(vision, uint8=uint8)
             yield vision_work(spec, plan, batch, vision.image, uint8)
             if spec.head is not None:
-                plan = plans.vision_scores(vision, spec.head, uint8=uint8)
+                plan = vision_scores(vision, spec.head, uint8=uint8)
                 yield vision_work(spec, plan, batch, vision.image, uint8)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from gpu import cases
 from gpu.cases import Case, Work, different, vision_work
 from gpu.common import NAMES, same_bits
-from vitrail.plan import blocks as plans
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
@@ -57,13 +58,13 @@ def small_works() -> Iterator[tuple[str, Work]]:
         vision = spec.vision
         assert vision is not None, "the checkpoint has an image tower"
         for uint8 in (True, False):
-            plan = plans.vision_pooled(vision, uint8=uint8)
+            plan = vision_pooled(vision, uint8=uint8)
             yield checkpoint, vision_work(spec, plan, 3, vision.image, uint8)
-        plan = plans.vision_dense(vision)
+        plan = vision_dense(vision)
         yield checkpoint, vision_work(spec, plan, 3, vision.image, uint8=False)
     text = _small_spec("clip-vit-base-patch32").text
     assert text is not None, "the checkpoint has a text tower"
-    yield "clip-vit-base-patch32", Work(plans.text_pooled(text), LENGTHS, None)
+    yield "clip-vit-base-patch32", Work(text_pooled(text), LENGTHS, None)
 
 
 def small_cases() -> Iterator[tuple[str, Case]]:

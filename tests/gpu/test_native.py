@@ -24,9 +24,9 @@ import vitrail
 from gpu.common import DEVICE, DRY, HALVES, NAMES, gpu_alone, same_bits
 from gpu.models import BUNDLED, HALF, Zoo, images, padded, texts
 from vitrail.errors import OutOfMemoryError
-from vitrail.plan import blocks as plans
 from vitrail.plan.lowering import Program
 from vitrail.plan.plan import Plan
+from vitrail.plan.vision import vision_pooled
 from vitrail.runtime import native
 from vitrail.runtime.native import OVERLAP, NativeRunner
 from vitrail.text.tokens import TokenIds
@@ -249,7 +249,7 @@ def test_kernels_are_loaded_while_another_thread_captures(zoo: Zoo) -> None:
     assert vision is not None
     wanted, graph, started, loaded = vision.embed(pixels), torch.cuda.CUDAGraph(), Barrier(2), []
     assert cold._vision is not None
-    plan = plans.vision_pooled(cold._vision.spec, uint8=False)
+    plan = vision_pooled(cold._vision.spec, uint8=False)
     tokens, floats = cold._vision.spec.tokens_at((56, 56)), torch.empty(1, 3, 56, 56, device=DEVICE)
 
     def load() -> None:

@@ -335,11 +335,11 @@ def test_the_report_says_what_was_compiled_and_what_is_an_estimate() -> None:
 
 
 def test_the_report_counts_what_a_plan_counts() -> None:
-    from vitrail.plan import blocks as plans
+    from vitrail.plan.vision import vision_pooled
     from vitrail.spec import BlockSpec, VisionSpec
 
     blocks = BlockSpec(768, 12, 12, 3072, "gelu", 1e-12)
-    plan = plans.vision_pooled(VisionSpec(blocks, (224, 224), (16, 16)), uint8=True)
+    plan = vision_pooled(VisionSpec(blocks, (224, 224), (16, 16)), uint8=True)
     every = list(steps(SHAPES["ViT-B/16"], HALF, 2))
     # this ViT is not projected
     counted = sum(one.times * one.cost().flops for one in every if one.op != "pool")

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.layout import packed_layout, text_layout, vision_layout
 
@@ -38,11 +39,11 @@ CLIP_B32_TEXT = TextSpec(
     BlockSpec(512, 12, 8, 2048, "quick_gelu", 1e-5, causal=True), 49408, 77, 49407, 512
 )
 BUILDERS: tuple[Callable[..., Plan], ...] = (
-    plans.vision_pooled,
-    plans.vision_dense,
-    plans.vision_layers,
-    plans.text_pooled,
-    plans.text_dense,
+    vision_pooled,
+    vision_dense,
+    vision_layers,
+    text_pooled,
+    text_dense,
 )
 WRITTEN = {"out", "status", "stats"}
 """The arguments an operator writes to; all others it reads."""
@@ -115,23 +116,23 @@ def any_plan(draw: st.DrawFn) -> Plan:
     if kind.startswith("text"):
         text = draw(text_specs())
         if kind == "text_pooled":
-            return plans.text_pooled(text)
+            return text_pooled(text)
         taps = draw(subsets(range(text.blocks.layers + 1)))
-        return plans.text_dense(text, taps=taps, masked=draw(st.booleans()))
+        return text_dense(text, taps=taps, masked=draw(st.booleans()))
     spec, uint8 = draw(vision_specs()), draw(st.booleans())
     if kind == "vision_layers":
         taps = draw(subsets(range(spec.blocks.layers), min_size=1))
-        return plans.vision_layers(spec, taps, draw(st.booleans()), uint8)
+        return vision_layers(spec, taps, draw(st.booleans()), uint8)
     head = None
     if spec.norm == "tokens":
         features = st.sampled_from(["class", "class_mean"])
         head = draw(st.none() | st.builds(HeadSpec, st.just(("a", "b", "c")), features))
     if kind == "vision_scores" and head is not None:
-        return plans.vision_scores(spec, head, uint8=uint8)
+        return vision_scores(spec, head, uint8=uint8)
     if kind in ("vision_scores", "vision_pooled"):
-        return plans.vision_pooled(spec, uint8=uint8)
+        return vision_pooled(spec, uint8=uint8)
     taps = draw(subsets(range(spec.blocks.layers + 1)))
-    return plans.vision_dense(spec, head, uint8=uint8, taps=taps)
+    return vision_dense(spec, head, uint8=uint8, taps=taps)
 
 
 drawn = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
@@ -279,7 +280,7 @@ def test_a_block_is_five_launches_and_a_pooled_last_one_six(plan: Plan) -> None:
 def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
     spec: VisionSpec, features: Literal["class", "class_mean"], uint8: bool
 ) -> None:
-    plan = plans.vision_scores(spec, HeadSpec(("a", "b", "c"), features), uint8=uint8)
+    plan = vision_scores(spec, HeadSpec(("a", "b", "c"), features), uint8=uint8)
     *others, last = block_launches(plan).values()
     assert last == (LAST if features == "class" else FULL)
     assert all(ops == FULL for ops in others)
@@ -287,16 +288,16 @@ def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
 
 def test_launch_counts_of_published_models() -> None:
     """Patches, eleven full blocks, the last one, the pooling."""
-    assert len(plans.vision_pooled(VIT_B16, uint8=True).steps) == 1 + 11 * 5 + 6 + 1 == 63
-    assert len(plans.vision_pooled(CLIP_L14, uint8=True).steps) == 2 + 23 * 5 + 6 + 1
-    assert len(plans.text_pooled(CLIP_B32_TEXT).steps) == 1 + 11 * 5 + 6 + 1
-    assert len(plans.vision_dense(VIT_B16).steps) == 1 + 12 * 5 + 1
-    assert len(plans.text_dense(CLIP_B32_TEXT).steps) == 1 + 12 * 5 + 3
+    assert len(vision_pooled(VIT_B16, uint8=True).steps) == 1 + 11 * 5 + 6 + 1 == 63
+    assert len(vision_pooled(CLIP_L14, uint8=True).steps) == 2 + 23 * 5 + 6 + 1
+    assert len(text_pooled(CLIP_B32_TEXT).steps) == 1 + 11 * 5 + 6 + 1
+    assert len(vision_dense(VIT_B16).steps) == 1 + 12 * 5 + 1
+    assert len(text_dense(CLIP_B32_TEXT).steps) == 1 + 12 * 5 + 3
 
 
 def test_the_residual_stream_is_updated_in_place() -> None:
     """No block of a pooled plan but the last needs a second stream."""
-    plan = plans.vision_pooled(VIT_B16, uint8=True)
+    plan = vision_pooled(VIT_B16, uint8=True)
     streams = {name for launch in plan.steps for arg, name in launch.buffers if arg == "out"}
     assert {name for name in streams if "blocks" not in name} == {
         "vision.stream",
@@ -306,7 +307,7 @@ def test_the_residual_stream_is_updated_in_place() -> None:
 
 
 def test_the_pooled_plan_returns_nothing_but_the_embedding() -> None:
-    assert plans.vision_pooled(VIT_B16, uint8=True).outputs == (
+    assert vision_pooled(VIT_B16, uint8=True).outputs == (
         "vision.embedding",
         "vision.status",
     )
@@ -315,18 +316,18 @@ def test_the_pooled_plan_returns_nothing_but_the_embedding() -> None:
 @pytest.mark.parametrize(("features", "last"), [("class", 6), ("class_mean", 5 + 1 + 1)])
 def test_the_plan_of_scores_returns_nothing_else(features: Any, last: int) -> None:
     head = HeadSpec(("cat", "dog"), features)
-    plan = plans.vision_scores(VIT_B16, head, uint8=False)
+    plan = vision_scores(VIT_B16, head, uint8=False)
     assert plan.outputs == ("vision.logits",)
     assert len(plan.steps) == 1 + 11 * 5 + last + 1
     assert plan.steps[-1].label == "vision.head"
-    dense = plans.vision_dense(VIT_B16, head)
+    dense = vision_dense(VIT_B16, head)
     assert plan.flops([197] * 3) < dense.flops([197] * 3) or features == "class_mean"
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("taps", [(0,), (3,), (0, 1, 2), (1, 4), (11,), tuple(range(12))], ids=str)
 def test_nothing_after_the_last_tap_is_computed(taps: tuple[int, ...], norm: bool) -> None:
-    plan = plans.vision_layers(DINOV2_B, taps, norm)
+    plan = vision_layers(DINOV2_B, taps, norm)
     assert plan.outputs == tuple(f"vision.layer.{tap}" for tap in taps)
     assert list(block_launches(plan)) == [f"vision.blocks.{i}" for i in range(max(taps) + 1)]
     norms = [launch for launch in plan.steps if launch.op == "layernorm"]
@@ -357,9 +358,9 @@ def test_a_tapped_stream_is_left_alone_once_its_block_is_done(plan: Plan) -> Non
 
 def test_taps_at_every_layer_cost_no_launch() -> None:
     for dense in (
-        lambda taps: plans.vision_dense(CLIP_L14, taps=taps),
-        lambda taps: plans.vision_dense(DINOV2_B, taps=taps),
-        lambda taps: plans.text_dense(CLIP_B32_TEXT, taps=taps),
+        lambda taps: vision_dense(CLIP_L14, taps=taps),
+        lambda taps: vision_dense(DINOV2_B, taps=taps),
+        lambda taps: text_dense(CLIP_B32_TEXT, taps=taps),
     ):
         bare, full = dense(()), dense(tuple(range(13)))
         assert len(full.steps) == len(bare.steps)
@@ -370,10 +371,10 @@ def test_taps_at_every_layer_cost_no_launch() -> None:
 @given(vision_specs(), text_specs())
 def test_plans_use_every_packed_weight_and_no_other(vision: VisionSpec, text: TextSpec) -> None:
     """What is left of the layout is the position table's part, which no launch takes directly."""
-    pooled, dense = (plans.vision_pooled, plans.vision_dense)
+    pooled, dense = (vision_pooled, vision_dense)
     made = [pooled(vision, uint8=True), pooled(vision, uint8=False), dense(vision)]
     _uses_its_layout(made, vision_layout(vision), {"vision.position", "vision.prefix"})
-    _uses_its_layout([plans.text_pooled(text), plans.text_dense(text)], text_layout(text), set())
+    _uses_its_layout([text_pooled(text), text_dense(text)], text_layout(text), set())
 
 
 def _uses_its_layout(made: list[Plan], layout: dict[str, Any], table: set[str]) -> None:
@@ -414,12 +415,12 @@ def test_every_linear_fits_its_operands(plan: Plan) -> None:
 
 
 CALLS: dict[str, Callable[[Any, Any], Plan]] = {
-    "pooled uint8": lambda v, t: plans.vision_pooled(v, uint8=True),
-    "pooled float": lambda v, t: plans.vision_pooled(v, uint8=False),
-    "dense": lambda v, t: plans.vision_dense(v, HeadSpec(("a",), "class"), taps=(0, 12)),
-    "layers": lambda v, t: plans.vision_layers(v, (2, 5), True),
-    "text": lambda v, t: plans.text_pooled(t),
-    "text dense": lambda v, t: plans.text_dense(t, taps=(1,), masked=True),
+    "pooled uint8": lambda v, t: vision_pooled(v, uint8=True),
+    "pooled float": lambda v, t: vision_pooled(v, uint8=False),
+    "dense": lambda v, t: vision_dense(v, HeadSpec(("a",), "class"), taps=(0, 12)),
+    "layers": lambda v, t: vision_layers(v, (2, 5), True),
+    "text": lambda v, t: text_pooled(t),
+    "text dense": lambda v, t: text_dense(t, taps=(1,), masked=True),
 }
 
 
@@ -441,9 +442,7 @@ def test_equal_specs_give_equal_plans(call: Callable[[Any, Any], Plan]) -> None:
 
 
 def test_a_plan_is_built_once() -> None:
-    assert plans.vision_pooled(VIT_B16, uint8=True) is plans.vision_pooled(
-        copy.deepcopy(VIT_B16), uint8=True
-    )
+    assert vision_pooled(VIT_B16, uint8=True) is vision_pooled(copy.deepcopy(VIT_B16), uint8=True)
 
 
 # -- what it costs ---------------------------------------------------------------------------------
@@ -472,32 +471,32 @@ def test_flops_are_those_of_the_products_by_hand(
     embed = 2 * n * (tokens - vision.prefix) * vision.patch_values * vision.blocks.width
     end = 2 * n * vision.blocks.width * (vision.projection or 0)
     most = (vision.blocks.layers - 1) * block_flops(vision.blocks, full)
-    pooled = plans.vision_pooled(vision, uint8=True)
+    pooled = vision_pooled(vision, uint8=True)
     assert pooled.flops(full) == embed + most + last_block_flops(vision.blocks, full) + end
     pooler = 2 * n * vision.blocks.width * (vision.pooler.width if vision.pooler else 0)
-    dense = plans.vision_dense(vision)
+    dense = vision_dense(vision)
     assert dense.flops(full) == embed + most + block_flops(vision.blocks, full) + end + pooler
     end = 2 * n * text.blocks.width * (text.projection or 0)
     most = (text.blocks.layers - 1) * block_flops(text.blocks, lengths)
-    packed = plans.text_pooled(text).flops(lengths)
+    packed = text_pooled(text).flops(lengths)
     assert packed == most + last_block_flops(text.blocks, lengths) + end
 
 
 def test_work_that_need_not_be_done_is_not() -> None:
     """Nine tokens of a caption against 77, and one pooled token against all of them."""
-    dense = plans.text_dense(CLIP_B32_TEXT).flops([77])
-    assert plans.text_pooled(CLIP_B32_TEXT).flops([9]) <= 0.115 * dense
+    dense = text_dense(CLIP_B32_TEXT).flops([77])
+    assert text_pooled(CLIP_B32_TEXT).flops([9]) <= 0.115 * dense
     for spec, most in ((VIT_B16, 0.932), (CLIP_L14, 0.966)):
         tokens = [spec.tokens_at(spec.image)]
-        pooled = plans.vision_pooled(spec, uint8=True).flops(tokens)
-        assert pooled <= most * plans.vision_dense(spec, uint8=True).flops(tokens)
+        pooled = vision_pooled(spec, uint8=True).flops(tokens)
+        assert pooled <= most * vision_dense(spec, uint8=True).flops(tokens)
 
 
 def test_the_cost_of_a_batch_is_the_sum_of_its_items() -> None:
     for plan, lengths in (
-        (plans.text_pooled(CLIP_B32_TEXT), [9, 5, 77, 1]),
-        (plans.vision_pooled(VIT_B16, uint8=True), [197] * 3),
-        (plans.vision_dense(CLIP_L14, taps=(3,)), [257] * 2),
+        (text_pooled(CLIP_B32_TEXT), [9, 5, 77, 1]),
+        (vision_pooled(VIT_B16, uint8=True), [197] * 3),
+        (vision_dense(CLIP_L14, taps=(3,)), [257] * 2),
     ):
         assert plan.flops(lengths) == sum(plan.flops([n]) for n in lengths)
         assert plan.flops([]) == 0
@@ -542,7 +541,7 @@ def test_dense_flops_are_those_of_transformers(name: str) -> None:
     if name == "ViTModel":
         spec = dataclasses.replace(spec, pooler=PoolerSpec(768, "tanh"))
     found = counted(make, config(**values), pixel_values=torch.empty(2, 3, *spec.image))
-    ours = plans.vision_dense(spec).flops([spec.tokens_at(spec.image)] * 2)
+    ours = vision_dense(spec).flops([spec.tokens_at(spec.image)] * 2)
     assert ours == pytest.approx(found, rel=0.01)
 
 
@@ -555,7 +554,7 @@ def test_dense_text_flops_are_those_of_transformers_without_the_masked_half() ->
         input_ids=torch.zeros(2, 77, dtype=torch.long),
     )
     masked = 2 * spec.layers * 4 * spec.width * (77 * 76 // 2)
-    ours = plans.text_dense(CLIP_B32_TEXT).flops([77, 77])
+    ours = text_dense(CLIP_B32_TEXT).flops([77, 77])
     assert ours + masked == pytest.approx(found, rel=0.01)
 
 
@@ -583,14 +582,14 @@ def test_dump_has_a_line_for_every_launch_and_totals(
 
 
 def test_dump_shows_the_shapes_of_a_launch() -> None:
-    lines = plans.vision_pooled(VIT_B16, uint8=True).dump([197, 197]).splitlines()
+    lines = vision_pooled(VIT_B16, uint8=True).dump([197, 197]).splitlines()
     assert "vision.patch_embed" in lines[1]
     assert "out(394,768) pixels(392,768) table(197,768) stats(24,394) weight(768,768)" in lines[1]
     assert "out(2,768) q(2,768) kv(394,1536) cu_seqlens(3,)" in lines[-6]
 
 
 def test_half_precision_halves_what_a_linear_moves() -> None:
-    plan = plans.vision_pooled(VIT_B16, uint8=True)
+    plan = vision_pooled(VIT_B16, uint8=True)
     single, half = plan.count([197], "float32")[1], plan.count([197], "float16")[1]
     vectors = 4 * (2 * 2304 + 24 * 197)  # bias, row sums and row statistics stay fp32
     assert 2 * (half.bytes - vectors) == single.bytes - vectors

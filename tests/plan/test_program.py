@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from runtime.test_runner import TEXT, VISION, images, open_runner
 from vitrail.errors import VitrailError
-from vitrail.plan import blocks as plans
 from vitrail.plan import lowering as program
 from vitrail.plan.lowering import Program, Sizes, image_key, image_record, lower
 from vitrail.plan.plan import Affine
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled
 from vitrail_kernels import Call
 from vitrail_kernels.launch import MISSING, Target, interpreted
 
@@ -57,7 +58,7 @@ def test_a_number_that_is_not_affine_is_refused(length: int | None) -> None:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Program:
     _, runner = open_runner(tmp_path_factory.mktemp("text"), None, TEXT, None, torch.float16)
-    return lower(plans.text_pooled(TEXT), Target(90, 132), torch.float16, runner.weights)
+    return lower(text_pooled(TEXT), Target(90, 132), torch.float16, runner.weights)
 
 
 @needs_triton
@@ -81,7 +82,7 @@ def _warps(config: program.KernelConfig, warps: int) -> program.KernelConfig:
 def test_lowering_gives_the_same_bytes_every_time(tmp_path: Path) -> None:
     spec = VISION["clip"]
     _, runner = open_runner(tmp_path, spec, None, None, torch.float16)
-    plan = plans.vision_pooled(spec, uint8=True)
+    plan = vision_pooled(spec, uint8=True)
     for target in (Target(90, 132), Target(80, 108)):
         first, second = (
             lower(plan, target, torch.float16, runner.weights, images(batch, spec.image))

@@ -18,8 +18,9 @@ from torch import Tensor
 import standin
 from runtime.test_runner import CPU, HEADS, TEXT, VISION, images, normalised, open_runner, read, see
 from vitrail.errors import DeviceError, OutOfMemoryError
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores, vision_table
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
 from vitrail_kernels import OPERATORS, Call
@@ -186,11 +187,11 @@ def test_every_launch_of_an_image_plan_is_the_operators_own(
     seen: dict[int, set[tuple[str, int]]] = {}
     for uint8 in (True, False):
         walked = [
-            plans.vision_pooled(spec, uint8=uint8),
-            plans.vision_dense(spec, head, uint8=uint8, taps=(0, 1)),
+            vision_pooled(spec, uint8=uint8),
+            vision_dense(spec, head, uint8=uint8, taps=(0, 1)),
         ]
         if head is not None:
-            walked.append(plans.vision_scores(spec, head, uint8=uint8))
+            walked.append(vision_scores(spec, head, uint8=uint8))
         for batch in (1, 3, 40):
             pixels = images(batch, spec.image)
             if not uint8:
@@ -211,13 +212,13 @@ def test_every_launch_of_an_image_plan_is_the_operators_own(
 def test_every_launch_of_a_text_plan_is_the_operators_own(
     driver: standin.Standin, text: NativeRunner, lengths: list[int]
 ) -> None:
-    plan = plans.text_pooled(TEXT)
+    plan = text_pooled(TEXT)
     out = read(text, plan, ids_of(lengths), [n - 1 for n in lengths])
     check_run(driver, text, plan, lengths, out)
 
 
 def test_one_program_serves_every_batch(driver: standin.Standin, text: NativeRunner) -> None:
-    plan = plans.text_pooled(TEXT)
+    plan = text_pooled(TEXT)
     for lengths in ([3], [9, 2], [24] * 7):
         read(text, plan, ids_of(lengths), [n - 1 for n in lengths])
     assert [ready.plan for ready in text._programs.values()] == [plan]
@@ -227,14 +228,14 @@ def test_other_sizes_and_kinds_of_pixels_are_other_programs(
     driver: standin.Standin, tmp_path: Path
 ) -> None:
     runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
-    plan = plans.vision_pooled(spec, uint8=True)
+    plan = vision_pooled(spec, uint8=True)
     for size in ((28, 28), (21, 35), (30, 29)):  # the last with pixels left over at its edges
         pixels = images(2, size)
         out = see(runner, spec, plan, pixels)
         lengths = [spec.tokens_at(size)] * 2
         check_run(driver, runner, plan, lengths, {"pixels": pixels, **out})
     assert len(runner._programs) == 3
-    plan = plans.vision_pooled(spec, uint8=False)
+    plan = vision_pooled(spec, uint8=False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         pixels = normalised(images(2, (28, 28))).to(dtype).contiguous()
         out = see(runner, spec, plan, pixels)
@@ -252,7 +253,7 @@ def test_a_position_table_is_one_launch_and_leaves_no_program(
         assert runner.table(spec, target, kind) is table
         assert table.shape == (spec.prefix + target[0] * target[1], spec.blocks.width)
         [launched] = driver.launched()
-        plan = plans.vision_table(spec, target, uint8=kind == "uint8")
+        plan = vision_table(spec, target, uint8=kind == "uint8")
         [(call, names)] = Expected(plan, runner, [1]).calls()
         check_launch(launched, call, names, Places(runner, plan, {"vision.table": table}))
         driver.reset()
@@ -273,7 +274,7 @@ def test_a_position_table_whose_launch_fails_is_a_device_error(
 
 def test_pixels_at_an_odd_address_are_moved(driver: standin.Standin, tmp_path: Path) -> None:
     runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
-    plan = plans.vision_pooled(spec, uint8=True)
+    plan = vision_pooled(spec, uint8=True)
     pixels = images(3, spec.image)
     aligned = see(runner, spec, plan, pixels)["vision.embedding"]
     room = torch.empty(pixels.numel() + 1, dtype=torch.uint8)
@@ -303,7 +304,7 @@ def text(driver: standin.Standin, tmp_path: Path) -> NativeRunner:
 def test_a_result_follows_from_inputs_weights_and_sizes(
     driver: standin.Standin, text: NativeRunner
 ) -> None:
-    plan = plans.text_pooled(TEXT)
+    plan = text_pooled(TEXT)
     one, other = ids_of([5, 9]), ids_of([5, 9])
     other[0][:2] = one[0][:2] + 1
 
@@ -322,7 +323,7 @@ def test_threads_in_flight_at_once_get_what_each_gets_alone(
     driver: standin.Standin, text: NativeRunner
 ) -> None:
     # two sequences or more: a digest takes in 8 bytes, and one row number has 4
-    plan, several = plans.text_pooled(TEXT), [[3, 3], [9, 2], [24] * 7, [5, 5, 20]]
+    plan, several = text_pooled(TEXT), [[3, 3], [9, 2], [24] * 7, [5, 5, 20]]
     driver.record(False)
     batches = [ids_of(lengths) for lengths in several]
 
@@ -339,7 +340,7 @@ def test_every_call_is_in_its_own_arena(
     driver: standin.Standin, text: NativeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More arenas than parameters are kept packed for, none of them given back; then the first."""
-    plan, ids, empty = plans.text_pooled(TEXT), ids_of([5, 9]), text._empty
+    plan, ids, empty = text_pooled(TEXT), ids_of([5, 9]), text._empty
     arenas: list[Tensor] = []
     again: list[Tensor] = []
 
@@ -369,7 +370,7 @@ def test_every_call_is_in_its_own_arena(
 
 
 def test_no_sequences_launch_nothing(driver: standin.Standin, text: NativeRunner) -> None:
-    out = read(text, plans.text_pooled(TEXT), [], [])
+    out = read(text, text_pooled(TEXT), [], [])
     assert out["text.embedding"].shape == (0, TEXT.embedding)
     assert driver.launched() == []
 
@@ -382,7 +383,7 @@ STICKY = 719  # CUDA_ERROR_LAUNCH_FAILED
 def test_a_failed_launch_is_named_and_the_runner_works_afterwards(
     driver: standin.Standin, text: NativeRunner
 ) -> None:
-    plan, ids = plans.text_pooled(TEXT), ids_of([5, 9])
+    plan, ids = text_pooled(TEXT), ids_of([5, 9])
     wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
     names = [launch.label for launch in plan.steps]
     for number, name in enumerate(names, 1):
@@ -393,7 +394,7 @@ def test_a_failed_launch_is_named_and_the_runner_works_afterwards(
 
 
 def test_a_lost_device_is_an_error_every_time(driver: standin.Standin, text: NativeRunner) -> None:
-    plan, ids = plans.text_pooled(TEXT), ids_of([5, 9])
+    plan, ids = text_pooled(TEXT), ids_of([5, 9])
     wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
     driver.fail_launch(3, STICKY)
     for _ in range(3):
@@ -407,7 +408,7 @@ def test_any_call_that_fails_is_a_typed_error(
     driver: standin.Standin, text: NativeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A first forward, kernels loaded and all, with each of its driver's calls failing in turn."""
-    plan, ids = plans.text_pooled(TEXT), ids_of([5, 9])
+    plan, ids = text_pooled(TEXT), ids_of([5, 9])
     program = native.lower(plan, text.target, text.dtype, text.weights)
     monkeypatch.setattr(native, "lower", lambda *_: program)  # made once: it asks no driver
     wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])

@@ -30,8 +30,15 @@ from vitrail import runtime as runners
 from vitrail.checkpoint.header import read_header
 from vitrail.checkpoint.tensors import Source
 from vitrail.errors import InputError
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import (
+    vision_dense,
+    vision_layers,
+    vision_pooled,
+    vision_scores,
+    vision_table,
+)
 from vitrail.runtime.runner import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionCache
 from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
@@ -279,7 +286,7 @@ def test_dense_outputs_are_those_of_a_plain_model(
     spec, head = VISION[family], HEADS.get(family)
     tensors, runner = open_runner(tmp_path, spec, head=head, dtype=dtype)
     taps = tuple(range(spec.blocks.layers + 1))
-    plan = plans.vision_dense(spec, head, uint8=uint8, taps=taps)
+    plan = vision_dense(spec, head, uint8=uint8, taps=taps)
     larger = (spec.image[0] + 2 * spec.patch[0] + 1, spec.image[1] + spec.patch[1])
     for size in (spec.image, larger):
         pixels = images(12, size)
@@ -306,7 +313,7 @@ def test_the_pooled_plan_is_a_plain_models_class_token(
     spec, head = VISION[family], HEADS.get(family)
     tensors, runner = open_runner(tmp_path, spec, head=head, dtype=dtype)
     pixels = images(12, spec.image)
-    out = see(runner, spec, plans.vision_pooled(spec, uint8=True), pixels)
+    out = see(runner, spec, vision_pooled(spec, uint8=True), pixels)
     assert out["vision.status"].tolist() == [0] * 12
     assert out["vision.embedding"].dtype == torch.float32
 
@@ -320,7 +327,7 @@ def test_the_pooled_plan_is_a_plain_models_class_token(
 
     check("embedding", out["vision.embedding"], tensors, embedding, dtype)
     if head is not None:
-        out = see(runner, spec, plans.vision_scores(spec, head, uint8=True), pixels)
+        out = see(runner, spec, vision_scores(spec, head, uint8=True), pixels)
         check("logits", out["vision.logits"], tensors, logits, dtype)
 
 
@@ -331,7 +338,7 @@ def test_layers_are_a_plain_models_streams(tmp_path: Path, family: str, normed: 
     tensors, runner = open_runner(tmp_path, spec)
     pixels = images(2, spec.image)
     for taps in ((0,), (1,), (0, 2), (0, 1, 2)):
-        out = see(runner, spec, plans.vision_layers(spec, taps, normed, True), pixels)
+        out = see(runner, spec, vision_layers(spec, taps, normed, True), pixels)
         assert list(out) == [f"vision.layer.{tap}" for tap in taps]
         for tap in taps:
 
@@ -351,10 +358,10 @@ def test_text_outputs_are_those_of_a_plain_model(
     tensors, runner = open_runner(tmp_path, None, spec, dtype=dtype)
     ids, ends = torch.randint(40, (12, 17)), [16, 3, 0, 9, 1, 12, 16, 5, 2, 7, 11, 14]
     taps = tuple(range(spec.blocks.layers + 1))
-    out = read(runner, plans.text_dense(spec, taps=taps), list(ids), ends)
+    out = read(runner, text_dense(spec, taps=taps), list(ids), ends)
     packed = read(
         runner,
-        plans.text_pooled(spec),
+        text_pooled(spec),
         [row[: end + 1] for row, end in zip(ids, ends, strict=True)],
         ends,
     )
@@ -413,7 +420,7 @@ def test_any_spec_runs_as_a_plain_model_does(
     taps = tuple(range(blocks.layers + 1))
     uint8 = data.draw(st.booleans())
     given_pixels = pixels if uint8 else normalised(pixels).float()
-    out = see(runner, spec, plans.vision_dense(spec, uint8=uint8, taps=taps), given_pixels)
+    out = see(runner, spec, vision_dense(spec, uint8=uint8, taps=taps), given_pixels)
     for name, reference in wanted.items():
         assert_close(out[name], reference, what="model", name=name)
 
@@ -426,7 +433,7 @@ def test_a_tap_changes_no_other_output(tmp_path: Path, family: str) -> None:
     layers = spec.blocks.layers
 
     def run(taps: tuple[int, ...]) -> dict[str, Tensor]:
-        return see(runner, spec, plans.vision_dense(spec, head, uint8=True, taps=taps), pixels)
+        return see(runner, spec, vision_dense(spec, head, uint8=True, taps=taps), pixels)
 
     everything = run(tuple(range(layers + 1)))
     for taps in ((), *((i,) for i in range(layers + 1)), tuple(range(0, layers + 1, 2))):
@@ -447,7 +454,7 @@ def vit(tmp_path: Path) -> ReferenceRunner:
 
 def embed(runner: ReferenceRunner, pixels: Tensor) -> dict[str, Tensor]:
     spec = VISION["vit"]
-    return see(runner, spec, plans.vision_pooled(spec, uint8=pixels.dtype == torch.uint8), pixels)
+    return see(runner, spec, vision_pooled(spec, uint8=pixels.dtype == torch.uint8), pixels)
 
 
 @pytest.mark.parametrize("poison", [math.nan, 65504.0, math.inf])
@@ -478,9 +485,9 @@ def test_what_an_arena_held_before_changes_no_bit(
     _, runner = open_runner(tmp_path, spec, head=head)
     pixels = images(2, spec.image)
     made = [
-        plans.vision_dense(spec, head, uint8=True, taps=(0, 1)),
-        plans.vision_pooled(spec, uint8=True),
-        plans.vision_layers(spec, (0,), True, True),
+        vision_dense(spec, head, uint8=True, taps=(0, 1)),
+        vision_pooled(spec, uint8=True),
+        vision_layers(spec, (0,), True, True),
     ]
     clean = [see(runner, spec, plan, pixels) for plan in made]
     allocated, taken = torch.empty, ArenaPool.take
@@ -502,7 +509,7 @@ def test_what_an_arena_held_before_changes_no_bit(
 def test_results_are_fresh_tensors(tmp_path: Path) -> None:
     spec = VISION["clip"]
     _, runner = open_runner(tmp_path, spec)
-    plan = plans.vision_dense(spec, uint8=True, taps=(0, 1, 2, 3))
+    plan = vision_dense(spec, uint8=True, taps=(0, 1, 2, 3))
     first = see(runner, spec, plan, images(3, spec.image))
     kept = {name: t.clone() for name, t in first.items()}
     second = see(runner, spec, plan, images(3, spec.image))
@@ -537,14 +544,14 @@ def test_an_empty_batch_gives_empty_outputs(
     runner.table(spec, spec.grid, "uint8")
     monkeypatch.setattr(ReferenceRunner, "run_steps", None)  # nothing may be launched
     none = images(0, spec.image)
-    dense = see(runner, spec, plans.vision_dense(spec, head, uint8=True, taps=(0,)), none)
+    dense = see(runner, spec, vision_dense(spec, head, uint8=True, taps=(0,)), none)
     tokens, width = spec.tokens_at(spec.image), spec.blocks.width
     assert dense["vision.hidden.0"].shape == (0, tokens, width)
     if spec.norm == "tokens":
         assert dense["vision.last"].shape == (0, tokens, width)
     if head is not None:
         assert dense["vision.logits"].shape == (0, 24)
-    pooled = see(runner, spec, plans.vision_pooled(spec, uint8=True), none)
+    pooled = see(runner, spec, vision_pooled(spec, uint8=True), none)
     assert pooled["vision.embedding"].shape == (0, spec.embedding)
     assert pooled["vision.embedding"].dtype == torch.float32
     assert pooled["vision.status"].shape == (0,)
@@ -552,7 +559,7 @@ def test_an_empty_batch_gives_empty_outputs(
 
 def test_no_texts_give_no_embeddings(tmp_path: Path) -> None:
     _, runner = open_runner(tmp_path, None, TEXT)
-    out = read(runner, plans.text_pooled(TEXT), [], [])
+    out = read(runner, text_pooled(TEXT), [], [])
     assert out["text.embedding"].shape == (0, 20)
     assert out["text.status"].shape == (0,)
 
@@ -605,7 +612,7 @@ def test_the_callers_mode_changes_no_bit(
     _, runner = open_runner(tmp_path, spec, head=head)
     model = ModelSpec("vit", "test", spec, None, head)
     pixels = images(2, (spec.image[0] + spec.patch[0], spec.image[1]))
-    plan = plans.vision_dense(spec, head, uint8=True, taps=(0,))
+    plan = vision_dense(spec, head, uint8=True, taps=(0,))
     size = (pixels.shape[1], pixels.shape[2])
     batch, tokens = len(pixels), spec.tokens_at(size)
     starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
@@ -659,7 +666,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other(vit: ReferenceRunner)
 def test_a_call_that_fails_leaves_the_runner_usable(vit: ReferenceRunner) -> None:
     pixels = images(2, (32, 24))
     wanted = embed(vit, pixels)
-    plan = plans.vision_pooled(VISION["vit"], uint8=True)
+    plan = vision_pooled(VISION["vit"], uint8=True)
     for _ in range(3 * IDLE_ARENAS):
         with pytest.raises(ValueError, match="channels"):
             see(vit, VISION["vit"], plan, torch.zeros(2, 32, 24, 1, dtype=torch.uint8))
@@ -713,7 +720,7 @@ def test_a_thousand_calls_of_mixed_sizes_do_not_grow_the_pool(
     """One caller keeps one arena, as large as its largest call; later calls allocate none."""
     spec = dataclasses.replace(TEXT, blocks=dataclasses.replace(TEXT.blocks, layers=1, width=12))
     _, runner = open_runner(tmp_path, None, spec)
-    plan = plans.text_pooled(spec)
+    plan = text_pooled(spec)
     ids = torch.randint(40, (24,))
     allocated, arenas = torch.empty, []
 
@@ -750,7 +757,7 @@ def ask(
     cache: PositionCache, runner: ReferenceRunner, target: tuple[int, int], kind: str = "float"
 ) -> Tensor:
     """A table from ``cache``, which ``runner`` computes if it is not there."""
-    plan = plans.vision_table(VISION["clip"], target, uint8=kind == "uint8")
+    plan = vision_table(VISION["clip"], target, uint8=kind == "uint8")
     return cache.get(target, kind, lambda: runner._make_table(plan))
 
 
@@ -846,7 +853,7 @@ def test_a_table_that_a_graph_was_captured_with_is_never_forgotten(
 def test_a_runner_goes_with_the_last_that_holds_it(tmp_path: Path) -> None:
     """Not when the garbage collector comes by: weights would stay on the device until then."""
     _, runner = open_runner(tmp_path, VISION["vit"])
-    see(runner, VISION["vit"], plans.vision_pooled(VISION["vit"], uint8=True), images(1, (32, 24)))
+    see(runner, VISION["vit"], vision_pooled(VISION["vit"], uint8=True), images(1, (32, 24)))
     gone = weakref.ref(runner)
     gc.disable()
     try:

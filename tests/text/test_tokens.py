@@ -17,8 +17,8 @@ from vitrail.demo import demo
 from vitrail.errors import InputError
 from vitrail.model.batches import one_behind
 from vitrail.model.texts import CPU_TEXT_BYTES
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
 from vitrail.runtime.native import SIZES
 from vitrail.runtime.towers import TextTower
 from vitrail.spec import BlockSpec, TextSpec
@@ -140,7 +140,7 @@ def test_100000_captions_take_a_plan_call_a_batch_and_keep_their_order(
     if batch_size is not None:
         assert {batch for _, batch, _, _ in made} == {batch_size}
         return
-    plan, whole = plans.text_pooled(text), 1
+    plan, whole = text_pooled(text), 1
     while plan.arena_bytes(2 * whole, 2 * whole * text.context) <= CPU_TEXT_BYTES:
         whole *= 2
     arenas = [plan.arena_bytes(batch, tokens) for _, batch, tokens, _ in made]
@@ -193,7 +193,7 @@ def test_batches_hold_each_text_once_within_the_tokens_of_whole_texts(
     order = np.concatenate([np.zeros(0, np.int64), *batches])
     assert order.tolist() == sorted(range(len(lengths)), key=lengths.__getitem__)
     whole = 4
-    plan = plans.text_pooled(CLIP)
+    plan = text_pooled(CLIP)
     assert (
         plan.arena_bytes(whole, whole * 77) <= budget < plan.arena_bytes(2 * whole, 2 * whole * 77)
     )

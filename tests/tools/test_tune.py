@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import vitrail.runtime.triton as triton_runner
 from vitrail.cli import app
 from vitrail.errors import InputError, VitrailError
-from vitrail.plan import blocks as plans
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled, vision_scores
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, TextSpec, VisionSpec
 from vitrail.tools import bench, tune
 from vitrail.tools.bench import Bench
@@ -152,11 +153,11 @@ def test_problems_are_the_plans_own_calls_equal_ones_once() -> None:
     wanted: Counter[str] = Counter()
     for uint8 in (False, True):
         for plan in (
-            plans.vision_pooled(VISION, uint8=uint8),
-            plans.vision_scores(VISION, LABELS, uint8=uint8),
+            vision_pooled(VISION, uint8=uint8),
+            vision_scores(VISION, LABELS, uint8=uint8),
         ):
             wanted.update(launch.op for launch in plan.steps)
-    wanted.update(launch.op for launch in plans.text_pooled(TEXT).steps)
+    wanted.update(launch.op for launch in text_pooled(TEXT).steps)
     assert counts == {op: 2 * wanted[op] for op in ("linear", "attention", "patch_embed")}
     assert len(found) < counts.total() / 2, "layers are alike"
     widths = {p.tensors["out"].shape[1] for p in found}

@@ -29,9 +29,10 @@ from vitrail._version import __version__
 from vitrail.checkpoint.contents import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
 from vitrail.checkpoint.regular import open_regular, read_exactly, reading
 from vitrail.errors import refusal, show_path
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
 from vitrail.plan.record import items, string
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled, vision_scores
 from vitrail.spec import ModelSpec, VisionSpec
 from vitrail.weights.layout import ALIGNMENT, arena_bytes
 
@@ -52,12 +53,12 @@ def exported_plans(spec: ModelSpec) -> dict[str, Plan]:
     if spec.vision is not None:
         for kind in pixel_kinds(spec):
             uint8 = kind == "uint8"
-            found[f"image.{kind}"] = plans.vision_pooled(spec.vision, uint8=uint8)
+            found[f"image.{kind}"] = vision_pooled(spec.vision, uint8=uint8)
             if spec.head is not None:
-                scores = plans.vision_scores(spec.vision, spec.head, uint8=uint8)
+                scores = vision_scores(spec.vision, spec.head, uint8=uint8)
                 found[f"scores.{kind}"] = scores
     if spec.text is not None:
-        found["text"] = plans.text_pooled(spec.text)
+        found["text"] = text_pooled(spec.text)
     return found
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vitrail.cuda import device_errors
 from vitrail.errors import OutOfMemoryError
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan, Step
+from vitrail.plan.vision import vision_table
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import plain, refuse_lost_threads
 from vitrail.weights.layout import Weights
@@ -159,7 +159,7 @@ class Runner(ABC):
         """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
         refuse_lost_threads()
         with plain(), self._on_device():
-            plan = plans.vision_table(spec, target, uint8=kind == "uint8")
+            plan = vision_table(spec, target, uint8=kind == "uint8")
             table = self._positions.get(target, kind, lambda: self._make_table(plan))
             if table.is_cuda:  # so that its memory waits for this stream too once it is forgotten
                 table.record_stream(torch.cuda.current_stream(table.device))

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
 from vitrail.runtime.runner import Runner
 from vitrail.spec import HeadSpec, TextSpec, VisionSpec
 from vitrail.text.tokens import Ints, TokenIds
@@ -27,13 +28,13 @@ def _largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
 # a search takes longer than a forward of one item takes the host
 @functools.lru_cache(maxsize=256)
 def _images_at_once(spec: VisionSpec, size: tuple[int, int], itemsize: int, budget: int) -> int:
-    plan = plans.vision_pooled(spec, uint8=True)
+    plan = vision_pooled(spec, uint8=True)
     return _largest_batch(plan, spec.tokens_at(size), itemsize, budget)
 
 
 @functools.lru_cache(maxsize=256)
 def _texts_at_once(spec: TextSpec, itemsize: int, budget: int) -> int:
-    return _largest_batch(plans.text_pooled(spec), spec.context, itemsize, budget)
+    return _largest_batch(text_pooled(spec), spec.context, itemsize, budget)
 
 
 def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
@@ -76,25 +77,25 @@ class VisionTower:
 
     def embed(self, pixels: Tensor) -> dict[str, Tensor]:
         """``vision.embedding`` (B, D) and ``vision.status`` (B,)."""
-        plan = plans.vision_pooled(self.spec, uint8=pixels.dtype == torch.uint8)
+        plan = vision_pooled(self.spec, uint8=pixels.dtype == torch.uint8)
         return self._run(plan, pixels)
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Logits (B, labels) fp32 of the classification head, which there must be."""
         assert self.head is not None, "the checkpoint has a classification head"
-        plan = plans.vision_scores(self.spec, self.head, uint8=pixels.dtype == torch.uint8)
+        plan = vision_scores(self.spec, self.head, uint8=pixels.dtype == torch.uint8)
         return self._run(plan, pixels)["vision.logits"]
 
     def dense(self, pixels: Tensor, taps: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """All that ``forward`` returns; tokens shaped (B, T, C)."""
         uint8 = pixels.dtype == torch.uint8
-        out = self._run(plans.vision_dense(self.spec, self.head, uint8=uint8, taps=taps), pixels)
+        out = self._run(vision_dense(self.spec, self.head, uint8=uint8, taps=taps), pixels)
         return self._unpacked(out, pixels)
 
     def layers(self, pixels: Tensor, taps: tuple[int, ...], norm: bool) -> list[Tensor]:
         """The stream after each block of ``taps``: (B, T, C), normalised with ``norm``."""
         uint8 = pixels.dtype == torch.uint8
-        plan = plans.vision_layers(self.spec, tuple(sorted(set(taps))), norm, uint8)
+        plan = vision_layers(self.spec, tuple(sorted(set(taps))), norm, uint8)
         out = self._unpacked(self._run(plan, pixels), pixels)
         return [out[f"vision.layer.{tap}"] for tap in taps]
 
@@ -133,7 +134,7 @@ class TextTower:
             "token_rows": texts.starts[1:] - 1,
         }
         return self.runner.run(
-            plans.text_pooled(self.spec),
+            text_pooled(self.spec),
             _to_device(inputs, self.runner.device),
             batch=len(texts),
             tokens=len(texts.ids),
@@ -158,7 +159,7 @@ class TextTower:
         }
         if kv_lens is not None:
             inputs["kv_lens"] = kv_lens.to(device, torch.int32)
-        plan = plans.text_dense(self.spec, taps=taps, masked=kv_lens is not None)
+        plan = text_dense(self.spec, taps=taps, masked=kv_lens is not None)
         out = self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
         shape, packed = (batch, tokens, self.spec.blocks.width), ("text.hidden.", "text.last")
         return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.plan import blocks as plans
 from vitrail.plan.plan import Plan
+from vitrail.plan.text import text_pooled
+from vitrail.plan.vision import vision_pooled, vision_scores
 from vitrail.spec import ModelSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig, in_force
@@ -75,13 +76,13 @@ def _plans(
             shape = (height, width, vision.channels) if uint8 else (vision.channels, height, width)
             dtype = torch.uint8 if uint8 else torch.float32
             pixels = torch.empty((batch, *shape), dtype=dtype, device="meta")
-            yield plans.vision_pooled(vision, uint8=uint8), lengths, {"pixels": pixels}
+            yield vision_pooled(vision, uint8=uint8), lengths, {"pixels": pixels}
             if spec.head is not None:
-                scores = plans.vision_scores(vision, spec.head, uint8=uint8)
+                scores = vision_scores(vision, spec.head, uint8=uint8)
                 yield scores, lengths, {"pixels": pixels}
     if (text := spec.text) is not None:  # lengths spread evenly; a single text is the longest
         lengths = tuple(max(1, text.context * (i + 1) // batch) for i in range(batch))
-        yield plans.text_pooled(text), lengths, {}
+        yield text_pooled(text), lengths, {}
 
 
 def preprocessed_size(spec: ModelSpec) -> tuple[int, int] | None:
