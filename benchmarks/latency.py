@@ -77,7 +77,7 @@ def image_case(spec: VisionSpec, device: str) -> Case:
 
     def run(model: vitrail.Model) -> Tensor:
         assert model._vision is not None, "the checkpoint has an image tower"
-        return model._vision.embed(pixels)["vision.embedding"]
+        return model._vision.embeddings(pixels)["vision.embedding"]
 
     variants = _variants(spec, device, run)
     if device == "cuda":
@@ -95,7 +95,7 @@ def text_case(spec: TextSpec, device: str) -> Case:
 
     def run(model: vitrail.Model) -> Tensor:
         assert model._text is not None, "the checkpoint has a text tower"
-        return model._text.embed(TokenIds.of(ids))["text.embedding"]
+        return model._text.embeddings(TokenIds.of(ids))["text.embedding"]
 
     variants = _variants(spec, device, run) | _peers(theirs, {"input_ids": rows}, device)
     return Case(variants, check, late=LATE if device == "cuda" else ())

@@ -216,7 +216,7 @@ def vision_case(spec: VisionSpec, batch: int, device: str) -> Case:
     assert tower is not None, "the checkpoint has an image tower"
 
     def embed(given: Tensor) -> Tensor:
-        return tower.embed(given)["vision.embedding"]
+        return tower.embeddings(given)["vision.embedding"]
 
     variants: dict[str, Run] = {
         OURS: functools.partial(embed, pixels),
@@ -257,7 +257,7 @@ def text_case(spec: TextSpec, batch: int, device: str) -> Case:
     theirs, check = _numbers(spec, {"input_ids": rows}, device)
     tower = _ours(spec, device)._text
     assert tower is not None, "the checkpoint has a text tower"
-    variants: dict[str, Run] = {OURS: lambda: tower.embed(TokenIds.of(ids))["text.embedding"]}
+    variants: dict[str, Run] = {OURS: lambda: tower.embeddings(TokenIds.of(ids))["text.embedding"]}
     flops = {OURS: text_pooled(spec).flops(lengths)}
     for padded in (spec.context, max(lengths)):
         given = {"input_ids": rows[:, :padded].contiguous()}

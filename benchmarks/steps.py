@@ -197,7 +197,7 @@ def towers(name: str, device: str) -> Towers:
     pixels = ((raw.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5).to(dtype).contiguous()
 
     def embed(images: torch.Tensor) -> torch.Tensor:
-        return tower.embed(images)["vision.embedding"]
+        return tower.embeddings(images)["vision.embedding"]
 
     return Towers(embed, raw, _theirs(spec, device, dtype, "sdpa"), pixels)
 

@@ -42,7 +42,7 @@ from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.runtime.triton import TritonRunner
 from vitrail.text.tokens import TokenIds
 from vitrail.tools import info
-from vitrail.torch_modes import plain
+from vitrail.torch_modes import default_modes
 from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS, Call, toolchain
 from vitrail_kernels import launch as kernel_launch
@@ -83,7 +83,7 @@ def open_model(driver: standin.Standin) -> Model:
 def embed(model: Model, size: tuple[int, int] = (64, 64)) -> tuple[int, ...]:
     """Shape of the embedding of two images: what the stand-in writes there are no numbers."""
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
-    return model._image_encoder("embed").tower.embed(pixels)["vision.embedding"].shape
+    return model._image_encoder("embed").tower.embeddings(pixels)["vision.embedding"].shape
 
 
 # -- compilers -------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_the_native_runner_never_asks_for_a_c_compiler(
     model = open_model(driver)
     assert embed(model) == embed(model, (48, 80)) == (2, 128)
     texts = TokenIds.of([[1, 2, 3]])
-    assert model._text_encoder("text").tower.embed(texts)["text.embedding"].shape == (1, 128)
+    assert model._text_encoder("text").tower.embeddings(texts)["text.embedding"].shape == (1, 128)
 
 
 # -- the cache of kernels --------------------------------------------------------------------------
@@ -569,12 +569,15 @@ def test_a_late_cuda_error_says_that_the_process_must_go(
 
 
 def test_other_errors_of_pytorch_stay_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^a size$"), plain():
+    with pytest.raises(RuntimeError, match=r"^a size$"), default_modes():
         raise RuntimeError("a size")
-    with pytest.raises(DeviceError, match=r"^Triton Error \[CUDA\]: .*start a new one$"), plain():
+    with (
+        pytest.raises(DeviceError, match=r"^Triton Error \[CUDA\]: .*start a new one$"),
+        default_modes(),
+    ):
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     captured = "CUDA error: operation not permitted when stream is capturing"
-    with pytest.raises(DeviceError, match=f"^{captured}$"), plain():
+    with pytest.raises(DeviceError, match=f"^{captured}$"), default_modes():
         raise RuntimeError(captured)
 
 
@@ -597,7 +600,7 @@ def test_memory_that_lacks_for_one_item_is_our_error(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(type(model._image_encoder("").tower), "embed", full)
+    monkeypatch.setattr(type(model._image_encoder("").tower), "embeddings", full)
     with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 1\.00 GiB"):
         model.encode_image([PHOTO, PHOTO])
 
@@ -634,7 +637,7 @@ def test_a_cache_of_triton_that_fails_is_named(
     assert loaded.spec.vision is not None
     runner = TritonRunner(loaded.weights, FP16, CPU)
     with pytest.raises(VitrailError, match=rf"triton's cache in {tmp_path}: .*TRITON_CACHE_DIR$"):
-        runner.table(loaded.spec.vision, (2, 2), "float")
+        runner.position_table(loaded.spec.vision, (2, 2), "float")
 
 
 # -- switches and tables ---------------------------------------------------------------------------

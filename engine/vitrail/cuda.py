@@ -1,4 +1,4 @@
-"""PyTorch's CUDA: whether it starts, if not why, and its errors as ours."""
+"""PyTorch's CUDA: why it does not start, and its errors as Vitrail's."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ import torch
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError
 
 NEW_PROCESS = "no call in this process can use the GPU any more: start a new one"
-"""What follows from an error that CUDA keeps returning."""
+"""The advice after an error that CUDA keeps returning."""
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """What PyTorch raises for a GPU is raised as OutOfMemoryError or DeviceError.
+    """PyTorch's errors of a GPU are raised as OutOfMemoryError or DeviceError.
 
-    Kernels run long after they were launched: PyTorch reports a fault of any of them at the next
-    copy or synchronisation, whoever asks for that.
+    A kernel runs long after its launch. PyTorch reports its fault at the next copy or
+    synchronization, which may belong to another call.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(_one_line(error)) from error
     except RuntimeError as error:
-        words = str(error).partition("\n")[0]
-        # the last is how Triton's launcher reports the driver's errors
-        ours = isinstance(error, torch.AcceleratorError)
-        if not ours and not words.startswith(("CUDA ", "Triton Error [CUDA]")):
+        message = str(error).partition("\n")[0]
+        # Triton's launcher reports the driver's errors as "Triton Error [CUDA]"
+        from_cuda = message.startswith(("CUDA ", "Triton Error [CUDA]"))
+        if not isinstance(error, torch.AcceleratorError) and not from_cuda:
             raise
-        capture = "captur" in words  # of a CUDA graph: it fails, and the GPU works
-        message = words if capture else f"{words}, of this call's work or of earlier; {NEW_PROCESS}"
+        if "captur" not in message:  # if the capture of a CUDA graph fails, the GPU still works
+            message = f"{message}, of this call's work or of earlier; {NEW_PROCESS}"
         raise DeviceError(message) from error
 
 
 def why_no_cuda() -> str | None:
-    """Why PyTorch computes on no GPU here, as far as PyTorch knows; None if it does, or if there
-    may be none. Starts CUDA if PyTorch counts GPUs that it does not call available."""
+    """Why PyTorch cannot use a GPU here; None if it can, or if there may be no GPU.
+
+    Starts CUDA if PyTorch counts GPUs but does not call CUDA available.
+    """
     if torch.version.cuda is None and torch.version.hip is None:
         return (
             f"PyTorch {torch.__version__} is a CPU build: install one for CUDA "
@@ -53,8 +55,11 @@ def why_no_cuda() -> str | None:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU, such as (9, 0). Starts CUDA. Raises InputError with PyTorch's words if it does not
-    start, as with a driver that is too old for this PyTorch."""
+    """The compute capability of a GPU, such as (9, 0). Starts CUDA.
+
+    Raises InputError with PyTorch's words if CUDA does not start, for example because the driver is
+    too old for this PyTorch.
+    """
     try:
         return torch.cuda.get_device_capability(device)
     except (RuntimeError, AssertionError) as error:

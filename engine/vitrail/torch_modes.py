@@ -1,4 +1,4 @@
-"""Calls that give the same plain numbers whatever PyTorch mode the caller is in."""
+"""Guards against the caller's PyTorch modes and against a lost thread pool after a fork."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _first_process: list[int] = []
 
 
 @contextmanager
-def plain() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast. Thread-local: nobody else is touched.
+def default_modes() -> Iterator[None]:
+    """No gradients, no inference tensors, no autocast, for this thread only.
 
-    What PyTorch raises for a GPU comes out as `device_errors` has it.
+    Results have the same bits in every mode of the caller. PyTorch's errors of a GPU are raised as
+    `device_errors` says.
     """
     with ExitStack() as stack:
         stack.enter_context(device_errors())
-        if torch.is_inference_mode_enabled():  # leaving it costs 20 us a forward: not for nothing
+        if torch.is_inference_mode_enabled():  # leaving the mode costs 20 us, so only if needed
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
 def refuse_lost_threads() -> None:
-    """Raise VitrailError in a process forked from one in which Vitrail has computed already.
+    """Raise VitrailError in a process that was forked after Vitrail had computed.
 
-    PyTorch's CPU operators would wait there for ever, for threads that are not theirs.
+    PyTorch's CPU operators would wait there forever, for threads of the parent process.
     """
-    here = os.getpid()
+    process = os.getpid()
     if not _first_process:
-        _first_process.append(here)
-    if here != _first_process[0] and torch.get_num_threads() > 1:
+        _first_process.append(process)
+    if process != _first_process[0] and torch.get_num_threads() > 1:
         raise VitrailError(
             "this process was forked from one that had used Vitrail, and PyTorch's CPU threads do "
             "not survive a fork: call torch.set_num_threads(1) in it first, or start it by 'spawn'"

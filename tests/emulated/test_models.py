@@ -132,7 +132,7 @@ def test_launches_overlap_from_sm_90_on(tiny: Open, device: Device) -> None:
     """So that the schedules above are those of grids that run together."""
     model, spec = tiny("vit"), VISION["vit"]
     plan, pixels = vision_pooled(spec, uint8=True), images(3, spec.image)
-    model.runner.table(spec, spec.grid, "uint8")
+    model.runner.position_table(spec, spec.grid, "uint8")
     before = device.emulation.totals()
     model.outputs((1, 2), lambda: see(model.runner, spec, plan, pixels))
     after = device.emulation.totals()

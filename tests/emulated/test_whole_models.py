@@ -77,7 +77,7 @@ def test_vit_b16(tmp_path: Path, device: Device) -> None:
     model = vitrail.load(tmp_path / "vit", device="cpu", dtype=HALF)
     raw = torch.randint(256, (1, 224, 224, 3), dtype=torch.uint8)
     pixels = ((raw.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5).contiguous()
-    ours = emulated(model, device).embed(raw)["vision.embedding"]
+    ours = emulated(model, device).embeddings(raw)["vision.embedding"]
     reference, peer = (theirs(original, pixels, dtype) for dtype in (torch.float32, HALF))
     print("ViT-B/16:", errors(ours, reference, peer))
     assert_close(ours, reference, peer, what="model", name="ViT-B/16")
@@ -102,14 +102,14 @@ def test_real_dinov2_small(tmp_path: Path, device: TiledDevice, photos: list[Ima
     model = vitrail.load(folder, device="cpu", dtype=HALF)
     pixels = model.preprocess(photos)
     tower = emulated(model, device)
-    ours = tower.embed(pixels)["vision.embedding"]
+    ours = tower.embeddings(pixels)["vision.embedding"]
     reference, peer = (theirs(original, pixels, dtype) for dtype in (torch.float32, HALF))
     print("DINOv2-small:", errors(ours, reference, peer))
     assert_close(ours, reference, peer, what="model", name="DINOv2-small")
 
     other = TiledDevice(tmp_path, FEW_SMS)
-    few = emulated(model, other).embed(pixels)["vision.embedding"]
+    few = emulated(model, other).embeddings(pixels)["vision.embedding"]
     assert other.tiles - device.tiles, "the smaller device takes other tiles"
     assert torch.equal(few, ours), f"{int((few != ours).sum())} numbers differ on other tiles"
-    alone = tower.embed(pixels[:1])["vision.embedding"]
+    alone = tower.embeddings(pixels[:1])["vision.embedding"]
     assert torch.equal(alone, ours[:1]), f"{int((alone != ours[:1]).sum())} numbers differ alone"

@@ -349,7 +349,7 @@ def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: 
     assert programs["text"][1] == -1
     for kind in ("uint8", "float"):
         at = programs[f"image.{kind}"][1]
-        table = reference.table(vision, vision.grid, kind)
+        table = reference.position_table(vision, vision.grid, kind)
         assert at % 256 == 0
         assert arena[at : at + table.numel() * 4] == table.numpy().tobytes()
 
@@ -363,7 +363,7 @@ def test_tables_are_those_of_the_size(tmp_path: Path) -> None:
     assert vision is not None
     reference = ReferenceRunner(weights, torch.float16, torch.device("cpu"))
     assert found.tables.keys() == {"float"}
-    assert same(found.tables["float"], reference.table(vision, (6, 3), "float"))
+    assert same(found.tables["float"], reference.position_table(vision, (6, 3), "float"))
 
 
 def test_exporting_again_gives_the_same_bytes(clip: Path, whole: Path, tmp_path: Path) -> None:
@@ -441,9 +441,11 @@ def natively(driver: standin.Standin, folder: Path) -> Model:
 
 
 CALLS: dict[str, Callable[[Model], object]] = {
-    "uint8": lambda model: model._image_encoder("").tower.embed(torch.zeros(3, 32, 32, 3).byte()),
-    "float": lambda model: model._image_encoder("").tower.embed(torch.zeros(40, 3, 32, 32)),
-    "text": lambda model: model._text_encoder("").tower.embed(
+    "uint8": lambda model: model._image_encoder("").tower.embeddings(
+        torch.zeros(3, 32, 32, 3).byte()
+    ),
+    "float": lambda model: model._image_encoder("").tower.embeddings(torch.zeros(40, 3, 32, 32)),
+    "text": lambda model: model._text_encoder("").tower.embeddings(
         TokenIds.of([[1, 2, 3], [4, 5], [6] * 9])
     ),
 }
@@ -509,9 +511,11 @@ def test_other_sizes_and_kinds_of_pixels_are_not_taken_for_the_stored_ones(
     fresh = NativeRunner(
         read_model(clip, torch.float16).weights, torch.float16, CPU, str(driver.path)
     )
-    wanted = launches(driver, lambda: serve(whole, fresh)._image_encoder("").tower.embed(pixels))
+    wanted = launches(
+        driver, lambda: serve(whole, fresh)._image_encoder("").tower.embeddings(pixels)
+    )
     ours = natively(driver, whole)
-    assert launches(driver, lambda: ours._image_encoder("").tower.embed(pixels)) == wanted
+    assert launches(driver, lambda: ours._image_encoder("").tower.embeddings(pixels)) == wanted
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -538,7 +542,7 @@ def test_without_triton_an_image_that_is_not_finite_costs_no_other(
     embedding = torch.zeros(3, 64)
     embedding[1, 5] = float("nan")
     found = {"vision.embedding": embedding}
-    monkeypatch.setattr(model._image_encoder("").tower, "embed", lambda *_: found)
+    monkeypatch.setattr(model._image_encoder("").tower, "embeddings", lambda *_: found)
     result = model.encode_image(torch.zeros(3, 3, 32, 32), on_error="skip")
     assert list(result.errors) == [1]
     assert "image 1: the result holds numbers that are not finite" in result.errors[1]
@@ -553,8 +557,8 @@ def test_tables_come_from_the_folder(driver: standin.Standin, whole: Path) -> No
         weights, found.dtype, torch.device("cpu"), str(driver.path), exported=found
     )
     assert found.spec.vision is not None
-    assert runner.table(found.spec.vision, (4, 4), "uint8") is found.tables["uint8"]
-    assert runner.table(found.spec.vision, (4, 5), "uint8").shape == (21, 64)
+    assert runner.position_table(found.spec.vision, (4, 4), "uint8") is found.tables["uint8"]
+    assert runner.position_table(found.spec.vision, (4, 5), "uint8").shape == (21, 64)
 
 
 def test_the_fingerprint_is_of_the_kernels_that_serve(

@@ -84,7 +84,7 @@ def test_threads_that_are_first_to_launch_give_the_serial_bits(zoo: Zoo) -> None
 def embedded(model: vitrail.Model, pixels: Tensor) -> Tensor:
     """A whole forward that is left on the stream: nothing waits for it."""
     assert model._vision is not None
-    return model._vision.embed(pixels)["vision.embedding"]
+    return model._vision.embeddings(pixels)["vision.embedding"]
 
 
 def test_a_side_stream_gives_the_same(zoo: Zoo) -> None:

@@ -58,9 +58,9 @@ def test_poisoned_images_change_no_other(dtype: torch.dtype, poison: float, zoo:
     tower = vision(zoo.ours("ViT-B/16", dtype))
     pixels = images(COUNT)
     last = tower.spec.blocks.layers
-    clean = tower.embed(pixels), tower.dense(pixels, (0, 1, last))
+    clean = tower.embeddings(pixels), tower.dense(pixels, (0, 1, last))
     pixels[list(BAD)] = poison
-    dirty = tower.embed(pixels), tower.dense(pixels, (0, 1, last))
+    dirty = tower.embeddings(pixels), tower.dense(pixels, (0, 1, last))
     for a, b in zip(clean, dirty, strict=True):
         same_but(BAD, a, b)
     assert clean[0]["vision.status"].tolist() == [0] * COUNT
@@ -78,11 +78,11 @@ def test_poisoned_texts_change_no_other(dtype: torch.dtype, poison: float, zoo: 
     word = 7
     ids = [[8 if i == word else i for i in row] for row in texts(model, COUNT)]
     ids = [row if len(row) > 2 else [3, 4, *row] for row in ids]
-    clean = tower.embed(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
+    clean = tower.embeddings(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
     tower.runner.weights["text.token"][word] = poison
     for item in BAD:
         ids[item][0] = word
-    dirty = tower.embed(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
+    dirty = tower.embeddings(TokenIds.of(ids)), tower.dense(padded(ids), taps=(0, 1))
     for a, b in zip(clean, dirty, strict=True):
         same_but(BAD, a, b)
     if poison != poison:

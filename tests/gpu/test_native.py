@@ -66,7 +66,7 @@ def everything(model: vitrail.Model, pixels: Tensor, batch: int) -> Iterator[tup
     vision, text = model._vision, model._text
     assert vision is not None
     some, last = pixels[:batch], vision.spec.blocks.layers
-    yield "pooled", vision.embed(some)
+    yield "pooled", vision.embeddings(some)
     if vision.head is not None:
         yield "scores", {"vision.logits": vision.scores(some)}
     few = some[:DENSE]
@@ -76,7 +76,7 @@ def everything(model: vitrail.Model, pixels: Tensor, batch: int) -> Iterator[tup
         yield f"layers, norm {norm}", {str(place): out for place, out in enumerate(layers)}
     if text is not None:
         ids = texts(model, batch)
-        yield "text pooled", text.embed(TokenIds.of(ids))
+        yield "text pooled", text.embeddings(TokenIds.of(ids))
         rows = padded(ids[:DENSE])
         lengths = torch.tensor([len(row) for row in ids[:DENSE]])
         yield "text dense", text.dense(rows, taps=(0, 1))
@@ -118,7 +118,7 @@ def test_uint8_pixels_give_the_triton_bits(dtype: torch.dtype, overlap: bool) ->
     moved = torch.empty(bytes_of(3).numel() + 1, dtype=torch.uint8, device=DEVICE)[1:]
     moved = moved.view(bytes_of(3).shape).copy_(bytes_of(3))
     assert ours._vision is not None
-    found, wanted = (ours._vision.embed(pixels) for pixels in (moved, bytes_of(3)))
+    found, wanted = (ours._vision.embeddings(pixels) for pixels in (moved, bytes_of(3)))
     assert same_bits(found["vision.embedding"], wanted["vision.embedding"]), "at an odd address"
 
 
@@ -128,7 +128,7 @@ def test_another_image_would_be_noticed() -> None:
     pixels = other.clone()
     pixels[0, 9, 9, 0] ^= 64
     assert model._vision is not None
-    one, two = (model._vision.embed(x)["vision.embedding"] for x in (pixels, other))
+    one, two = (model._vision.embeddings(x)["vision.embedding"] for x in (pixels, other))
     assert not same_bits(one[0], two[0])
     assert same_bits(one[1:], two[1:])
 
@@ -196,7 +196,7 @@ def test_a_callers_graph_replays_to_the_same_bits(batch: int, overlap: bool, zoo
 
     def embedding(pixels: Tensor) -> Tensor:
         assert model._vision is not None
-        return model._vision.embed(pixels)["vision.embedding"]
+        return model._vision.embeddings(pixels)["vision.embedding"]
 
     def mixed(pixels: Tensor) -> Tensor:
         first = torch.nn.functional.normalize(module(pixels * 0.5 + 0.1), dim=1)
@@ -218,7 +218,7 @@ def test_a_replay_keeps_its_positions_whatever_was_asked_since(zoo: Zoo) -> None
     assert vision is not None
 
     def embedding(given: Tensor) -> Tensor:
-        return vision.embed(given)["vision.embedding"]
+        return vision.embeddings(given)["vision.embedding"]
 
     wanted, given = embedding(pixels), pixels.clone()
     graph = torch.cuda.CUDAGraph()
@@ -247,7 +247,12 @@ def test_kernels_are_loaded_while_another_thread_captures(zoo: Zoo) -> None:
     model, pixels = opened(zoo.folder("ViT-B/16"), HALF), images(1)
     vision, cold = model._vision, opened(BUNDLED, HALF)
     assert vision is not None
-    wanted, graph, started, loaded = vision.embed(pixels), torch.cuda.CUDAGraph(), Barrier(2), []
+    wanted, graph, started, loaded = (
+        vision.embeddings(pixels),
+        torch.cuda.CUDAGraph(),
+        Barrier(2),
+        [],
+    )
     assert cold._vision is not None
     plan = vision_pooled(cold._vision.spec, uint8=False)
     tokens, floats = cold._vision.spec.tokens_at((56, 56)), torch.empty(1, 3, 56, 56, device=DEVICE)
@@ -261,7 +266,7 @@ def test_kernels_are_loaded_while_another_thread_captures(zoo: Zoo) -> None:
     thread = Thread(target=load)
     thread.start()
     with torch.cuda.graph(graph):
-        result = vision.embed(pixels)
+        result = vision.embeddings(pixels)
         started.wait(timeout=60)
         thread.join(timeout=120)
     assert loaded == [True]
@@ -447,6 +452,6 @@ def test_the_example_in_cpp_prints_the_same_numbers(exported: Path, tmp_path: Pa
     assert ran.returncode == 0, ran.stdout + ran.stderr
     model = opened(BUNDLED, HALF)
     assert model._vision is not None
-    wanted = model._vision.embed(pixels)["vision.embedding"][:, :3].tolist()
+    wanted = model._vision.embeddings(pixels)["vision.embedding"][:, :3].tolist()
     found = re.findall(r"^\S+\.ppm: (.*) \.\.\. similarity", ran.stdout, re.M)
     assert found == [" ".join(f"{x:8.5f}" for x in row) for row in wanted]

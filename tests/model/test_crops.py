@@ -322,13 +322,13 @@ def test_a_limit_on_bytes_splits_a_call_into_batches(
     monkeypatch.setattr(threads, "core_count", lambda: 1)
     tower, seen = there._vision, list[Tensor]()
     assert tower is not None
-    embed = tower.embed
+    embed = tower.embeddings
 
     def kept(pixels: Tensor) -> dict[str, Tensor]:
         seen.append(pixels)
         return embed(pixels)
 
-    monkeypatch.setattr(tower, "embed", kept)
+    monkeypatch.setattr(tower, "embeddings", kept)
     given = [photo(60, 50, seed=n) for n in range(9)]
     wanted = there.encode_image(given)
     (together,) = seen

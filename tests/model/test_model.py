@@ -1447,16 +1447,16 @@ def test_batches_follow_the_size_that_images_come_out_in(
     model = vitrail.load(folder)
     assert model._vision is not None
     sizes: list[int] = []
-    embed = model._vision.embed
+    embed = model._vision.embeddings
 
     def counted(pixels: Tensor) -> Any:
         sizes.append(len(pixels))
         return embed(pixels)
 
-    monkeypatch.setattr(model._vision, "embed", counted)
+    monkeypatch.setattr(model._vision, "embeddings", counted)
     images = [np.full((256, 256, 3), n, np.uint8) for n in range(6)]
     found = model.encode_image(images)
-    assert max(sizes) == model._vision.batch((256, 256), 2 << 20) < 6
+    assert max(sizes) == model._vision.max_batch((256, 256), 2 << 20) < 6
     near(found, torch.cat([model.encode_image(image) for image in images]))
 
 

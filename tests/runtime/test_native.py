@@ -249,8 +249,8 @@ def test_a_position_table_is_one_launch_and_leaves_no_program(
 ) -> None:
     runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
     for target, kind in itertools.product([spec.grid, (2, 7)], ["uint8", "float"]):
-        table = runner.table(spec, target, kind)
-        assert runner.table(spec, target, kind) is table
+        table = runner.position_table(spec, target, kind)
+        assert runner.position_table(spec, target, kind) is table
         assert table.shape == (spec.prefix + target[0] * target[1], spec.blocks.width)
         [launched] = driver.launched()
         plan = vision_table(spec, target, uint8=kind == "uint8")
@@ -267,9 +267,9 @@ def test_a_position_table_whose_launch_fails_is_a_device_error(
     runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
     driver.fail_launch(1, 701)
     with pytest.raises(DeviceError, match=r"^vision.table on cpu: vision.position: cuLaunchKernel"):
-        runner.table(spec, spec.grid, "float")
+        runner.position_table(spec, spec.grid, "float")
     driver.reset()
-    assert runner.table(spec, spec.grid, "float").numel()
+    assert runner.position_table(spec, spec.grid, "float").numel()
 
 
 def test_pixels_at_an_odd_address_are_moved(driver: standin.Standin, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from vitrail.plan.vision import (
     vision_scores,
     vision_table,
 )
-from vitrail.runtime.runner import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionCache
+from vitrail.runtime.memory import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionTables
 from vitrail.runtime.torch_runner import ReferenceRunner
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.folding import load_weights
@@ -230,7 +230,7 @@ def see(runner: ReferenceRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -
     starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
     inputs = {
         "pixels": pixels,
-        "table": runner.table(spec, spec.grid_at(size), "uint8" if uint8 else "float"),
+        "table": runner.position_table(spec, spec.grid_at(size), "uint8" if uint8 else "float"),
         "cu_seqlens": starts,
         "token_rows": starts[:-1],
     }
@@ -528,11 +528,11 @@ def test_inputs_keep_every_bit(vit: ReferenceRunner, uint8: bool) -> None:
     pixels = images(2, (32, 24))
     pixels = pixels if uint8 else normalised(pixels).float()
     kept, weights = pixels.clone(), vit.weights.arena.clone()
-    table = vit.table(VISION["vit"], (4, 3), "uint8").clone()
+    table = vit.position_table(VISION["vit"], (4, 3), "uint8").clone()
     embed(vit, pixels)
     assert torch.equal(bits(pixels), bits(kept))
     assert torch.equal(vit.weights.arena, weights)
-    assert torch.equal(vit.table(VISION["vit"], (4, 3), "uint8"), table)
+    assert torch.equal(vit.position_table(VISION["vit"], (4, 3), "uint8"), table)
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -541,7 +541,7 @@ def test_an_empty_batch_gives_empty_outputs(
 ) -> None:
     spec, head = VISION[family], HEADS.get(family)
     _, runner = open_runner(tmp_path, spec, head=head)
-    runner.table(spec, spec.grid, "uint8")
+    runner.position_table(spec, spec.grid, "uint8")
     monkeypatch.setattr(ReferenceRunner, "run_steps", None)  # nothing may be launched
     none = images(0, spec.image)
     dense = see(runner, spec, vision_dense(spec, head, uint8=True, taps=(0,)), none)
@@ -618,7 +618,7 @@ def test_the_callers_mode_changes_no_bit(
     starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
 
     def run(runner: ReferenceRunner) -> dict[str, Tensor]:
-        table = runner.table(spec, spec.grid_at(size), "uint8")
+        table = runner.position_table(spec, spec.grid_at(size), "uint8")
         given_inputs = {
             "pixels": pixels,
             "table": table,
@@ -754,11 +754,11 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> ReferenceRunner:
 
 
 def ask(
-    cache: PositionCache, runner: ReferenceRunner, target: tuple[int, int], kind: str = "float"
+    cache: PositionTables, runner: ReferenceRunner, target: tuple[int, int], kind: str = "float"
 ) -> Tensor:
     """A table from ``cache``, which ``runner`` computes if it is not there."""
     plan = vision_table(VISION["clip"], target, uint8=kind == "uint8")
-    return cache.get(target, kind, lambda: runner._make_table(plan))
+    return cache.get(target, kind, lambda: runner._compute_table(plan))
 
 
 def table_bytes(target: tuple[int, int]) -> int:
@@ -768,12 +768,12 @@ def table_bytes(target: tuple[int, int]) -> int:
 def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) -> None:
     weights, spec = tables.weights, VISION["clip"]
     made = {
-        (target, kind): tables.table(spec, target, kind)
+        (target, kind): tables.position_table(spec, target, kind)
         for target in ((4, 4), (2, 8), (8, 2))
         for kind in ("float", "uint8")
     }
     for (target, kind), table in made.items():
-        assert tables.table(spec, target, kind) is table
+        assert tables.position_table(spec, target, kind) is table
         other = made[target, "uint8" if kind == "float" else "float"]
         assert not torch.equal(table[1:], other[1:])
         assert torch.equal(table[:1], other[:1])
@@ -797,7 +797,7 @@ def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) ->
 
 def test_the_table_used_longest_ago_goes_first(tables: ReferenceRunner) -> None:
     grids = [(1, 1), (1, 2), (2, 1)]
-    cache = PositionCache(sum(map(table_bytes, grids)))
+    cache = PositionTables(sum(map(table_bytes, grids)))
     first = {grid: ask(cache, tables, grid) for grid in grids}
     assert ask(cache, tables, (1, 1)) is first[1, 1]  # now the newest
     ask(cache, tables, (1, 1), "uint8")  # two rows: three of (1, 2) make room
@@ -807,7 +807,7 @@ def test_the_table_used_longest_ago_goes_first(tables: ReferenceRunner) -> None:
 
 
 def test_a_table_over_the_limit_is_kept_alone(tables: ReferenceRunner) -> None:
-    cache = PositionCache(table_bytes((2, 2)))
+    cache = PositionTables(table_bytes((2, 2)))
     small = ask(cache, tables, (2, 2))
     large = ask(cache, tables, (2, 3))
     assert ask(cache, tables, (2, 3)) is large
@@ -831,7 +831,7 @@ class OnCuda:
 def test_a_table_that_a_graph_was_captured_with_is_never_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cache, capturing = PositionCache(400), [False]
+    cache, capturing = PositionTables(400), [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
 
     def get(target: tuple[int, int]) -> object:
@@ -874,7 +874,7 @@ def test_a_runner_goes_with_the_last_that_holds_it(tmp_path: Path) -> None:
 def test_the_cache_is_a_least_recently_used_one_under_its_limit(
     tables: ReferenceRunner, limit: int, asked: list[tuple[int, int, str]]
 ) -> None:
-    cache = PositionCache(limit)
+    cache = PositionTables(limit)
     model: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
     for down, across, kind in asked:
         key = (down, across, kind)
@@ -892,10 +892,10 @@ def test_the_cache_is_a_least_recently_used_one_under_its_limit(
 
 def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: ReferenceRunner) -> None:
     for _ in range(20):
-        cache, barrier = PositionCache(), threading.Barrier(8)
+        cache, barrier = PositionTables(), threading.Barrier(8)
 
         def get(
-            _: int, cache: PositionCache = cache, barrier: threading.Barrier = barrier
+            _: int, cache: PositionTables = cache, barrier: threading.Barrier = barrier
         ) -> Tensor:
             barrier.wait(timeout=60)
             return ask(cache, tables, (6, 6))

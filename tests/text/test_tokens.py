@@ -105,7 +105,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> vitrail.Model:
     assert model._text is not None
     assert model._vision is not None
     counting: Any = Counting(model.spec.text.embedding)
-    counting.table = model._vision.runner.table
+    counting.position_table = model._vision.runner.position_table
     monkeypatch.setattr(model._text, "runner", counting)
     monkeypatch.setattr(model._vision, "runner", counting)
     return model

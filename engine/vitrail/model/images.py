@@ -105,7 +105,7 @@ class ImageEncoder:
     def _rows(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | VitrailError]:
         """For each of ``items`` of ``batch`` its row, or an error if the row is not finite."""
         tower, pixels = self.tower, batch[items.start : items.stop]
-        rows = tower.scores(pixels) if scores else tower.embed(pixels)["vision.embedding"]
+        rows = tower.scores(pixels) if scores else tower.embeddings(pixels)["vision.embedding"]
         finite = torch.isfinite(rows).all(dim=1).tolist()
         return [
             row if ok else VitrailError(first_bad_block(tower, pixels[item : item + 1]))
@@ -134,13 +134,13 @@ class ImageEncoder:
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         tower = self.tower
         result.errors |= check_pixels(pixels, tower.spec, self.image_spec, result.strict)
-        pixel_size = tower.size(pixels)
+        pixel_size = tower.image_size(pixels)
         if size is not None and tuple(size) != pixel_size:
             raise InputError(
                 f"size: got {tuple(size)} with preprocessed pixels of {pixel_size}; "
                 "floats are taken as they are, so leave it out"
             )
-        step = batch_size or tower.batch(pixel_size, ACTIVATION_BYTES)
+        step = batch_size or tower.max_batch(pixel_size, ACTIVATION_BYTES)
         finite = [item for item in range(len(pixels)) if item not in result.errors]
         for start in range(0, len(finite), step):
             positions = finite[start : start + step]
@@ -157,7 +157,7 @@ class ImageEncoder:
         result: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         tower, spec = self.tower, self._required_spec("images")
-        max_batch = tower.batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
+        max_batch = tower.max_batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
         step = batch_size or min(max_batch, DECODED_IMAGES)
         for start, batch in self._one_ahead(images, step, size):
             for member, error in batch.errors.items():
@@ -174,7 +174,7 @@ class ImageEncoder:
                         result.add(position, too_small)
                     continue
                 # without a crop, the size of the images is known only now
-                max_batch = batch_size or tower.batch(crops.size, ACTIVATION_BYTES)
+                max_batch = batch_size or tower.max_batch(crops.size, ACTIVATION_BYTES)
                 for first in range(0, len(positions), max_batch):
                     part = slice(first, first + max_batch)
                     yield positions[part], crops[part]

@@ -59,7 +59,7 @@ def intermediate_layers(
     patches = [out[:, tower.spec.prefix :] for out in outputs]
     if reshape:
         batch, width = pixels.shape[0], tower.spec.blocks.width
-        grid = tower.spec.grid_at(tower.size(pixels))
+        grid = tower.spec.grid_at(tower.image_size(pixels))
         patches = [
             tokens.reshape(batch, *grid, width).permute(0, 3, 1, 2).contiguous()
             for tokens in patches

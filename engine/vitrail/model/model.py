@@ -35,7 +35,7 @@ from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer import Overflow, load_tokenizer
-from vitrail.torch_modes import plain
+from vitrail.torch_modes import default_modes
 
 
 class Model:
@@ -128,7 +128,7 @@ class Model:
         self, images: Images, *, size: Size | None = ..., on_error: Literal["skip"]
     ) -> PreprocessResult: ...
 
-    @plain()
+    @default_modes()
     def preprocess(
         self, images: Images, *, size: Size | None = None, on_error: OnError = "raise"
     ) -> Tensor | PreprocessResult:
@@ -148,7 +148,7 @@ class Model:
             return pixels
         return PreprocessResult(pixels, result.index, result.reasons)
 
-    @plain()
+    @default_modes()
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
         """Texts to token ids (N, context) int64: begin token, text, end token, padding.
 
@@ -183,7 +183,7 @@ class Model:
         output_device: str | torch.device = ...,
     ) -> EncodeResult: ...
 
-    @plain()
+    @default_modes()
     def encode_image(
         self,
         images: Images,
@@ -218,7 +218,7 @@ class Model:
             return embeddings
         return EncodeResult(embeddings, result.index, result.reasons)
 
-    @plain()
+    @default_modes()
     def encode_text(
         self,
         texts: Texts,
@@ -246,7 +246,7 @@ class Model:
 
     # -- classes -----------------------------------------------------------------------------------
 
-    @plain()
+    @default_modes()
     def classify(
         self,
         images: Images,
@@ -299,7 +299,7 @@ class Model:
 
     # -- the outputs of transformers and of DINOv2 -------------------------------------------------
 
-    @plain()
+    @default_modes()
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -342,7 +342,7 @@ class Model:
 
     __call__ = forward
 
-    @plain()
+    @default_modes()
     def get_intermediate_layers(
         self,
         x: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.runtime.towers import TextTower, VisionTower
-from vitrail.torch_modes import plain
+from vitrail.torch_modes import default_modes
 
 _VISION: WeakValueDictionary[int, VisionTower] = WeakValueDictionary()
 _TEXT: WeakValueDictionary[int, TextTower] = WeakValueDictionary()
@@ -25,15 +25,15 @@ _NUMBERS = itertools.count()
 @torch.library.custom_op("vitrail::embed_image", mutates_args=())
 def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
     """Embedding (B, ``width``) fp32 and status (B,) int32 of ``pixels``, by image tower number."""
-    with plain():
-        out = _VISION[tower].embed(pixels)
+    with default_modes():
+        out = _VISION[tower].embeddings(pixels)
     return out["vision.embedding"], out["vision.status"]
 
 
 @torch.library.custom_op("vitrail::embed_text", mutates_args=())
 def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
     """The same of token ids (B, T) by text tower ``tower``."""
-    with plain():
+    with default_modes():
         out = _TEXT[tower].dense(ids)
     return out["text.embedding"], out["text.status"]
 

@@ -55,7 +55,9 @@ class TextEncoder:
         results = (
             result
             for batch in self.tower.batches(tokens.lengths, batch_size, budget)
-            for result in in_halves(lambda chosen: self.tower.embed(tokens.take(chosen)), batch)
+            for result in in_halves(
+                lambda chosen: self.tower.embeddings(tokens.take(chosen)), batch
+            )
         )
         for positions, outputs in one_behind(results):
             embeddings[torch.from_numpy(positions)] = outputs["text.embedding"].cpu()

@@ -32,7 +32,7 @@ from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.triton import TritonRunner
 from vitrail.runtime.triton_resize import TritonResize
 from vitrail.spec import VisionSpec
-from vitrail.torch_modes import plain, refuse_lost_threads
+from vitrail.torch_modes import default_modes, refuse_lost_threads
 from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import WITHOUT_TMA
 from vitrail_kernels.launch import MISSING as NO_TRITON
@@ -167,18 +167,18 @@ class NativeRunner(TritonRunner):
         own = stored if NO_TRITON is not None else super().identity
         return own if own == stored else f"{stored}; plans that are not exported: {own}"
 
-    def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
-        """As `Runner.table`; an export's own table for its size."""
+    def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
+        """As `Runner.position_table`; an export's own table for its size."""
         if self._exported is not None:
             size = self._exported.size
-            if size is not None and target == spec.grid_at(size) and kind in self._tables:
-                return self._tables[kind]
-            self._need_triton(self._exported, f"{target[0]}x{target[1]} patches")
-        return super().table(spec, target, kind)
+            if size is not None and grid == spec.grid_at(size) and pixel_format in self._tables:
+                return self._tables[pixel_format]
+            self._need_triton(self._exported, f"{grid[0]}x{grid[1]} patches")
+        return super().position_table(spec, grid, pixel_format)
 
-    def _make_table(self, plan: Plan) -> Tensor:
+    def _compute_table(self, plan: Plan) -> Tensor:
         try:
-            return super()._make_table(plan)
+            return super()._compute_table(plan)
         finally:  # the table is kept: its program must not push out those of other image sizes
             with self._lock:
                 self._programs.pop((id(plan), None), None)
@@ -188,7 +188,7 @@ class NativeRunner(TritonRunner):
     ) -> dict[str, Tensor]:
         """As `Runner.run`. Raises DeviceError where the driver fails, naming the launch."""
         refuse_lost_threads()
-        with plain(), self._on_device():
+        with default_modes(), self._on_device():
             ready, size = self._ready(plan, inputs), (batch, tokens, longest)
             try:
                 return self._outputs(ready, inputs, size)

@@ -1,12 +1,9 @@
-"""What every runner does: buffers in an arena, position tables, a plan's steps in order."""
+"""`Runner`: runs the steps of a plan in order. A subclass says how one step is run."""
 
 from __future__ import annotations
 
-import math
-import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,81 +14,13 @@ from vitrail.cuda import device_errors
 from vitrail.errors import OutOfMemoryError
 from vitrail.plan.plan import Plan, Step
 from vitrail.plan.vision import vision_table
+from vitrail.runtime.memory import ArenaPool, PositionTables, activations
 from vitrail.spec import VisionSpec
-from vitrail.torch_modes import plain, refuse_lost_threads
+from vitrail.torch_modes import default_modes, refuse_lost_threads
 from vitrail.weights.layout import Weights
 
-POSITION_CACHE_BYTES = 64 << 20
-IDLE_ARENAS, IDLE_BYTES = 4, 1 << 30
 
-
-class PositionCache:
-    """Position tables by (grid, kind of pixels): the latest, and others within a byte limit.
-
-    A table that a CUDA graph was captured with is never forgotten: the graph knows its address.
-    """
-
-    def __init__(self, limit: int = POSITION_CACHE_BYTES) -> None:
-        self._limit, self._bytes = limit, 0
-        self._tables: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
-        self._captured: dict[tuple[int, int, str], Tensor] = {}
-        self._lock = threading.Lock()
-
-    def get(self, target: tuple[int, int], kind: str, make: Callable[[], Tensor]) -> Tensor:
-        """The (T, C) fp32 table for ``target`` patches down and across; kind "float" or "uint8".
-
-        ``make`` computes it the first time. No function is kept: a runner that its own cache holds
-        would live on, with its weights, until the garbage collector comes by.
-        """
-        key = (*target, kind)
-        with self._lock:
-            table = self._captured.get(key, self._tables.get(key))
-            if table is not None:
-                if key in self._tables:
-                    self._tables.move_to_end(key)
-                if table.is_cuda and torch.cuda.is_current_stream_capturing():
-                    self._captured[key] = table
-                return table
-        table = make()
-        with self._lock:
-            if key not in self._tables:
-                self._tables[key] = table
-                self._bytes += _bytes(table)
-                while self._bytes > self._limit and len(self._tables) > 1:
-                    _, dropped = self._tables.popitem(last=False)
-                    self._bytes -= _bytes(dropped)
-        return table
-
-
-def _bytes(table: Tensor) -> int:
-    return table.numel() * table.element_size()
-
-
-class ArenaPool:
-    """Activation arenas that wait for their next call, so that a warm call allocates nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._idle, self._lock = device, list[Tensor](), threading.Lock()
-
-    def take(self, nbytes: int) -> Tensor:
-        with self._lock:
-            fits = [arena for arena in self._idle if arena.numel() >= nbytes]
-            if fits:
-                best = min(fits, key=Tensor.numel)
-                self._idle = [arena for arena in self._idle if arena is not best]
-                return best
-            if self._idle:  # none is large enough: one goes before a larger one is asked for
-                self._idle.pop(0)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def give(self, arena: Tensor) -> None:
-        with self._lock:
-            kept = sum(idle.numel() for idle in self._idle) + arena.numel()
-            if len(self._idle) < IDLE_ARENAS and arena.numel() > 0 and kept <= IDLE_BYTES:
-                self._idle.append(arena)
-
-
-def _moved(weights: Weights, device: torch.device) -> Weights:
+def _on(device: torch.device, weights: Weights) -> Weights:
     """``weights`` on ``device``. Raises OutOfMemoryError if they do not fit there."""
     try:
         with device_errors():
@@ -105,18 +34,19 @@ def _moved(weights: Weights, device: torch.device) -> Weights:
 class Runner(ABC):
     """Runs plans of one model on one device, from any number of threads at once.
 
-    ``name`` says which runner it is; ``identity`` all that its bits depend on besides the weights.
+    ``name``: the backend. ``identity``: everything besides the weights that the bits of a result
+    depend on.
     """
 
     name: str
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
         if device.type == "cuda" and device.index is None:
-            # by number: another thread's current device may be another
+            # name the device by number: threads may have different current devices
             device = torch.device("cuda", torch.cuda.current_device())
-        self.weights, self.dtype, self.device = _moved(weights, device), dtype, device
+        self.weights, self.dtype, self.device = _on(device, weights), dtype, device
         self._arenas = ArenaPool(device)
-        self._positions = PositionCache()
+        self._position_tables = PositionTables()
         self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
         self._streams: set[int] = set()
 
@@ -127,7 +57,7 @@ class Runner(ABC):
     @property
     @abstractmethod
     def resizer(self) -> str:
-        """What does `resize`, in words. Raises InputError where nothing can."""
+        """The implementation of `resize`, in words. Raises InputError if there is none."""
 
     @abstractmethod
     def _resize(self, *tensors: Tensor) -> None:
@@ -144,29 +74,31 @@ class Runner(ABC):
     ) -> None:
         """The operator `resize`: write ``out`` (B, h, w, channels) and ``middle`` from ``pixels``.
 
-        All are on the runner's device; shapes, dtypes and tables: `ops.resize`. On a
-        GPU the work is left on the current stream. Raises DeviceError where the driver fails.
+        All tensors are on the runner's device; `vitrail_kernels.ops.resize` gives their shapes,
+        dtypes and the tables. On a GPU the work is queued on the current stream. Raises DeviceError
+        if the driver fails.
         """
         refuse_lost_threads()
-        with plain(), self._on_device():
+        with default_modes(), self._on_device():
             self._resize(out, middle, pixels, images, groups, taps)
 
     @abstractmethod
-    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
-        """One step of a plan; ``tensors``: its arguments by name."""
+    def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
+        """One step of a plan; ``arguments``: its buffers and weights by argument."""
 
-    def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
-        """What is added to every token at ``target`` patches down and across: (T, C) fp32."""
+    def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
+        """(T, C) fp32: the summand of every token besides its pixels, for ``grid`` patches down and
+        across. ``pixel_format``: "float" or "uint8"."""
         refuse_lost_threads()
-        with plain(), self._on_device():
-            plan = vision_table(spec, target, uint8=kind == "uint8")
-            table = self._positions.get(target, kind, lambda: self._make_table(plan))
-            if table.is_cuda:  # so that its memory waits for this stream too once it is forgotten
+        with default_modes(), self._on_device():
+            plan = vision_table(spec, grid, uint8=pixel_format == "uint8")
+            table = self._position_tables.get(grid, pixel_format, lambda: self._compute_table(plan))
+            if table.is_cuda:  # a dropped table's memory is not reused before this stream is done
                 table.record_stream(torch.cuda.current_stream(table.device))
             return table
 
-    def _make_table(self, plan: Plan) -> Tensor:
-        """The output of ``plan``, ready for every stream."""
+    def _compute_table(self, plan: Plan) -> Tensor:
+        """The output of ``plan``. From here on any stream may read it."""
 
         def run() -> Tensor:
             (table,) = self.run(plan, {}, batch=1, tokens=1, longest=1).values()
@@ -176,56 +108,52 @@ class Runner(ABC):
 
         if self.device.type != "cuda":
             return run()
-        # on a thread of its own: a caller's may take its memory from the pool of a CUDA graph, as
-        # torch.compile's does while it warms up, and the table outlives that
+        # The caller's thread may allocate from the pool of a CUDA graph, for example while
+        # torch.compile warms up. The table outlives that pool, so another thread allocates it.
         with ThreadPoolExecutor(1, "vitrail-positions") as pool:
             return pool.submit(run).result()
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
     ) -> dict[str, Tensor]:
-        """Execute ``plan`` and return its outputs, fresh contiguous tensors on the runner's device.
+        """Run ``plan`` and return its outputs, fresh contiguous tensors on the runner's device.
 
-        ``inputs``: one tensor for each of the plan's inputs. ``batch`` sequences hold ``tokens``
-        tokens in all, ``longest`` the longest of them. On a GPU the work is left on the current
-        stream, and neither waits for it nor for the host.
+        ``inputs``: a tensor for each of the plan's inputs. ``batch`` sequences have ``tokens``
+        tokens in all, and the longest has ``longest``. On a GPU the work is queued on the current
+        stream; the call never synchronizes with the GPU.
         """
         refuse_lost_threads()
-        with plain(), self._on_device():
-            tensors = dict(inputs)
+        with default_modes(), self._on_device():
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
-            arena = self._take(sum(sizes))
-            offsets = [sum(sizes[:slot]) for slot in range(len(sizes))]
+            arena = self._take_arena(sum(sizes))
+            tensors = {**inputs, **activations(plan, sizes, arena, batch, tokens, self._dtypes)}
             for buffer in plan.buffers:
-                if buffer.name in plan.inputs:
-                    continue
-                dtype, shape = self._dtypes[buffer.dtype], buffer.shape(batch, tokens, longest)
-                if buffer.slot is None:
+                if buffer.name in plan.outputs:
+                    shape = buffer.shape(batch, tokens, longest)
+                    dtype = self._dtypes[buffer.dtype]
                     tensors[buffer.name] = torch.empty(shape, dtype=dtype, device=self.device)
-                else:
-                    start = offsets[buffer.slot]
-                    raw = arena[start : start + math.prod(shape) * dtype.itemsize]
-                    tensors[buffer.name] = raw.view(dtype).view(shape)
             if batch:
-                self._stream()  # of which the weights take note
+                self._stream()
                 self.run_steps(plan.steps, tensors, longest)
-            self._give(arena)
+            self._give_arena(arena)
             return {name: tensors[name] for name in plan.outputs}
 
     def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
-        """Every step in order."""
+        """Every step in order; ``tensors``: the buffers by name."""
         for step in steps:
             arguments = {arg: tensors[name] for arg, name in step.buffers}
             arguments |= {arg: self.weights[name] for arg, name in step.weights}
             self.run_step(step, arguments, longest)
 
     def _on_device(self) -> AbstractContextManager[object]:
-        """Kernels launch on the current device, which need not be the tensors'."""
+        """Makes the runner's device the current one: Triton launches kernels there."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int:
-        """The current stream, as the driver's handle; 0 without a GPU. Weights that are freed wait
-        for the work of every stream that this was called on."""
+        """The driver's handle of the current stream; 0 without a GPU.
+
+        The memory of the weights is not reused before the work on every stream that this returned.
+        """
         if self.device.type != "cuda":
             return 0
         stream = torch.cuda.current_stream(self.device)
@@ -235,13 +163,13 @@ class Runner(ABC):
             self._streams.add(handle)
         return handle
 
-    # PyTorch's own allocator of a GPU gives memory back in the order of a stream; an arena that
-    # waits here could be taken by another stream while the first still writes to it
-    def _take(self, nbytes: int) -> Tensor:
+    # On a GPU, PyTorch's allocator reuses memory in the order of a stream. The pool does not:
+    # another stream could take an arena that the first stream still writes to.
+    def _take_arena(self, nbytes: int) -> Tensor:
         if self.device.type == "cpu":
             return self._arenas.take(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _give(self, arena: Tensor) -> None:
+    def _give_arena(self, arena: Tensor) -> None:
         if self.device.type == "cpu":
             self._arenas.give(arena)

@@ -1,4 +1,4 @@
-"""Walks a plan with each operator's PyTorch reference: the CPU backend, and fp32 anywhere."""
+"""The backend "torch": runs each step by its operator's PyTorch reference, on any device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vitrail.runtime.runner import Runner
 from vitrail_kernels import OPERATORS
 
 STATISTICS = {"stats", "x_stats", "row_sums"}
-"""Arguments that only kernels need: a reference works LayerNorm out from the row itself."""
+"""Arguments that only kernels need: a reference computes LayerNorm from the row itself."""
 
 
 class ReferenceRunner(Runner):
-    """Runs plans with PyTorch."""
+    """Runs plans with PyTorch's own operators."""
 
     name = "reference"
 
@@ -26,6 +26,6 @@ class ReferenceRunner(Runner):
     def _resize(self, *tensors: Tensor) -> None:
         OPERATORS["resize"].reference(*tensors)
 
-    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
-        wanted = {name: tensor for name, tensor in tensors.items() if name not in STATISTICS}
-        OPERATORS[step.op].reference(**wanted, **step.resolve(longest))
+    def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
+        needed = {name: tensor for name, tensor in arguments.items() if name not in STATISTICS}
+        OPERATORS[step.op].reference(**needed, **step.resolve(longest))

@@ -1,4 +1,4 @@
-"""One tower and its plans: tensors in, tensors out. What users pass is made ready in `model`."""
+"""An image or text tower: prepared tensors in, the outputs of a plan out."""
 
 from __future__ import annotations
 
@@ -16,39 +16,54 @@ from vitrail.runtime.runner import Runner
 from vitrail.spec import HeadSpec, TextSpec, VisionSpec
 from vitrail.text.tokens import Ints, TokenIds
 
+MAX_BATCH = 4096
 
-def _largest_batch(plan: Plan, tokens: int, itemsize: int, budget: int) -> int:
-    """The largest power of two of sequences whose activations fit ``budget`` bytes."""
+
+def _largest_batch(plan: Plan, tokens: int, itemsize: int, max_bytes: int) -> int:
+    """The largest power of two of sequences whose activations fit ``max_bytes``."""
     batch = 1
-    while plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= budget and batch < 4096:
+    while (
+        batch < MAX_BATCH and plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= max_bytes
+    ):
         batch *= 2
     return batch
 
 
-# a search takes longer than a forward of one item takes the host
+# cached: the search takes longer than the host's part of a forward of one item
 @functools.lru_cache(maxsize=256)
-def _images_at_once(spec: VisionSpec, size: tuple[int, int], itemsize: int, budget: int) -> int:
+def _max_images(spec: VisionSpec, size: tuple[int, int], itemsize: int, max_bytes: int) -> int:
     plan = vision_pooled(spec, uint8=True)
-    return _largest_batch(plan, spec.tokens_at(size), itemsize, budget)
+    return _largest_batch(plan, spec.tokens_at(size), itemsize, max_bytes)
 
 
 @functools.lru_cache(maxsize=256)
-def _texts_at_once(spec: TextSpec, itemsize: int, budget: int) -> int:
-    return _largest_batch(text_pooled(spec), spec.context, itemsize, budget)
+def _max_texts(spec: TextSpec, itemsize: int, max_bytes: int) -> int:
+    return _largest_batch(text_pooled(spec), spec.context, itemsize, max_bytes)
 
 
 def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
-    """The arrays in int32, as parts of one tensor: one copy. Each starts at 16 bytes, as kernels
-    want it."""
-    places, size = {}, 0
+    """The arrays as int32 tensors on ``device``, by one copy: they are slices of one tensor. Each
+    starts at a multiple of 16 bytes, as kernels need it."""
+    starts, size = {}, 0
     for name, array in arrays.items():
-        places[name] = size
+        starts[name] = size
         size += -(-len(array) // 4) * 4
     host = np.zeros(size, np.int32)
     for name, array in arrays.items():
-        host[places[name] : places[name] + len(array)] = array
-    whole = torch.from_numpy(host).to(device)
-    return {name: whole[places[name] : places[name] + len(arrays[name])] for name in arrays}
+        host[starts[name] : starts[name] + len(array)] = array
+    packed = torch.from_numpy(host).to(device)
+    return {name: packed[starts[name] : starts[name] + len(arrays[name])] for name in arrays}
+
+
+def _by_sequence(
+    plan: Plan, outputs: Mapping[str, Tensor], batch: int, length: int
+) -> dict[str, Tensor]:
+    """``outputs`` of ``plan`` with a dimension for the sequences: (B T, C) becomes (B, T, C)."""
+    per_token = plan.token_outputs()
+    return {
+        name: tensor.view(batch, length, tensor.shape[1]) if name in per_token else tensor
+        for name, tensor in outputs.items()
+    }
 
 
 class VisionTower:
@@ -57,57 +72,56 @@ class VisionTower:
     def __init__(self, spec: VisionSpec, head: HeadSpec | None, runner: Runner) -> None:
         self.spec, self.head, self.runner = spec, head, runner
 
-    def size(self, pixels: Tensor) -> tuple[int, int]:
+    def image_size(self, pixels: Tensor) -> tuple[int, int]:
         """(height, width) of a batch of pixels."""
-        first = 1 if pixels.dtype == torch.uint8 else 2
-        return pixels.shape[first], pixels.shape[first + 1]
+        height = 1 if pixels.dtype == torch.uint8 else 2
+        return pixels.shape[height], pixels.shape[height + 1]
 
-    def _run(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
-        device, size = self.runner.device, self.size(pixels)
-        batch, tokens = pixels.shape[0], self.spec.tokens_at(size)
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
-        kind = "uint8" if pixels.dtype == torch.uint8 else "float"
-        inputs = {
-            "pixels": pixels.to(device).contiguous(),
-            "table": self.runner.table(self.spec, self.spec.grid_at(size), kind),
-            "cu_seqlens": offsets,
-            "token_rows": offsets[:-1],
-        }
-        return self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
-
-    def embed(self, pixels: Tensor) -> dict[str, Tensor]:
+    def embeddings(self, pixels: Tensor) -> dict[str, Tensor]:
         """``vision.embedding`` (B, D) and ``vision.status`` (B,)."""
-        plan = vision_pooled(self.spec, uint8=pixels.dtype == torch.uint8)
-        return self._run(plan, pixels)
+        return self._run(vision_pooled(self.spec, uint8=_is_uint8(pixels)), pixels)
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Logits (B, labels) fp32 of the classification head, which there must be."""
         assert self.head is not None, "the checkpoint has a classification head"
-        plan = vision_scores(self.spec, self.head, uint8=pixels.dtype == torch.uint8)
+        plan = vision_scores(self.spec, self.head, uint8=_is_uint8(pixels))
         return self._run(plan, pixels)["vision.logits"]
 
     def dense(self, pixels: Tensor, taps: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """All that ``forward`` returns; tokens shaped (B, T, C)."""
-        uint8 = pixels.dtype == torch.uint8
-        out = self._run(vision_dense(self.spec, self.head, uint8=uint8, taps=taps), pixels)
-        return self._unpacked(out, pixels)
+        """The outputs of `vision_dense`; tokens are (B, T, C)."""
+        plan = vision_dense(self.spec, self.head, uint8=_is_uint8(pixels), taps=taps)
+        return self._run_dense(plan, pixels)
 
     def layers(self, pixels: Tensor, taps: tuple[int, ...], norm: bool) -> list[Tensor]:
-        """The stream after each block of ``taps``: (B, T, C), normalised with ``norm``."""
-        uint8 = pixels.dtype == torch.uint8
-        plan = vision_layers(self.spec, tuple(sorted(set(taps))), norm, uint8)
-        out = self._unpacked(self._run(plan, pixels), pixels)
-        return [out[f"vision.layer.{tap}"] for tap in taps]
+        """The residual stream (B, T, C) after each block of ``taps``, with ``norm`` normalized."""
+        plan = vision_layers(self.spec, tuple(sorted(set(taps))), norm, _is_uint8(pixels))
+        outputs = self._run_dense(plan, pixels)
+        return [outputs[f"vision.layer.{tap}"] for tap in taps]
 
-    def _unpacked(self, out: dict[str, Tensor], pixels: Tensor) -> dict[str, Tensor]:
-        tokens, width = self.spec.tokens_at(self.size(pixels)), self.spec.blocks.width
-        shape = (pixels.shape[0], tokens, width)
-        packed = ("vision.hidden.", "vision.layer.", "vision.last")
-        return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}
+    def max_batch(self, size: tuple[int, int], max_bytes: int) -> int:
+        """How many images of ``size`` fit ``max_bytes`` of activations in one call."""
+        return _max_images(self.spec, tuple(size), self.runner.dtype.itemsize, max_bytes)
 
-    def batch(self, size: tuple[int, int], budget: int) -> int:
-        """How many images of ``size`` go through at once within ``budget`` bytes of activations."""
-        return _images_at_once(self.spec, tuple(size), self.runner.dtype.itemsize, budget)
+    def _run(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
+        device, size = self.runner.device, self.image_size(pixels)
+        batch, length = pixels.shape[0], self.spec.tokens_at(size)
+        starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        pixel_format = "uint8" if _is_uint8(pixels) else "float"
+        inputs = {
+            "pixels": pixels.to(device).contiguous(),
+            "table": self.runner.position_table(self.spec, self.spec.grid_at(size), pixel_format),
+            "cu_seqlens": starts,
+            "token_rows": starts[:-1],
+        }
+        return self.runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
+
+    def _run_dense(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
+        length = self.spec.tokens_at(self.image_size(pixels))
+        return _by_sequence(plan, self._run(plan, pixels), len(pixels), length)
+
+
+def _is_uint8(pixels: Tensor) -> bool:
+    return pixels.dtype == torch.uint8
 
 
 class TextTower:
@@ -117,16 +131,16 @@ class TextTower:
         self.spec, self.runner = spec, runner
 
     def pooled_position(self, ids: Tensor) -> Tensor:
-        """(B,) which token of each row of ``ids`` (B, T) is pooled, as transformers does it.
+        """(B,) the index of the token that transformers pools in each row of ``ids`` (B, T).
 
-        The first end-of-text token, 0 in a row that has none; for the legacy rule the first of the
-        highest id.
+        It is the first end-of-text token, or token 0 of a row that has none. A spec without such a
+        token follows the legacy rule: the first token with the highest id.
         """
         key = ids if self.spec.eos is None else (ids == self.spec.eos).int()
         return key.argmax(dim=1)
 
-    def embed(self, texts: TokenIds) -> dict[str, Tensor]:
-        """``text.embedding`` (B, D), ``text.status`` (B,) of ids that end at the pooled token."""
+    def embeddings(self, texts: TokenIds) -> dict[str, Tensor]:
+        """``text.embedding`` (B, D), ``text.status`` (B,); each text ends at its pooled token."""
         inputs = {
             "ids": texts.ids,
             "positions": texts.positions,
@@ -144,40 +158,41 @@ class TextTower:
     def dense(
         self, ids: Tensor, kv_lens: Tensor | None = None, taps: tuple[int, ...] = ()
     ) -> dict[str, Tensor]:
-        """All that ``forward`` returns for ``ids`` (B, T) int64; tokens shaped (B, T, C).
+        """The outputs of `text_dense` for ``ids`` (B, T) int64; tokens are (B, T, C).
 
         ``kv_lens`` (B,): how many leading tokens of each row may be attended to.
         """
-        device, (batch, tokens) = self.runner.device, ids.shape
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
-        rows = offsets[:-1] + self.pooled_position(ids).to(device)
+        device, (batch, length) = self.runner.device, ids.shape
+        starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        token_rows = starts[:-1] + self.pooled_position(ids).to(device)
         inputs = {
             "ids": ids.flatten().to(device, torch.int32),
-            "positions": torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch),
-            "cu_seqlens": offsets,
-            "token_rows": rows.to(torch.int32),
+            "positions": torch.arange(length, dtype=torch.int32, device=device).repeat(batch),
+            "cu_seqlens": starts,
+            "token_rows": token_rows.to(torch.int32),
         }
         if kv_lens is not None:
             inputs["kv_lens"] = kv_lens.to(device, torch.int32)
         plan = text_dense(self.spec, taps=taps, masked=kv_lens is not None)
-        out = self.runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
-        shape, packed = (batch, tokens, self.spec.blocks.width), ("text.hidden.", "text.last")
-        return {name: t.view(shape) if name.startswith(packed) else t for name, t in out.items()}
+        outputs = self.runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
+        return _by_sequence(plan, outputs, batch, length)
 
-    def batches(self, lengths: Ints, batch_size: int | None, budget: int) -> Iterator[Ints]:
-        """The texts of each call by position, the shortest first; ``lengths`` (N,) in tokens.
+    def batches(self, lengths: Ints, batch_size: int | None, max_bytes: int) -> Iterator[Ints]:
+        """The indices of the texts of each call, the shortest texts first.
 
-        ``batch_size`` texts; without it as many as would, padded to the longest of the call, be no
-        more tokens than the texts of full length whose activations fit ``budget`` bytes.
+        ``lengths`` (N,): tokens of each text. A call has ``batch_size`` texts. Without it, a call
+        has as many texts as fit ``max_bytes`` of activations if all were as long as the longest.
         """
         order = np.argsort(lengths, kind="stable")
-        room = _texts_at_once(self.spec, self.runner.dtype.itemsize, budget) * self.spec.context
+        max_tokens = (
+            _max_texts(self.spec, self.runner.dtype.itemsize, max_bytes) * self.spec.context
+        )
         start = 0
         while start < len(order):
-            taken = batch_size
-            if taken is None:
-                longest = lengths[order[start : start + room // lengths[order[start]]]]
+            count = batch_size
+            if count is None:
+                longest = lengths[order[start : start + max_tokens // lengths[order[start]]]]
                 padded = longest * np.arange(1, len(longest) + 1)
-                taken = int(np.searchsorted(padded, room, side="right"))
-            yield order[start : start + taken]
-            start += taken
+                count = int(np.searchsorted(padded, max_tokens, side="right"))
+            yield order[start : start + count]
+            start += count

@@ -1,4 +1,4 @@
-"""Walks a plan with the Triton kernels, launched from Python: CUDA, or the interpreter in tests."""
+"""The backend "triton": launches the Triton kernels from Python, on CUDA or in the interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vitrail_kernels.toolchain import triton_cache
 
 @contextmanager
 def _compiler_errors() -> Iterator[None]:
-    """What Triton raises if its cache fails, as a VitrailError that names the folder."""
+    """Errors of Triton's cache are raised as a VitrailError that names the folder."""
     try:
         yield
     except (OSError, json.JSONDecodeError) as error:
@@ -40,7 +40,7 @@ class TritonRunner(Runner):
     def identity(self) -> str:
         try:
             return provenance(self.target)
-        except ValueError as error:  # a tuned table of the user's own
+        except ValueError as error:  # raised for a user's own tuning table
             raise InputError(str(error)) from error
 
     @functools.cached_property
@@ -60,5 +60,5 @@ class TritonRunner(Runner):
         with _compiler_errors():
             super().run_steps(steps, tensors, longest)
 
-    def run_step(self, step: Step, tensors: Mapping[str, Tensor], longest: int) -> None:
-        OPERATORS[step.op].launch(**tensors, **step.resolve(longest))
+    def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
+        OPERATORS[step.op].launch(**arguments, **step.resolve(longest))

@@ -261,7 +261,7 @@ class _Package:
         if vision is not None and self.size is not None:
             reference = ReferenceRunner(weights, self.dtype, weights.arena.device)
             for kind, (start, stop) in places.items():
-                table = reference.table(vision, vision.grid_at(self.size), kind)
+                table = reference.position_table(vision, vision.grid_at(self.size), kind)
                 at = weights.arena.numel()
                 tables[start - at : stop - at] = table.view(-1).view(torch.uint8)
         parts = weights_header(total), weights.arena.numpy().data, tables.numpy().data

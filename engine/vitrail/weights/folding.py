@@ -17,7 +17,7 @@ from torch import Tensor
 from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, TextSpec, VisionSpec
-from vitrail.torch_modes import plain, refuse_lost_threads
+from vitrail.torch_modes import default_modes, refuse_lost_threads
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
 from vitrail_kernels.ops.patch_embed import UINT8_UNIT
@@ -149,7 +149,7 @@ def load_weights(
     holds a weight that is not finite.
     """
     refuse_lost_threads()
-    with plain(), TensorReader() as reader:
+    with default_modes(), TensorReader() as reader:
         load = WeightLoader(spec, sources, reader, dtype)
         if spec.vision is not None:
             _pack_vision(load, spec.vision, pixel_scale)
