@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 import vitrail
 from helpers import assert_close, clip_folder, image_embedding, make, save, small_vocabulary
-from vitrail.cli import app, options
+from vitrail.cli import app, console
 from vitrail.model import loading
 
 ROOT = Path(__file__).parents[2]
@@ -469,8 +469,8 @@ def test_progress_is_lines_at_intervals_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
-    with options.progress(40) as progress:
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.progress(40) as progress:
         for done, seconds in ((10, 1.0), (20, 6.0), (30, 7.0), (40, 12.0)):
             now[0] = 100 + seconds
             progress(done)
@@ -485,7 +485,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with options.progress(40) as progress:
+    with console.progress(40) as progress:
         progress(30)
         progress(40)
     assert "40/40" in terminal.getvalue()

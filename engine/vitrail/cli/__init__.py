@@ -20,8 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from vitrail._version import __version__
-from vitrail.cli import classify, demo, embed, export, info, tune, verify
-from vitrail.cli.options import say
+from vitrail.cli import classify, console, demo, embed, export, info, tune, verify
 from vitrail.errors import VitrailError
 
 
@@ -58,10 +57,10 @@ class Commands(TyperGroup):
             raise
         except (VitrailError, OSError, ImportError) as error:
             # OSError, ImportError: a disk or a library of this machine fails.
-            say(f"error: {' '.join(str(error).split())}")
+            console.say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            say("interrupted")
+            console.say("interrupted")
             raise typer.Exit(130) from None
 
 
@@ -122,6 +121,6 @@ def main() -> None:
         # Otherwise the interpreter flushes again when it ends, and fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # EPIPE: the reader closed the pipe, for example `head`
-            say(f"error: cannot write the output: {error.strerror or error}")
+            console.say(f"error: cannot write the output: {error.strerror or error}")
         sys.exit(1)
     sys.exit(code)

@@ -7,23 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import (
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    Local,
-    ModelName,
-    ResizeOn,
-    Revision,
-    Size,
-    load,
-    parse_size,
-    read_lines,
-    report_failures,
-    report_unread,
-    require_model,
-)
+from vitrail.cli import console, options
 
 if TYPE_CHECKING:
     from vitrail.jobs.listing import Source
@@ -40,7 +24,7 @@ def classify(
         list[str],
         typer.Argument(help="Image files, folders (searched recursively) or glob patterns."),
     ],
-    model: ModelName = None,
+    model: options.ModelName = None,
     labels: Annotated[str | None, typer.Option(help="Labels, separated by commas.")] = None,
     labels_file: Annotated[Path | None, typer.Option(help="File of labels, one per line.")] = None,
     template: Annotated[
@@ -48,14 +32,14 @@ def classify(
         typer.Option(help="Text with {} for the label; repeatable (default: a photo of a {})."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of labels to print per image.")] = 5,
-    as_json: AsJson = False,
-    batch_size: BatchSize = None,
-    size: Size = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    resize_on: ResizeOn = "host",
-    revision: Revision = None,
-    local_files_only: Local = False,
+    as_json: options.AsJson = False,
+    batch_size: options.BatchSize = None,
+    size: options.Size = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    resize_on: options.ResizeOn = "host",
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Print the most probable labels of each image.
 
@@ -64,18 +48,21 @@ def classify(
     """
     from vitrail.jobs.listing import find_images, path_text, shown
 
-    options: dict[str, Any] = {"labels": _labels(labels, labels_file), "size": parse_size(size)}
+    arguments: dict[str, Any] = {
+        "labels": _labels(labels, labels_file),
+        "size": options.parse_size(size),
+    }
     if template:
-        options["templates"] = tuple(template)
-    name = require_model(model, "--model")
+        arguments["templates"] = tuple(template)
+    name = options.require_model(model, "--model")
     listing = find_images(images)
-    report_unread(listing.unread)
+    console.report_unread(listing.unread)
     paths = listing.sources
-    loaded = load(name, device, dtype, revision, local_files_only, resize_on)
+    loaded = options.load(name, device, dtype, revision, local_files_only, resize_on)
     failed: list[tuple[Source, str]] = []
     width = max(len(shown(path)) for path in paths)
     titled = False
-    for path, answer in _classified(loaded, paths, top, batch_size, options):
+    for path, answer in _classified(loaded, paths, top, batch_size, arguments):
         if isinstance(answer, str):
             failed.append((path, answer))
         if as_json:
@@ -86,7 +73,7 @@ def classify(
                 titled = True
             for label, probability in answer:
                 print(f"{shown(path):<{width}}  {probability:11.4f}  {label}")
-    report_failures(len(failed), len(paths), failed)
+    console.report_failures(len(failed), len(paths), failed)
     if len(failed) == len(paths):
         raise typer.Exit(1)
 
@@ -96,13 +83,13 @@ def _classified(
     paths: Sequence[Source],
     top: int,
     batch_size: int | None,
-    options: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> Iterator[tuple[Source, Answer]]:
     """The answer for each image; an unreadable image does not stop the others."""
     step = batch_size or CLASSIFY_BATCH
     for start in range(0, len(paths), step):
         batch = paths[start : start + step]
-        result = model.classify(batch, on_error="skip", **options)
+        result = model.classify(batch, on_error="skip", **arguments)
         answers: dict[int, Answer] = dict(zip(result.index, result.top(top), strict=True))
         answers |= {i: reason.removeprefix(f"image {i}: ") for i, reason in result.errors.items()}
         yield from ((path, answers[i]) for i, path in enumerate(batch))
@@ -121,7 +108,7 @@ def _labels(labels: str | None, file: Path | None) -> list[str] | None:
     if labels is None and file is None:
         return None
     option = "--labels" if file is None else "--labels-file"
-    lines = (labels or "").split(",") if file is None else read_lines(file, option)
+    lines = (labels or "").split(",") if file is None else options.read_lines(file, option)
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise typer.BadParameter("got no label, wanted one or more", param_hint=option)

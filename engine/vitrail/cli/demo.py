@@ -6,24 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitrail.cli import options
-from vitrail.cli.options import Device, Dtype, Local, ModelName, Revision
 
 if TYPE_CHECKING:
     from vitrail.model.model import Model
 
 
 def demo(
-    model: ModelName = None,
+    model: options.ModelName = None,
     sheet: Annotated[Path, typer.Option(help="Contact sheet to write, a PNG file.")] = Path(
         "vitrail-demo.png"
     ),
     seed: Annotated[
         int | None, typer.Option(help="Random seed for the scenes (default: a new one).")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    local_files_only: Local = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Recognize and search pictures, and write a contact sheet.
 

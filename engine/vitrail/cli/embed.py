@@ -7,24 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitrail.cli.options import (
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    Local,
-    ModelName,
-    ResizeOn,
-    Revision,
-    Size,
-    load,
-    parse_size,
-    progress,
-    report_failures,
-    report_unread,
-    require_model,
-    say,
-)
+from vitrail.cli import console, options
 
 if TYPE_CHECKING:
     from vitrail.jobs.rows import Summary
@@ -39,7 +22,7 @@ def embed(
             help="Image files, folders (searched recursively), glob patterns or .tar files."
         ),
     ] = None,
-    model: ModelName = None,
+    model: options.ModelName = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -50,8 +33,8 @@ def embed(
         list[str] | None,
         typer.Option("--list", help="File of paths, one per line (- for stdin); repeatable."),
     ] = None,
-    batch_size: BatchSize = None,
-    size: Size = None,
+    batch_size: options.BatchSize = None,
+    size: options.Size = None,
     normalize: Annotated[bool, typer.Option(help="Scale each embedding to unit length.")] = False,
     fp16_output: Annotated[
         bool, typer.Option("--fp16-output", help="Store float16 instead of float32.")
@@ -70,12 +53,12 @@ def embed(
         ),
     ] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old output.")] = False,
-    as_json: AsJson = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    resize_on: ResizeOn = "host",
-    revision: Revision = None,
-    local_files_only: Local = False,
+    as_json: options.AsJson = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    resize_on: options.ResizeOn = "host",
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Embed images into a folder or one file.
 
@@ -98,33 +81,33 @@ def embed(
         raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")
     if layout not in SUBFOLDERS:
         raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
-    options = EmbedOptions(
+    settings = EmbedOptions(
         layout=layout,
         precision="float16" if fp16_output else "float32",
         part_size=part_size,
         batch_size=batch_size,
-        size=parse_size(size),
+        size=options.parse_size(size),
         normalize=normalize,
         stop_after=stop_after,
         overwrite=overwrite,
     )
-    name = require_model(model, "--model")
+    name = options.require_model(model, "--model")
     one_file = bool(out.suffix) and not out.is_dir()
     if one_file:
         check_file(out, overwrite)
     else:
         check_folder(out)
     listing = find_images(inputs or [], lists or [])
-    report_unread(listing.unread)
-    loaded = load(name, device, dtype, revision, local_files_only, resize_on)
+    console.report_unread(listing.unread)
+    loaded = options.load(name, device, dtype, revision, local_files_only, resize_on)
     write = embed_to_file if one_file else embed_to_folder
     start = time.monotonic()
-    with progress(len(listing.sources)) as report:
+    with console.progress(len(listing.sources)) as report:
         try:
-            summary = write(loaded, listing.sources, out, options, report)
+            summary = write(loaded, listing.sources, out, settings, report)
         except (KeyboardInterrupt, SystemExit):
             if not one_file:
-                say(
+                console.say(
                     f"{len(read_manifest(out))} parts are committed; run the same command to resume"
                 )
             raise
@@ -133,8 +116,8 @@ def embed(
 
 def _finish(summary: Summary, out: Path, seconds: float, as_json: bool, one_file: bool) -> None:
     """Prints the result, and exits with the code for failed inputs."""
-    report_failures(summary.failed, summary.inputs, summary.reasons)
-    say(f"{summary} in {seconds:.1f} s")
+    console.report_failures(summary.failed, summary.inputs, summary.reasons)
+    console.say(f"{summary} in {seconds:.1f} s")
     all_failed = summary.failed == summary.inputs
     if as_json or not (one_file and all_failed):
         facts = {"out": str(out), **summary.to_dict(), "seconds": round(seconds, 3)}

@@ -6,21 +6,11 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import (
-    HalfDtype,
-    Local,
-    ModelArgument,
-    Revision,
-    Size,
-    parse_size,
-    progress,
-    require_model,
-    say,
-)
+from vitrail.cli import console, options
 
 
 def export(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     folder: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     arch: Annotated[
         list[str] | None,
@@ -28,11 +18,11 @@ def export(
             help="GPU architecture, such as sm_90; repeatable (default: this machine's GPU)."
         ),
     ] = None,
-    size: Size = None,
-    dtype: HalfDtype = "float16",
+    size: options.Size = None,
+    dtype: options.HalfDtype = "float16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old export.")] = False,
-    revision: Revision = None,
-    local_files_only: Local = False,
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Write weights, plans and compiled kernels as one folder.
 
@@ -43,7 +33,7 @@ def export(
     """
     from vitrail.tools.export import export_model
 
-    name, sides = require_model(model, "MODEL"), parse_size(size)
+    name, sides = options.require_model(model, "MODEL"), options.parse_size(size)
     if folder is None:
         raise typer.BadParameter("none given; wanted a folder to write", param_hint="FOLDER")
     written = export_model(
@@ -55,10 +45,10 @@ def export(
         overwrite=overwrite,
         revision=revision,
         local_files_only=local_files_only,
-        progress=functools.partial(progress, unit="kernels"),
+        progress=functools.partial(console.progress, unit="kernels"),
     )
     kernels = ", ".join(f"{count} for sm_{number}" for number, count in written.kernels.items())
-    say(f"{written.bytes / 1e6:,.1f} MB; kernels: {kernels}")
+    console.say(f"{written.bytes / 1e6:,.1f} MB; kernels: {kernels}")
     print(folder)
 
 

@@ -5,18 +5,18 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import AsJson, Local, ModelArgument, Revision, load, require_model
+from vitrail.cli import options
 
 
 def info(
-    model: ModelArgument = None,
-    revision: Revision = None,
-    local_files_only: Local = False,
+    model: options.ModelArgument = None,
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
     fingerprint: Annotated[
         bool,
         typer.Option("--fingerprint", help="Also print the fingerprint (reads all weights)."),
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Describe a checkpoint without reading its weights.
 
@@ -25,8 +25,10 @@ def info(
     """
     from vitrail.tools.info import describe, read
 
-    name = require_model(model, "MODEL")
+    name = options.require_model(model, "MODEL")
     spec, facts = read(name, revision, local_files_only)
     if fingerprint:
-        facts["fingerprint"] = load(name, "auto", "auto", revision, local_files_only).fingerprint
+        facts["fingerprint"] = options.load(
+            name, "auto", "auto", revision, local_files_only
+        ).fingerprint
     print(json.dumps(facts, indent=2) if as_json else describe(spec, facts))

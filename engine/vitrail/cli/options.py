@@ -1,11 +1,7 @@
-"""Options, model loading, progress and closing reports that the commands share."""
+"""Options and arguments that the commands share."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +11,6 @@ if TYPE_CHECKING:
     from vitrail.model.model import Model
 
 EXAMPLE = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-LOG_SECONDS = 5.0
 
 _MODEL_HELP = "Checkpoint folder, or Hugging Face Hub id."
 ModelName = Annotated[str | None, typer.Option("--model", envvar="VITRAIL_MODEL", help=_MODEL_HELP)]
@@ -55,10 +50,6 @@ ResizeOn = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def say(message: str) -> None:
-    print(f"vitrail: {message}", file=sys.stderr, flush=True)
 
 
 def load(
@@ -110,46 +101,3 @@ def read_lines(file: Path, option: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{file}: {error}", param_hint=option) from error
     return [line for line in lines if line.strip()]
-
-
-def report_unread(unread: Mapping[str, int]) -> None:
-    """Names the image formats that a folder's listing skipped, so that nobody misses them later."""
-    if unread:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        say(f"skipped, because Vitrail does not read these formats: {counts}")
-
-
-def report_failures(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
-    """Prints how many images failed, and why the first few did."""
-    from vitrail.jobs.listing import shown
-    from vitrail.jobs.rows import REASONS
-
-    if not failed:
-        return
-    say(f"{failed} of {inputs} images failed:")
-    for source, reason in reasons[:REASONS]:
-        path, text = shown(source), shown(reason)
-        print(f"  {text if path in text else f'{path}: {text}'}", file=sys.stderr)
-    if failed > REASONS:
-        print(f"  and {failed - REASONS} more", file=sys.stderr)
-
-
-@contextmanager
-def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """A progress bar if stderr is a terminal, or else a line every few seconds."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
-            yield lambda done: bar.update(done - bar.n)
-        return
-    start = logged = time.monotonic()
-
-    def log(done: int) -> None:
-        nonlocal logged
-        seconds = time.monotonic()
-        if seconds - logged >= LOG_SECONDS:
-            logged = seconds
-            say(f"{done} of {total} {unit}, {done / (seconds - start):.1f}/s")
-
-    yield log

@@ -7,23 +7,14 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import (
-    HalfDtype,
-    Local,
-    ModelArgument,
-    Revision,
-    Size,
-    parse_size,
-    require_model,
-    say,
-)
+from vitrail.cli import console, options
 from vitrail.dtypes import ALIASES, HALVES
 
 BATCHES = (1, 8, 64)
 
 
 def tune(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -35,10 +26,10 @@ def tune(
         list[int] | None,
         typer.Option(min=1, help="Images or texts per batch; repeatable (default: 1, 8 and 64)."),
     ] = None,
-    size: Size = None,
-    dtype: HalfDtype = "float16",
-    revision: Revision = None,
-    local_files_only: Local = False,
+    size: options.Size = None,
+    dtype: options.HalfDtype = "float16",
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Time kernel configurations on this GPU for a checkpoint.
 
@@ -54,7 +45,11 @@ def tune(
     from vitrail.zoo import read_spec
     from vitrail_kernels.configs import VARIABLE
 
-    name, sides, batches = require_model(model, "MODEL"), parse_size(size), batch or BATCHES
+    name, sides, batches = (
+        options.require_model(model, "MODEL"),
+        options.parse_size(size),
+        batch or BATCHES,
+    )
     dtype = ALIASES.get(dtype, dtype)
     if dtype not in HALVES:
         raise typer.BadParameter(f"got {dtype!r}, wanted float16 or bfloat16", param_hint="--dtype")
@@ -71,15 +66,17 @@ def tune(
     results = search(
         problems(spec, batches, dtype, sides),
         bench,
-        say,
+        console.say,
         lambda result: save(file, [result], origin),
     )
     for result in results:
         print(result)
         for config in result.rejected:
-            say(f"rejected, because its output differs: {result.key}: {config}")
+            console.say(f"rejected, because its output differs: {result.key}: {config}")
     faster = sum(result.config is not None for result in results)
     folder = file.parent.resolve()
-    say(f"{file}: {faster} of {len(results)} keys faster; to use it, set {VARIABLE}={folder}")
+    console.say(
+        f"{file}: {faster} of {len(results)} keys faster; to use it, set {VARIABLE}={folder}"
+    )
     if file.name != table_name:
-        say(f"Vitrail reads the table only under the name {table_name}")
+        console.say(f"Vitrail reads the table only under the name {table_name}")

@@ -7,19 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import (
-    AsJson,
-    Device,
-    Dtype,
-    Local,
-    ModelName,
-    Revision,
-    load,
-    read_lines,
-    report_unread,
-    require_model,
-    say,
-)
+from vitrail.cli import console, options
 
 TEXTS = ("a photo of a cat", "two people on a beach", "Stained glass.")
 
@@ -31,18 +19,18 @@ def verify(
             help="Image files, folders, glob patterns or .tar files (default: the sample photos)."
         ),
     ] = None,
-    model: ModelName = None,
+    model: options.ModelName = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to compare; repeatable (default: three captions)."),
     ] = None,
     texts_file: Annotated[Path | None, typer.Option(help="File of texts, one per line.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Largest number of images to compare.")] = 512,
-    as_json: AsJson = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    local_files_only: Local = False,
+    as_json: options.AsJson = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    local_files_only: options.Local = False,
 ) -> None:
     """Compare Vitrail with transformers on your images and texts.
 
@@ -55,21 +43,21 @@ def verify(
     from vitrail.jobs.listing import Source, find_images, shown
     from vitrail.tools.verify import verify as compare
 
-    name = require_model(model, "--model")
-    loaded = load(name, device, dtype, revision, local_files_only)
+    name = options.require_model(model, "--model")
+    loaded = options.load(name, device, dtype, revision, local_files_only)
     images: list[Source] = []
     if loaded.spec.vision is not None:
         if not inputs:
-            say("no images given; using the sample photos")
+            console.say("no images given; using the sample photos")
         photos = str(resources.files("vitrail") / "assets" / "photos")
         listing = find_images(inputs or [photos])
-        report_unread(listing.unread)
+        console.report_unread(listing.unread)
         images = listing.sources[:limit]
     texts = list(text or [])
     if texts_file is not None:
-        texts += read_lines(texts_file, "--texts-file")
+        texts += options.read_lines(texts_file, "--texts-file")
     if loaded.spec.text is not None and not texts:
-        say("no texts given; using three captions")
+        console.say("no texts given; using three captions")
         texts = list(TEXTS)
     report = compare(loaded, images, texts)
     if as_json:

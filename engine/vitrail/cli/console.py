@@ -1,0 +1,57 @@
+"""Messages, progress and closing reports of the commands, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+LOG_SECONDS = 5.0
+
+
+def say(message: str) -> None:
+    print(f"vitrail: {message}", file=sys.stderr, flush=True)
+
+
+def report_unread(unread: Mapping[str, int]) -> None:
+    """Names the image formats that a folder's listing skipped, so that nobody misses them later."""
+    if unread:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        say(f"skipped, because Vitrail does not read these formats: {counts}")
+
+
+def report_failures(failed: int, inputs: int, reasons: Sequence[tuple[object, str]]) -> None:
+    """Prints how many images failed, and why the first few did."""
+    from vitrail.jobs.listing import shown
+    from vitrail.jobs.rows import REASONS
+
+    if not failed:
+        return
+    say(f"{failed} of {inputs} images failed:")
+    for source, reason in reasons[:REASONS]:
+        path, text = shown(source), shown(reason)
+        print(f"  {text if path in text else f'{path}: {text}'}", file=sys.stderr)
+    if failed > REASONS:
+        print(f"  and {failed - REASONS} more", file=sys.stderr)
+
+
+@contextmanager
+def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """A progress bar if stderr is a terminal, or else a line every few seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
+            yield lambda done: bar.update(done - bar.n)
+        return
+    start = logged = time.monotonic()
+
+    def log(done: int) -> None:
+        nonlocal logged
+        seconds = time.monotonic()
+        if seconds - logged >= LOG_SECONDS:
+            logged = seconds
+            say(f"{done} of {total} {unit}, {done / (seconds - start):.1f}/s")
+
+    yield log
