@@ -66,10 +66,10 @@ def memory() -> int:
 
 
 def work(request: dict[str, Any], answers: int) -> None:
-    made: list[str] = []
+    calls: list[str] = []
     grown: list[tuple[int, int]] = []
     for name in CALLS:
-        setattr(os, name, patched(name, request, made))
+        setattr(os, name, patched(name, request, calls))
     model = vitrail.load(request["model"])
     sources = find_images([], [request["list"]]).sources
     os.write(answers, b"{}\n")
@@ -89,7 +89,7 @@ def work(request: dict[str, Any], answers: int) -> None:
         options,
         progress=lambda done: grown.append((done, memory())),
     )
-    os.write(answers, json.dumps({"calls": made, "memory": grown}).encode() + b"\n")
+    os.write(answers, json.dumps({"calls": calls, "memory": grown}).encode() + b"\n")
 
 
 def main() -> None:

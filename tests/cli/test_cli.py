@@ -337,8 +337,8 @@ def test_embed_gives_transformers_numbers(
     result = run("embed", photos, "--model", clip, "--out", out)
     assert result.exit_code == 3, result.stderr
     assert result.stdout == f"{out}\n"
-    wanted = image_embedding(oracle, pixels(good(photos), processor))
-    close(np.load(out), wanted)
+    expected = image_embedding(oracle, pixels(good(photos), processor))
+    close(np.load(out), expected)
     assert "vitrail: 1 of 7 images failed:\n" in result.stderr
     assert "broken.jpg" in result.stderr
 
@@ -357,8 +357,8 @@ def test_embed_to_parquet_keeps_the_row_of_a_bad_image(
     assert rows[0]["embedding"] is None
     assert rows[0]["status"] == "error"
     assert not rows[0]["error"].startswith("image 0")
-    wanted = image_embedding(oracle, pixels(good(photos), processor))
-    unit = torch.nn.functional.normalize(wanted)
+    expected = image_embedding(oracle, pixels(good(photos), processor))
+    unit = torch.nn.functional.normalize(expected)
     close(np.float32([row["embedding"] for row in rows[1:]]), unit)
     about = json.loads(pq.read_schema(out).metadata[b"vitrail"])
     assert about["model"] == str(clip)
@@ -396,10 +396,10 @@ def test_the_model_and_the_dtype_come_from_the_environment(clip: Path, photos: P
 def test_where_images_are_resized_is_an_option(
     command: str, clip: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places, load = list[object](), loading.load
+    devices, load = list[object](), loading.load
 
     def kept(*args: Any, **options: Any) -> Any:
-        places.append(options["resize"])
+        devices.append(options["resize"])
         return load(*args, **options)
 
     monkeypatch.setattr(loading, "load", kept)
@@ -407,7 +407,7 @@ def test_where_images_are_resized_is_an_option(
     arguments += ["--out", photos.parent / "out"] if command == "embed" else ["--labels", "a,b"]
     assert run(*arguments).exit_code == 0
     assert run(*arguments, "--resize-on", "device").exit_code == 0
-    assert places == ["host", "device"]
+    assert devices == ["host", "device"]
     refused = run(*arguments, "--resize-on", "gpu")
     assert "resize: got 'gpu', wanted 'host' or 'device'" in one_line_error(refused)
 
@@ -422,10 +422,10 @@ def test_embed_writes_embeddings_npy_here_by_default(
 
 def test_embed_fails_where_every_image_does(clip: Path, photos: Path) -> None:
     out = photos.parent / "out.npy"
-    bad = [photos / "sub" / f"{i}.jpg" for i in range(8)]
-    for path in bad:
+    unreadable = [photos / "sub" / f"{i}.jpg" for i in range(8)]
+    for path in unreadable:
         path.write_bytes(b"")
-    result = run("embed", *bad, "--model", clip, "--out", out)
+    result = run("embed", *unreadable, "--model", clip, "--out", out)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("vitrail: 8 of 8 images failed:\n")
@@ -468,11 +468,11 @@ def test_a_signal_ends_embed_cleanly(
 def test_progress_is_lines_at_intervals_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     with console.progress(40) as progress:
         for done, seconds in ((10, 1.0), (20, 6.0), (30, 7.0), (40, 12.0)):
-            now[0] = 100 + seconds
+            clock[0] = 100 + seconds
             progress(done)
     lines = capsys.readouterr().err
     assert lines == "vitrail: 20 of 40 images, 3.3/s\nvitrail: 40 of 40 images, 3.3/s\n"
@@ -511,20 +511,20 @@ def json_probabilities(result: Result, labels: list[str]) -> list[list[float]]:
     assert result.exit_code == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     for row in rows:
-        values = [one["probability"] for one in row["labels"]]
+        values = [entry["probability"] for entry in row["labels"]]
         assert values == sorted(values, reverse=True)
-    found = [{one["label"]: one["probability"] for one in row["labels"]} for row in rows]
-    return [[each[label] for label in labels] for each in found]
+    by_label = [{entry["label"]: entry["probability"] for entry in row["labels"]} for row in rows]
+    return [[probabilities[label] for label in labels] for probabilities in by_label]
 
 
 def test_classify_gives_transformers_zero_shot_probabilities(
     clip: Path, photos: Path, probabilities: Any
 ) -> None:
     paths = good(photos)
-    wanted = probabilities(paths, [f"a photo of a {label}" for label in LABELS])
-    assert wanted.std(dim=1).min() > 0.01  # or any answer would do
+    expected = probabilities(paths, [f"a photo of a {label}" for label in LABELS])
+    assert expected.std(dim=1).min() > 0.01  # or any answer would do
     result = run("classify", *paths, "--model", clip, "--labels", ", ".join(LABELS), "--json")
-    close(np.float32(json_probabilities(result, LABELS)), wanted)
+    close(np.float32(json_probabilities(result, LABELS)), expected)
 
 
 def test_classify_takes_labels_from_a_file_and_templates_from_options(
@@ -533,10 +533,10 @@ def test_classify_takes_labels_from_a_file_and_templates_from_options(
     file = photos.parent / "labels.txt"
     file.write_text("\n".join(LABELS) + "\n\n", encoding="utf-8")
     paths = good(photos)
-    wanted = probabilities(paths, [f"the {label}, happy" for label in LABELS])
+    expected = probabilities(paths, [f"the {label}, happy" for label in LABELS])
     args = ["classify", *paths, "--model", clip, "--labels-file", file, "--json"]
     result = run(*args, "--template", "the {}, happy")
-    close(np.float32(json_probabilities(result, LABELS)), wanted)
+    close(np.float32(json_probabilities(result, LABELS)), expected)
     both = run(*args, "--template", "the {}, happy", "--template", "{}")
     assert both.exit_code == 0
     assert both.stdout != result.stdout
@@ -546,13 +546,13 @@ def test_classify_prints_a_table_of_the_best_labels(
     clip: Path, photos: Path, probabilities: Any
 ) -> None:
     path = photos / "cat.jpg"
-    wanted = probabilities([path], [f"a photo of a {label}" for label in LABELS])[0]
+    expected = probabilities([path], [f"a photo of a {label}" for label in LABELS])[0]
     args = ["--model", clip, "--labels", ",".join(LABELS), "--top", "2"]
     header, *rows = run("classify", path, *args).stdout.splitlines()
     assert header.split() == ["image", "probability", "label"]
-    best = wanted.argsort(descending=True)[:2].tolist()
+    best = expected.argsort(descending=True)[:2].tolist()
     assert [row.split(maxsplit=2) for row in rows] == [
-        [str(path), f"{wanted[i]:.4f}", LABELS[i]] for i in best
+        [str(path), f"{expected[i]:.4f}", LABELS[i]] for i in best
     ]
 
 
@@ -562,10 +562,10 @@ def test_classify_uses_the_head_of_a_classifier(vit: Path, photos: Path) -> None
     processor = ViTImageProcessorPil.from_pretrained(vit)
     images = [Image.open(path).convert("RGB") for path in paths]
     with torch.no_grad():
-        wanted = oracle(**processor(images, return_tensors="pt")).logits.softmax(dim=1)
+        expected = oracle(**processor(images, return_tensors="pt")).logits.softmax(dim=1)
     result = run("classify", *paths, "--model", vit, "--json", "--top", "9")
     labels = [f"label {i}" for i in range(7)]
-    close(np.float32(json_probabilities(result, labels)), wanted)
+    close(np.float32(json_probabilities(result, labels)), expected)
 
 
 def test_a_bad_image_costs_no_other_its_labels(clip: Path, photos: Path) -> None:
@@ -646,10 +646,10 @@ def test_embed_makes_a_folder_goes_on_and_says_so_in_json(clip: Path, photos: Pa
     second = run(*words)
     assert second.exit_code == 3
     assert json.loads(second.stdout)["written"] == 0
-    found = vitrail.read_embeddings(out)
-    assert found.paths == [str(path) for path in good(photos)]
-    close(found.embeddings, vitrail.load(clip).encode_image(good(photos)))
-    assert [path for path, _ in found.errors] == [str(photos / "sub" / "broken.jpg")]
+    result = vitrail.read_embeddings(out)
+    assert result.paths == [str(path) for path in good(photos)]
+    close(result.embeddings, vitrail.load(clip).encode_image(good(photos)))
+    assert [path for path, _ in result.errors] == [str(photos / "sub" / "broken.jpg")]
     refused = run(*words[:-3], "--part-size", 4)
     assert "part_size: then 3, now 4" in one_line_error(refused)
 

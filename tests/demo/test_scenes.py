@@ -40,8 +40,8 @@ def _regions(scene: Scene) -> list[measure._regionprops.RegionProperties]:
     pixels = np.asarray(render(scene, SIDE), np.float64)
     near = np.linalg.norm(pixels - scene.paint, axis=-1)
     far = np.linalg.norm(pixels - scene.ground, axis=-1)
-    found = measure.regionprops(measure.label(near < far))
-    return [region for region in found if region.area >= 12]
+    regions = measure.regionprops(measure.label(near < far))
+    return [region for region in regions if region.area >= 12]
 
 
 @pytest.mark.parametrize("nameless", [False, True])
@@ -69,7 +69,7 @@ def test_named_colors_are_near_their_names_and_nameless_ones_far_from_all() -> N
             (scene.background, scene.ground, BACKGROUNDS),
         ):
             if name is None:
-                assert all(math.dist(real, other) > APART for other in named.values())
+                assert all(math.dist(real, named_color) > APART for named_color in named.values())
             else:
                 assert np.abs(np.subtract(real, named[name])).max() <= JITTER
         assert math.dist(scene.paint, scene.ground) > APART

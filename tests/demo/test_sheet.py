@@ -26,13 +26,13 @@ def test_panes_stand_side_by_side_and_go_on_below() -> None:
     panes = [Pane(_picture((50 + k, 0, 0)), str(k)) for k in range(5)]
     image = contact_sheet("Title", "subtitle", [Strip("five", panes)], 3)
     assert image.width == 2 * MARGIN + 3 * PANE + 2 * GAP
-    places = [_where(image, (50 + k, 0, 0)) for k in range(5)]
-    for k, (left, top, right, bottom) in enumerate(places):
+    boxes = [_where(image, (50 + k, 0, 0)) for k in range(5)]
+    for k, (left, top, right, bottom) in enumerate(boxes):
         assert (right - left, bottom - top) == (PANE, PANE)
         assert left == MARGIN + k % 3 * (PANE + GAP)
-        assert top == places[k - k % 3][1]
-    assert places[3][1] > places[0][3]
-    assert image.height > places[4][3]
+        assert top == boxes[k - k % 3][1]
+    assert boxes[3][1] > boxes[0][3]
+    assert image.height > boxes[4][3]
 
 
 def test_a_wide_picture_gives_its_middle_square() -> None:
@@ -54,8 +54,8 @@ def test_the_caption_says_by_its_color_whether_it_is_right(
     image = contact_sheet("", "", [Strip("", [Pane(_picture(RED), "III", right)])], 1)
     pixels = np.asarray(image)[_where(image, RED)[3] :]
     assert (pixels == color).all(-1).any()
-    others = {sheet.GREEN, sheet.RED, sheet.FAINT} - {color}
-    assert not any((pixels == other).all(-1).any() for other in others)
+    other_colors = {sheet.GREEN, sheet.RED, sheet.FAINT} - {color}
+    assert not any((pixels == other_color).all(-1).any() for other_color in other_colors)
 
 
 def test_a_long_caption_is_cut_to_its_pane() -> None:

@@ -77,12 +77,12 @@ def test_a_job_holds_every_embedding_and_every_failure(
 ) -> None:
     summary = run(tmp_path / "out", layout=layout, precision=precision)
     assert (summary.inputs, summary.failed, summary.parts, summary.written) == (INPUTS, 4, 7, 7)
-    found = vitrail.read_embeddings(tmp_path / "out")
-    assert found.paths == [SOURCES[n] for n in GOOD]
-    assert found.embeddings.dtype == precision
-    assert np.array_equal(found.embeddings, vectors(GOOD).astype(precision))
-    assert found.errors == [(SOURCES[n], f"{n}.jpg: empty: 0 bytes") for n in sorted(BAD)]
-    assert found.job["fingerprint"] == "f00d"
+    result = vitrail.read_embeddings(tmp_path / "out")
+    assert result.paths == [SOURCES[n] for n in GOOD]
+    assert result.embeddings.dtype == precision
+    assert np.array_equal(result.embeddings, vectors(GOOD).astype(precision))
+    assert result.errors == [(SOURCES[n], f"{n}.jpg: empty: 0 bytes") for n in sorted(BAD)]
+    assert result.job["fingerprint"] == "f00d"
 
 
 def test_parquet_readers_take_the_folder_as_one_table(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_members_of_tars_are_sources(tmp_path: Path) -> None:
 def test_an_input_given_twice_is_there_twice(tmp_path: Path) -> None:
     twice = ["5.jpg", "3.jpg", "5.jpg", "3.jpg"]
     run(tmp_path, sources=twice)
-    found = read_embeddings(tmp_path)
-    assert found.paths == ["5.jpg", "5.jpg"]
-    assert [path for path, _ in found.errors] == ["3.jpg", "3.jpg"]
+    result = read_embeddings(tmp_path)
+    assert result.paths == ["5.jpg", "5.jpg"]
+    assert [path for path, _ in result.errors] == ["3.jpg", "3.jpg"]
 
 
 def test_an_empty_part_is_a_part(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_an_empty_part_is_a_part(tmp_path: Path) -> None:
         out = tmp_path / layout
         summary = run(out, Digits(bad=frozenset(range(10))), SOURCES[:10], layout=layout)
         assert summary.failed == 10
-        found = read_embeddings(out)
-        assert found.embeddings.shape == (0, WIDTH)
-        assert len(found.errors) == 10
+        result = read_embeddings(out)
+        assert result.embeddings.shape == (0, WIDTH)
+        assert len(result.errors) == 10
 
 
 # Going on
@@ -295,8 +295,8 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     run(tmp_path)
-    with open(tmp_path / LOCK, "r+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with open(tmp_path / LOCK, "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing there"):
             run(tmp_path)
     assert run(tmp_path).written == 0
@@ -308,8 +308,8 @@ def test_many_failures_in_a_row_stop_the_job_before_their_part(tmp_path: Path) -
         run(tmp_path, gone, part_size=25, stop_after=20)
     assert len(read_manifest(tmp_path)) == 1
     assert run(tmp_path, Digits(bad=frozenset()), part_size=25, stop_after=20).failed == 5
-    other = tmp_path / "other"
-    assert run(other, gone, part_size=25, stop_after=0).failed == 30
+    unlimited = tmp_path / "other"
+    assert run(unlimited, gone, part_size=25, stop_after=0).failed == 30
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

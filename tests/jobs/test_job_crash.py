@@ -113,44 +113,47 @@ def test_fifty_kills_change_nothing_and_bad_inputs_are_exactly_known(
     assert ask(out, list=str(desk / "list"))["status"] == 0
     assert files(out) == files(tmp_path / "whole")
 
-    found = read_embeddings(out)
-    bad = [number for number in range(IMAGES) if number % 10 == 3]
-    assert [int(Path(path).stem) for path, _ in found.errors] == bad
+    result = read_embeddings(out)
+    unreadable = [number for number in range(IMAGES) if number % 10 == 3]
+    assert [int(Path(path).stem) for path, _ in result.errors] == unreadable
     kinds = [
-        ("empty: 0 bytes", "cut short", "not a JPEG", "no such file")[n // 10 % 4] for n in bad
+        ("empty: 0 bytes", "cut short", "not a JPEG", "no such file")[n // 10 % 4]
+        for n in unreadable
     ]
-    for (_, why), kind in zip(found.errors, kinds, strict=True):
-        assert kind in why
-    assert [int(Path(path).stem) for path in found.paths] == sorted(set(range(IMAGES)) - set(bad))
-    some = slice(0, 40)
-    alone = vitrail.load(desk / "clip").encode_image(found.paths[some]).numpy()
-    assert np.abs(found.embeddings[some] - alone).max() <= 1e-4 * np.abs(alone).max()
+    for (_, why), reason in zip(result.errors, kinds, strict=True):
+        assert reason in why
+    assert [int(Path(path).stem) for path in result.paths] == sorted(
+        set(range(IMAGES)) - set(unreadable)
+    )
+    sample = slice(0, 40)
+    alone = vitrail.load(desk / "clip").encode_image(result.paths[sample]).numpy()
+    assert np.abs(result.embeddings[sample] - alone).max() <= 1e-4 * np.abs(alone).max()
 
 
 @pytest.mark.slow
 def test_a_kill_at_each_write_sync_rename_and_manifest_step_changes_nothing(
     desk: Path, ask: Ask, tmp_path: Path
 ) -> None:
-    whole = ask(tmp_path / "whole", list=str(desk / "short"))
-    calls = whole["calls"]
+    finished = ask(tmp_path / "whole", list=str(desk / "short"))
+    calls = finished["calls"]
     # The job record: write, sync, rename, sync of its folder. A part: those for its file, then the
     # manifest's line: write, sync, sync of the folder.
     put = ["pwrite", "fsync", "replace", "fsync"]
     assert calls == put + 3 * ([*put, "pwrite", "fsync", "fsync"])
-    wanted = files(tmp_path / "whole")
+    expected = files(tmp_path / "whole")
     for nth, call in enumerate(calls, 1):
         for when in ("before", "after", *(["half"] if call == "pwrite" else [])):
             out = tmp_path / f"{nth}-{when}"
             killed = ask(out, list=str(desk / "short"), nth=nth, when=when)
             assert killed["status"] == KILLED, (nth, call, when)
-            known = read_embeddings(out) if (out / "_job.json").exists() else None
-            again = ask(out, list=str(desk / "short"))
-            assert again["status"] == 0, (nth, call, when)
-            assert files(out) == wanted, (nth, call, when)
-            if known is not None:  # what was readable in between is what the end has
+            before = read_embeddings(out) if (out / "_job.json").exists() else None
+            resumed = ask(out, list=str(desk / "short"))
+            assert resumed["status"] == 0, (nth, call, when)
+            assert files(out) == expected, (nth, call, when)
+            if before is not None:  # what was readable in between is what the end has
                 end = read_embeddings(out)
-                assert end.paths[: len(known.paths)] == known.paths
-                assert np.array_equal(end.embeddings[: len(known.paths)], known.embeddings)
+                assert end.paths[: len(before.paths)] == before.paths
+                assert np.array_equal(end.embeddings[: len(before.paths)], before.embeddings)
 
 
 @pytest.mark.slow

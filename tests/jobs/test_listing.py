@@ -29,8 +29,8 @@ def touch(folder: Path, *names: str) -> None:
 def test_a_folder_gives_its_images_sorted_in_any_case_without_hidden_ones(tmp_path: Path) -> None:
     images = ["b.JPG", "a.jpeg", "sub/z.png", "sub/deep/c.WebP", "sub.bmp", "x.gif", "A.jpg"]
     touch(tmp_path, *images, "notes.txt", "a.jpg.bak", ".hidden.jpg", ".cache/t.jpg", "jpg")
-    wanted = sorted(str(tmp_path / name) for name in images)
-    assert [str(path) for path in find_images([str(tmp_path)])] == wanted
+    expected = sorted(str(tmp_path / name) for name in images)
+    assert [str(path) for path in find_images([str(tmp_path)])] == expected
 
 
 def test_files_are_taken_whatever_their_name_as_often_as_named(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_every_missing_input_is_named_at_once(tmp_path: Path) -> None:
 
 def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.tif", "c.TIF", "sub/d.heic", "notes.txt")
-    found = listing.find_images([str(tmp_path)])
-    assert [os.path.basename(str(s)) for s in found.sources] == ["a.jpg"]
-    assert found.unread == {".tif": 2, ".heic": 1}
+    images = listing.find_images([str(tmp_path)])
+    assert [os.path.basename(str(s)) for s in images.sources] == ["a.jpg"]
+    assert images.unread == {".tif": 2, ".heic": 1}
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(InputError, match=r"no image there but 1 .heic, 2 .tif, which Vitrail does"):
         find_images([str(tmp_path)])
@@ -133,8 +133,8 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
 )
 def test_a_list_is_taken_as_it_is_written(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(data)
-    wanted = ["a.jpg", "no such file.jpg", "a.jpg"]
-    assert find_images([], [str(tmp_path / "list")]) == wanted
+    expected = ["a.jpg", "no such file.jpg", "a.jpg"]
+    assert find_images([], [str(tmp_path / "list")]) == expected
 
 
 def test_a_list_keeps_names_that_are_no_utf8(tmp_path: Path) -> None:
@@ -179,20 +179,20 @@ MEMBERS = {
 def test_a_tar_gives_its_images_in_its_own_order_and_their_bytes(tmp_path: Path) -> None:
     tar = tmp_path / "shard.tar"
     make_tar(tar, MEMBERS)
-    with tarfile.open(tar, "a") as more:
+    with tarfile.open(tar, "a") as archive:
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        more.addfile(link)
-    found = find_images([str(tar)])
-    assert [str(member) for member in found] == [
+        archive.addfile(link)
+    members = find_images([str(tar)])
+    assert [str(member) for member in members] == [
         f"{tar}/{n}" for n in ("b/2.jpg", "../1.PNG", "x.webp")
     ]
-    assert [m.read_bytes() for m in found if isinstance(m, TarMember)] == [
+    assert [m.read_bytes() for m in members if isinstance(m, TarMember)] == [
         b"two" * 300,
         b"one",
         b"",
     ]
-    assert find_images([str(tmp_path / "*.tar")]) == found
+    assert find_images([str(tmp_path / "*.tar")]) == members
     assert not (tmp_path.parent / "1.PNG").exists()
 
 
@@ -226,17 +226,17 @@ def test_a_compressed_tar_is_told_what_to_do(tmp_path: Path) -> None:
 def test_a_tar_that_shrinks_later_costs_its_members_only(tmp_path: Path) -> None:
     tar = tmp_path / "shard.tar"
     make_tar(tar, MEMBERS)
-    first, *_ = find_images([str(tar)])
-    assert isinstance(first, TarMember)
-    os.truncate(tar, first.offset + 10)
+    member, *_ = find_images([str(tar)])
+    assert isinstance(member, TarMember)
+    os.truncate(tar, member.offset + 10)
     with pytest.raises(OSError, match="ends after 10 of 900 bytes"):
-        first.read_bytes()
+        member.read_bytes()
 
 
 def test_a_million_paths_take_little_memory(tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"".join(b"photos/%09d.jpg\n" % i for i in range(200_000)))
-    found = find_images([], [str(tmp_path / "list")])
-    assert sum(sys.getsizeof(source) for source in found) < 120 * len(found)
+    sources = find_images([], [str(tmp_path / "list")])
+    assert sum(sys.getsizeof(source) for source in sources) < 120 * len(sources)
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:

@@ -105,8 +105,8 @@ def test_npy_holds_the_good_rows_and_its_table_every_input(
     photos: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.npy"
-    seen: list[int] = []
-    summary = embed(FakeModel(), photos, out, batch_size=1, progress=seen.append)
+    counts: list[int] = []
+    summary = embed(FakeModel(), photos, out, batch_size=1, progress=counts.append)
     array = np.load(out)
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, np.float32([vector(photos[i]) for i in GOOD]))
@@ -124,7 +124,7 @@ def test_npy_holds_the_good_rows_and_its_table_every_input(
         "abc",
         "f00d",
     )
-    assert seen == [4, 7]
+    assert counts == [4, 7]
     assert (summary.inputs, summary.failed) == (7, 2)
     assert summary.reasons[0] == (photos[2], "2.jpg: not an image")
 
@@ -143,8 +143,8 @@ def test_parquet_holds_every_input_and_says_what_made_it(
     assert [row["status"] for row in rows] == ["error" if i in (2, 6) else "ok" for i in range(7)]
     assert [row["error"] is None for row in rows] == [i in GOOD for i in range(7)]
     for i, row in enumerate(rows):
-        wanted = np.array(vector(photos[i]), precision).tolist() if i in GOOD else None
-        assert row["embedding"] == wanted
+        expected = np.array(vector(photos[i]), precision).tolist() if i in GOOD else None
+        assert row["embedding"] == expected
     about = json.loads(table.schema.metadata[b"vitrail"])
     assert about["size"] == [8, 9]
     assert about["normalized"] is True
@@ -164,10 +164,10 @@ def test_parquet_rows_are_grouped_whatever_the_batch(tmp_path: Path) -> None:
 
 def test_float16_npy_is_the_rounded_array(photos: list[Path], tmp_path: Path) -> None:
     embed(FakeModel(), photos, tmp_path / "out.npy", precision="float16")
-    wanted = np.float32([vector(photos[i]) for i in GOOD]).astype(np.float16)
+    expected = np.float32([vector(photos[i]) for i in GOOD]).astype(np.float16)
     array = np.load(tmp_path / "out.npy")
     assert array.dtype == np.float16
-    np.testing.assert_array_equal(array, wanted)
+    np.testing.assert_array_equal(array, expected)
 
 
 def test_a_value_beyond_float16_is_refused_rather_than_written_as_infinity(
@@ -188,11 +188,11 @@ def test_names_that_are_not_utf8_or_span_lines_survive(suffix: str, tmp_path: Pa
     embed(FakeModel(), paths, tmp_path / f"out{suffix}")
     if suffix == ".npy":
         with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
-            found = [row["path"] for row in csv.DictReader(file)]
+            paths_written = [row["path"] for row in csv.DictReader(file)]
     else:
-        found = pq.read_table(tmp_path / "out.parquet").column("path").to_pylist()
-    wanted = ["caf\\xe9.jpg", 'two\nlines, "quoted".jpg', "naïve.jpg"]
-    assert found == [f"{tmp_path}/{name}" for name in wanted]
+        paths_written = pq.read_table(tmp_path / "out.parquet").column("path").to_pylist()
+    expected = ["caf\\xe9.jpg", 'two\nlines, "quoted".jpg', "naïve.jpg"]
+    assert paths_written == [f"{tmp_path}/{name}" for name in expected]
 
 
 # Outputs that fail
@@ -218,12 +218,12 @@ def test_an_interruption_leaves_no_file_and_the_old_one_whole(
         if done >= 4:
             raise error
 
-    for old in ([], [out]):
-        for path in old:
+    for former in ([], [out]):
+        for path in former:
             path.write_bytes(b"old")
         with pytest.raises(error):
             embed(FakeModel(), photos, out, batch_size=1, overwrite=True, progress=stop)
-        assert left(tmp_path) == [path.name for path in old]
+        assert left(tmp_path) == [path.name for path in former]
     assert out.read_bytes() == b"old"
 
 

@@ -92,9 +92,11 @@ def key_of(problem: Problem) -> str:
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -> None:
     base = KernelConfig(block_m, 32, 0 if op == "attention" else 64, 4, 2, group_m=4)
-    some = list(candidates(op, base, arch))
-    assert 5 <= len(set(some)) == len(some) <= 12, "a dozen, each of which costs a compilation"
-    for config in some:
+    configs = list(candidates(op, base, arch))
+    assert 5 <= len(set(configs)) == len(configs) <= 12, (
+        "a dozen, each of which costs a compilation"
+    )
+    for config in configs:
         assert config.block_m >= 64, "HGMMA takes 64 rows"
         assert config.block_m // config.warps >= 16, "a row is summed by one warp"
         assert config.block_m * config.block_n // (32 * config.warps) <= 128, "sums of a thread"
@@ -118,10 +120,10 @@ def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -
 def test_the_heuristics_own_choice_is_no_candidate(arch: int, m: int, form: LinearForm) -> None:
     """It is timed anyway; as a row it would be timed twice."""
     with in_force({}):
-        own = linear_config(Target(arch, 100), HALF, m, 4096, 1024, form)
-    some = list(candidates("linear", own, arch))
-    assert plain(own) not in some
-    assert min(config.block_m for config in some) <= own.block_m
+        heuristic = linear_config(Target(arch, 100), HALF, m, 4096, 1024, form)
+    configs = list(candidates("linear", heuristic, arch))
+    assert plain(heuristic) not in configs
+    assert min(config.block_m for config in configs) <= heuristic.block_m
 
 
 def test_a_whole_model_takes_a_hundred_kernels_to_tune() -> None:
@@ -137,33 +139,33 @@ def test_a_whole_model_takes_a_hundred_kernels_to_tune() -> None:
 
     gpu = Counting(quick())
     for problem in problems(spec, [256], "float16"):
-        (own,) = problem.calls(HOPPER, {})
-        key = own.key
+        (call,) = problem.calls(HOPPER, {})
+        key = call.key
         for stage in (candidates, orders):
-            result = TuningResult(key, [problem], own.config)
+            result = TuningResult(key, [problem], call.config)
             tune._fitting(gpu.bench, {key: result}, stage, lambda _: None)
     assert 60 < len(compiled) < 160
 
 
 def test_problems_are_the_plans_own_calls_equal_ones_once() -> None:
-    found = problems(model(vision=VISION, head=LABELS, text=TEXT), [1, 6], "bfloat16")
+    calls = problems(model(vision=VISION, head=LABELS, text=TEXT), [1, 6], "bfloat16")
     counts: Counter[str] = Counter()
-    for problem in found:
+    for problem in calls:
         counts[problem.op] += problem.times
-    wanted: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
     for uint8 in (False, True):
         for plan in (
             vision_pooled(VISION, uint8=uint8),
             vision_scores(VISION, LABELS, uint8=uint8),
         ):
-            wanted.update(launch.op for launch in plan.steps)
-    wanted.update(launch.op for launch in text_pooled(TEXT).steps)
-    assert counts == {op: 2 * wanted[op] for op in ("linear", "attention", "patch_embed")}
-    assert len(found) < counts.total() / 2, "layers are alike"
-    widths = {p.tensors["out"].shape[1] for p in found}
+            expected.update(step.op for step in plan.steps)
+    expected.update(step.op for step in text_pooled(TEXT).steps)
+    assert counts == {op: 2 * expected[op] for op in ("linear", "attention", "patch_embed")}
+    assert len(calls) < counts.total() / 2, "layers are alike"
+    widths = {p.tensors["out"].shape[1] for p in calls}
     assert len(LABELS.labels) in widths, "the head is served"
-    assert {p.tensors["weight"].dtype for p in found if p.op == "linear"} == {torch.bfloat16}
-    texts = {p.lengths for p in found if p.op == "attention" and p.scalars["causal"]}
+    assert {p.tensors["weight"].dtype for p in calls if p.op == "linear"} == {torch.bfloat16}
+    texts = {p.lengths for p in calls if p.op == "attention" and p.scalars["causal"]}
     assert texts == {(12,), (2, 4, 6, 8, 10, 12)}
 
 
@@ -180,19 +182,19 @@ def test_images_are_of_the_size_that_is_served(
     crop: tuple[int, int] | None, resize: Any, size: tuple[int, int] | None, tokens: int
 ) -> None:
     image = ImageSpec(True, resize, 3, crop, 1 / 255, None, None)
-    found = problems(model(vision=VISION, image=image), [2], "float16", size)
-    assert {p.lengths for p in found} == {(tokens, tokens)}
+    calls = problems(model(vision=VISION, image=image), [2], "float16", size)
+    assert {p.lengths for p in calls} == {(tokens, tokens)}
 
 
 def test_random_values_are_what_the_operators_take() -> None:
     """Every problem runs on its reference; statistics and sums belong to the values."""
-    seen = set()
+    index_arguments = set()
     for problem in problems(model(vision=VISION, head=LABELS, text=TEXT), [1, 3], "float16"):
         tensors = fill(problem, CPU, 0)
-        again, other = fill(problem, CPU, 0), fill(problem, CPU, 1)
-        first = next(iter(set(tensors) & {"x", "qkv", "pixels"}))
-        assert torch.equal(tensors[first], again[first])
-        assert not torch.equal(tensors[first], other[first])
+        repeated, reseeded = fill(problem, CPU, 0), fill(problem, CPU, 1)
+        name_of_input = next(iter(set(tensors) & {"x", "qkv", "pixels"}))
+        assert torch.equal(tensors[name_of_input], repeated[name_of_input])
+        assert not torch.equal(tensors[name_of_input], reseeded[name_of_input])
         if "x_stats" in tensors:
             x = tensors["x"].float()
             mean, rstd = mean_rstd_ref(tensors["x_stats"], x.shape[1], 1e-6)
@@ -200,14 +202,14 @@ def test_random_values_are_what_the_operators_take() -> None:
             torch.testing.assert_close(ours, F.layer_norm(x, x.shape[1:], eps=1e-6))
             torch.testing.assert_close(tensors["row_sums"], tensors["weight"].float().sum(1))
         if "residual" in tensors and "residual_rows" not in tensors:
-            one = problem.tensors["residual"] is problem.tensors["out"]
-            assert one == (tensors["residual"] is tensors["out"])
-        seen |= {name for name, t in problem.tensors.items() if t.dtype == torch.int32}
+            in_place = problem.tensors["residual"] is problem.tensors["out"]
+            assert in_place == (tensors["residual"] is tensors["out"])
+        index_arguments |= {name for name, t in problem.tensors.items() if t.dtype == torch.int32}
         out = tensors["out"].clone()
         OPERATORS[problem.op].reference(**tensors, **problem.scalars)
         assert tensors["out"].isfinite().all()
         assert not torch.equal(tensors["out"], out)
-    assert seen == {"cu_seqlens", "rows", "residual_rows"}
+    assert index_arguments == {"cu_seqlens", "rows", "residual_rows"}
 
 
 # -- who wins --------------------------------------------------------------------------------------
@@ -232,8 +234,11 @@ class FakeGPU:
 
     def compile(self, calls: Sequence[Call]) -> list[KernelCode | str]:
         fine = KernelCode("fake", 90, 24, 0, 16_000, 8, Counter(HGMMA=4), "", "", "")
-        given = [self.codes.get(call.config, {}) for call in calls]
-        return [one if isinstance(one, str) else dataclasses.replace(fine, **one) for one in given]
+        changes = [self.codes.get(call.config, {}) for call in calls]
+        return [
+            change if isinstance(change, str) else dataclasses.replace(fine, **change)
+            for change in changes
+        ]
 
     def launch(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -363,11 +368,11 @@ def test_a_candidate_with_another_bit_is_refused(where: str) -> None:
 def test_few_outputs_are_compared_over_many_random_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """One output in a thousand that differs is found where a call has 256."""
     monkeypatch.setattr(tune, "MIN_OUTPUTS", 20_000)
-    seen: Counter[KernelConfig] = Counter()
+    launches: Counter[KernelConfig] = Counter()
 
     def spoil(config: KernelConfig, out: torch.Tensor, _: torch.Tensor) -> None:
-        seen[config] += 1
-        if config == WINNER and seen[config] == 40:
+        launches[config] += 1
+        if config == WINNER and launches[config] == 40:
             out.view(torch.int16)[0, 0] ^= 1
 
     result = only(linear(m=4, n=64), FakeGPU(quick(WINNER), spoil=spoil))
@@ -438,34 +443,36 @@ def test_too_large_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attended() -> Problem:
     half = {"dtype": HALF, "device": "meta"}
-    given = {"out": torch.empty(256, 128, **half), "qkv": torch.empty(256, 384, **half)}
-    given["cu_seqlens"] = torch.empty(2, dtype=torch.int32, device="meta")
+    tensors = {"out": torch.empty(256, 128, **half), "qkv": torch.empty(256, 384, **half)}
+    tensors["cu_seqlens"] = torch.empty(2, dtype=torch.int32, device="meta")
     return Problem(
-        "attention", given, {"heads": 2, "causal": False, "max_seqlen": 256}, lengths=(256,)
+        "attention", tensors, {"heads": 2, "causal": False, "max_seqlen": 256}, lengths=(256,)
     )
 
 
 def test_equal_machine_code_is_timed_once() -> None:
     """A kernel that takes no notice of ``ctas`` is the same for any, registers apart."""
     problem = attended()
-    (own,) = problem.calls(HOPPER, {})
-    found = {own.key: TuningResult(own.key, [problem], own.config)}
-    other = dataclasses.replace(own.config, stages=own.config.stages + 1)
+    (heuristic,) = problem.calls(HOPPER, {})
+    results = {heuristic.key: TuningResult(heuristic.key, [problem], heuristic.config)}
+    deeper = dataclasses.replace(heuristic.config, stages=heuristic.config.stages + 1)
 
     def repeated(*_: object) -> list[KernelConfig]:
-        return [dataclasses.replace(each, ctas=n) for each in (own.config, other) for n in (1, 2)]
+        return [
+            dataclasses.replace(each, ctas=n) for each in (heuristic.config, deeper) for n in (1, 2)
+        ]
 
-    (fitting,) = tune._fitting(FakeGPU(quick()).bench, found, repeated, lambda _: None).values()
-    assert fitting == [dataclasses.replace(other, ctas=1)]
+    (fitting,) = tune._fitting(FakeGPU(quick()).bench, results, repeated, lambda _: None).values()
+    assert fitting == [dataclasses.replace(deeper, ctas=1)]
 
 
 def test_every_operator_that_varies_is_found_by_its_key() -> None:
     found = problems(model(vision=VISION, head=LABELS, text=TEXT), [2], "float16")
     for problem in found:
         (call,) = problem.calls(HOPPER, {})
-        other = dataclasses.replace(call.config, stages=7)
-        (changed,) = problem.calls(HOPPER, {call.key: other})
-        assert changed.config == other
+        deeper = dataclasses.replace(call.config, stages=7)
+        (changed,) = problem.calls(HOPPER, {call.key: deeper})
+        assert changed.config == deeper
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -512,27 +519,27 @@ def test_a_table_grows_and_says_where_its_older_part_comes_from(folder: Path) ->
     file = folder / "new" / "sm_90.json"
     small, large = linear(m=64), linear(m=256)
     save(file, tune.tune([small, large], FakeGPU(quick(WINNER)).bench), ORIGIN)
-    later = {**ORIGIN, "gpu": "another card"}
-    save(file, tune.tune([small], FakeGPU(quick(SECOND)).bench), later)
+    second_run = {**ORIGIN, "gpu": "another card"}
+    save(file, tune.tune([small], FakeGPU(quick(SECOND)).bench), second_run)
     provenance, table = read_table(file)
-    assert provenance == {**later, "earlier": [ORIGIN]}
+    assert provenance == {**second_run, "earlier": [ORIGIN]}
     assert plain(table[key_of(small)]) == SECOND
     assert plain(table[key_of(large)]) == WINNER
     save(file, tune.tune([large], FakeGPU(quick()).bench), ORIGIN)
     provenance, table = read_table(file)
     assert table.keys() == {key_of(small)}, "the heuristic is back"
-    assert provenance["earlier"] == [ORIGIN, later]
+    assert provenance["earlier"] == [ORIGIN, second_run]
     assert [path.name for path in file.parent.iterdir()] == ["sm_90.json"]
 
 
 def test_another_thread_keeps_the_table_it_serves_with() -> None:
-    seen: list[Mapping[str, KernelConfig]] = []
+    tables: list[Mapping[str, KernelConfig]] = []
     with in_force({"key": WINNER}):
-        thread = threading.Thread(target=lambda: seen.append(tuned(90)))
+        thread = threading.Thread(target=lambda: tables.append(tuned(90)))
         thread.start()
         thread.join()
         assert tuned(90) == {"key": WINNER}
-    assert "key" not in seen[0]
+    assert "key" not in tables[0]
     assert "key" not in tuned(90)
 
 
@@ -573,8 +580,8 @@ def test_a_malformed_table_is_named_when_the_model_is_loaded(
     text: Any, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = folder / "sm_90.json"
-    given = text if isinstance(text, str) else json.dumps({"provenance": {}, "configs": text})
-    file.write_text(given, encoding="latin-1")
+    content = text if isinstance(text, str) else json.dumps({"provenance": {}, "configs": text})
+    file.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=re.escape(str(file))) as error:
         tuned(90)
     assert message in str(error.value)
@@ -608,10 +615,10 @@ def test_what_does_not_compile_is_said_in_its_place() -> None:
     x = torch.empty(128, 64, dtype=HALF, device="meta")
     broken = Call(_broken_kernel, (1,), {"x_ptr": x}, KernelConfig(0, 0, 0, 4, 1))
     (fine,) = linear(m=64, n=64).calls(HOPPER, {})
-    found = compile_each([broken, fine, broken], 90)
-    assert isinstance(found[1], KernelCode)
-    assert found[1] == compile_call(fine, 90)
-    for text in (found[0], found[2]):
+    codes = compile_each([broken, fine, broken], 90)
+    assert isinstance(codes[1], KernelCode)
+    assert codes[1] == compile_call(fine, 90)
+    for text in (codes[0], codes[2]):
         assert isinstance(text, str)
         assert text.startswith("_broken_kernel: ")
         assert "no_such_name" in text
@@ -673,32 +680,32 @@ def test_rows_and_their_warps_make_no_other_order(old: str, new: str, same: bool
 def test_candidates_add_in_one_order_in_compiled_code(op: str, target: Target) -> None:
     """Those that compile without the heuristic's help."""
     problem = linear(256, 256, 128) if op == "linear" else attended()
-    (own,) = problem.calls(target, {})
-    some = list(candidates(op, own.config, target.arch))
-    calls = [own, *(problem.calls(target, {own.key: config})[0] for config in some)]
+    (heuristic,) = problem.calls(target, {})
+    configs = list(candidates(op, heuristic.config, target.arch))
+    calls = [heuristic, *(problem.calls(target, {heuristic.key: config})[0] for config in configs)]
     codes = [code for code in compile_each(calls, target.arch) if isinstance(code, KernelCode)]
     assert len(codes) >= 6
     assert len({order_of_sums(code) for code in codes}) == 1
-    assert any(kind == "reduction" for kind, *_ in order_of_sums(codes[0]))
+    assert any(step == "reduction" for step, *_ in order_of_sums(codes[0]))
 
 
 @pytest.mark.slow
 def test_a_tile_that_adds_in_another_order_is_told_apart() -> None:
     """16 rows are another instruction on sm_90."""
     problem = linear(256, 256, 128)
-    (own,) = problem.calls(HOPPER, {})
-    (other,) = problem.calls(HOPPER, {key_of(problem): KernelConfig(16, 64, 64, 4, 3)})
-    code, own_code = compile_call(other, 90), compile_call(own, 90)
-    assert tune._unfit(own, own_code, own_code) is None
-    assert tune._unfit(other, code, own_code) == ORDER
+    (heuristic,) = problem.calls(HOPPER, {})
+    (small_tile,) = problem.calls(HOPPER, {key_of(problem): KernelConfig(16, 64, 64, 4, 3)})
+    code, own_code = compile_call(small_tile, 90), compile_call(heuristic, 90)
+    assert tune._unfit(heuristic, own_code, own_code) is None
+    assert tune._unfit(small_tile, code, own_code) == ORDER
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
 def run(*args: object, **env: str) -> Any:
-    given = [str(arg) for arg in args]
-    return CliRunner().invoke(app, ["tune", *given], env=env, prog_name="vitrail")
+    arguments = [str(arg) for arg in args]
+    return CliRunner().invoke(app, ["tune", *arguments], env=env, prog_name="vitrail")
 
 
 @pytest.fixture
@@ -739,10 +746,10 @@ def test_the_command_writes_a_table_and_says_how_to_use_it(gpu: FakeGPU, folder:
 def test_a_run_that_is_cut_short_leaves_its_table(
     gpu: FakeGPU, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, kept = tune.save, list[TuningResult]()
+    real_save, kept = tune.save, list[TuningResult]()
 
     def interrupted(file: Path, results: list[TuningResult], origin: Any) -> None:
-        whole(file, results, origin)
+        real_save(file, results, origin)
         kept.extend(result for result in results if result.config)
         if len(kept) == 2:
             raise KeyboardInterrupt
@@ -814,8 +821,8 @@ def test_a_real_gpu_tunes_a_small_model(monkeypatch: pytest.MonkeyPatch, folder:
     """A dozen tiles a key, of which none may give other bits; the table then serves."""
     monkeypatch.setattr(tune, "MIN_OUTPUTS", 1 << 16)
     gpu = bench.cuda_bench()
-    found = problems(model(vision=VISION, text=TEXT), [2, 64], "float16")
-    results = tune.tune(found, gpu)
+    calls = problems(model(vision=VISION, text=TEXT), [2, 64], "float16")
+    results = tune.tune(calls, gpu)
     assert all(result.timed for result in results)
     assert [config for result in results for config in result.rejected] == []
     file = folder / f"sm_{gpu.target.arch}.json"

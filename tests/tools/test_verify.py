@@ -60,8 +60,8 @@ def test_a_sound_engine_passes(name: str, dtype: str, folders: dict[str, Path]) 
     report = check(name, folders, dtype)
     assert report.passed, report
     names = [check.name for check in report.checks]
-    wanted = ["contract", "pixels, Pillow", "pixels, processor", "images", "images, from files"]
-    assert names == [*wanted, "headroom", *(["tokens", "texts"] if name == "CLIPModel" else [])]
+    expected = ["contract", "pixels, Pillow", "pixels, processor", "images", "images, from files"]
+    assert names == [*expected, "headroom", *(["tokens", "texts"] if name == "CLIPModel" else [])]
 
 
 def test_a_transformers_that_wants_another_package_is_noted(
@@ -75,9 +75,9 @@ def test_a_transformers_that_wants_another_package_is_noted(
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", wanting)
     report = check("ViTModel", folders)
     assert report.passed, report
-    (found,) = [one for one in report.checks if one.name == "pixels, processor"]
-    assert found.verdict == "note"
-    assert found.text.endswith(": AutoImageProcessor requires the Torchvision library")
+    (processor_check,) = [entry for entry in report.checks if entry.name == "pixels, processor"]
+    assert processor_check.verdict == "note"
+    assert processor_check.text.endswith(": AutoImageProcessor requires the Torchvision library")
 
 
 Plant = Callable[[ModelSpec], ModelSpec]
@@ -151,9 +151,9 @@ def test_a_fault_in_the_spec_is_caught(
         with pytest.raises(CheckpointError, match="at which the text tower pools"):
             check(name, folders)
         return
-    found = faults(check(name, folders))
-    assert seen <= found, found
-    assert not (seen == {"pixels, processor"} and found & {"images", "contract"}), found
+    failed = faults(check(name, folders))
+    assert seen <= failed, failed
+    assert not (seen == {"pixels, processor"} and failed & {"images", "contract"}), failed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -165,12 +165,12 @@ def test_a_fault_in_the_weights_is_caught_and_its_block_named(
 
     def planted(checkpoint: Any, spec: Any) -> Any:
         sources = dict(real(checkpoint, spec))
-        first = {n: s for n, s in sources.items() if ".0." in n and "vision" in n}
-        assert first
+        block_sources = {n: s for n, s in sources.items() if ".0." in n and "vision" in n}
+        assert block_sources
         if fault == "blocks":
-            for one in first:
-                other = one.replace(".0.", ".1.")
-                sources[one], sources[other] = sources[other], sources[one]
+            for name_0 in block_sources:
+                name_1 = name_0.replace(".0.", ".1.")
+                sources[name_0], sources[name_1] = sources[name_1], sources[name_0]
         return sources
 
     name = "Dinov2WithRegistersModel"
@@ -180,8 +180,8 @@ def test_a_fault_in_the_weights_is_caught_and_its_block_named(
     else:
         loaded = loading.load(folders[name], dtype=dtype)
         weights = loaded._vision.runner.weights  # type: ignore[union-attr]
-        kind = ".up." if fault == "rows" else "scale"
-        tensors = {n: t for n, t in weights.tensors.items() if ".1." in n and kind in n}
+        suffix = ".up." if fault == "rows" else "scale"
+        tensors = {n: t for n, t in weights.tensors.items() if ".1." in n and suffix in n}
         assert tensors, sorted(weights.tensors)
         for tensor in tensors.values():
             tensor.copy_(tensor.flip(0) if fault == "rows" else torch.ones_like(tensor))
@@ -225,14 +225,14 @@ def run(*arguments: object) -> Result:
 def test_the_command_says_pass_or_fail_by_its_exit_code(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = run(*IMAGES[:2], "--model", folders["CLIPModel"], "--text", "a red cat")
-    assert good.exit_code == 0, good.output
-    assert good.stdout.endswith("PASS\n")
+    passing = run(*IMAGES[:2], "--model", folders["CLIPModel"], "--text", "a red cat")
+    assert passing.exit_code == 0, passing.output
+    assert passing.stdout.endswith("PASS\n")
     real = loading.read_spec
     monkeypatch.setattr(loading, "read_spec", lambda c: vision(activation="gelu")(real(c)))
-    bad = run(*IMAGES[:2], "--model", folders["CLIPModel"])
-    assert bad.exit_code == 1
-    assert bad.stdout.endswith("FAIL\n")
+    failing = run(*IMAGES[:2], "--model", folders["CLIPModel"])
+    assert failing.exit_code == 1
+    assert failing.stdout.endswith("FAIL\n")
     facts = json.loads(run(*IMAGES[:2], "--model", folders["CLIPModel"], "--json").stdout)
     assert not facts["passed"]
     assert {c["name"] for c in facts["checks"] if c["verdict"] == "fail"} >= {"contract", "images"}

@@ -15,7 +15,7 @@ def say(message: str) -> None:
 
 
 def report_unread(unread: Mapping[str, int]) -> None:
-    """Names the image formats that a folder's listing skipped, so that nobody misses them later."""
+    """Names the image formats that a listing skipped, so that the user knows what is missing."""
     if unread:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         say(f"skipped, because Vitrail does not read these formats: {counts}")

@@ -98,8 +98,8 @@ def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
     yield "image tower", _blocks(vision.blocks)
     yield (
         "tokens",
-        f"class{registers}, {down}x{across} patches of {_by(vision.patch)} from "
-        f"{vision.channels}x{_by(vision.image)} pixels{'; LayerNorm first' * vision.pre_norm}",
+        f"class{registers}, {down}x{across} patches of {_sides(vision.patch)} from "
+        f"{vision.channels}x{_sides(vision.image)} pixels{'; LayerNorm first' * vision.pre_norm}",
     )
     antialias = "with" if vision.position_antialias else "without"
     yield "positions", f"{vision.positions} learned; other sizes: bicubic {antialias} antialiasing"
@@ -134,11 +134,11 @@ def _preprocessing(image: ImageSpec | None) -> str:
         size = (
             f"shortest edge to {image.resize[1]}"
             if image.resize[0] == "shortest"
-            else f"resize to {_by(image.resize[1:])}"
+            else f"resize to {_sides(image.resize[1:])}"
         )
         steps.append(f"{size} ({FILTERS[image.resample]})")
     if image.crop is not None:
-        steps.append(f"center crop {_by(image.crop)}")
+        steps.append(f"center crop {_sides(image.crop)}")
     if image.rescale is not None:
         steps.append(f"times {image.rescale:.6g}")
     if image.mean is not None and image.std is not None:
@@ -155,7 +155,7 @@ def _head(head: HeadSpec) -> str:
     return f"{len(head.labels)} labels from {source}: {examples}"
 
 
-def _by(pair: tuple[int, ...]) -> str:
+def _sides(pair: tuple[int, ...]) -> str:
     return f"{pair[0]}x{pair[1]}"
 
 
