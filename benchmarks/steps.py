@@ -83,9 +83,9 @@ def bundled(runner: str, device: str) -> str:
     pixels = torch.randint(256, (33, 56, 56, 3), generator=generator).to(torch.uint8)
     images = list(pixels.numpy())
     texts = ["a red star", "two", "a circle on the left of a square"]
-    exact = vitrail.load(folder, device="cpu", dtype="float32", runner="reference")
-    dtype, runner = ("float32", "reference") if device == "cpu" else ("float16", runner)
-    model = vitrail.load(folder, device=device, dtype=dtype, runner=runner)
+    exact = vitrail.load(folder, device="cpu", dtype="float32", backend="torch")
+    dtype, runner = ("float32", "torch") if device == "cpu" else ("float16", runner)
+    model = vitrail.load(folder, device=device, dtype=dtype, backend=runner)
     embeddings = model.encode_image(images)
     worst = min(
         float(torch.cosine_similarity(reference, result.cpu()).min())

@@ -440,5 +440,5 @@ def test_info_says_what_would_resize(
     monkeypatch.setattr(built, "cuda_binary", lambda name: None)
     assert info._resize("triton") == "Triton, no CUDA binary was built"
     monkeypatch.setattr(built, "cuda_binary", lambda name: image_of(b""))
-    assert info._resize("reference") == "CUDA binary for sm_90 (nvcc 13.0)"
+    assert info._resize("torch") == "CUDA binary for sm_90 (nvcc 13.0)"
     assert driver.live() == before

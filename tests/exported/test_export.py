@@ -41,7 +41,7 @@ from vitrail.model.model import Model
 from vitrail.plan.lowering import image_record, lower
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.text.tokens import TokenIds
 from vitrail.tools import export, verify
 from vitrail.tools.export import export_model
@@ -127,7 +127,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def both(checkpoint: Path, folder: Path, dtype: str = "float16") -> tuple[Model, Model]:
     loaded = vitrail.load(folder, device="cpu")
-    assert (loaded.backend, loaded.source) == ("reference", str(folder))
+    assert (loaded.backend, loaded.source) == ("torch", str(folder))
     assert loaded.dtype == getattr(torch, dtype)
     return loaded, vitrail.load(checkpoint, device="cpu", dtype=dtype)
 
@@ -344,7 +344,7 @@ def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: 
     assert arena[: record.packed] == found.weights.arena.numpy().tobytes()
     vision = found.spec.vision
     assert vision is not None
-    reference = ReferenceRunner(found.weights, torch.float16, torch.device("cpu"))
+    reference = TorchRunner(found.weights, torch.float16, torch.device("cpu"))
     [(_, _, programs, _)] = record.builds
     assert programs["text"][1] == -1
     for kind in ("uint8", "float"):
@@ -361,7 +361,7 @@ def test_tables_are_those_of_the_size(tmp_path: Path) -> None:
     found = opened(tmp_path / "out")
     weights, vision = found.load(), found.spec.vision
     assert vision is not None
-    reference = ReferenceRunner(weights, torch.float16, torch.device("cpu"))
+    reference = TorchRunner(weights, torch.float16, torch.device("cpu"))
     assert found.tables.keys() == {"float"}
     assert same(found.tables["float"], reference.position_table(vision, (6, 3), "float"))
 
@@ -613,7 +613,7 @@ def test_only_the_architectures_that_were_exported_do_without_triton(
     for capability, serves in (((9, 0), True), ((8, 9), False), ((8, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert runners.choose("auto", torch.float16, cuda, found) == (
-            "native" if serves else "reference"
+            "native" if serves else "torch"
         )
         if serves:
             assert runners.choose("native", torch.float16, cuda, found) == "native"
@@ -797,8 +797,8 @@ def test_arguments_that_a_folder_does_not_take(whole: Path) -> None:
     assert vitrail.load(whole, device="cpu", dtype="float16").dtype == torch.float16
     with pytest.raises(InputError, match="revision: got 'main' for the local"):
         vitrail.load(whole, revision="main")
-    with pytest.raises(InputError, match="native runner needs a CUDA device"):
-        vitrail.load(whole, device="cpu", runner="native")
+    with pytest.raises(InputError, match="native backend needs a CUDA device"):
+        vitrail.load(whole, device="cpu", backend="native")
 
 
 # -- exporting -------------------------------------------------------------------------------------
@@ -970,7 +970,7 @@ def test_the_command_writes_what_other_commands_take(clip: Path, tmp_path: Path)
     assert re.search(r"MB; kernels: \d+ for sm_80, \d+ for sm_90", done.stderr)
     told = run.invoke(app, ["info", out, "--fingerprint"])
     assert told.exit_code == 0, told.output
-    assert re.search(r"^runner .* on (CPU|CUDA), float16$", told.stdout, re.MULTILINE)
+    assert re.search(r"^backend .* on (CPU|CUDA), float16$", told.stdout, re.MULTILINE)
     assert (
         "from clip for sm_80, sm_90: pooled embeddings of images of 32x32 and texts" in told.stdout
     )

@@ -131,7 +131,7 @@ class Zoo:
     def _open(self, name: str, dtype: torch.dtype, outliers: bool, runner: str) -> vitrail.Model:
         stored = HALF if dtype == torch.float32 else dtype
         folder = self.folder(name, stored, outliers)
-        model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=runner)
+        model = vitrail.load(folder, device=DEVICE, dtype=dtype, backend=runner)
         wanted = SERVES if runner == "auto" else runner
         assert model.backend == wanted, f"{model.backend} serves {dtype}"
         return model

@@ -57,7 +57,7 @@ def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 def test_fp32_equals_transformers(name: str, size: tuple[int, int] | None, zoo: Zoo) -> None:
     """N2, by PyTorch's operators on the GPU: every field, and the embedding."""
     theirs = zoo.theirs(name)
-    ours = vitrail.load(zoo.folder(name), device=DEVICE, dtype="float32", runner="reference")
+    ours = vitrail.load(zoo.folder(name), device=DEVICE, dtype="float32", backend="torch")
     inputs = given(ours, 3, size)
     with reference_numbers():
         out = ours.forward(**inputs, output_hidden_states=True)

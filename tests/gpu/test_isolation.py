@@ -73,7 +73,7 @@ def test_poisoned_images_change_no_other(dtype: torch.dtype, poison: float, zoo:
 def test_poisoned_texts_change_no_other(dtype: torch.dtype, poison: float, zoo: Zoo) -> None:
     """Packed, and in rows of one length. A word of the vocabulary is made the poison."""
     folder = zoo.folder("CLIP B/32", dtype)
-    tower = text(vitrail.load(folder, device=DEVICE, dtype=dtype, runner=RUNNER))
+    tower = text(vitrail.load(folder, device=DEVICE, dtype=dtype, backend=RUNNER))
     model = zoo.ours("CLIP B/32", dtype)
     word = 7
     ids = [[8 if i == word else i for i in row] for row in texts(model, COUNT)]
@@ -139,7 +139,7 @@ def shades() -> Tensor:
 
 
 def test_an_image_that_overflows_is_named_with_its_block(bright: Path) -> None:
-    model = vitrail.load(bright, device=DEVICE, dtype="float16", runner=RUNNER)
+    model = vitrail.load(bright, device=DEVICE, dtype="float16", backend=RUNNER)
     told = (
         r"image 1: block 1 holds numbers that are not finite in float16; "
         r"load with dtype='bfloat16' or 'float32'"
@@ -160,7 +160,7 @@ def test_what_overflows_fp16_is_right_in_bf16(bright: Path) -> None:
     if DRY:
         pytest.skip("dry run: the interpreter's bf16 is garbage")
     model = vitrail.load(bright, device=DEVICE, dtype="bfloat16")
-    exact = vitrail.load(bright, device=DEVICE, dtype="float32", runner="reference")
+    exact = vitrail.load(bright, device=DEVICE, dtype="float32", backend="torch")
     found, wanted = model.encode_image(shades()), exact.encode_image(shades())
     assert compare(found, wanted, torch.bfloat16).reasons == ()
 
@@ -174,7 +174,7 @@ def test_a_text_that_overflows_is_named(tmp_path: Path) -> None:
                 parameter[word, CHANNEL] = HIGH
         blocks_of(theirs)[0].mlp.fc2.bias[CHANNEL] = MORE
     save(theirs, tmp_path, dtype=HALF)
-    model = vitrail.load(tmp_path, device=DEVICE, dtype="float16", runner=RUNNER)
+    model = vitrail.load(tmp_path, device=DEVICE, dtype="float16", backend=RUNNER)
     end = text(model).spec.eos
     assert end is not None
     ids = [[3, 4, end], [3, word, 4, end], [word + 1, end]]

@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def test_auto_is_cuda_fp16_and_our_kernels(zoo: Zoo) -> None:
-    model = vitrail.load(zoo.folder("ViT-B/16"), runner=RUNNER)
+    model = vitrail.load(zoo.folder("ViT-B/16"), backend=RUNNER)
     assert model.device.type == "cuda"
     assert model.dtype == torch.float16
     assert model.backend == SERVES
@@ -37,15 +37,15 @@ def test_info_says_so(zoo: Zoo) -> None:
 
 def test_fp32_goes_through_pytorch_and_says_so(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
-    assert vitrail.load(folder, dtype="float32").backend == "reference"
+    assert vitrail.load(folder, dtype="float32").backend == "torch"
     with pytest.raises(InputError, match="float32 goes through PyTorch"):
-        vitrail.load(folder, dtype="float32", runner="triton")
+        vitrail.load(folder, dtype="float32", backend="triton")
 
 
 def test_a_device_may_be_named(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
     assert vitrail.load(folder, device="cuda:0").backend == "native"
-    assert vitrail.load(folder, device="cpu").backend == "reference"
+    assert vitrail.load(folder, device="cpu").backend == "torch"
     with pytest.raises(InputError, match="device: got 'cuda:99'"):
         vitrail.load(folder, device="cuda:99")
 
@@ -53,17 +53,17 @@ def test_a_device_may_be_named(zoo: Zoo) -> None:
 def test_the_fingerprint_tells_runners_and_dtypes_apart(zoo: Zoo) -> None:
     folder = zoo.folder("ViT-B/16")
     models = [
-        vitrail.load(folder, device=DEVICE, dtype=dtype, runner=runner)
+        vitrail.load(folder, device=DEVICE, dtype=dtype, backend=runner)
         for dtype, runner in (
             ("float16", "triton"),
             ("bfloat16", "triton"),
-            ("float16", "reference"),
-            ("float32", "reference"),
+            ("float16", "torch"),
+            ("float32", "torch"),
         )
     ]
     prints = [model.fingerprint for model in models]
     assert len(set(prints)) == len(prints)
-    assert vitrail.load(folder, runner="native").fingerprint == prints[0], "the same bits"
+    assert vitrail.load(folder, backend="native").fingerprint == prints[0], "the same bits"
 
 
 def test_results_go_where_they_are_wanted(zoo: Zoo) -> None:

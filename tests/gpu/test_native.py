@@ -50,7 +50,7 @@ def opened(folder: Path, dtype: torch.dtype, overlap: bool = False) -> vitrail.M
     """By the native runner; in a dry run by another Triton runner, for the tests' own sake."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(OVERLAP, str(int(overlap)))
-        model = vitrail.load(folder, device=DEVICE, dtype=dtype, runner=RUNNER)
+        model = vitrail.load(folder, device=DEVICE, dtype=dtype, backend=RUNNER)
     assert model.backend == RUNNER
     return model
 
@@ -113,7 +113,7 @@ def test_native_gives_the_triton_bits(
 @pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
 def test_uint8_pixels_give_the_triton_bits(dtype: torch.dtype, overlap: bool) -> None:
     ours = opened(BUNDLED, dtype, overlap)
-    other = vitrail.load(BUNDLED, device=DEVICE, dtype=dtype, runner="triton")
+    other = vitrail.load(BUNDLED, device=DEVICE, dtype=dtype, backend="triton")
     assert list(unlike(ours, other, bytes_of(max(BATCHES)))) == []
     moved = torch.empty(bytes_of(3).numel() + 1, dtype=torch.uint8, device=DEVICE)[1:]
     moved = moved.view(bytes_of(3).shape).copy_(bytes_of(3))

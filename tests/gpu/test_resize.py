@@ -86,7 +86,7 @@ def test_a_model_that_resizes_here_gives_the_bits_of_the_host(
     sizes = ((70, 90), (64, 64), (9, 1200)) if DRY else SIZES
     images = [torch.randint(256, (*size, 3), dtype=torch.uint8) for size in sizes]
     host, there = (
-        vitrail.load(BUNDLED, device=DEVICE, dtype=HALF, runner=runner, resize=place)
+        vitrail.load(BUNDLED, device=DEVICE, dtype=HALF, backend=runner, resize=place)
         for place in ("host", "device")
     )
     assert there.resize.startswith("device, by ")

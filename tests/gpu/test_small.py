@@ -51,10 +51,10 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def opened(folder: Path) -> tuple[vitrail.Model, vitrail.Model, vitrail.Model]:
     """In fp16 by our kernels; on the CPU by PyTorch, in fp32 and fp16: R and P."""
-    ours = vitrail.load(folder, device=DEVICE, dtype=HALF, runner=RUNNER)
+    ours = vitrail.load(folder, device=DEVICE, dtype=HALF, backend=RUNNER)
     assert ours.backend == SERVES
     exact, peer = (
-        vitrail.load(folder, device="cpu", dtype=dtype, runner="reference")
+        vitrail.load(folder, device="cpu", dtype=dtype, backend="torch")
         for dtype in (torch.float32, HALF)
     )
     return ours, exact, peer

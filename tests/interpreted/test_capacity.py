@@ -64,9 +64,9 @@ class RoomyRunner(TritonRunner):
 @pytest.mark.usefixtures("ordered_dot")
 def test_what_lies_past_the_rows_of_a_call_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = Path(vitrail.__file__).parent / "assets/clip"
-    plain = vitrail.load(clip, dtype="float16", runner="triton")
+    plain = vitrail.load(clip, dtype="float16", backend="triton")
     monkeypatch.setitem(RUNNERS, "triton", RoomyRunner)
-    roomy = vitrail.load(clip, dtype="float16", runner="triton")
+    roomy = vitrail.load(clip, dtype="float16", backend="triton")
     images, texts = torch.randn(1, 3, 56, 56), ["red circle", "a"]
     assert same_bits(roomy.encode_image(images), plain.encode_image(images))
     assert same_bits(roomy.encode_text(texts), plain.encode_text(texts))

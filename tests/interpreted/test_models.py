@@ -42,7 +42,7 @@ SWIGLU = {**SHAPES["Dinov2WithRegistersModel"], "use_swiglu_ffn": True}
 
 
 def opened(folder: Path, dtype: str) -> vitrail.Model:
-    model = vitrail.load(folder, dtype=dtype, runner="triton")
+    model = vitrail.load(folder, dtype=dtype, backend="triton")
     assert model.backend == "triton"
     return model
 
@@ -95,7 +95,7 @@ def test_another_size_and_intermediate_layers(tmp_path: Path) -> None:
     given = {"pixel_values": pixels}
     ours = opened(tmp_path, "float32")
     assert_same(ours.forward(**given, output_hidden_states=True), outputs(theirs, given))
-    reference = vitrail.load(tmp_path, runner="reference")
+    reference = vitrail.load(tmp_path, backend="torch")
     found = ours.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
     wanted = reference.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
     for (a, a_class), (b, b_class) in zip(found, wanted, strict=True):
@@ -118,7 +118,7 @@ def test_masks_hide_what_they_hide(tmp_path: Path) -> None:
 @FP32
 def test_uint8_images_give_what_the_reference_gives(clip: Path) -> None:
     images = [torch.randint(256, (40 + 3 * i, 50, 3), dtype=torch.uint8) for i in range(3)]
-    ours, reference = opened(clip, "float32"), vitrail.load(clip, runner="reference")
+    ours, reference = opened(clip, "float32"), vitrail.load(clip, backend="torch")
     assert_close(ours.encode_image(images), reference.encode_image(images), what="model")
     texts = ["red circle", "a", "blue square above a green star"]
     assert_close(ours.encode_text(texts), reference.encode_text(texts), what="model")
@@ -129,7 +129,7 @@ def test_uint8_images_give_what_the_reference_gives(clip: Path) -> None:
 def test_images_resized_on_the_device_have_the_bits_of_the_host(clip: Path) -> None:
     images = [torch.randint(256, (40 + 9 * i, 50, 3), dtype=torch.uint8) for i in range(2)]
     host = opened(clip, "float32")
-    there = vitrail.load(clip, dtype="float32", runner="triton", resize="device")
+    there = vitrail.load(clip, dtype="float32", backend="triton", resize="device")
     assert there.resize == "device, by Triton kernels"
     assert torch.equal(there.encode_image(images), host.encode_image(images))
 
@@ -159,5 +159,5 @@ def test_nothing_in_gives_nothing_out(clip: Path) -> None:
 
 
 def test_a_runner_that_is_unknown_is_refused(clip: Path) -> None:
-    with pytest.raises(InputError, match="runner: got 'cuda'"):
-        vitrail.load(clip, runner="cuda")
+    with pytest.raises(InputError, match="backend: got 'cuda'"):
+        vitrail.load(clip, backend="cuda")

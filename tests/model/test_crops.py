@@ -23,7 +23,7 @@ from vitrail.image import preprocess, threads
 from vitrail.image.preprocess import CropTask, decode_crop_tasks, preprocess_uint8
 from vitrail.model import images as encoder
 from vitrail.model.crops import CropBatch, DeviceCrops, device_batch, host_batch, pack
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import ImageSpec
 
 BUNDLED = Path(vitrail.__file__).with_name("assets") / "clip"
@@ -31,11 +31,11 @@ ENOUGH = 1 << 40
 
 
 @pytest.fixture(scope="module")
-def runner() -> ReferenceRunner:
+def runner() -> TorchRunner:
     images = vitrail.load(BUNDLED, resize="device")._images
     assert images is not None
     found = images._resizer
-    assert isinstance(found, ReferenceRunner)
+    assert isinstance(found, TorchRunner)
     return found
 
 
@@ -50,7 +50,7 @@ def each(batch: CropBatch) -> list[Any]:
 
 
 def device(
-    runner: ReferenceRunner,
+    runner: TorchRunner,
     given: Sequence[Any],
     spec: ImageSpec,
     channels: int = 3,
@@ -76,7 +76,7 @@ def differing(ours: Sequence[Any], theirs: Sequence[Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("group", sorted({case.id.partition("/")[0] for case in CASES}))
-def test_crops_have_the_bytes_of_the_host(group: str, runner: ReferenceRunner) -> None:
+def test_crops_have_the_bytes_of_the_host(group: str, runner: TorchRunner) -> None:
     """Every case whose pixels are pinned, all of a processor in one batch."""
     batches: dict[Any, list[cases.Case]] = {}
     for case in CASES:
@@ -132,7 +132,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_kind_of_image_and_of_failure_is_as_on_the_host(
-    name: str, runner: ReferenceRunner, tmp_path: Path
+    name: str, runner: TorchRunner, tmp_path: Path
 ) -> None:
     given = kinds(tmp_path)
     sizes = (None,) if name == "as they are" else (None, (30, 41))
@@ -145,9 +145,7 @@ def test_every_kind_of_image_and_of_failure_is_as_on_the_host(
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_arrays_of_other_channels_are_as_on_the_host(
-    channels: int, runner: ReferenceRunner
-) -> None:
+def test_arrays_of_other_channels_are_as_on_the_host(channels: int, runner: TorchRunner) -> None:
     given = [cases.noise(f"{n}", 30 + n, 50 - n, channels) for n in range(3)]
     spec = replace(CLIP, mean=None, std=None)
     assert (
@@ -156,7 +154,7 @@ def test_arrays_of_other_channels_are_as_on_the_host(
     )
 
 
-def test_a_resize_over_the_limit_is_refused_alike(runner: ReferenceRunner) -> None:
+def test_a_resize_over_the_limit_is_refused_alike(runner: TorchRunner) -> None:
     given, spec = [photo(), Image.new("RGB", (20_000, 1))], replace(CLIP, crop=None)
     wanted = preprocess_uint8(given, spec, 3)
     assert "over the limit" in str(wanted[1])
@@ -180,7 +178,7 @@ def crop_tasks(count: int, spec: ImageSpec = CLIP) -> list[CropTask]:
     return [one for one in found if isinstance(one, CropTask)]
 
 
-def test_what_is_resized_at_once_holds_no_more_than_it_may(runner: ReferenceRunner) -> None:
+def test_what_is_resized_at_once_holds_no_more_than_it_may(runner: TorchRunner) -> None:
     framed = crop_tasks(9)
     whole = sum(one.device_bytes for one in framed)
     for most in (1, whole // 4, whole // 2, whole):
@@ -239,7 +237,7 @@ def test_decoding_stops_once_there_are_enough_bytes(monkeypatch: pytest.MonkeyPa
         assert [f.pixels.shape[1] for f in found if isinstance(f, CropTask)] == [60] * len(wanted)
 
 
-class Small(ReferenceRunner):
+class Small(TorchRunner):
     """A device with too little memory for more than ``most`` images."""
 
     most, tried = 2, list[int]()
@@ -252,7 +250,7 @@ class Small(ReferenceRunner):
 
 
 def test_without_memory_for_all_halves_are_resized_to_the_same_bytes(
-    runner: ReferenceRunner,
+    runner: TorchRunner,
 ) -> None:
     small = Small(runner.weights, runner.dtype, runner.device)
     framed = crop_tasks(7)

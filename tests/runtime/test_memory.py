@@ -14,12 +14,12 @@ from vitrail.errors import DeviceError, OutOfMemoryError
 from vitrail.model.model import Model
 from vitrail.plan.plan import Plan
 from vitrail.runtime import RUNNERS
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 
 TEXTS = ["a", "red circle", "a blue square", "two green stars on red", "b", "c d", "e f g", "h"]
 
 
-class Small(ReferenceRunner):
+class Small(TorchRunner):
     """Memory for ``most`` sequences at once."""
 
     most = 3
@@ -43,7 +43,7 @@ def forgotten() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Model:
     with monkeypatch.context() as patch:
-        patch.setitem(RUNNERS, "reference", Small)
+        patch.setitem(RUNNERS, "torch", Small)
         return vitrail.load(demo.bundled(), device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""The reference runner against models written out in PyTorch, and what its calls share."""
+"""The torch runner against models written out in PyTorch, and what its calls share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from vitrail.plan.vision import (
     vision_table,
 )
 from vitrail.runtime.memory import IDLE_ARENAS, IDLE_BYTES, ArenaPool, PositionTables
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.folding import load_weights
 from vitrail_kernels import OPERATORS
@@ -204,14 +204,14 @@ def open_runner(
     text: TextSpec | None = None,
     head: HeadSpec | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensors, ReferenceRunner]:
+) -> tuple[Tensors, TorchRunner]:
     spec = ModelSpec("vit", "test", vision, text, head)
     tensors = random_tensors(spec)
     save_file(tensors, folder / "model.safetensors")
     entries = read_header(folder / "model.safetensors")
     sources = {name: Source(entry) for name, entry in entries.items()}
     weights = load_weights(spec, sources, dtype, (A, B))
-    return tensors, ReferenceRunner(weights, dtype, CPU)
+    return tensors, TorchRunner(weights, dtype, CPU)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def images(batch: int, size: tuple[int, int]) -> Tensor:
     return torch.randint(256, (batch, *size, 3), dtype=torch.uint8)
 
 
-def see(runner: ReferenceRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
+def see(runner: TorchRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
     """Run a vision plan; tokens come back as (B, T, C)."""
     uint8 = pixels.dtype == torch.uint8
     size = (pixels.shape[1], pixels.shape[2]) if uint8 else (pixels.shape[2], pixels.shape[3])
@@ -243,7 +243,7 @@ def see(runner: ReferenceRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -
 
 
 def read(
-    runner: ReferenceRunner, plan: Plan, texts: Sequence[Tensor], ends: Sequence[int]
+    runner: TorchRunner, plan: Plan, texts: Sequence[Tensor], ends: Sequence[int]
 ) -> dict[str, Tensor]:
     """Run a text plan over packed id rows, pooled at ``ends``."""
     lengths = [len(ids) for ids in texts]
@@ -448,11 +448,11 @@ def test_a_tap_changes_no_other_output(tmp_path: Path, family: str) -> None:
 
 
 @pytest.fixture
-def vit(tmp_path: Path) -> ReferenceRunner:
+def vit(tmp_path: Path) -> TorchRunner:
     return open_runner(tmp_path, VISION["vit"])[1]
 
 
-def embed(runner: ReferenceRunner, pixels: Tensor) -> dict[str, Tensor]:
+def embed(runner: TorchRunner, pixels: Tensor) -> dict[str, Tensor]:
     spec = VISION["vit"]
     return see(runner, spec, vision_pooled(spec, uint8=pixels.dtype == torch.uint8), pixels)
 
@@ -524,7 +524,7 @@ def test_results_are_fresh_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
-def test_inputs_keep_every_bit(vit: ReferenceRunner, uint8: bool) -> None:
+def test_inputs_keep_every_bit(vit: TorchRunner, uint8: bool) -> None:
     pixels = images(2, (32, 24))
     pixels = pixels if uint8 else normalised(pixels).float()
     kept, weights = pixels.clone(), vit.weights.arena.clone()
@@ -542,7 +542,7 @@ def test_an_empty_batch_gives_empty_outputs(
     spec, head = VISION[family], HEADS.get(family)
     _, runner = open_runner(tmp_path, spec, head=head)
     runner.position_table(spec, spec.grid, "uint8")
-    monkeypatch.setattr(ReferenceRunner, "run_steps", None)  # nothing may be launched
+    monkeypatch.setattr(TorchRunner, "run_steps", None)  # nothing may be launched
     none = images(0, spec.image)
     dense = see(runner, spec, vision_dense(spec, head, uint8=True, taps=(0,)), none)
     tokens, width = spec.tokens_at(spec.image), spec.blocks.width
@@ -564,7 +564,7 @@ def test_no_texts_give_no_embeddings(tmp_path: Path) -> None:
     assert out["text.status"].shape == (0,)
 
 
-def test_results_are_ordinary_tensors_under_any_grad_mode(vit: ReferenceRunner) -> None:
+def test_results_are_ordinary_tensors_under_any_grad_mode(vit: TorchRunner) -> None:
     pixels = images(2, (32, 24))
     plain = embed(vit, pixels)
     with torch.inference_mode():
@@ -617,7 +617,7 @@ def test_the_callers_mode_changes_no_bit(
     batch, tokens = len(pixels), spec.tokens_at(size)
     starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
 
-    def run(runner: ReferenceRunner) -> dict[str, Tensor]:
+    def run(runner: TorchRunner) -> dict[str, Tensor]:
         table = runner.position_table(spec, spec.grid_at(size), "uint8")
         given_inputs = {
             "pixels": pixels,
@@ -632,20 +632,20 @@ def test_the_callers_mode_changes_no_bit(
     sources = {name: Source(entry) for name, entry in entries.items()}
     with mode():
         weights = load_weights(model, sources, torch.float32, (A, B))
-        out = run(ReferenceRunner(weights, torch.float32, CPU))
+        out = run(TorchRunner(weights, torch.float32, CPU))
     assert torch.equal(weights.arena, runner.weights.arena)
     assert same_bits(out, wanted)
     assert not any(t.is_inference() or t.requires_grad for t in (weights.arena, *out.values()))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60])
-def test_repeats_are_bit_identical(vit: ReferenceRunner, batch: int) -> None:
+def test_repeats_are_bit_identical(vit: TorchRunner, batch: int) -> None:
     pixels = images(batch, (32, 24))
     first = embed(vit, pixels)
     assert all(same_bits(embed(vit, pixels), first) for _ in range(20))
 
 
-def test_calls_from_many_threads_do_not_disturb_each_other(vit: ReferenceRunner) -> None:
+def test_calls_from_many_threads_do_not_disturb_each_other(vit: TorchRunner) -> None:
     """Different batches and image sizes at once, each with the bits it has alone."""
     calls = [images(1 + n % 5, (32 + 8 * (n % 3), 24)) for n in range(24)]
     alone = [embed(vit, pixels) for pixels in calls]
@@ -663,7 +663,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other(vit: ReferenceRunner)
     assert len(vit._arenas._idle) <= IDLE_ARENAS
 
 
-def test_a_call_that_fails_leaves_the_runner_usable(vit: ReferenceRunner) -> None:
+def test_a_call_that_fails_leaves_the_runner_usable(vit: TorchRunner) -> None:
     pixels = images(2, (32, 24))
     wanted = embed(vit, pixels)
     plan = vision_pooled(VISION["vit"], uint8=True)
@@ -748,13 +748,13 @@ def test_a_thousand_calls_of_mixed_sizes_do_not_grow_the_pool(
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> ReferenceRunner:
+def tables(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
     """A runner whose tables are 48 wide."""
     return open_runner(tmp_path_factory.mktemp("tables"), VISION["clip"])[1]
 
 
 def ask(
-    cache: PositionTables, runner: ReferenceRunner, target: tuple[int, int], kind: str = "float"
+    cache: PositionTables, runner: TorchRunner, target: tuple[int, int], kind: str = "float"
 ) -> Tensor:
     """A table from ``cache``, which ``runner`` computes if it is not there."""
     plan = vision_table(VISION["clip"], target, uint8=kind == "uint8")
@@ -765,7 +765,7 @@ def table_bytes(target: tuple[int, int]) -> int:
     return 4 * 48 * (1 + target[0] * target[1])
 
 
-def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) -> None:
+def test_a_table_is_made_once_for_each_grid_and_kind(tables: TorchRunner) -> None:
     weights, spec = tables.weights, VISION["clip"]
     made = {
         (target, kind): tables.position_table(spec, target, kind)
@@ -795,7 +795,7 @@ def test_a_table_is_made_once_for_each_grid_and_kind(tables: ReferenceRunner) ->
     )
 
 
-def test_the_table_used_longest_ago_goes_first(tables: ReferenceRunner) -> None:
+def test_the_table_used_longest_ago_goes_first(tables: TorchRunner) -> None:
     grids = [(1, 1), (1, 2), (2, 1)]
     cache = PositionTables(sum(map(table_bytes, grids)))
     first = {grid: ask(cache, tables, grid) for grid in grids}
@@ -806,7 +806,7 @@ def test_the_table_used_longest_ago_goes_first(tables: ReferenceRunner) -> None:
     assert ask(cache, tables, (1, 2)) is not first[1, 2]
 
 
-def test_a_table_over_the_limit_is_kept_alone(tables: ReferenceRunner) -> None:
+def test_a_table_over_the_limit_is_kept_alone(tables: TorchRunner) -> None:
     cache = PositionTables(table_bytes((2, 2)))
     small = ask(cache, tables, (2, 2))
     large = ask(cache, tables, (2, 3))
@@ -872,7 +872,7 @@ def test_a_runner_goes_with_the_last_that_holds_it(tmp_path: Path) -> None:
     ),
 )
 def test_the_cache_is_a_least_recently_used_one_under_its_limit(
-    tables: ReferenceRunner, limit: int, asked: list[tuple[int, int, str]]
+    tables: TorchRunner, limit: int, asked: list[tuple[int, int, str]]
 ) -> None:
     cache = PositionTables(limit)
     model: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
@@ -890,7 +890,7 @@ def test_the_cache_is_a_least_recently_used_one_under_its_limit(
         assert cache._bytes <= limit or len(held) == 1
 
 
-def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: ReferenceRunner) -> None:
+def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: TorchRunner) -> None:
     for _ in range(20):
         cache, barrier = PositionTables(), threading.Barrier(8)
 
@@ -926,8 +926,8 @@ GPU = torch.device("cuda", 0)
     [
         (torch.float16, (9, 0), "native", None),
         (torch.bfloat16, (8, 0), "native", None),
-        (torch.float32, (9, 0), "reference", "float32 goes through PyTorch"),
-        (torch.float16, (7, 5), "reference", "sm_80 or later, and this is sm_75"),
+        (torch.float32, (9, 0), "torch", "float32 goes through PyTorch"),
+        (torch.float16, (7, 5), "torch", "sm_80 or later, and this is sm_75"),
     ],
 )
 def test_auto_takes_the_kernels_on_every_gpu_they_serve(
@@ -944,23 +944,24 @@ def test_auto_takes_the_kernels_on_every_gpu_they_serve(
     monkeypatch.setattr(runners.native, "MISSING", ImportError("vitrail._C"))
     fallback = "triton" if runner == "native" else runner
     assert runners.choose("auto", dtype, GPU) == fallback
-    with pytest.raises(InputError, match="runner: got 'native', but "):
+    with pytest.raises(InputError, match="backend: got 'native', but "):
         runners.choose("native", dtype, GPU)
     told = runners.why_not_triton(dtype, GPU)
     assert (told is None) == (why is None)
     assert why is None or (told is not None and why in told)
     if why is not None:
-        with pytest.raises(InputError, match="runner: got 'triton', but"):
+        with pytest.raises(InputError, match="backend: got 'triton', but"):
             runners.choose("triton", dtype, GPU)
-    assert runners.choose("reference", dtype, GPU) == "reference"
+    assert runners.choose("torch", dtype, GPU) == "torch"
+    assert runners.choose("reference", dtype, GPU) == "torch", "its former name"
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runners.choose("auto", torch.float32, CPU) == "reference"
+    assert runners.choose("auto", torch.float32, CPU) == "torch"
     with pytest.raises(InputError, match="the kernels need a CUDA device"):
         runners.choose("triton", torch.float32, CPU)
     monkeypatch.setattr(runners, "MISSING", ImportError("triton is not installed"))
-    assert runners.choose("auto", torch.float16, GPU) == "reference"
+    assert runners.choose("auto", torch.float16, GPU) == "torch"
     with pytest.raises(InputError, match="triton is not installed"):
         runners.choose("triton", torch.float16, GPU)
 
@@ -995,4 +996,4 @@ except RuntimeError as error:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["reference (2, 128)", "kernels: triton is not installed"]
+    assert done.stdout.splitlines() == ["torch (2, 128)", "kernels: triton is not installed"]

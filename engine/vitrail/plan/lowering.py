@@ -329,7 +329,7 @@ def _check_parameters(call: Call, arch: int, kernel: Any) -> None:
     if got != wanted:
         raise VitrailError(
             f"{call.kernel.__name__}: got parameters of {got} bytes from triton "
-            f"{compilers(arch)[0]}, wanted {wanted}; load with runner='triton'"
+            f"{compilers(arch)[0]}, wanted {wanted}; load with backend='triton'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Execute plans: one runner a way of doing so, and which of them serves."""
+"""Backends: each has a `Runner`, and `choose` decides which backend computes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from vitrail.exported.folder import Exported
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.triton import TritonRunner
 from vitrail_kernels.launch import INTERPRETING, MISSING, interpreted
 from vitrail_kernels.toolchain import why_no_launcher, why_not_compiled
 
 RUNNERS: dict[str, type[Runner]] = {
-    "reference": ReferenceRunner,
+    "torch": TorchRunner,
     "triton": TritonRunner,
     "native": NativeRunner,
 }
-ARCHITECTURE = (8, 0)
+FORMER_NAMES = {"reference": "torch"}
+MIN_CAPABILITY = (8, 0)
 """The oldest CUDA capability that the kernels are compiled for."""
 
 
@@ -38,7 +39,7 @@ def why_not_kernels(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype == torch.float32:
         return "float32 goes through PyTorch"
     capability = cuda_capability(device)
-    if capability < ARCHITECTURE:
+    if capability < MIN_CAPABILITY:
         return f"the kernels need sm_80 or later, and this is sm_{capability[0]}{capability[1]}"
     if interpreted():
         return INTERPRETING
@@ -46,7 +47,7 @@ def why_not_kernels(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the Triton runner cannot serve ``dtype`` on ``device``; None if it can."""
+    """Why the backend "triton" cannot compute ``dtype`` on ``device``; None if it can."""
     why = why_not_kernels(dtype, device)
     return why_no_launcher() if why is None and device.type == "cuda" else why
 
@@ -54,10 +55,12 @@ def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
 def why_not_native(
     dtype: torch.dtype, device: torch.device, exported: Exported | None = None
 ) -> str | None:
-    """Why the native runner cannot serve ``dtype`` on ``device``; None if it can, which takes no
-    triton for an architecture that was ``exported``."""
+    """Why the backend "native" cannot compute ``dtype`` on ``device``; None if it can.
+
+    It needs no triton for an architecture that was ``exported``.
+    """
     if device.type == "cpu":
-        return "the native runner needs a CUDA device"
+        return "the native backend needs a CUDA device"
     if native.MISSING is not None:
         return str(native.MISSING)
     if (
@@ -76,30 +79,33 @@ def _arch(device: torch.device) -> int:
 
 
 def choose(
-    wanted: str, dtype: torch.dtype, device: torch.device, exported: Exported | None = None
+    backend: str, dtype: torch.dtype, device: torch.device, exported: Exported | None = None
 ) -> str:
-    """The runner for "auto" or by name: auto is the first of native, Triton and reference that
-    serves, and on the CPU the reference.
+    """The name of the backend that computes ``dtype`` on ``device``.
 
-    Raises InputError for another name, and where the one asked for cannot serve; CheckpointError
-    where that is because ``exported`` has nothing for this GPU, and triton is missing.
+    "auto" takes "torch" on the CPU. On a GPU it takes the first of "native", "triton" and "torch"
+    that can compute there. "reference" is the former name of "torch".
+
+    Raises InputError for another name, and if the backend cannot compute there; CheckpointError if
+    the reason is that ``exported`` has nothing for this GPU and triton is missing.
     """
-    if wanted not in ("auto", *RUNNERS):
+    backend = FORMER_NAMES.get(backend, backend)
+    if backend not in ("auto", *RUNNERS):
         names = ", ".join(repr(name) for name in RUNNERS)
-        raise InputError(f"runner: got {wanted!r}, wanted 'auto' or one of {names}")
+        raise InputError(f"backend: got {backend!r}, wanted 'auto' or one of {names}")
     reasons = {
         "native": why_not_native(dtype, device, exported),
         "triton": why_not_triton(dtype, device),
-        "reference": None,
+        "torch": None,
     }
-    if wanted == "auto":
+    if backend == "auto":
         if device.type == "cpu":
-            return "reference"
+            return "torch"
         return next(name for name, why in reasons.items() if why is None)
-    why = reasons[wanted]
+    why = reasons[backend]
     if why is not None:
-        reached = wanted == "native" and device.type == "cuda" and native.MISSING is None
-        if reached and exported is not None and MISSING is not None:
+        export_lacks_gpu = backend == "native" and device.type == "cuda" and native.MISSING is None
+        if export_lacks_gpu and exported is not None and MISSING is not None:
             raise exported.lacks(_arch(device))
-        raise InputError(f"runner: got {wanted!r}, but {why}")
-    return wanted
+        raise InputError(f"backend: got {backend!r}, but {why}")
+    return backend

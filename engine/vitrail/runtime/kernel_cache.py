@@ -1,12 +1,12 @@
-"""Compiled kernels on disk, by content: a warm start compiles nothing and reads none of Triton.
+"""Compiled kernels on disk: a warm start compiles nothing and imports no compiler.
 
-    <folder>/<64 hex digits>.kernel     MAGIC, SHA-256 of the rest, the record for C++
+    <folder>/<64 hex digits>.kernel     MAGIC, SHA-256 of the record, the record for C++
 
-The folder is the one that VITRAIL_CACHE names, else vitrail/kernels in $XDG_CACHE_HOME or ~/.cache.
-A name is the SHA-256 of all that the record follows from, so no entry is ever out of date, and two
-processes may write one at once: each writes a file of its own and renames it. An entry that is not
-as it was written is compiled again and replaced. At most `MOST_ENTRIES` stay, of 30 to 150 KB each.
-If the folder cannot be used, kernels are compiled in every process, and one warning says so.
+The folder is $VITRAIL_CACHE, or else vitrail/kernels in $XDG_CACHE_HOME or ~/.cache. The name of an
+entry is the SHA-256 of everything that determines the record, so an entry is never out of date. Two
+processes may write an entry at once: each writes its own draft and renames it. A damaged entry is
+compiled again and replaced. The folder keeps at most `MAX_ENTRIES` entries of 30 to 150 KB. If the
+folder cannot be used, every process compiles its kernels, and one warning says so.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from vitrail_kernels import Call
 from vitrail_kernels.toolchain import code_settings, triton_build
 
 VARIABLE = "VITRAIL_CACHE"
-"""Names the folder; set to nothing there is no cache."""
+"""Names the folder. If it is set to the empty string, there is no cache."""
 MAGIC = b"vitrail kernel 1\n"
-MOST_ENTRIES = 4096
-MOST_BYTES = 16 << 20
-"""Of an entry that is read."""
+MAX_ENTRIES = 4096
+MAX_ENTRY_BYTES = 16 << 20
 
 _warned: set[tuple[Path, bool]] = set()
 
@@ -49,19 +48,19 @@ def kernel_record(key: str, call: Call, arch: int) -> bytes:
 
 
 def keep(key: str, record: bytes) -> None:
-    """Keep a record that was compiled elsewhere."""
+    """Store a record that was compiled elsewhere."""
     path = _path(key)
     if path is not None:
         _write(path, record)
 
 
 def folder() -> Path | None:
-    """Where entries are; None if the user wants no cache."""
-    own = os.environ.get(VARIABLE)
-    if own is not None:
-        return Path(own) if own else None
+    """The folder of the entries; None if the user wants no cache."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        return Path(chosen) if chosen else None
     base = os.environ.get("XDG_CACHE_HOME")
-    # the specification: a relative path is ignored
+    # the XDG specification says: ignore a relative path
     root = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
     return root / "vitrail/kernels"
 
@@ -70,23 +69,23 @@ def _path(key: str) -> Path | None:
     root = folder()
     if root is None or os.environ.get("TRITON_ALWAYS_COMPILE") == "1":
         return None
-    parts = MAGIC, key, triton_build(), code_settings()
-    return root / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.kernel"
+    content = MAGIC, key, triton_build(), code_settings()
+    return root / f"{hashlib.sha256(repr(content).encode()).hexdigest()}.kernel"
 
 
 def _read(path: Path, key: str) -> bytes | None:
-    """The record in ``path``; None if there is none, or another than was written."""
+    """The record in ``path``; None if the file is missing or damaged."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MOST_BYTES)
+            raw = file.read(MAX_ENTRY_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         _warn(path.parent, error)
         return None
     head, record = raw[: len(MAGIC) + 32], raw[len(MAGIC) + 32 :]
-    whole = head == MAGIC + hashlib.sha256(record).digest()
-    return record if whole and record.startswith(IMAGE_MAGIC + string(key)) else None
+    intact = head == MAGIC + hashlib.sha256(record).digest()
+    return record if intact and record.startswith(IMAGE_MAGIC + string(key)) else None
 
 
 def _write(path: Path, record: bytes) -> None:
@@ -100,7 +99,7 @@ def _write(path: Path, record: bytes) -> None:
 
 
 def _prepare(root: Path) -> None:
-    """The folder, its owner's alone if it is new."""
+    """Make the folder, accessible to its owner only; warn if others can write to it."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _warn(root, "others can write there, and what they write runs on your GPU")
@@ -108,8 +107,10 @@ def _prepare(root: Path) -> None:
 
 @contextmanager
 def _draft(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its place once all is written, or goes. It is not synced:
-    what a crash cuts off is compiled again."""
+    """A new file that replaces ``path`` at the end, and is deleted after an error.
+
+    It is not synced: an entry that a crash cut off is damaged and compiled again.
+    """
     descriptor, name = tempfile.mkstemp(".draft", f".{path.name[:16]}.", path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -122,25 +123,25 @@ def _draft(path: Path) -> Iterator[BinaryIO]:
 
 
 def _prune(root: Path) -> None:
-    """Let the oldest quarter go once there are more than `MOST_ENTRIES`."""
+    """Delete the oldest quarter if there are more than `MAX_ENTRIES`."""
     names = os.listdir(root)
-    if len(names) <= MOST_ENTRIES:
+    if len(names) <= MAX_ENTRIES:
         return
     ages = []
     for name in names:
         with suppress(OSError):  # another process may prune too
             ages.append((os.stat(root / name).st_mtime_ns, name))
-    for _, name in sorted(ages)[: MOST_ENTRIES // 4]:
+    for _, name in sorted(ages)[: MAX_ENTRIES // 4]:
         with suppress(OSError):
             os.unlink(root / name)
 
 
 def _warn(root: Path, why: OSError | str) -> None:
-    """Once a process for each folder, of what fails and of who may write."""
-    broken = isinstance(why, OSError)
-    if (root, broken) in _warned:
+    """Warn once per process and folder of each problem: the folder fails, or others can write."""
+    unusable = isinstance(why, OSError)
+    if (root, unusable) in _warned:
         return
-    _warned.add((root, broken))
+    _warned.add((root, unusable))
     if isinstance(why, OSError):
         why = f"{why.strerror or why}, so kernels are compiled in every process"
     warnings.warn(

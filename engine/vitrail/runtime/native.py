@@ -107,12 +107,12 @@ class NativeRunner(TritonRunner):
         exported: Exported | None = None,
     ) -> None:
         if MISSING is not None:
-            raise RuntimeError(f"native runner: {MISSING}") from MISSING
+            raise RuntimeError(f"native backend: {MISSING}") from MISSING
         super().__init__(weights, dtype, device)
         try:
             self._gpu = _C.Gpu(driver, self.device.index or 0)
         except RuntimeError as error:
-            raise DeviceError(f"native runner on {self.device}: {error}") from error
+            raise DeviceError(f"native backend on {self.device}: {error}") from error
         major, minor = self._gpu.capability
         self.target = Target(10 * major + minor, self._gpu.multiprocessors)
         self._kernels = _C.Kernels(self._gpu)
@@ -264,7 +264,7 @@ class NativeRunner(TritonRunner):
             return kernel_record(key, call, self.target.arch)
         except VitrailError as error:
             raise DeviceError(
-                f"native runner on {self.device}: {error}; runner='reference' compiles nothing"
+                f"native backend on {self.device}: {error}; backend='torch' compiles nothing"
             ) from error
 
     def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:

@@ -26,7 +26,7 @@ def _compiler_errors() -> Iterator[None]:
     except (OSError, json.JSONDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise VitrailError(
-            f"triton runner: triton's cache in {triton_cache()}: {reason}; empty that folder, or "
+            f"triton backend: triton's cache in {triton_cache()}: {reason}; empty that folder, or "
             "name another one by TRITON_CACHE_DIR"
         ) from error
 

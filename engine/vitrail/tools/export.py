@@ -39,7 +39,7 @@ from vitrail.model.fingerprint import fingerprint
 from vitrail.model.loading import LoadedCheckpoint, read_model
 from vitrail.plan.lowering import Program, image_key, lower
 from vitrail.runtime.kernel_cache import kernel_record
-from vitrail.runtime.torch_runner import ReferenceRunner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.tools.workload import preprocessed_size
 from vitrail_kernels.compile import provenance
@@ -259,7 +259,7 @@ class _Package:
         places, total = table_places(self.spec, self.dtype, self.size)
         tables = torch.zeros(total - weights.arena.numel(), dtype=torch.uint8, device="cpu")
         if vision is not None and self.size is not None:
-            reference = ReferenceRunner(weights, self.dtype, weights.arena.device)
+            reference = TorchRunner(weights, self.dtype, weights.arena.device)
             for kind, (start, stop) in places.items():
                 table = reference.position_table(vision, vision.grid_at(self.size), kind)
                 at = weights.arena.numel()

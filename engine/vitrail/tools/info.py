@@ -179,16 +179,16 @@ def _serving(exported: Exported | None = None) -> dict[str, str]:
     dtype = torch.float16 if cuda else torch.float32
     dtype = dtype if exported is None else exported.dtype
     name = choose("auto", dtype, device, exported)
-    if name == "reference":
+    if name == "torch":
         unused = why_no_cuda() if not cuda and _sees_gpu() else None
         reason = unused or why_not_kernels(dtype, device) or INTERPRETER
-        backend = f"reference (PyTorch {torch.__version__}; {reason})"
+        backend = f"torch (PyTorch {torch.__version__}; {reason})"
     elif name == "triton":
         backend = f"triton (Vitrail's kernels; {why_not_native(dtype, device, exported)})"
     else:
         backend = f"{name} (Vitrail's kernels)"
     kernels = str(MISSING) if MISSING is not None else f"triton {triton_version()}"
-    if name != "reference":
+    if name != "torch":
         major, minor = cuda_capability(device)
         if Target(10 * major + minor, 1).without_tma:
             kernels += f", without TMA ({TMA}=0)"
