@@ -17,7 +17,8 @@ from transformers import CLIPTokenizer
 from helpers import small_vocabulary
 from vitrail.errors import CheckpointError, InputError
 from vitrail.spec import BlockSpec, TextSpec
-from vitrail.text.tokenizer import BOS, CHUNK, EOS, MAX_CHARACTERS, load_tokenizer, pad
+from vitrail.text.tokenizer import CHUNK, MAX_CHARACTERS, pad
+from vitrail.text.tokenizer_files import BOS, EOS, load_tokenizer
 from vitrail.text.tokens import TokenIds
 
 VOCAB, MERGES = small_vocabulary()

@@ -19,7 +19,7 @@ ACTIVATION_BYTES = 256 << 20
 class Sliceable(Protocol):
     def __len__(self) -> int: ...
 
-    def __getitem__(self, part: slice, /) -> Any: ...
+    def __getitem__(self, half: slice, /) -> Any: ...
 
 
 Items = TypeVar("Items", bound=Sliceable)
@@ -62,14 +62,14 @@ class ResultRows:
     """Rows and errors by position in the call. With ``strict``, `check` raises the first error."""
 
     strict: bool
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    by_position: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, VitrailError] = field(default_factory=dict)
 
     def add(self, position: int, result: Tensor | VitrailError) -> None:
         if isinstance(result, VitrailError):
             self.errors[position] = type(result)(f"image {position}: {result}")
         else:
-            self.rows[position] = result
+            self.by_position[position] = result
 
     def check(self) -> None:
         """Raise the error of the lowest position if the call is strict."""
@@ -79,7 +79,7 @@ class ResultRows:
     @property
     def index(self) -> tuple[int, ...]:
         """The positions that have a row, ascending."""
-        return tuple(sorted(self.rows))
+        return tuple(sorted(self.by_position))
 
     @property
     def reasons(self) -> dict[int, str]:
@@ -91,7 +91,7 @@ class ResultRows:
 
         ``normalize`` divides each row (D,) by its length.
         """
-        if not self.rows:
+        if not self.by_position:
             return torch.empty(0, *shape, dtype=torch.float32, device="cpu")
-        stacked = torch.stack([self.rows[position] for position in self.index]).cpu()
+        stacked = torch.stack([self.by_position[position] for position in self.index]).cpu()
         return unit(stacked) if normalize else stacked

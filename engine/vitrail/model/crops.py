@@ -29,7 +29,7 @@ class CropGroup(Protocol):
     size: Size
     members: list[int]
 
-    def __getitem__(self, part: slice) -> Tensor: ...
+    def __getitem__(self, members: slice) -> Tensor: ...
 
 
 class CropBatch(NamedTuple):
@@ -50,8 +50,8 @@ class HostCrops:
         self.members.append(member)
         self._crops.append(crop)
 
-    def __getitem__(self, part: slice) -> Tensor:
-        return torch.from_numpy(np.stack(self._crops[part]))
+    def __getitem__(self, members: slice) -> Tensor:
+        return torch.from_numpy(np.stack(self._crops[members]))
 
 
 def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
@@ -96,25 +96,23 @@ class DeviceCrops:
 
     def __init__(self, members: Sequence[tuple[int, CropTask]], runner: Runner) -> None:
         self.members = [member for member, _ in members]
-        task = members[0][1]
-        self.size = task.rows.out, task.columns.out
+        self.size = members[0][1].size
         self._runner, self._pinned = runner, runner.device.type == "cuda"
         self._packed: PackedImages | None = pack([task for _, task in members], self._pinned)
         self._crops: Tensor | None = None
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def __getitem__(self, members: slice) -> Tensor:
         if self._packed is not None:
             self._crops, self._packed = self._resize(self._packed), None
         assert self._crops is not None, "the images have been resized"
-        return self._crops[part]
+        return self._crops[members]
 
     def _resize(self, packed: PackedImages) -> Tensor:
         def resize(tasks: Sequence[CropTask]) -> Tensor:
-            return resized(
-                packed if tasks is packed.tasks else pack(tasks, self._pinned), self._runner
-            )
+            whole = tasks is packed.tasks
+            return resized(packed if whole else pack(tasks, self._pinned), self._runner)
 
-        crops = [part for _, part in in_halves(resize, packed.tasks)]
+        crops = [result for _, result in in_halves(resize, packed.tasks)]
         return crops[0] if len(crops) == 1 else torch.cat(crops)
 
 
@@ -140,7 +138,7 @@ def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
         [(rows.source, columns.source) for _, rows, columns, _ in tasks],
         [(rows.full, columns.full) for _, rows, columns, _ in tasks],
         [(r.start - r.before, c.start - c.before) for _, r, c, _ in tasks],
-        window=(task.rows.out, task.columns.out),
+        window=task.size,
         resample=task.resample,
         channels=task.pixels.shape[2],
     )
@@ -165,7 +163,7 @@ def resized(packed: PackedImages, runner: Runner) -> Tensor:
     Raises OutOfMemoryError if the device has too little memory.
     """
     task, device = packed.tasks[0], runner.device
-    shape = len(packed.tasks), task.rows.out, task.columns.out, task.pixels.shape[2]
+    shape = len(packed.tasks), *task.size, task.pixels.shape[2]
     try:
         moved = packed.buffer.to(device, non_blocking=True)
         middle = torch.empty(packed.tables.middle, dtype=torch.uint8, device=device)

@@ -26,11 +26,10 @@ def fingerprint(
 
     ``weights``: the hash of the weights; ``runner``: `Runner.identity`.
     """
-    files = {name: checkpoint.file(name) for name in TOKENIZER_FILES}
     tokenizer = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in files.items()
-        if path is not None and spec.text is not None
+        for name in TOKENIZER_FILES
+        if spec.text is not None and (path := checkpoint.file(name)) is not None
     }
     content = {
         "weights": weights,

@@ -62,29 +62,33 @@ class ImageEncoder:
         ``images``: preprocessed floats (N, C, H, W), or a list of single images. ``strict``: raise
         the first error as soon as its batch is done.
         """
-        result = ResultRows(strict)
-        for positions, pixels in self._batches(images, batch_size, size, result):
-            rows_of = functools.partial(self._rows, pixels, scores)
-            for items, rows in in_halves(rows_of, range(len(positions))):
-                for item, row in zip(items, rows, strict=True):
-                    result.add(positions[item], row)
-            del pixels, rows_of  # or the next batch would be made beside this one
-        return result
+        rows = ResultRows(strict)
+        for positions, pixels in (
+            self._pixel_batches(images, batch_size, size, rows)
+            if isinstance(images, Tensor)
+            else self._crop_batches(images, batch_size, size, rows)
+        ):
+            results_of = functools.partial(self._results, pixels, scores)
+            for items, results in in_halves(results_of, range(len(positions))):
+                for item, result in zip(items, results, strict=True):
+                    rows.add(positions[item], result)
+            del pixels, results_of  # or the next batch would be made beside this one
+        return rows
 
     def preprocess(
         self, images: list[PixelInput], size: Size | None, strict: bool
     ) -> tuple[Tensor, ResultRows]:
         """``pixel_values`` (N, C, H, W) fp32 of the images that could be read, and their rows."""
-        spec, tower, result = self._required_spec("preprocess"), self.tower.spec, ResultRows(strict)
+        spec, tower, rows = self._required_spec("preprocess"), self.tower.spec, ResultRows(strict)
         pixels = preprocess.preprocess_float(
             images, spec, tower.channels, size=size, sixteen_bit=self._sixteen_bit
         )
         for position, image in enumerate(pixels):
-            result.add(
+            rows.add(
                 position, image if isinstance(image, VitrailError) else torch.from_numpy(image)
             )
-        result.check()
-        sizes = {tuple(image.shape[1:]) for image in result.rows.values()}
+        rows.check()
+        sizes = {tuple(image.shape[1:]) for image in rows.by_position.values()}
         if len(sizes) > 1:
             raise InputError(
                 f"preprocess: got images of sizes {sorted(sizes)}, wanted one size a batch"
@@ -92,7 +96,7 @@ class ImageEncoder:
         resized = spec_at(spec, size)
         exact = resized.resize[1:] if resized.resize and resized.resize[0] == "exact" else None
         height, width = resized.crop or exact or tower.image
-        return result.stacked(tower.channels, height, width), result
+        return rows.stacked(tower.channels, height, width), rows
 
     def _required_spec(self, call: str) -> ImageSpec:
         if self.image_spec is None:
@@ -102,7 +106,7 @@ class ImageEncoder:
             )
         return self.image_spec
 
-    def _rows(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | VitrailError]:
+    def _results(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | VitrailError]:
         """For each of ``items`` of ``batch`` its row, or an error if the row is not finite."""
         tower, pixels = self.tower, batch[items.start : items.stop]
         rows = tower.scores(pixels) if scores else tower.embeddings(pixels)["vision.embedding"]
@@ -112,28 +116,12 @@ class ImageEncoder:
             for item, (row, ok) in enumerate(zip(rows, finite, strict=True))
         ]
 
-    def _batches(
-        self,
-        images: Tensor | list[PixelInput],
-        batch_size: int | None,
-        size: Size | None,
-        result: ResultRows,
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield the positions and the pixels of each batch; add errors to ``result``."""
-        if isinstance(images, Tensor):
-            yield from self._pixel_batches(images, batch_size, size, result)
-        elif images:
-            yield from self._crop_batches(images, batch_size, size, result)
-
     def _pixel_batches(
-        self,
-        pixels: Tensor,
-        batch_size: int | None,
-        size: Size | None,
-        result: ResultRows,
+        self, pixels: Tensor, batch_size: int | None, size: Size | None, rows: ResultRows
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yield the positions and the pixels of each batch; add the errors of other positions."""
         tower = self.tower
-        result.errors |= check_pixels(pixels, tower.spec, self.image_spec, result.strict)
+        rows.errors |= check_pixels(pixels, tower.spec, self.image_spec, rows.strict)
         pixel_size = tower.image_size(pixels)
         if size is not None and tuple(size) != pixel_size:
             raise InputError(
@@ -141,27 +129,30 @@ class ImageEncoder:
                 "floats are taken as they are, so leave it out"
             )
         step = batch_size or tower.max_batch(pixel_size, ACTIVATION_BYTES)
-        finite = [item for item in range(len(pixels)) if item not in result.errors]
+        finite = [item for item in range(len(pixels)) if item not in rows.errors]
         for start in range(0, len(finite), step):
             positions = finite[start : start + step]
             begin, end = positions[0], positions[-1] + 1
             adjacent = end - begin == len(positions)
             yield positions, pixels[begin:end] if adjacent else pixels[positions]
-            result.check()
+            rows.check()
 
     def _crop_batches(
         self,
         images: list[PixelInput],
         batch_size: int | None,
         size: Size | None,
-        result: ResultRows,
+        rows: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """The same for images that are decoded and cropped here: uint8 (n, height, width, C)."""
+        if not images:
+            return
         tower, spec = self.tower, self._required_spec("images")
         max_batch = tower.max_batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
         step = batch_size or min(max_batch, DECODED_IMAGES)
         for start, batch in self._one_ahead(images, step, size):
             for member, error in batch.errors.items():
-                result.add(start + member, error)
+                rows.add(start + member, error)
             for crops in batch.groups:
                 positions = [start + member for member in crops.members]
                 (height, width), (patch_height, patch_width) = crops.size, tower.spec.patch
@@ -171,14 +162,14 @@ class ImageEncoder:
                         f"wanted at least one patch of {patch_width}x{patch_height}"
                     )
                     for position in positions:
-                        result.add(position, too_small)
+                        rows.add(position, too_small)
                     continue
                 # without a crop, the size of the images is known only now
                 max_batch = batch_size or tower.max_batch(crops.size, ACTIVATION_BYTES)
-                for first in range(0, len(positions), max_batch):
-                    part = slice(first, first + max_batch)
-                    yield positions[part], crops[part]
-            result.check()
+                for begin in range(0, len(positions), max_batch):
+                    members = slice(begin, begin + max_batch)
+                    yield positions[members], crops[members]
+            rows.check()
 
     def _one_ahead(
         self, images: list[PixelInput], step: int, size: Size | None

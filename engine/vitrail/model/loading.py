@@ -85,31 +85,21 @@ def load(
             )
         backend = runner
     exported = open_exported(path_or_id, revision)
-    if exported is not None:
+    if exported is None:
+        runner_class = RUNNERS[choose(backend, compute_dtype, device)]
+        loaded = read_model(
+            path_or_id, compute_dtype, revision=revision, local_files_only=local_files_only
+        )
+        serving = runner_class(loaded.weights, compute_dtype, device)
+    else:
         if dtype != "auto" and compute_dtype != exported.dtype:
             raise InputError(
                 f"dtype: got {dtype_name(compute_dtype)}, wanted {dtype_name(exported.dtype)}, in "
                 f"which {exported.folder} was exported; load the checkpoint itself, or export it "
                 "again"
             )
-        exported_runner = _exported_runner(exported, device, backend)
-        hash_of = exported.weights_hash
-        return Model(
-            exported.checkpoint(),
-            exported.spec,
-            lambda: hash_of,
-            exported_runner,
-            sixteen_bit,
-            resize,
-        )
-    runner_class = RUNNERS[choose(backend, compute_dtype, device)]
-    loaded = read_model(
-        path_or_id, compute_dtype, revision=revision, local_files_only=local_files_only
-    )
-    checkpoint_runner = runner_class(loaded.weights, compute_dtype, device)
-    return Model(
-        loaded.checkpoint, loaded.spec, loaded.hash_weights, checkpoint_runner, sixteen_bit, resize
-    )
+        loaded, serving = _load_exported(exported, device, backend)
+    return Model(loaded.checkpoint, loaded.spec, loaded.hash_weights, serving, sixteen_bit, resize)
 
 
 def read_model(
@@ -133,9 +123,13 @@ def read_model(
     )
 
 
-def _exported_runner(exported: Exported, device: torch.device, backend: str) -> Runner:
-    name = choose(backend, exported.dtype, device, exported)
+def _load_exported(
+    exported: Exported, device: torch.device, backend: str
+) -> tuple[LoadedCheckpoint, Runner]:
+    dtype, digest = exported.dtype, exported.weights_hash
+    name = choose(backend, dtype, device, exported)
     weights = exported.load()
+    loaded = LoadedCheckpoint(exported.checkpoint(), exported.spec, weights, lambda: digest)
     if name == NativeRunner.name:
-        return NativeRunner(weights, exported.dtype, device, exported=exported)
-    return RUNNERS[name](weights, exported.dtype, device)
+        return loaded, NativeRunner(weights, dtype, device, exported=exported)
+    return loaded, RUNNERS[name](weights, dtype, device)

@@ -34,7 +34,8 @@ from vitrail.model.texts import TextEncoder
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec
-from vitrail.text.tokenizer import Overflow, load_tokenizer
+from vitrail.text.tokenizer import Overflow
+from vitrail.text.tokenizer_files import load_tokenizer
 from vitrail.torch_modes import default_modes
 
 

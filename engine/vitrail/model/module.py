@@ -1,8 +1,8 @@
-"""A tower as a torch.nn.Module, for models of others that are compiled or captured as a whole.
+"""A tower as a torch.nn.Module, for use inside models that are compiled or captured.
 
-Each tower is one custom operator: torch.compile knows the shapes of what it gives, calls it, and
-neither looks inside nor breaks there. It never looks at values either, so that a caller's CUDA
-graph can be captured around it.
+Each tower is one custom operator. torch.compile knows the shapes of its outputs and calls it
+without a graph break. The operator never reads values on the host, so that a CUDA graph can be
+captured around it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _NUMBERS = itertools.count()
 
 @torch.library.custom_op("vitrail::embed_image", mutates_args=())
 def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
-    """Embedding (B, ``width``) fp32 and status (B,) int32 of ``pixels``, by image tower number."""
+    """Embeddings (B, ``width``) fp32 and status (B,) int32 of ``pixels``.
+
+    ``tower``: the `ImageModule.number` of the tower, because an operator takes no Python object.
+    """
     with default_modes():
         out = _VISION[tower].embeddings(pixels)
     return out["vision.embedding"], out["vision.status"]
@@ -32,7 +35,7 @@ def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("vitrail::embed_text", mutates_args=())
 def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
-    """The same of token ids (B, T) by text tower ``tower``."""
+    """Embeddings and status of token ids (B, T), as `embed_image`; see `TextModule.number`."""
     with default_modes():
         out = _TEXT[tower].dense(ids)
     return out["text.embedding"], out["text.status"]
@@ -46,12 +49,11 @@ def _shapes(items: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class ImageModule(nn.Module):
-    """Pixels -> embeddings (B, D) fp32, on the model's device.
+    """Pixels to embeddings (B, D) fp32, on the model's device.
 
-    Pixels as `Model.encode_image` takes tensors: float (B, channels, H, W) already preprocessed, or
-    uint8 (B, H, W, channels) of the size that the tower is to see. An item whose numbers are not
-    finite comes out as NaN throughout. No gradient flows. Raises InputError for another shape,
-    dtype or device.
+    ``pixels``: preprocessed floats (B, channels, H, W), or uint8 (B, H, W, channels) that have been
+    resized and cropped. An item that is not finite gives a row of NaN. No gradient flows. Raises
+    InputError for another shape, dtype or device.
     """
 
     def __init__(self, tower: VisionTower) -> None:
@@ -65,8 +67,8 @@ class ImageModule(nn.Module):
         channels, sides = (
             (pixels.shape[-1], pixels.shape[1:3]) if uint8 else (pixels.shape[1], pixels.shape[2:])
         )
-        good = pixels.dim() == 4 and channels == spec.channels
-        if not good or any(s < p for s, p in zip(sides, spec.patch, strict=True)):
+        fits = pixels.dim() == 4 and channels == spec.channels
+        if not fits or any(s < p for s, p in zip(sides, spec.patch, strict=True)):
             raise InputError(
                 f"pixels: got {tuple(pixels.shape)} of {pixels.dtype}, wanted (B, {spec.channels}, "
                 f"H, W) floats or (B, H, W, {spec.channels}) uint8 of a patch or more"
@@ -78,12 +80,12 @@ class ImageModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Token ids (B, T) int32 or int64 -> embeddings (B, D) fp32, on the model's device.
+    """Token ids (B, T) int32 or int64 to embeddings (B, D) fp32, on the model's device.
 
-    Rows are padded on the right, and pooled where transformers pools them; every token is computed,
-    for where a row ends is a value. Ids are not looked at: one out of range comes out as NaN from
-    the kernels, and is PyTorch's IndexError on the CPU. Raises InputError for another shape, dtype
-    or device.
+    Rows are padded on the right and pooled at the end token, as in transformers. Every token is
+    computed, because the end of a row is known only from its values. Ids are not checked: an id out
+    of range gives NaN from the kernels, and an IndexError from PyTorch on the CPU. Raises
+    InputError for another shape, dtype or device.
     """
 
     def __init__(self, tower: TextTower) -> None:
@@ -103,9 +105,9 @@ class TextModule(nn.Module):
         return _finite(*embed_text(ids, self.number, spec.embedding))
 
 
-def _check_device(name: str, got: Tensor, device: torch.device) -> None:
-    if got.device != device:
-        raise InputError(f"{name}: got a tensor on {got.device}, wanted {device}")
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InputError(f"{name}: got a tensor on {tensor.device}, wanted {device}")
 
 
 def _finite(embedding: Tensor, status: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token ids of many texts in one array: no step takes Python's time for each text."""
+"""Token ids of many texts in one array, so that no step needs a Python loop over texts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenIds:
-    """Texts of any lengths but 0, one after the other.
+    """N texts of at least one token each, M tokens in all, one text after another.
 
-    ``ids`` (M,) int64; ``starts`` (N + 1,) int64: text i holds ``ids[starts[i] : starts[i + 1]]``.
+    ``ids`` (M,) int64; ``starts`` (N + 1,) int64: text i is ``ids[starts[i] : starts[i + 1]]``.
     """
 
     ids: Ints
@@ -26,29 +26,30 @@ class TokenIds:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> TokenIds:
+        """The texts ``rows``, each a list of ids."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         flat = itertools.chain.from_iterable(rows)
         return cls(np.fromiter(flat, np.int64, int(lengths.sum())), _starts(lengths))
 
     @classmethod
-    def join(cls, parts: Sequence[TokenIds]) -> TokenIds:
-        """The texts of ``parts``, one or more, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        lengths = np.concatenate([part.lengths for part in parts])
-        return cls(np.concatenate([part.ids for part in parts]), _starts(lengths))
+    def join(cls, groups: Sequence[TokenIds]) -> TokenIds:
+        """The texts of all ``groups`` (at least one group), in order."""
+        if len(groups) == 1:
+            return groups[0]
+        lengths = np.concatenate([group.lengths for group in groups])
+        return cls(np.concatenate([group.ids for group in groups]), _starts(lengths))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     @property
     def lengths(self) -> Ints:
-        """(N,) how many ids each text has."""
+        """(N,) number of ids of each text."""
         return np.diff(self.starts)
 
     @property
     def positions(self) -> Ints:
-        """(M,) the place of each id in its text."""
+        """(M,) position of each id in its text."""
         return np.arange(len(self.ids)) - np.repeat(self.starts[:-1], self.lengths)
 
     @property
@@ -58,7 +59,7 @@ class TokenIds:
 
     def lists(self) -> list[list[int]]:
         """The ids of each text."""
-        return [part.tolist() for part in np.split(self.ids, self.starts[1:-1])[: len(self)]]
+        return [ids.tolist() for ids in np.split(self.ids, self.starts[1:-1])[: len(self)]]
 
     def take(self, texts: Ints) -> TokenIds:
         """The texts at the positions ``texts`` (K,), in that order."""
@@ -71,24 +72,24 @@ class TokenIds:
         """The first ``lengths`` (N,) ids of each text."""
         if np.array_equal(lengths, self.lengths):
             return self
-        kept = self.positions < np.repeat(lengths, self.lengths)
-        return TokenIds(self.ids[kept], _starts(lengths))
+        keep = self.positions < np.repeat(lengths, self.lengths)
+        return TokenIds(self.ids[keep], _starts(lengths))
 
     def cut_at_end(self, eos: int | None) -> TokenIds:
-        """Each text up to its first ``eos``; where that is None, up to the first of its highest id.
+        """Each text up to its first ``eos``, or if that is None, up to its first highest id.
 
-        Raises InputError for the first text that has no such id.
+        The cut text ends at that token. Raises InputError for a text without ``eos``.
         """
         end = np.repeat(self.highest, self.lengths) if eos is None else eos
-        places = np.append(np.flatnonzero(self.ids == end), len(self.ids))
-        first = places[np.searchsorted(places, self.starts[:-1])]
-        missing = first >= self.starts[1:]
+        ends = np.append(np.flatnonzero(self.ids == end), len(self.ids))
+        first_ends = ends[np.searchsorted(ends, self.starts[:-1])]
+        missing = first_ends >= self.starts[1:]
         if missing.any():
             text = int(missing.argmax())
             raise InputError(
                 f"text {text}: got no end token ({eos}) among its {self.lengths[text]} ids"
             )
-        return self.cut(first + 1 - self.starts[:-1])
+        return self.cut(first_ends + 1 - self.starts[:-1])
 
 
 def _starts(lengths: Ints) -> Ints:
