@@ -57,8 +57,8 @@ def inside(folder: Path, name: str) -> Path:
         shared = repository.parent / "blobs" / target.name[:2]
         if target.parent in (repository / "blobs", shared) and _BLOB.fullmatch(target.name):
             return path
-    got = f"a symlink to {show(str(target))}"
-    raise refusal(show_path(path), got, "a file inside the checkpoint folder")
+    actual = f"a symlink to {show(str(target))}"
+    raise refusal(show_path(path), actual, "a file inside the checkpoint folder")
 
 
 def choose_weights(names: Iterable[str], location: str) -> str:
@@ -72,8 +72,8 @@ def choose_weights(names: Iterable[str], location: str) -> str:
         return safetensors[0]
     expected = f"{SINGLE}, {INDEX} or one other .safetensors file"
     if safetensors:
-        got = f"{_listing(safetensors)} and no {SINGLE}"
-        raise refusal(location, got, f"{expected}; name one by its path")
+        actual = f"{_listing(safetensors)} and no {SINGLE}"
+        raise refusal(location, actual, f"{expected}; name one by its path")
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:
         raise refusal(location, f"{_listing(pickled)} only", f"{expected}; {HOW_TO_CONVERT}")

@@ -14,20 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitrail.checkpoint.contents import (
-    CONFIG,
-    EXPORT,
-    HOW_TO_CONVERT,
-    INDEX,
-    PICKLED,
-    PREPROCESSOR,
-    PROCESSOR,
-    TOKENIZER_CONFIG,
-    choose_weights,
-    file_names,
-    inside,
-    read_weight_map,
-)
+from vitrail.checkpoint import contents
 from vitrail.checkpoint.header import read_header
 from vitrail.checkpoint.hub import download
 from vitrail.checkpoint.regular import check_regular, reading
@@ -59,7 +46,7 @@ class Checkpoint:
         """The regular file of this name in the folder, such as "tokenizer.json"; None if absent."""
         if not os.path.lexists(self.folder / name):
             return None
-        path = inside(self.folder, name)
+        path = contents.inside(self.folder, name)
         check_regular(path)
         return path
 
@@ -95,7 +82,7 @@ def open_checkpoint(
     if stat.S_ISDIR(mode):
         return _open(local, source, None, None)
     if local.suffix != ".safetensors":
-        advice = f"; {HOW_TO_CONVERT}" if local.suffix in PICKLED else ""
+        advice = f"; {contents.HOW_TO_CONVERT}" if local.suffix in contents.PICKLED else ""
         expected = f"a checkpoint folder or a .safetensors file{advice}"
         raise refusal(show_path(local), "a file", expected)
     return _open(local.parent, source, None, local.name)
@@ -120,64 +107,64 @@ def _mode(path: Path) -> int | None:
 
 
 def _open(folder: Path, source: str, revision: str | None, weights: str | None) -> Checkpoint:
-    names = file_names(folder)
-    if EXPORT in names:
+    names = contents.file_names(folder)
+    if contents.EXPORT in names:
         expected = "the checkpoint that it was exported from"
-        raise refusal(show_path(folder / EXPORT), "an exported folder", expected)
-    if CONFIG not in names:
+        raise refusal(show_path(folder / contents.EXPORT), "an exported folder", expected)
+    if contents.CONFIG not in names:
         expected = "a checkpoint folder as transformers saves it"
-        raise refusal(show_path(folder), f"no {CONFIG}", expected)
-    config = read_json(inside(folder, CONFIG))
-    weights = weights or choose_weights(names, show_path(folder))
+        raise refusal(show_path(folder), f"no {contents.CONFIG}", expected)
+    config = read_json(contents.inside(folder, contents.CONFIG))
+    weights = weights or contents.choose_weights(names, show_path(folder))
     return Checkpoint(
         folder=folder,
         source=source,
         revision=revision,
         config=config,
         preprocessor=_preprocessor(folder, names),
-        tokenizer_config=_optional(folder, names, TOKENIZER_CONFIG),
+        tokenizer_config=_optional(folder, names, contents.TOKENIZER_CONFIG),
         tensors=(
             _read_shards(folder, names)
-            if weights == INDEX
-            else read_header(inside(folder, weights))
+            if weights == contents.INDEX
+            else read_header(contents.inside(folder, weights))
         ),
     )
 
 
 def _optional(folder: Path, names: set[str], name: str) -> dict[str, Any] | None:
-    return read_json(inside(folder, name)) if name in names else None
+    return read_json(contents.inside(folder, name)) if name in names else None
 
 
 def _preprocessor(folder: Path, names: set[str]) -> dict[str, Any] | None:
     """As transformers chooses: the nested object that version 5 writes, else the older file."""
-    nested = (_optional(folder, names, PROCESSOR) or {}).get("image_processor")
+    nested = (_optional(folder, names, contents.PROCESSOR) or {}).get("image_processor")
     if nested is None:
-        return _optional(folder, names, PREPROCESSOR)
+        return _optional(folder, names, contents.PREPROCESSOR)
     if not isinstance(nested, dict):
-        location = f"{show_path(folder / PROCESSOR)}: image_processor"
+        location = f"{show_path(folder / contents.PROCESSOR)}: image_processor"
         raise refusal(location, show(nested), "an object")
     return nested
 
 
 def _read_shards(folder: Path, names: set[str]) -> dict[str, TensorEntry]:
     """The tensors of every shard, each in the shard that the index names, and none besides."""
-    location = show_path(folder / INDEX)
-    weight_map = read_weight_map(folder)
+    location = show_path(folder / contents.INDEX)
+    weight_map = contents.read_weight_map(folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if shard not in names:
             raise refusal(location, f"the shard {show(shard)}, which is not there", "every shard")
-        for name, entry in read_header(inside(folder, shard)).items():
+        for name, entry in read_header(contents.inside(folder, shard)).items():
             listed = weight_map.get(name)
             if listed != shard:
                 listing = "nowhere" if listed is None else f"in {show(listed)}"
-                got = f"the tensor {show(name)}, which the index lists {listing}"
+                actual = f"the tensor {show(name)}, which the index lists {listing}"
                 expected = "each tensor in the shard the index names"
-                raise refusal(show_path(folder / shard), got, expected)
+                raise refusal(show_path(folder / shard), actual, expected)
             tensors[name] = entry
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         example = f"{show(missing[0])} ({show(weight_map[missing[0]])})"
-        got = f"{len(missing):,} listed tensors in no shard, first {example}"
-        raise refusal(location, got, "every listed tensor in its shard")
+        actual = f"{len(missing):,} listed tensors in no shard, first {example}"
+        raise refusal(location, actual, "every listed tensor in its shard")
     return tensors

@@ -75,14 +75,14 @@ def header_length(start: Raw, size: int, location: str) -> int:
     if foreign and not has_brace:
         raise refusal(location, foreign, "a safetensors file; nothing is ever unpickled")
     length: int = struct.unpack("<Q", start[:8])[0]
-    got = f"a header length of {length:,}"
+    actual = f"a header length of {length:,}"
     if not 2 <= length <= MAX_HEADER_BYTES:
-        raise refusal(location, got, f"2 to {MAX_HEADER_BYTES:,} bytes")
+        raise refusal(location, actual, f"2 to {MAX_HEADER_BYTES:,} bytes")
     if length > size - 8:
-        raise refusal(location, got, f"at most the {size - 8:,} bytes that follow")
+        raise refusal(location, actual, f"at most the {size - 8:,} bytes that follow")
     if not has_brace:
-        got = f"{show(bytes(start[8:9]))} at byte 8"
-        raise refusal(location, got, "the '{' that opens a header")
+        actual = f"{show(bytes(start[8:9]))} at byte 8"
+        raise refusal(location, actual, "the '{' that opens a header")
     return length
 
 
@@ -92,8 +92,8 @@ def parse_header(
     """The tensors that the header bytes ``raw`` describe in a file of ``size`` bytes in all."""
     location = show_path(path)
     if not raw.rstrip(b" ").endswith(b"}"):
-        got = f"{show(bytes(raw[-1:]))} at the end of the header"
-        raise refusal(location, got, "'}', then spaces only")
+        actual = f"{show(bytes(raw[-1:]))} at the end of the header"
+        raise refusal(location, actual, "'}', then spaces only")
     claimed = raw.count(b'"data_offsets"')
     if claimed > MAX_TENSORS:
         raise refusal(location, f"{claimed:,} tensors", f"at most {MAX_TENSORS:,}")
@@ -118,8 +118,8 @@ def _entry(name: str, value: object, path: Path, data: int, stamp: Stamp | None)
     _check_name(name, show_path(path))
     location = f"{show_path(path)}: tensor {show(name)}"
     if not isinstance(value, dict) or value.keys() != FIELDS:
-        got = sorted(value) if isinstance(value, dict) else value
-        raise refusal(location, show(got), "exactly the fields data_offsets, dtype, shape")
+        actual = sorted(value) if isinstance(value, dict) else value
+        raise refusal(location, show(actual), "exactly the fields data_offsets, dtype, shape")
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise refusal(f"{location}: dtype", show(dtype), f"one of {', '.join(DTYPE_BITS)}")

@@ -11,17 +11,10 @@ import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from vitrail.checkpoint.contents import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    SMALL_FILES,
-    choose_weights,
-    file_names,
-    read_weight_map,
-)
+from vitrail.checkpoint import contents
 from vitrail.errors import CheckpointError, InputError, VitrailError, show
 
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]{0,254}", re.ASCII)
@@ -42,16 +35,16 @@ def download(repo: str, revision: str | None, local_files_only: bool) -> Path:
         # For a commit, some versions of the client ask the hub even in offline mode.
         local_files_only = local_files_only or constants.HF_HUB_OFFLINE
         folder = _download_small_files(repo, revision, local_files_only)
-        names = file_names(folder)
-        if local_files_only or SINGLE in names:
+        names = contents.file_names(folder)
+        if local_files_only or contents.SINGLE in names:
             return folder
         from huggingface_hub import HfApi, snapshot_download
 
-        if INDEX in names:
-            weights = sorted(set(read_weight_map(folder).values()))
+        if contents.INDEX in names:
+            weights = sorted(set(contents.read_weight_map(folder).values()))
         else:
             listed = HfApi().list_repo_files(repo, revision=folder.name)
-            weights = [choose_weights((name for name in listed if "/" not in name), repo)]
+            weights = [contents.choose_weights((name for name in listed if "/" not in name), repo)]
         patterns = [glob.escape(name) for name in weights]
         snapshot_download(repo, revision=folder.name, allow_patterns=patterns)
         return folder
@@ -60,27 +53,19 @@ def download(repo: str, revision: str | None, local_files_only: bool) -> Path:
 def _download_small_files(repo: str, revision: str | None, local_files_only: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    fetch = partial(snapshot_download, repo, revision=revision)
     # A repository may hold the same weights in several formats. Only the preferred file, a single
     # safetensors file, comes with the small files; `download` fetches other weights by name.
-    patterns = [*SMALL_FILES, SINGLE, INDEX]
+    patterns = [*contents.SMALL_FILES, contents.SINGLE, contents.INDEX]
     try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            local_files_only=local_files_only,
-        )
+        folder = fetch(allow_patterns=patterns, local_files_only=local_files_only)
     except errors.LocalEntryNotFoundError as error:
         # The client knows that files are missing from the cache. Tokenizer and preprocessor files
         # may be missing: the call that needs them says so. The other files may not.
         if not hasattr(error, "snapshot_path"):
             raise
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=[CONFIG, SINGLE, INDEX],
-            local_files_only=True,
-        )
+        patterns = [contents.CONFIG, contents.SINGLE, contents.INDEX]
+        folder = fetch(allow_patterns=patterns, local_files_only=True)
     return Path(folder)
 
 

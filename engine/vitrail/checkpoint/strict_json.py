@@ -64,8 +64,8 @@ def parse_json(raw: Raw, location: str) -> dict[str, Any]:
     def integer(text: str) -> int | float:
         # transformers writes an integer of 31 digits, "no limit", into tokenizer_config.json
         if len(text) > MAX_DIGITS:
-            got = f"an integer of {len(text)} characters"
-            raise refusal(location, got, f"at most {MAX_DIGITS}")
+            actual = f"an integer of {len(text)} characters"
+            raise refusal(location, actual, f"at most {MAX_DIGITS}")
         return -0.0 if text == "-0" else int(text)
 
     def finite(text: str) -> float:
@@ -110,5 +110,5 @@ def _check_structure(raw: Raw, location: str) -> None:
     brackets = structure.translate(_STEPS, b",")
     steps = memoryview(brackets).cast("b")
     if brackets.count(b"\x01") > MAX_DEPTH and max(itertools.accumulate(steps)) > MAX_DEPTH:
-        got = f"JSON nested deeper than {MAX_DEPTH} levels"
-        raise refusal(location, got, f"at most {MAX_DEPTH}")
+        actual = f"JSON nested deeper than {MAX_DEPTH} levels"
+        raise refusal(location, actual, f"at most {MAX_DEPTH}")

@@ -107,17 +107,17 @@ def array_pixels(image: npt.NDArray[Any] | torch.Tensor, channels: int, limits: 
                 f"image array: got a tensor without plain memory, {expected}"
             ) from None
     array = np.asarray(image)
-    got = f"image array: got {array.dtype} {array.shape}"
+    actual = f"image array: got {array.dtype} {array.shape}"
     if array.dtype != np.uint8:
-        raise InputError(f"{got}, {expected}")
+        raise InputError(f"{actual}, {expected}")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
-        raise InputError(f"{got}, {expected}")
+        raise InputError(f"{actual}, {expected}")
     if array.shape[2] == 1 and channels == 3:
         array = np.broadcast_to(array, (*array.shape[:2], 3))
     if array.shape[2] != channels:
         hint = ", which looks like channels first" if array.shape[0] in (1, 3, 4, channels) else ""
-        raise InputError(f"{got}{hint}, {expected}")
+        raise InputError(f"{actual}{hint}, {expected}")
     check_size("image array", array.shape[1], array.shape[0], limits)
     return np.ascontiguousarray(array)
