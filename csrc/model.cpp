@@ -26,9 +26,9 @@ constexpr std::array<EndpointInfo, kEndpointCount> kEndpoints = {{
 // The names of the buffers in plans, by role; "" if a tower has no such buffer.
 constexpr std::array<const char*, kRoles> kImageBuffers = {
     "cu_seqlens",       "token_rows",    "pixels",       "", "", "table",
-    "vision.embedding", "vision.status", "vision.logits"};
+    "vision.embedding", "vision.status", "vision.logits", "distillation_rows"};
 constexpr std::array<const char*, kRoles> kTextBuffers = {
-    "cu_seqlens", "token_rows", "", "ids", "positions", "", "text.embedding", "text.status", ""};
+    "cu_seqlens", "token_rows", "", "ids", "positions", "", "text.embedding", "text.status", "", ""};
 
 std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {
@@ -180,9 +180,10 @@ void Model::check(const Endpoint& endpoint, const EndpointFile& file) const {
     want(Role::kRows, 4);
     want(endpoint.result, 4 * int64_t{endpoint.width});
     const bool embeds = endpoint.result == Role::kEmbedding, text = endpoint.image_bytes == 0;
-    if (embeds) want(Role::kStatus, 4);
+    want(embeds ? Role::kStatus : Role::kDistillationRows, 4);
     if (text) want(Role::kIds, 4 * int64_t{endpoint.tokens});
     if (text) want(Role::kPositions, 4 * int64_t{endpoint.tokens});
+    size_t count = embeds ? 6 : 5;
     const auto& names = text ? kTextBuffers : kImageBuffers;
     for (const uint32_t number : plan.externals) {
         const Buffer& buffer = plan.buffers[number];
@@ -191,6 +192,7 @@ void Model::check(const Endpoint& endpoint, const EndpointFile& file) const {
         if (name == names.end() || buffer.name.empty()) refuse("got a buffer " + buffer.name);
         const auto role = static_cast<Role>(name - names.begin());
         bool fits = bytes == wanted[static_cast<size_t>(role)];
+        if (role == Role::kDistillationRows) ++count;
         if (role == Role::kPixels) {  // a plan ignores pixels past the last whole patch
             fits = bytes > 0 && bytes <= static_cast<int64_t>(endpoint.image_bytes);
         }
@@ -205,7 +207,7 @@ void Model::check(const Endpoint& endpoint, const EndpointFile& file) const {
             refuse("got " + buffer.name + " of " + std::to_string(bytes) + " bytes for one item");
         }
     }
-    if (plan.externals.size() != (embeds ? 6 : 5)) {
+    if (plan.externals.size() != count) {
         refuse("got " + std::to_string(plan.externals.size()) + " buffers of the caller's");
     }
     const std::vector<std::string> missing = endpoint.executable->missing();

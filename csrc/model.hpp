@@ -30,6 +30,7 @@ enum class Role : uint8_t {
     kEmbedding,  // (B, D) float
     kStatus,     // (B,) int32: 0 if the item's embedding is finite
     kLogits,     // (B, labels) float
+    kDistillationRows,  // (B,) int32: the distillation token of each image, if a head reads it
     kCount
 };
 constexpr bool is_output(Role role) {

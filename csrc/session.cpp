@@ -34,6 +34,10 @@ class Pixels : public Items {
         int32_t* rows = buffer_at(inputs, layout, Role::kRows);
         for (size_t i = 0; i <= count; ++i) offsets[i] = static_cast<int32_t>(i * endpoint_.tokens);
         std::copy(offsets, offsets + count, rows);  // the class token is an image's first token
+        if (layout.bytes[static_cast<size_t>(Role::kDistillationRows)] != 0) {
+            int32_t* distillation = buffer_at(inputs, layout, Role::kDistillationRows);
+            for (size_t i = 0; i < count; ++i) distillation[i] = rows[i] + 1;
+        }
         std::memcpy(buffer_at(inputs, layout, Role::kPixels),
                     pixels_ + first * endpoint_.image_bytes, count * endpoint_.image_bytes);
     }

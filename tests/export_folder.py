@@ -45,6 +45,13 @@ def export_dinov2(folder: Path) -> None:
     _export("Dinov2ForImageClassification", config, folder, [ARCH])
 
 
+def export_deit(folder: Path) -> None:
+    """A head over the class token, and one over the distillation token."""
+    labelled = {"id2label": dict(enumerate(LABELS))}
+    architecture = "DeiTForImageClassificationWithTeacher"
+    _export(architecture, {**_TOWER, **labelled}, folder, [ARCH])
+
+
 def export_two(folder: Path) -> None:
     """Without an image processor, for sm_80 and sm_90."""
     _export("ViTModel", _TOWER, folder, [80, ARCH], processor=False)

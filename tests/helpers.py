@@ -154,6 +154,9 @@ LABELS: Mapping[str, Any] = {"id2label": {i: f"label {i}" for i in range(7)}}
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "ViTModel": VIT,
     "ViTForImageClassification": {**VIT, **LABELS},
+    "DeiTModel": VIT,
+    "DeiTForImageClassification": {**VIT, **LABELS},
+    "DeiTForImageClassificationWithTeacher": {**VIT, **LABELS},
     "CLIPModel": {"vision_config": CLIP_VISION, "text_config": CLIP_TEXT, "projection_dim": 20},
     "CLIPVisionModel": CLIP_VISION,
     "CLIPVisionModelWithProjection": CLIP_VISION,
@@ -174,8 +177,8 @@ def make(architecture: str, *, seed: int = 0, **config: Any) -> Any:
     """A perturbed model of a transformers class: `CONFIGS` with ``config`` over it.
 
     ``vision`` and ``text`` are merged into the towers of a CLIPModel; ``add_pooling_layer`` goes to
-    ViTModel's constructor. Attention is the eager one: plain softmax, not the fused function that
-    the engine calls too.
+    the constructor of ViTModel or DeiTModel. Attention is the eager one: plain softmax, not the
+    fused function that the engine calls too.
     """
     cls = getattr(transformers, architecture)
     build = {key: config.pop(key) for key in ("add_pooling_layer",) if key in config}

@@ -1,4 +1,4 @@
-"""Vitrail: ViT, CLIP and DINOv2 checkpoints to embeddings, class scores and features.
+"""Vitrail: ViT, DeiT, CLIP and DINOv2 checkpoints to embeddings, class scores and features.
 
 ``vitrail.load(folder_or_hub_id)`` gives a `Model`. Nothing heavy is imported before it is needed.
 """

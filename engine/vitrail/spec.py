@@ -24,10 +24,19 @@ MAX_PARAMETERS = 100_000_000_000
 
 Shape = tuple[int, ...]
 
-Features = Literal["class", "class_mean"]
-"""The input of a classifier: the class token, or the class token and the mean of the patches."""
+Features = Literal["class", "class_mean", "class_distillation"]
+"""The input of a classifier: the class token; the class token and the mean of the patch tokens; the
+class token and the distillation token, each with a classifier of its own."""
 
-OutputField = Literal["last_hidden_state", "pooler_output", "image_embeds", "text_embeds", "logits"]
+OutputField = Literal[
+    "last_hidden_state",
+    "pooler_output",
+    "image_embeds",
+    "text_embeds",
+    "logits",
+    "cls_logits",
+    "distillation_logits",
+]
 
 
 def _check(*rows: tuple[bool, str, object, str]) -> None:
@@ -126,11 +135,12 @@ class PoolerSpec:
 
 @dataclass(frozen=True, slots=True)
 class VisionSpec:
-    """An image tower. Tokens of a sequence: class, then registers, then patches row by row.
+    """An image tower. Tokens of a sequence: class, distillation, registers, patches row by row.
 
     ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: how the position
     table is resized to another grid (bicubic, align_corners=False, fp32). ``norm``: the final
     LayerNorm is applied to every token ("tokens") or to the pooled token alone ("pooled": CLIP).
+    ``distillation``: there is a distillation token, which has a position, as registers have not.
     """
 
     blocks: BlockSpec
@@ -144,6 +154,7 @@ class VisionSpec:
     norm: Literal["tokens", "pooled"] = "tokens"
     projection: int | None = None
     pooler: PoolerSpec | None = None
+    distillation: bool = False
 
     def __post_init__(self) -> None:
         for name, pair in (("image size", self.image), ("patch size", self.patch)):
@@ -171,8 +182,13 @@ class VisionSpec:
 
     @property
     def prefix(self) -> int:
-        """Tokens before the first patch: the class token and the registers."""
-        return 1 + self.registers
+        """Tokens before the first patch: class token, distillation token and registers."""
+        return self.positioned + self.registers
+
+    @property
+    def positioned(self) -> int:
+        """Tokens before the first patch that have a position: all but the registers."""
+        return 2 if self.distillation else 1
 
     def tokens_at(self, size: tuple[int, int]) -> int:
         down, across = self.grid_at(size)
@@ -180,8 +196,8 @@ class VisionSpec:
 
     @property
     def positions(self) -> int:
-        """Rows of the position table: one for the class token, one for each patch."""
-        return 1 + self.grid[0] * self.grid[1]
+        """Rows of the position table: every token but the registers."""
+        return self.positioned + self.grid[0] * self.grid[1]
 
     @property
     def patch_values(self) -> int:
@@ -202,6 +218,8 @@ class VisionSpec:
         }
         if self.patch_bias:
             shapes["vision.patch.bias"] = (c,)
+        if self.distillation:
+            shapes["vision.distillation"] = (c,)
         if self.registers:
             shapes["vision.registers"] = (self.registers, c)
         if self.pre_norm:
@@ -261,7 +279,7 @@ class TextSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """A linear classifier over the normalized tokens.
+    """A linear classifier over the normalized tokens, or the mean of two classifiers.
 
     ``scores`` makes probabilities of the logits: "softmax"; "sigmoid" if labels do not exclude each
     other; "none" for a regression.
@@ -275,8 +293,14 @@ class HeadSpec:
         _check_counts(("labels", len(self.labels), 1, MAX_TABLE))
 
     def tensor_shapes(self, width: int) -> dict[str, Shape]:
+        labels = len(self.labels)
+        if self.features == "class_distillation":
+            shapes: dict[str, Shape] = {}
+            for head in ("head.class", "head.distillation"):
+                shapes |= {f"{head}.weight": (labels, width), f"{head}.bias": (labels,)}
+            return shapes
         inputs = width if self.features == "class" else 2 * width
-        return {"head.weight": (len(self.labels), inputs), "head.bias": (len(self.labels),)}
+        return {"head.weight": (labels, inputs), "head.bias": (labels,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +370,9 @@ class ModelSpec:
         if head is not None:
             wanted = "an image tower under it"
             _check((vision is not None, "classification head", head.features, wanted))
+            distilled = head.features != "class_distillation" or (vision and vision.distillation)
+            wanted = "a distillation token"
+            _check((bool(distilled), "classification head", head.features, wanted))
         if vision is not None and text is not None:
             widths = vision.projection, text.projection
             shared = widths[0] is not None and widths[0] == widths[1]

@@ -73,6 +73,13 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "deit"
+    export_folder.export_deit(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "two"
     export_folder.export_two(folder)
@@ -328,11 +335,11 @@ def test_images_reach_the_device(
     assert not pointed_at(library, np.frombuffer(other, np.uint8))
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
 def test_class_scores_are_the_devices(
     library: Library, request: pytest.FixtureRequest, family: str
 ) -> None:
-    """A head over the class token, and one over the mean of the patches too."""
+    """Heads over the class token, over the distillation token too, over the mean of the patches."""
     dice = np.random.default_rng(0)
     pixels: np.ndarray = dice.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     out, status = np.full((3, len(export_folder.LABELS)), -1, np.float32), np.zeros(3, np.int32)

@@ -50,6 +50,7 @@ def _classifier(architecture: str, **config: Any) -> Callable[[Path], Any]:
 CHECKPOINTS: dict[str, Callable[[Path], Any]] = {
     "clip": _clip,
     "vit": _classifier("ViTForImageClassification", **TOWER, **IMAGE, problem_type=PROBLEM),
+    "deit": _classifier("DeiTForImageClassificationWithTeacher", **TOWER, **IMAGE),
     "dinov2": _classifier(
         "Dinov2ForImageClassification",
         **{name: value for name, value in TOWER.items() if name != "intermediate_size"},

@@ -31,7 +31,7 @@ EXPORTS = [
     pytest.param(("clip", "float16"), id="clip-float16"),
     *(
         pytest.param((family, dtype), id=f"{family}-{dtype}", marks=pytest.mark.slow)
-        for family in ("clip", "vit", "dinov2")
+        for family in ("clip", "vit", "deit", "dinov2")
         for dtype in ("float16", "bfloat16")
         if (family, dtype) != ("clip", "float16")
     ),

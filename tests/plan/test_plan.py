@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_dense, text_pooled
 from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
-from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
+from vitrail.spec import BlockSpec, Features, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.layout import packed_layout, text_layout, vision_layout
 
 VIT_B16 = VisionSpec(BlockSpec(768, 12, 12, 3072, "gelu", 1e-12), (224, 224), (16, 16))
@@ -125,7 +125,7 @@ def any_plan(draw: st.DrawFn) -> Plan:
         return vision_layers(spec, taps, draw(st.booleans()), uint8)
     head = None
     if spec.norm == "tokens":
-        features = st.sampled_from(["class", "class_mean"])
+        features = st.sampled_from(get_args(Features))
         head = draw(st.none() | st.builds(HeadSpec, st.just(("a", "b", "c")), features))
     if kind == "vision_scores" and head is not None:
         return vision_scores(spec, head, uint8=uint8)
@@ -276,9 +276,9 @@ def test_a_block_is_five_launches_and_a_pooled_last_one_six(plan: Plan) -> None:
 
 
 @drawn
-@given(vision_specs(), st.sampled_from(["class", "class_mean"]), st.booleans())
+@given(vision_specs(), st.sampled_from(get_args(Features)), st.booleans())
 def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
-    spec: VisionSpec, features: Literal["class", "class_mean"], uint8: bool
+    spec: VisionSpec, features: Features, uint8: bool
 ) -> None:
     plan = vision_scores(spec, HeadSpec(("a", "b", "c"), features), uint8=uint8)
     *others, last = block_launches(plan).values()

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ _BLOCKS = BlockSpec(48, 3, 3, 80, "gelu", 1e-6)
 _SWIGLU = BlockSpec(48, 2, 2, 72, "silu", 1e-6, gated=True, qkv_bias=False, layer_scale=True)
 VISION: dict[str, VisionSpec] = {
     "vit": VisionSpec(_BLOCKS, (32, 24), (8, 8), pooler=PoolerSpec(20, "tanh")),
+    "deit": VisionSpec(_BLOCKS, (24, 24), (8, 8), distillation=True),
     "clip": VisionSpec(
         dataclasses.replace(_BLOCKS, activation="quick_gelu", eps=1e-5),
         (28, 28),
@@ -71,7 +72,11 @@ VISION: dict[str, VisionSpec] = {
 }
 # enough labels, and below enough images, that errors in 16 bits mean something
 LABELS = tuple(f"label {number}" for number in range(24))
-HEADS = {"vit": HeadSpec(LABELS, "class"), "dinov2": HeadSpec(LABELS, "class_mean")}
+HEADS = {
+    "vit": HeadSpec(LABELS, "class"),
+    "deit": HeadSpec(LABELS, "class_distillation"),
+    "dinov2": HeadSpec(LABELS, "class_mean"),
+}
 TEXT = TextSpec(dataclasses.replace(_BLOCKS, causal=True, activation="gelu_tanh"), 40, 24, 39, 20)
 
 Tensors = dict[str, Tensor]
@@ -139,7 +144,7 @@ def vision_streams(spec: VisionSpec, t: Tensors, pixels: Tensor) -> list[Tensor]
     ).flatten(2)
     table = t["vision.position"]
     grid = spec.grid_at((pixels.shape[2], pixels.shape[3]))
-    place = table[1:]
+    place = table[spec.positioned :]
     if grid != spec.grid:
         square = place.float().view(1, *spec.grid, -1).permute(0, 3, 1, 2)
         resized = F.interpolate(
@@ -147,6 +152,8 @@ def vision_streams(spec: VisionSpec, t: Tensors, pixels: Tensor) -> list[Tensor]
         )
         place = resized.flatten(2)[0].t().to(table.dtype)
     first = (t["vision.class"] + table[0])[None]
+    if spec.distillation:
+        first = torch.cat([first, (t["vision.distillation"] + table[1])[None]])
     first = torch.cat([first, t.get("vision.registers", first[:0])])
     x = torch.cat([first.expand(len(pixels), -1, -1), patches.transpose(1, 2) + place], dim=1)
     if spec.pre_norm:
@@ -172,7 +179,10 @@ def vision_outputs(
     out["vision.last"] = last
     if spec.pooler:
         out["vision.pooler"] = ACT[spec.pooler.activation](linear(t, "vision.pooler", last[:, 0]))
-    if head is not None:
+    if head is not None and head.features == "class_distillation":
+        out["vision.class_logits"] = linear(t, "head.class", last[:, 0]) / 2
+        out["vision.distillation_logits"] = linear(t, "head.distillation", last[:, 1]) / 2
+    elif head is not None:
         features = last[:, 0]
         if head.features == "class_mean":
             features = torch.cat([features, last[:, spec.prefix :].mean(1)], dim=1)
@@ -233,13 +243,22 @@ def see(runner: TorchRunner, spec: VisionSpec, plan: Plan, pixels: Tensor) -> di
         "table": runner.position_table(spec, spec.grid_at(size), "uint8" if uint8 else "float"),
         "cu_seqlens": starts,
         "token_rows": starts[:-1],
+        "distillation_rows": starts[:-1] + 1,
     }
+    inputs = {name: inputs[name] for name in plan.inputs}
     out = runner.run(plan, inputs, batch=batch, tokens=batch * tokens, longest=tokens)
     streams = ("vision.hidden.", "vision.layer.", "vision.last")
     return {
         name: t.view(batch, tokens, t.shape[1]) if name.startswith(streams) else t
         for name, t in out.items()
     }
+
+
+def logits_of(out: Mapping[str, Tensor]) -> Tensor:
+    """Those of the head of a dense plan: of two heads it gives half the logits each."""
+    if "vision.class_logits" in out:
+        return out["vision.class_logits"] + out["vision.distillation_logits"]
+    return out["vision.logits"]
 
 
 def read(
@@ -323,7 +342,7 @@ def test_the_pooled_plan_is_a_plain_models_class_token(
         return linear(t, "vision.projection", last) if spec.projection else last
 
     def logits(t: Tensors) -> Tensor:
-        return vision_outputs(spec, head, t, normalised(pixels))["vision.logits"]
+        return logits_of(vision_outputs(spec, head, t, normalised(pixels)))
 
     check("embedding", out["vision.embedding"], tensors, embedding, dtype)
     if head is not None:
@@ -550,7 +569,7 @@ def test_an_empty_batch_gives_empty_outputs(
     if spec.norm == "tokens":
         assert dense["vision.last"].shape == (0, tokens, width)
     if head is not None:
-        assert dense["vision.logits"].shape == (0, 24)
+        assert logits_of(dense).shape == (0, 24)
     pooled = see(runner, spec, vision_pooled(spec, uint8=True), none)
     assert pooled["vision.embedding"].shape == (0, spec.embedding)
     assert pooled["vision.embedding"].dtype == torch.float32
@@ -624,7 +643,9 @@ def test_the_callers_mode_changes_no_bit(
             "table": table,
             "cu_seqlens": starts,
             "token_rows": starts[:-1],
+            "distillation_rows": starts[:-1] + 1,
         }
+        given_inputs = {name: given_inputs[name] for name in plan.inputs}
         return runner.run(plan, given_inputs, batch=batch, tokens=batch * tokens, longest=tokens)
 
     wanted = run(runner)

@@ -47,12 +47,24 @@ A = torch.tensor([1 / 255 / s for s in STD], dtype=torch.float64)
 B = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 
 _BLOCKS = BlockSpec(24, 3, 2, 40, "gelu", 1e-6)
+HEADS = {
+    "": (),
+    "class": ("head",),
+    "class_mean": ("head",),
+    "class_distillation": ("head.class", "head.distillation"),
+}
 SPECS = {
     "vit": ModelSpec(
         "vit",
         "ViTForImageClassification",
         VisionSpec(_BLOCKS, (16, 24), (8, 8), pooler=PoolerSpec(12, "tanh")),
         head=HeadSpec(("a", "b", "c"), "class"),
+    ),
+    "deit": ModelSpec(
+        "deit",
+        "DeiTForImageClassificationWithTeacher",
+        VisionSpec(_BLOCKS, (16, 24), (8, 8), distillation=True, registers=2),
+        head=HeadSpec(("a", "b", "c"), "class_distillation"),
     ),
     "clip": ModelSpec(
         "clip",
@@ -149,9 +161,13 @@ def expected_end(t: Tensors, tower: str) -> Tensors:
 
 def expected_vision(spec: VisionSpec, t: Tensors) -> Tensors:
     """All of an image tower but the bias of the uint8 projection."""
-    packed = {"vision.position": t["vision.position"]}
-    first = (t["vision.class"] + t["vision.position"][0])[None]
-    packed["vision.prefix"] = torch.cat([first, t.get("vision.registers", first[:0])])
+    positions = t["vision.position"]
+    prefix = [t["vision.class"] + positions[0]]
+    if spec.distillation:
+        prefix.append(t["vision.distillation"] + positions[1])
+    packed = {"vision.position": positions[len(prefix) - 1 :]}  # the first row is not read
+    prefix.extend(t.get("vision.registers", ()))
+    packed["vision.prefix"] = torch.stack(prefix)
     weight, width = t["vision.patch.weight"], spec.blocks.width
     padded = -(-spec.patch_values // 64) * 64 - spec.patch_values
     packed["vision.patch.float"] = F.pad(weight.reshape(width, -1), (0, padded))
@@ -179,11 +195,12 @@ def expected(spec: ModelSpec, t: Tensors) -> Tensors:
             packed |= expected_block(spec.text.blocks, t, f"text.blocks.{layer}")
         packed |= expected_end(t, "text")
     if spec.head is not None:
-        weight, bias = t["head.weight"], t["head.bias"]
-        if spec.head.features == "class":
-            bias = bias + weight @ t["vision.norm.bias"]
-            weight = weight * t["vision.norm.weight"]
-        packed |= {"head.weight": weight, "head.bias": bias}
+        for head in HEADS[spec.head.features]:
+            weight, bias = t[f"{head}.weight"], t[f"{head}.bias"]
+            if spec.head.features != "class_mean":
+                bias = (bias + weight @ t["vision.norm.bias"]) / len(HEADS[spec.head.features])
+                weight = weight * t["vision.norm.weight"] / len(HEADS[spec.head.features])
+            packed |= {f"{head}.weight": weight, f"{head}.bias": bias}
     return packed
 
 
@@ -199,14 +216,14 @@ def test_packed_tensors_are_the_rewrites_in_fp64_rounded_once(
     spec = SPECS[family]
     tensors, weights = loaded(tmp_path, spec, stored, compute)
     wanted = expected(spec, tensors)
-    sums_of_head = spec.head is not None and spec.head.features == "class"
+    folded = () if spec.head is None else HEADS[spec.head.features.replace("class_mean", "")]
     layout = packed_layout(spec)
     sums = {name for name in own(spec) if name.endswith(".sums")}
     assert own(spec) == {*wanted, *sums, "vision.patch.uint8.bias"}
     assert {name.removesuffix(".sums") for name in sums} == {
         name.removesuffix(".weight")
         for name in wanted
-        if name.endswith((".qkv.weight", ".up.weight")) or (name == "head.weight" and sums_of_head)
+        if name.endswith((".qkv.weight", ".up.weight")) or name.removesuffix(".weight") in folded
     }
     for name in sums:  # of the weights as rounded, or the mean would not cancel
         assert_close(weights[name], weights[name.replace(".sums", ".weight")].double().sum(1))

@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given, settings
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import checkpoints
@@ -25,7 +26,12 @@ from vitrail.zoo.preprocessor import read_image_spec as read_with
 
 transformers.logging.set_verbosity_error()
 
-ORACLES = {"CLIP": CLIPImageProcessorPil, "ViT": ViTImageProcessorPil, "Bit": BitImageProcessorPil}
+ORACLES = {
+    "CLIP": CLIPImageProcessorPil,
+    "ViT": ViTImageProcessorPil,
+    "DeiT": DeiTImageProcessorPil,
+    "Bit": BitImageProcessorPil,
+}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -44,6 +50,7 @@ CLIP_336 = ImageSpec(True, ("shortest", 336), 3, (336, 336), 1 / 255, CLIP_MEAN,
 VIT_224 = ImageSpec(False, ("exact", 224, 224), 2, None, 1 / 255, HALF, HALF)
 VIT_384 = ImageSpec(False, ("exact", 384, 384), 2, None, 1 / 255, HALF, HALF)
 DINO = ImageSpec(False, ("exact", 224, 224), 2, None, 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
+DEIT = ImageSpec(False, ("exact", 256, 256), 3, (224, 224), 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
 BIT = ImageSpec(True, ("shortest", 256), 3, (224, 224), 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
 GOLDEN = {
     "vit-base-patch16-224": VIT_224,
@@ -60,6 +67,7 @@ GOLDEN = {
     "clip-vit-h-14-image-encoder": None,
     "sd-image-variations-encoder": CLIP_224,
     "sd-text-encoder": None,
+    "deit-base-distilled-patch16-224": DEIT,
     "dinov2-small": BIT,
     "dinov2-base": BIT,
     "dinov2-large": BIT,
@@ -219,7 +227,13 @@ def test_the_image_processor_is_asked_before_the_feature_extractor() -> None:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("vit", "ViT"), ("clip", "CLIP"), ("dinov2", "Bit"), ("dinov2_with_registers", "Bit")],
+    [
+        ("vit", "ViT"),
+        ("deit", "DeiT"),
+        ("clip", "CLIP"),
+        ("dinov2", "Bit"),
+        ("dinov2_with_registers", "Bit"),
+    ],
 )
 def test_without_a_class_the_family_has_its_own(family: str, kind: str) -> None:
     assert read_image_spec({}, family, 3) == _expected(ORACLES[kind]())
@@ -328,7 +342,7 @@ BAD = [
     ({"size_divisor": 32, "max_size": 3}, "unknown key 'size_divisor', 'max_size'"),
     ({"image_processor_type": "SiglipImageProcessor"}, "got 'SiglipImageProcessor', wanted one of"),
     ({"image_processor_type": "ConvNextImageProcessor"}, "got 'ConvNextImageProcessor'"),
-    ({"feature_extractor_type": "DeiTFeatureExtractor"}, "got 'DeiTFeatureExtractor'"),
+    ({"feature_extractor_type": "BeitFeatureExtractor"}, "got 'BeitFeatureExtractor'"),
     ({"image_processor_type": 3}, "image_processor_type: got 3"),
 ]
 

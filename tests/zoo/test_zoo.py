@@ -123,6 +123,12 @@ GOLDEN: dict[str, tuple[str, tuple[Any, ...] | None, tuple[Any, ...] | None, int
         (768, 12, 12, 3072, "quick_gelu", 1e-5, None, None),
         0,
     ),
+    "deit-base-distilled-patch16-224": (
+        "DeiTForImageClassificationWithTeacher",
+        (768, 12, 12, 3072, "gelu", 1e-12, 224, 16, None),
+        None,
+        1000,
+    ),
     "dinov2-small": ("Dinov2Model", (384, 12, 6, 1536, "gelu", 1e-6, 518, 14, None), None, 0),
     "dinov2-base": ("Dinov2Model", (768, 12, 12, 3072, "gelu", 1e-6, 518, 14, None), None, 0),
     "dinov2-large": ("Dinov2Model", (1024, 24, 16, 4096, "gelu", 1e-6, 518, 14, None), None, 0),
@@ -197,10 +203,12 @@ def test_a_published_checkpoint_has_the_traits_of_its_family(name: str) -> None:
     assert vision.patch_bias == (not clip)
     assert vision.norm == ("pooled" if clip else "tokens")
     assert vision.registers == (4 if registers else 0)
+    assert vision.distillation == (spec.family == "deit")
     assert vision.position_antialias == registers
     assert (vision.pooler is not None) == (name == "vit-base-patch16-224-in21k")
     if spec.head is not None:
-        assert spec.head.features == ("class_mean" if dinov2 else "class")
+        features = {"deit": "class_distillation", "vit": "class"}
+        assert spec.head.features == spec.features == features.get(spec.family, "class_mean")
         assert spec.head.labels[:2] == ("class 0", "class 1")
 
 
@@ -358,11 +366,11 @@ def test_a_tensor_too_many_is_refused(extra: str) -> None:
 
 def test_a_missing_tensor_is_named_in_the_dialect_of_the_others() -> None:
     spec = zoo.read_spec(checkpoints.load("dinov2-giant"))
-    spellings = expand(FAMILY[spec.architecture].rules(spec))
+    patterns = expand(FAMILY[spec.architecture].rules(spec))
     new = {
-        spelling.pattern.replace("{i}", "0"): ("F32", (1,))
-        for spelling in spellings.values()
-        if spelling.prefix == "dinov2." and spelling.dialect == 1
+        row.pattern.replace("{i}", "0"): ("F32", (1,))
+        for row in patterns.values()
+        if row.prefix == "dinov2." and row.dialect == 1
     }
     checkpoint = checkpoints.load("dinov2-giant")
     refusal = _refusal(dataclasses.replace(checkpoint, tensors=checkpoints.fake({}, new).tensors))
@@ -397,7 +405,7 @@ DINOV2 = {
     "use_swiglu_ffn": st.booleans(),
 }
 TEXT = {"vocab_size": st.integers(5, 30), "max_position_embeddings": st.integers(1, 9)}
-ROOMS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+SAMPLES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "vit": {**TINY, **IMAGE, **PLAIN, "qkv_bias": st.booleans()},
     "dinov2": {**TINY, **IMAGE, **DINOV2, "use_mask_token": st.booleans()},
     "dinov2_with_registers": {
@@ -412,15 +420,15 @@ ROOMS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 
 @st.composite
-def drawn(draw: st.DrawFn, room: str) -> dict[str, Any]:
+def drawn(draw: st.DrawFn, sample: str) -> dict[str, Any]:
     """Random arguments of one config class."""
-    values = {key: draw(strategy) for key, strategy in ROOMS[room].items()}
-    if room == "clip_text":
+    values = {key: draw(strategy) for key, strategy in SAMPLES[sample].items()}
+    if sample == "clip_text":
         values["eos_token_id"] = draw(st.integers(0, values["vocab_size"] - 1))
         return values
     patch = draw(st.integers(1, 5))
     values |= {"patch_size": patch, "image_size": patch * draw(st.integers(1, 4))}
-    if room == "vit":
+    if sample == "vit":
         across = draw(st.integers(1, 4))
         values["image_size"] = draw(
             st.sampled_from([values["image_size"], [values["image_size"], patch * across]])
@@ -445,8 +453,8 @@ def models(draw: st.DrawFn, architecture: str) -> Any:
     family = FAMILY[architecture].name
     cls = getattr(transformers, architecture)
     labels = {"num_labels": draw(st.integers(1, 5))} if "Classification" in architecture else {}
-    if family == "vit":
-        config = transformers.ViTConfig(**draw(drawn("vit")), **labels)
+    if family in ("vit", "deit"):
+        config = getattr(transformers, architecture).config_class(**draw(drawn("vit")), **labels)
     elif family == "dinov2":
         config = transformers.Dinov2Config(**draw(drawn("dinov2")), **labels)
     elif family == "dinov2_with_registers":
@@ -462,7 +470,7 @@ def models(draw: st.DrawFn, architecture: str) -> Any:
         config = transformers.CLIPVisionConfig(**draw(drawn("clip_vision")))
     else:
         config = transformers.CLIPTextConfig(**draw(drawn("clip_text")))
-    if architecture == "ViTModel":
+    if architecture in ("ViTModel", "DeiTModel"):
         return _perturbed(cls(config, add_pooling_layer=draw(st.booleans())))
     return _perturbed(cls(config))
 
@@ -593,6 +601,7 @@ def test_legacy_config_dicts_override_as_clipconfig_has_it(values: dict[str, Any
 
 CONFIG_CLASSES = {
     "vit": transformers.ViTConfig,
+    "deit": transformers.DeiTConfig,
     "dinov2": transformers.Dinov2Config,
     "dinov2_with_registers": transformers.Dinov2WithRegistersConfig,
     "clip": transformers.CLIPConfig,
@@ -1049,7 +1058,7 @@ BAD = [
     (CLIP, {"text_config_dict": {"layers": 3}}, "(text_config_dict): unknown key 'layers'"),
     (CLIP, {"vision_config/qkv_bias": True}, "(vision_config): unknown key 'qkv_bias'"),
     # other models and classes
-    (VIT, {"model_type": "deit"}, "model_type: got 'deit', wanted one of vit, "),
+    (VIT, {"model_type": "beit"}, "model_type: got 'beit', wanted one of vit, "),
     (VIT, {"model_type": "siglip"}, "model_type: got 'siglip'"),
     (VIT, {"model_type": 3}, "model_type: got 3"),
     (VIT, {"architectures": ["ViTForMaskedImageModeling"]}, "wanted one of ViTModel, ViTFor"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import OutOfMemoryError, VitrailError
-from vitrail.model.forward import unit
+from vitrail.model.forward import l2_normalize
 
 ACTIVATION_BYTES = 256 << 20
 """Bytes of activations in one batch, unless the caller names a batch size."""
@@ -94,4 +94,4 @@ class ResultRows:
         if not self.by_position:
             return torch.empty(0, *shape, dtype=torch.float32, device="cpu")
         stacked = torch.stack([self.by_position[position] for position in self.index]).cpu()
-        return unit(stacked) if normalize else stacked
+        return l2_normalize(stacked) if normalize else stacked

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vitrail.model.outputs import Output
 from vitrail.runtime.towers import TextTower, VisionTower
-from vitrail.spec import Features, ModelSpec, OutputField
+from vitrail.spec import ModelSpec, OutputField
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Rows of ``x`` (N, D) divided by their length; a row of zeros stays zero."""
     return torch.nn.functional.normalize(x, dim=1)
 
@@ -22,19 +22,19 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     layers = tower.spec.blocks.layers
     out = tower.dense(pixels, tuple(range(layers + 1)) if hidden else ())
     tokens = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
-    pooled, logits = out.get("vision.pooler"), out.get("vision.logits")
+    pooled, embeds = out.get("vision.pooler"), out.get("vision.embedding")
     if pooled is None and "pooler_output" in spec.outputs:
         pooled = tokens[:, 0].clone()
-    if logits is None and spec.features is not None:  # no labels: the features themselves
-        logits = _features(tokens, spec.features, tower.spec.prefix)
-    embeds = out.get("vision.embedding")
+    logits, class_logits, distillation_logits = _logits(spec, out, tokens)
     return Output(
         last_hidden_state=_returned(spec, "last_hidden_state", tokens),
         pooler_output=_returned(spec, "pooler_output", pooled),
         hidden_states=_hidden(out, "vision", layers) if hidden else None,
         logits=logits,
+        cls_logits=class_logits,
+        distillation_logits=distillation_logits,
         image_embeds=embeds,
-        status=_status(tokens, pooled, embeds, logits),
+        status=_status(tokens, pooled, embeds, class_logits, distillation_logits, logits),
     )
 
 
@@ -43,11 +43,26 @@ def _returned(spec: ModelSpec, field: OutputField, value: Tensor | None) -> Tens
     return value if field in spec.outputs else None
 
 
-def _features(tokens: Tensor, features: Features, prefix: int) -> Tensor:
-    """The input (B, F) of a classifier, from the normalized tokens (B, T, C)."""
-    if features == "class":
-        return tokens[:, 0]
-    return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
+def _logits(
+    spec: ModelSpec, out: Mapping[str, Tensor], tokens: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Logits, then those of the class token and of the distillation token if each has a classifier.
+
+    Without labels transformers has no classifier, and its logits are the features: the normalized
+    tokens (B, T, C) that a classifier would read.
+    """
+    if spec.features == "class_distillation":
+        half = out.get("vision.class_logits", tokens[:, 0] / 2)
+        other_half = out.get("vision.distillation_logits", tokens[:, 1] / 2)
+        return half + other_half, 2 * half, 2 * other_half
+    logits = out.get("vision.logits")
+    if logits is None and spec.features is not None:
+        assert spec.vision is not None, "a classifier reads an image tower"
+        logits = tokens[:, 0]
+        if spec.features == "class_mean":
+            mean = tokens[:, spec.vision.prefix :].mean(dim=1)
+            logits = torch.cat([logits, mean], dim=1)
+    return logits, None, None
 
 
 def forward_text(
@@ -100,7 +115,7 @@ def _inside(out: Output, embeds: Tensor | None) -> Output:
 
 
 def _normalized(embeds: Tensor | None) -> Tensor | None:
-    return None if embeds is None else unit(embeds)
+    return None if embeds is None else l2_normalize(embeds)
 
 
 def _status(*outputs: Tensor | None) -> Tensor:

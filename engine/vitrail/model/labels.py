@@ -7,7 +7,7 @@ import threading
 from torch import Tensor
 
 from vitrail.errors import InputError
-from vitrail.model.forward import unit
+from vitrail.model.forward import l2_normalize
 from vitrail.model.texts import TextEncoder
 from vitrail.text.tokenizer import Overflow
 
@@ -42,7 +42,9 @@ class LabelCache:
         by_template = self._texts.encode(texts, normalize=True, overflow=overflow).view(
             len(labels), len(templates), -1
         )
-        embeddings = unit(by_template.mean(dim=1)) if len(templates) > 1 else by_template[:, 0]
+        embeddings = (
+            l2_normalize(by_template.mean(dim=1)) if len(templates) > 1 else by_template[:, 0]
+        )
         with self._lock:
             while len(self._embeddings) >= LABEL_SETS:
                 self._embeddings.pop(next(iter(self._embeddings)))

@@ -199,7 +199,7 @@ class Model:
 
         ``images``: one image or a list of images, each a path, encoded bytes, a PIL image, or a
         uint8 array or tensor (H, W, C); or one uint8 array (N, H, W, C); or preprocessed floats
-        (N, C, H, W). CLIP: the projected embedding. ViT and DINOv2: the class token after the final
+        (N, C, H, W). CLIP: the projected embedding. Other families: the class token after the final
         LayerNorm, never the tanh pooler.
 
         ``normalize``: to unit length. ``batch_size``: images computed at once; None: as many as the

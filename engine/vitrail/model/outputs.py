@@ -81,6 +81,8 @@ class Output:
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     logits: Tensor | None = None
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     logits_per_image: Tensor | None = None

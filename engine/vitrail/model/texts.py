@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitrail.errors import VitrailError
 from vitrail.model.batches import ACTIVATION_BYTES, in_halves, one_behind
-from vitrail.model.forward import unit
+from vitrail.model.forward import l2_normalize
 from vitrail.model.layers import not_finite
 from vitrail.model.text_arguments import Texts, sort_texts
 from vitrail.runtime.towers import TextTower
@@ -64,4 +64,4 @@ class TextEncoder:
             if (status := outputs["text.status"].cpu()).any():
                 text = int(positions[status.nonzero().flatten().numpy()].min())
                 raise VitrailError(f"text {text}: the embedding {not_finite(runner.dtype)}")
-        return unit(embeddings) if normalize else embeddings
+        return l2_normalize(embeddings) if normalize else embeddings

@@ -17,6 +17,8 @@ CU_SEQLENS = Buffer("cu_seqlens", Affine(sequences=1, constant=1), None, "int32"
 """Input: where each sequence starts among the tokens, and the number of tokens at the end."""
 TOKEN_ROWS = Buffer("token_rows", PER_SEQUENCE, None, "int32")
 """Input: the row of the token that is pooled, for each sequence."""
+DISTILLATION_ROWS = Buffer("distillation_rows", PER_SEQUENCE, None, "int32")
+"""Input: the row of the distillation token, for each sequence."""
 KV_LENS = Buffer("kv_lens", PER_SEQUENCE, None, "int32")
 """Input: how many leading tokens of each sequence may be attended to."""
 

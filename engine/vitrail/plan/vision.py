@@ -12,7 +12,7 @@ from vitrail.plan.blocks import (
     first_stream,
     hidden_streams,
 )
-from vitrail.plan.builder import CU_SEQLENS, TOKEN_ROWS, Builder
+from vitrail.plan.builder import CU_SEQLENS, DISTILLATION_ROWS, TOKEN_ROWS, Builder
 from vitrail.plan.plan import PER_SEQUENCE, PER_TOKEN, Affine, Buffer, Plan
 from vitrail.spec import HeadSpec, VisionSpec
 from vitrail.weights.layout import vision_layout
@@ -43,13 +43,16 @@ def vision_pooled(spec: VisionSpec, *, uint8: bool) -> Plan:
 def vision_scores(spec: VisionSpec, head: HeadSpec, *, uint8: bool) -> Plan:
     """Pixels -> ``vision.logits`` (B, labels) fp32, and nothing else."""
     x = Buffer("vision.stream", PER_TOKEN, spec.blocks.width)
-    build = _embedded(spec, uint8, x)
+    build = _embedded(spec, uint8, x, head)
     if head.features == "class":
         pooled = add_pooled_blocks(build, spec.blocks, "vision", x)
-        logits = _add_class_head(build, head, spec, pooled)
-    else:
-        x = add_dense_blocks(build, spec.blocks, "vision", x, taps=())
+        logits = _add_token_head(build, head, spec, pooled)
+        return build.finish("vision.scores", vision_layout(spec, head), [logits])
+    x = add_dense_blocks(build, spec.blocks, "vision", x, taps=())
+    if head.features == "class_mean":
         logits = _add_class_mean_head(build, head, spec, _add_norm(build, spec, x))
+    else:
+        (logits,) = _add_distilled_heads(build, head, spec, x, total=True)
     return build.finish("vision.scores", vision_layout(spec, head), [logits])
 
 
@@ -68,13 +71,14 @@ def vision_dense(
     * ``vision.last`` (M, C): the final LayerNorm of every token, if the spec has norm "tokens".
     * ``vision.pooler`` (B, C) or (B, P).
     * ``vision.embedding`` (B, D) and ``vision.status`` (B,), if the spec has a projection.
-    * ``vision.logits`` (B, labels) fp32, if there is a ``head``.
+    * ``vision.logits`` (B, labels) fp32, if there is a ``head``. If it has two classifiers,
+      ``vision.class_logits`` and ``vision.distillation_logits``, half the scores of each.
     """
     blocks = spec.blocks
     if spec.norm == "pooled":
         taps = tuple(sorted({*taps, blocks.layers}))
     x = first_stream(blocks, "vision", taps)
-    build = _embedded(spec, uint8, x)
+    build = _embedded(spec, uint8, x, head)
     x = add_dense_blocks(build, blocks, "vision", x, taps)
     outputs = hidden_streams(blocks, "vision", taps)
     if spec.norm == "pooled":
@@ -87,9 +91,11 @@ def vision_dense(
     normalized = _add_norm(build, spec, x)
     outputs.append(normalized)
     if head is not None and head.features == "class":
-        outputs.append(_add_class_head(build, head, spec, x, TOKEN_ROWS))
-    elif head is not None:
+        outputs.append(_add_token_head(build, head, spec, x, TOKEN_ROWS))
+    elif head is not None and head.features == "class_mean":
         outputs.append(_add_class_mean_head(build, head, spec, normalized))
+    elif head is not None:
+        outputs += _add_distilled_heads(build, head, spec, x, total=False)
     if spec.pooler is not None:
         pooler = Buffer("vision.pooler", PER_SEQUENCE, spec.pooler.width)
         activation = spec.pooler.activation
@@ -129,12 +135,15 @@ def _patch_weight(uint8: bool) -> str:
     return f"vision.patch.{'uint8' if uint8 else 'float'}"
 
 
-def _embedded(spec: VisionSpec, uint8: bool, out: Buffer) -> Builder:
+def _embedded(spec: VisionSpec, uint8: bool, out: Buffer, head: HeadSpec | None = None) -> Builder:
     """A builder whose first steps embed the pixels in ``out``."""
     patches = Affine(sequences=-spec.prefix, tokens=1)
     pixels = Buffer("pixels", patches, spec.patch_values, "uint8" if uint8 else "float32")
     table = Buffer("table", Affine(longest=1), spec.blocks.width, "float32")
-    build = Builder([pixels, table, CU_SEQLENS, TOKEN_ROWS])
+    inputs = [pixels, table, CU_SEQLENS, TOKEN_ROWS]
+    if head is not None and head.features == "class_distillation":
+        inputs.append(DISTILLATION_ROWS)
+    build = Builder(inputs)
     build.patch_embed(
         "vision.patch_embed", out, spec, pixels=pixels, table=table, weight=_patch_weight(uint8)
     )
@@ -150,13 +159,50 @@ def _add_norm(build: Builder, spec: VisionSpec, x: Buffer) -> Buffer:
     return normalized
 
 
-def _add_class_head(
-    build: Builder, head: HeadSpec, spec: VisionSpec, x: Buffer, rows: Buffer | None = None
+def _add_token_head(
+    build: Builder,
+    head: HeadSpec,
+    spec: VisionSpec,
+    x: Buffer,
+    rows: Buffer | None = None,
+    *,
+    weights: str = "head",
+    out: str = "vision.logits",
+    residual: Buffer | None = None,
 ) -> Buffer:
-    """Class scores from the class token of the residual stream, the final LayerNorm folded in."""
-    logits = Buffer("vision.logits", PER_SEQUENCE, len(head.labels), "float32")
-    build.linear("vision.head", logits, x, rows=rows, norm_eps=spec.blocks.eps, weights="head")
+    """Class scores from a token of the residual stream, the final LayerNorm folded in."""
+    logits = Buffer(out, PER_SEQUENCE, len(head.labels), "float32")
+    build.linear(
+        f"vision.{weights}",
+        logits,
+        x,
+        rows=rows,
+        norm_eps=spec.blocks.eps,
+        residual=residual,
+        weights=weights,
+    )
     return logits
+
+
+def _add_distilled_heads(
+    build: Builder, head: HeadSpec, spec: VisionSpec, x: Buffer, total: bool
+) -> list[Buffer]:
+    """Half the class scores from the class token and half those from the distillation token, or
+    with ``total`` their sum alone. The weights are halves, so the sum is the mean of both."""
+    first = _add_token_head(
+        build, head, spec, x, TOKEN_ROWS, weights="head.class", out="vision.class_logits"
+    )
+    second = _add_token_head(
+        build,
+        head,
+        spec,
+        x,
+        DISTILLATION_ROWS,
+        weights="head.distillation",
+        out="vision.logits" if total else "vision.distillation_logits",
+        residual=first if total else None,
+    )
+    return [second] if total else [first, second]
 
 
 def _add_class_mean_head(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrail.plan.builder import DISTILLATION_ROWS
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_dense, text_pooled
 from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
@@ -113,6 +114,8 @@ class VisionTower:
             "cu_seqlens": starts,
             "token_rows": starts[:-1],
         }
+        if DISTILLATION_ROWS.name in plan.inputs:
+            inputs[DISTILLATION_ROWS.name] = starts[:-1] + 1
         return self.runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
 
     def _run_dense(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:

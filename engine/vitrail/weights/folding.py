@@ -18,7 +18,7 @@ from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.torch_modes import default_modes, refuse_lost_threads
-from vitrail.weights.layout import Weights
+from vitrail.weights.layout import Weights, folded_heads
 from vitrail.weights.loader import WeightLoader
 from vitrail_kernels.ops.patch_embed import UINT8_UNIT
 
@@ -89,11 +89,17 @@ def _pack_patch(
 def _pack_vision(
     load: WeightLoader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tensor] | None
 ) -> None:
-    load.copy("vision.position")
     prefix = load.packed["vision.prefix"]
-    prefix[0] = load.read("vision.class") + load.packed["vision.position"][0]
+    if spec.distillation:
+        positions = load.read("vision.position")
+        load.packed["vision.position"].copy_(positions[1:])
+        prefix[0] = load.read("vision.class") + positions[0]
+        prefix[1] = load.read("vision.distillation") + positions[1]
+    else:
+        load.copy("vision.position")
+        prefix[0] = load.read("vision.class") + load.packed["vision.position"][0]
     if spec.registers:
-        prefix[1:] = load.read("vision.registers")
+        prefix[spec.positioned :] = load.read("vision.registers")
     _pack_patch(load, spec, pixel_scale)
     if spec.pre_norm:
         load.copy("vision.pre_norm.weight", "vision.pre_norm.bias")
@@ -113,11 +119,12 @@ def _pack_tower(load: WeightLoader, spec: VisionSpec | TextSpec, tower: str) -> 
 
 
 def _pack_head(load: WeightLoader, head: HeadSpec) -> None:
-    if head.features == "class":
-        packed = [load.packed[f"head.{name}"] for name in _FOLDED]
-        _fold_norm(load, "vision.norm", "head", packed)
-    else:
+    heads = folded_heads(head)
+    if not heads:
         load.copy("head.weight", "head.bias")
+    for linear in heads:  # halves of two heads, which add up to their mean
+        packed = [load.packed[f"{linear}.{name}"] for name in _FOLDED]
+        _fold_norm(load, "vision.norm", linear, packed, 1 / len(heads))
 
 
 def _logit_scale(load: WeightLoader) -> float | None:

@@ -81,7 +81,7 @@ def vision_layout(spec: VisionSpec, head: HeadSpec | None = None) -> dict[str, P
     c = spec.blocks.width
     k = -(-spec.patch_values // PATCH_MULTIPLE) * PATCH_MULTIPLE
     layout = {
-        "vision.position": PackedTensor((spec.positions, c), "float32"),
+        "vision.position": PackedTensor((1 + spec.grid[0] * spec.grid[1], c), "float32"),
         "vision.prefix": PackedTensor((spec.prefix, c), "float32"),
     }
     for pixels in ("float", "uint8"):
@@ -95,12 +95,20 @@ def vision_layout(spec: VisionSpec, head: HeadSpec | None = None) -> dict[str, P
         layout["vision.pooler.weight"] = _matrix(spec.pooler.width, c)
         layout["vision.pooler.bias"] = _vector(spec.pooler.width)
     if head is not None:
-        labels, inputs = head.tensor_shapes(c)["head.weight"]
-        layout["head.weight"] = _matrix(labels, inputs)
-        layout["head.bias"] = _vector(labels)
-        if head.features == "class":
-            layout["head.sums"] = _vector(labels)
+        for name, shape in head.tensor_shapes(c).items():
+            layout[name] = _matrix(*shape) if len(shape) == 2 else _vector(*shape)
+        for linear in folded_heads(head):
+            layout[f"{linear}.sums"] = _vector(len(head.labels))
     return layout
+
+
+def folded_heads(head: HeadSpec) -> tuple[str, ...]:
+    """The classifiers that read a token of the residual stream, with LayerNorm folded in."""
+    return {
+        "class": ("head",),
+        "class_mean": (),
+        "class_distillation": ("head.class", "head.distillation"),
+    }[head.features]
 
 
 def text_layout(spec: TextSpec) -> dict[str, PackedTensor]:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.errors import CheckpointError, show
 from vitrail.spec import MAX_TABLE, MAX_WIDTH, ModelSpec, TextSpec, VisionSpec
-from vitrail.zoo.common import (
-    BUFFER,
-    Architecture,
-    Config,
-    Family,
-    Towers,
-    any_starts,
-    block_rules,
-    read_blocks,
-    read_channels,
-    read_sides,
-)
+from vitrail.zoo import common
+from vitrail.zoo.common import Architecture, Config, Family, Towers, any_starts, block_rules
 from vitrail.zoo.fields import Fields, is_integer
 from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, copy, ignore
@@ -87,7 +78,7 @@ _VISION_RULES = (
     copy("vision.class", "embeddings.class_embedding"),
     copy("vision.position", "embeddings.position_embedding.weight"),
     copy("vision.patch.weight", "embeddings.patch_embedding.weight"),
-    ignore(BUFFER, "embeddings.position_ids"),
+    ignore("embeddings.position_ids"),
     copy("vision.pre_norm.*", "pre_layrnorm.*"),  # the misspelling is the published name
     *block_rules("vision", _STACK, _BLOCK),
     copy("vision.norm.*", "post_layernorm.*"),
@@ -95,7 +86,7 @@ _VISION_RULES = (
 _TEXT_RULES = (
     copy("text.token", "embeddings.token_embedding.weight"),
     copy("text.position", "embeddings.position_embedding.weight"),
-    ignore(BUFFER, "embeddings.position_ids"),
+    ignore("embeddings.position_ids"),
     *block_rules("text", _STACK, _BLOCK),
     copy("text.norm.*", "final_layer_norm.*"),
 )
@@ -195,16 +186,12 @@ def _projection(config: Config, fields: Fields) -> int | None:
 
 def _vision(config: Config) -> VisionSpec:
     fields = _fields(config, "vision")
-    blocks = read_blocks(fields)
+    blocks = common.read_blocks(fields)
     for key in ("image_size", "patch_size"):
         if not is_integer(fields.get(key)):
             fields.refuse(key, "an integer: CLIP's images and patches are squares")
-    image, patch = read_sides(fields)
-    return VisionSpec(
-        blocks=blocks,
-        image=image,
-        patch=patch,
-        channels=read_channels(fields),
+    return dataclasses.replace(
+        common.read_vision(fields, blocks),
         patch_bias=False,
         pre_norm=True,
         norm="pooled",
@@ -216,7 +203,7 @@ def _text(config: Config) -> TextSpec:
     fields = _fields(config, "text")
     vocab = fields.count("vocab_size", 1, MAX_TABLE)
     return TextSpec(
-        blocks=read_blocks(fields, causal=True),
+        blocks=common.read_blocks(fields, causal=True),
         vocab=vocab,
         context=fields.count("max_position_embeddings", 1, MAX_TABLE),
         eos=_eos(fields, vocab),

@@ -45,8 +45,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 HEAD = (copy("head.*", "classifier.*"),)
-MASK_TOKEN = "replaces masked patches in pre-training"
-BUFFER = "a buffer of 0..n-1, recomputed"
 
 Towers = tuple[VisionSpec | None, TextSpec | None]
 
@@ -56,9 +54,9 @@ class Architecture:
     """A transformers class whose outputs Vitrail equals.
 
     ``outputs``: the fields of its output; `pooler_output` is added if the checkpoint has a dense
-    pooler. ``features``: the input of its classifier, None without a classifier. ``mark``: a prefix
-    of tensor names that tells the class if config.json names none. ``model_types``: the config
-    types that it takes, all of its family if empty.
+    pooler. ``features``: the input of its classifier, None without a classifier. ``mark``: the
+    prefix of its classifier's tensors, which tells the class if config.json names none.
+    ``model_types``: the config types that it takes, all of its family if empty.
     """
 
     outputs: tuple[OutputField, ...]
@@ -188,44 +186,42 @@ def read_blocks(
     )
 
 
-def read_channels(fields: Fields) -> int:
-    """Channels of the images."""
-    return fields.count("num_channels", 1, 1024)
-
-
-def read_sides(fields: Fields) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Image and patch size, (height, width) each; the patches tile the image."""
+def read_vision(fields: Fields, blocks: BlockSpec) -> VisionSpec:
+    """A plain image tower, whose patches tile the image."""
     image = fields.pair("image_size", MAX_IMAGE_SIDE)
     patch = fields.pair("patch_size", MAX_IMAGE_SIDE)
     if image[0] % patch[0] or image[1] % patch[1]:
         fields.refuse("image_size", f"a multiple of the patch size {patch}")
-    return image, patch
+    return VisionSpec(blocks, image, patch, fields.count("num_channels", 1, 1024))
 
 
-def read_pooler(config: Config, fields: Fields, *names: str) -> PoolerSpec | None:
-    """The dense pooler if the class has one and the checkpoint its tensors, which begin with any of
-    ``names``: the config does not tell."""
+def read_pooler(config: Config, fields: Fields, prefix: str) -> PoolerSpec | None:
+    """The dense pooler if the class has one and the checkpoint its tensors: the config does not
+    tell. ``prefix``: that of the tensor names inside another model."""
+    names = "pooler.dense.", f"{prefix}pooler.dense."
     if not config.architecture.pooler or not any_starts(config.checkpoint.tensors, *names):
         return None
-    size = fields.get("pooler_output_size")
-    tanh = fields.get("pooler_act") == "tanh"
-    return PoolerSpec(
-        width=read_width(fields)
-        if size is None
-        else fields.count("pooler_output_size", 1, MAX_WIDTH),
-        activation="tanh" if tanh else read_activation(fields, "pooler_act"),
-    )
+    width, tanh = read_width(fields), fields.get("pooler_act") == "tanh"
+    if fields.get("pooler_output_size") is not None:
+        width = fields.count("pooler_output_size", 1, MAX_WIDTH)
+    return PoolerSpec(width, "tanh" if tanh else read_activation(fields, "pooler_act"))
 
 
 # -- the classifier --------------------------------------------------------------------------------
 
 
-def read_head(checkpoint: Checkpoint, features: Features) -> HeadSpec | None:
-    """The classifier's labels; None for ``num_labels`` 0: transformers has no classifier then."""
+def read_head(checkpoint: Checkpoint, architecture: Architecture) -> HeadSpec | None:
+    """The classifier's labels. None for a class without a classifier, and for ``num_labels`` 0:
+    transformers has no classifier then."""
+    if architecture.features is None:
+        return None
     fields = Fields("config.json", checkpoint.config, {"id2label": None, "num_labels": None})
     listed = fields.get("id2label") is not None
-    labels = _listed_labels(fields) if listed else _numbered_labels(fields, checkpoint)
-    return HeadSpec(labels, features, _scores(checkpoint, len(labels))) if labels else None
+    labels = (
+        _listed_labels(fields) if listed else _numbered_labels(fields, checkpoint, architecture)
+    )
+    scores = _scores(checkpoint, len(labels))
+    return HeadSpec(labels, architecture.features, scores) if labels else None
 
 
 def _scores(checkpoint: Checkpoint, labels: int) -> Literal["softmax", "sigmoid", "none"]:
@@ -247,11 +243,13 @@ def _listed_labels(fields: Fields) -> tuple[str, ...]:
     return tuple(names[str(index)] for index in range(len(names)))
 
 
-def _numbered_labels(fields: Fields, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _numbered_labels(
+    fields: Fields, checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[str, ...]:
     """LABEL_0, LABEL_1, ...: as many as the classifier has rows, or two, as in transformers."""
     counts: dict[str, int] = {
         name: checkpoint.tensors[name].shape[0]
-        for name in ("classifier.weight", "classifier.bias")
+        for name in (f"{architecture.mark}weight", f"{architecture.mark}bias")
         if name in checkpoint.tensors and checkpoint.tensors[name].shape
     }
     if fields.get("num_labels") is not None:

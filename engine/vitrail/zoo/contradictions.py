@@ -139,6 +139,6 @@ def _side(size: tuple[int, int]) -> str:
 
 
 def _head_fact(head: HeadSpec, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Fact:
-    rows = _most_common(shapes, r"head\.bias", -1)
+    rows = _most_common(shapes, r"head\.(class\.)?bias", -1)
     key = "num_labels" if config.get("id2label") is None else "id2label"
     return Fact(key, len(head.labels), rows, "the classifier has {} rows")

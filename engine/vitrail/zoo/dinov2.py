@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.zoo.common import (
-    HEAD,
-    MASK_TOKEN,
-    Architecture,
-    Config,
-    Family,
-    Towers,
-    block_rules,
-    read_blocks,
-    read_channels,
-    read_sides,
-    read_width,
-)
+from vitrail.zoo import common
+from vitrail.zoo.common import Architecture, Config, Family, Towers, block_rules
 from vitrail.zoo.fields import Fields, words
 from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, copy, ignore, split
@@ -62,7 +52,7 @@ _RULES = (
     copy("vision.position", "embeddings.position_embeddings"),
     copy("vision.registers", "embeddings.register_tokens"),
     copy("vision.patch.*", "embeddings.patch_embeddings.projection.*"),
-    ignore(MASK_TOKEN, "embeddings.mask_token"),
+    ignore("embeddings.mask_token"),
     *block_rules(
         "vision",
         _STACK,
@@ -95,51 +85,43 @@ _SWIGLU = (
 
 def _mlp_width(fields: Fields, gated: bool) -> int:
     """The width of Dinov2MLP, or of Dinov2SwiGLUFFN: two thirds, rounded up to a multiple of 8."""
-    width, ratio = read_width(fields), fields.get("mlp_ratio")
+    width, ratio = common.read_width(fields), fields.get("mlp_ratio")
     fields.number("mlp_ratio", 0, 16)
     hidden = int(width * ratio)
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
-def _vision(fields: Fields, *, registers: int, antialias: bool) -> VisionSpec:
+def _vision(fields: Fields) -> VisionSpec:
     gated = fields.flag("use_swiglu_ffn")
-    blocks = read_blocks(
+    blocks = common.read_blocks(
         fields,
         mlp=_mlp_width(fields, gated),
         gated=gated,
         qkv_bias=fields.flag("qkv_bias"),
         layer_scale=True,
     )
-    image, patch = read_sides(fields)
-    grid = image[0] // patch[0], image[1] // patch[1]
-    if grid[0] != grid[1]:
-        fields.refuse(
-            "image_size", f"as many patches down as across: DINOv2 reads {grid} as a square"
-        )
-    return VisionSpec(
-        blocks=blocks,
-        image=image,
-        patch=patch,
-        channels=read_channels(fields),
-        registers=registers,
-        position_antialias=antialias,
-    )
+    vision = common.read_vision(fields, blocks)
+    if vision.grid[0] != vision.grid[1]:
+        wanted = f"as many patches down as across: DINOv2 reads {vision.grid} as a square"
+        fields.refuse("image_size", wanted)
+    return vision
 
 
 def _towers(config: Config) -> Towers:
-    return _vision(config.fields(_SCHEMA), registers=0, antialias=False), None
+    return _vision(config.fields(_SCHEMA)), None
 
 
 def _towers_with_registers(config: Config) -> Towers:
     fields = config.fields(_SCHEMA_WITH_REGISTERS)
     registers = fields.count("num_register_tokens", 1, 1024)
-    return _vision(fields, registers=registers, antialias=True), None
+    vision = _vision(fields)
+    return dataclasses.replace(vision, registers=registers, position_antialias=True), None
 
 
 def _rules(spec: ModelSpec) -> Groups:
     assert spec.vision is not None, "a DINOv2 model is an image tower"
     mlp = _SWIGLU if spec.vision.blocks.gated else _MLP
-    return ((("", f"{spec.family}."), (*_RULES, *mlp)), (("",), HEAD))
+    return ((("", f"{spec.family}."), (*_RULES, *mlp)), (("",), common.HEAD))
 
 
 _BASE_MODEL = Architecture(("last_hidden_state", "pooler_output"))

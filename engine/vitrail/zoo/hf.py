@@ -8,14 +8,20 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError, show
 from vitrail.spec import ImageSpec, ModelSpec
-from vitrail.zoo import clip, dinov2, vit
+from vitrail.zoo import clip, deit, dinov2, vit
 from vitrail.zoo.common import Architecture, Config, Family, read_head
 from vitrail.zoo.contradictions import contradictions
 from vitrail.zoo.preprocessor import Processor, read_image_spec
 from vitrail.zoo.rules import expand, map_names
 from vitrail.zoo.schema import Schema, refuse_code
 
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    vit.FAMILY,
+    deit.FAMILY,
+    dinov2.FAMILY,
+    dinov2.WITH_REGISTERS,
+    clip.FAMILY,
+)
 
 SCHEMAS: Mapping[str, Schema] = {
     model_type: schema for family in FAMILIES for model_type, schema in family.schemas.items()
@@ -62,7 +68,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         features=features,
         vision=vision,
         text=text,
-        head=read_head(checkpoint, features) if features is not None else None,
+        head=read_head(checkpoint, architecture),
         image=_image(checkpoint, family, vision.channels) if vision is not None else None,
     )
 

@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from vitrail.checkpoint.tensors import Source, TensorEntry
 from vitrail.dtypes import SAFETENSORS
@@ -20,17 +19,15 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class NameRule:
-    """One row of a name table.
+    """A row of a name table: stored names, and the canonical names that they stand for.
 
-    ``names``: the stored names, one per dialect, oldest first ("" if a dialect has none; a single
-    name serves every dialect). ``{i}`` is a layer, a final ``*`` is both ``weight`` and ``bias``.
-    ``op``: "copy" to one target, "split" the rows evenly over the targets, "ignore" for ``reason``.
+    ``names``: one per dialect, oldest first ("" if a dialect has none; a single name serves every
+    dialect). ``{i}`` is a layer, a final ``*`` is both ``weight`` and ``bias``. The rows of the
+    tensor are split evenly over the targets; without a target it is ignored.
     """
 
-    op: Literal["copy", "split", "ignore"]
     names: tuple[str, ...]
     targets: tuple[str, ...] = ()
-    reason: str = ""
 
 
 Groups = tuple[tuple[tuple[str, ...], tuple[NameRule, ...]], ...]
@@ -38,19 +35,19 @@ Groups = tuple[tuple[tuple[str, ...], tuple[NameRule, ...]], ...]
 
 
 def copy(target: str, *names: str) -> NameRule:
-    return NameRule("copy", names, (target,))
+    return NameRule(names, (target,))
 
 
 def split(targets: tuple[str, ...], *names: str) -> NameRule:
-    return NameRule("split", names, targets)
+    return NameRule(names, targets)
 
 
-def ignore(reason: str, *names: str) -> NameRule:
-    return NameRule("ignore", names, reason=reason)
+def ignore(*names: str) -> NameRule:
+    return NameRule(names)
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class NamePattern:
     """One stored name of a rule, with ``{i}`` for the layer, and the canonical names it stands for.
 
     ``dialect`` is -1 if the name is the same in all of them.
@@ -62,26 +59,26 @@ class Spelling:
     dialect: int
 
 
-def expand(groups: Groups) -> dict[str, Spelling]:
-    """Every spelling of every rule, by pattern."""
-    spellings: dict[str, Spelling] = {}
+def expand(groups: Groups) -> dict[str, NamePattern]:
+    """Every stored name of every rule, by pattern."""
+    patterns: dict[str, NamePattern] = {}
     for prefixes, rules in groups:
         for prefix in prefixes:
             for rule in rules:
-                for spelling in _spellings(rule, prefix):
-                    assert spelling.pattern not in spellings, f"two rules for {spelling.pattern}"
-                    spellings[spelling.pattern] = spelling
-    return spellings
+                for row in _patterns(rule, prefix):
+                    assert row.pattern not in patterns, f"two rules for {row.pattern}"
+                    patterns[row.pattern] = row
+    return patterns
 
 
-def _spellings(rule: NameRule, prefix: str) -> Iterable[Spelling]:
+def _patterns(rule: NameRule, prefix: str) -> Iterable[NamePattern]:
     for index, name in enumerate(rule.names):
         if not name:
             continue
         dialect = index if len(rule.names) > 1 else -1
         for suffix in ("weight", "bias") if name.endswith("*") else ("",):
             targets = tuple(target.replace("*", suffix) for target in rule.targets)
-            yield Spelling(prefix + name.replace("*", suffix), targets, prefix, dialect)
+            yield NamePattern(prefix + name.replace("*", suffix), targets, prefix, dialect)
 
 
 def _generalize(name: str) -> tuple[str, str]:
@@ -119,7 +116,7 @@ class _Report:
 def map_names(
     tensors: Mapping[str, TensorEntry],
     shapes: Mapping[str, Shape],
-    spellings: Mapping[str, Spelling],
+    patterns: Mapping[str, NamePattern],
     unused: Callable[[str], bool],
     architecture: str,
     explain: Callable[[Mapping[str, Shape]], Iterable[str]] = lambda _: (),
@@ -137,12 +134,12 @@ def map_names(
     styles: Counter[str | int] = Counter()
     for name, entry in tensors.items():
         pattern, layer = _generalize(name)
-        spelling = spellings.get(pattern)
-        if spelling is None:
+        row = patterns.get(pattern)
+        if row is None:
             report.add("unexpected", name)
             continue
-        styles.update((spelling.prefix, spelling.dialect))
-        targets = [target.replace("{i}", layer) for target in spelling.targets]
+        styles.update((row.prefix, row.dialect))
+        targets = [target.replace("{i}", layer) for target in row.targets]
         if all(map(unused, targets)):
             continue
         if len(targets) == 1:
@@ -157,7 +154,7 @@ def map_names(
         if len(names) > 1:
             report.add("duplicated", f"{' and '.join(names)} (both are {target})")
     missing = [target for target in shapes if target not in stored]
-    for name in dict.fromkeys(_spell(target, spellings, styles) for target in missing):
+    for name in dict.fromkeys(_spell(target, patterns, styles) for target in missing):
         report.add("missing", name)
     if report.faults:
         reasons = explain({name: squeezed(entry.shape) for name, entry in entries.items()})
@@ -189,10 +186,10 @@ def _take(
     return sources
 
 
-def _spell(target: str, spellings: Mapping[str, Spelling], styles: Counter[str | int]) -> str:
+def _spell(target: str, patterns: Mapping[str, NamePattern], styles: Counter[str | int]) -> str:
     """The stored name that a missing tensor would have, in the prefix and dialect of the others."""
     pattern, layer = _generalize(target)
-    rivals = [spelling for spelling in spellings.values() if pattern in spelling.targets]
+    rivals = [row for row in patterns.values() if pattern in row.targets]
     best = max(
         rivals,
         key=lambda rival: (styles[rival.prefix], rival.dialect >= 0 and styles[rival.dialect]),

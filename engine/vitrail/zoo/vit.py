@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.zoo.common import (
-    HEAD,
-    MASK_TOKEN,
-    Architecture,
-    Config,
-    Family,
-    Towers,
-    block_rules,
-    read_blocks,
-    read_channels,
-    read_pooler,
-    read_sides,
-)
+from vitrail.zoo import common
+from vitrail.zoo.common import Architecture, Config, Family, Towers
 from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, copy, ignore
 from vitrail.zoo.schema import DROPOUT, Schema
@@ -44,8 +35,8 @@ RULES = (
     copy("vision.class", "embeddings.cls_token"),
     copy("vision.position", "embeddings.position_embeddings"),
     copy("vision.patch.*", "embeddings.patch_embeddings.projection.*"),
-    ignore(MASK_TOKEN, "embeddings.mask_token"),
-    *block_rules(
+    ignore("embeddings.mask_token"),
+    *common.block_rules(
         "vision",
         ("encoder.layer.{i}.", "layers.{i}."),
         {
@@ -64,22 +55,20 @@ RULES = (
 )
 
 
-def _towers(config: Config) -> Towers:
+def read_vision(config: Config, prefix: str) -> VisionSpec:
+    """``prefix``: that of the tensor names of the base model inside a classifier."""
     fields = config.fields(SCHEMA)
-    blocks = read_blocks(fields, qkv_bias=fields.flag("qkv_bias"))
-    image, patch = read_sides(fields)
-    vision = VisionSpec(
-        blocks=blocks,
-        image=image,
-        patch=patch,
-        channels=read_channels(fields),
-        pooler=read_pooler(config, fields, "pooler.dense.", "vit.pooler.dense."),
-    )
-    return vision, None
+    blocks = common.read_blocks(fields, qkv_bias=fields.flag("qkv_bias"))
+    vision = common.read_vision(fields, blocks)
+    return dataclasses.replace(vision, pooler=common.read_pooler(config, fields, prefix))
+
+
+def _towers(config: Config) -> Towers:
+    return read_vision(config, "vit."), None
 
 
 def _rules(spec: ModelSpec) -> Groups:
-    return ((("", "vit."), RULES), (("",), HEAD))
+    return ((("", "vit."), RULES), (("",), common.HEAD))
 
 
 FAMILY = Family(
