@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from scene_captions import Claims, caption, words
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +43,7 @@ import vitrail
 from vitrail.demo import scenes
 from vitrail.demo.demo import encoders
 from vitrail.demo.quiz import judge
-from vitrail.demo.scenes import FIELDS, HELD_OUT, VALUES, Claims, Scene
+from vitrail.demo.scenes import FIELDS, HELD_OUT, VALUES, Scene
 
 SIDE, PATCH, CONTEXT, PROJECTION = 56, 8, 24, 128
 VISION = {
@@ -109,9 +110,9 @@ def batch(step: int, tokenizer: CLIPTokenizer) -> tuple[Tensor, ...]:
     dice = Random(f"{SEED}-{step}")
     shown = [scenes.sample(dice, nameless=True) for _ in range(BATCH)]
     pictures = np.stack([np.asarray(scenes.render(scene, SIDE)) for scene in shown])
-    own = [scenes.caption(dice, scene) for scene in shown]
+    own = [caption(dice, scene) for scene in shown]
     hard = [changed(dice, claims) for _, claims in own for _ in range(HARD)]
-    texts = [text for text, _ in own] + [scenes.words(dice, claims) for claims in hard]
+    texts = [text for text, _ in own] + [words(dice, claims) for claims in hard]
     claimed = torch.tensor([numbers(claims) for claims in [c for _, c in own] + hard])
     real = torch.tensor([facts(scene) for scene in shown])
     true = ((claimed == real[:, None]) | (claimed == -1)).all(-1)
@@ -135,7 +136,7 @@ def loss_of(scores: Tensor, true: Tensor) -> Tensor:
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE over the words that captions are made of."""
     dice = Random(SEED)
-    corpus = [scenes.caption(dice, scenes.sample(dice))[0] for _ in range(4000)]
+    corpus = [caption(dice, scenes.sample(dice))[0] for _ in range(4000)]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = [*letters, *(f"{letter}</w>" for letter in letters)]
     ends = ["<|startoftext|>", "<|endoftext|>"]

@@ -1,8 +1,8 @@
-"""Rendered scenes with captions: the training data of the bundled CLIP, and the demo's pictures.
+"""Rendered scenes: the training data of the bundled CLIP, and the pictures of the demo.
 
 A scene is one to four equal things of one shape and color, small or large, on a plain background.
-Some colors, shapes and backgrounds have no name, and captions leave them out. So a model learns a
-shape in every color, not only in the pairs of the training data.
+In training some colors, shapes and backgrounds have no name, and captions leave them out. So the
+model learns a shape in every color, not only in the pairs of the training data.
 """
 
 from __future__ import annotations
@@ -228,34 +228,3 @@ def render(scene: Scene, side: int) -> Image.Image:
             hole = [(HOLE * a + shift_x, HOLE * b + shift_y) for a, b in corners]
             draw.polygon(hole, fill=scene.ground)
     return image.reduce(OVERSAMPLING)
-
-
-PREFIXES = ("", "", "", "a picture of ", "a photo of ")
-
-
-Claims = tuple[str | None, ...]
-"""The attributes that a text names, in the order of ``FIELDS``; None: the text leaves it out."""
-
-
-def caption(dice: Random, scene: Scene, keep: float = 0.7) -> tuple[str, Claims]:
-    """A text that is true of the scene, and the claims that it makes.
-
-    It claims each named attribute with probability ``keep``, and at least one.
-    """
-    named = [field for field in FIELDS if getattr(scene, field) is not None]
-    chosen = [field for field in named if dice.random() < keep] or [dice.choice(named)]
-    claims = tuple(getattr(scene, field) if field in chosen else None for field in FIELDS)
-    return words(dice, claims), claims
-
-
-def words(dice: Random, claims: Claims) -> str:
-    """A text that makes the claims, such as "a photo of two small red stars on the left"."""
-    shape, color, count, position, size, background = claims
-    noun = " ".join(word for word in (size, color, shape or "thing") if word)
-    if count == "one":
-        noun = f"{dice.choice(('a', 'one'))} {noun}"
-    elif count:
-        noun = f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-    phrases = (noun, position, f"on a {background} background" if background else None)
-    text = " ".join(phrase for phrase in phrases if phrase)
-    return f"{dice.choice(PREFIXES)}{text}"

@@ -1,4 +1,4 @@
-"""A folder of embeddings, written in parts so that an interruption loses at most one of them.
+"""A folder of embeddings, written in parts, so that an interruption loses one part at most.
 
 ``_job.json`` comes first and records the inputs, the model and the options; a folder is resumed
 only with the same record. Each part is written under a temporary name, synced, read back, compared
@@ -154,7 +154,7 @@ def _write_part(
     files = encode_part(number, rows, values, job)
     paths, decoded, failures = decode_part(files)
     if decoded.tobytes() != values.tobytes() or (paths, failures) != outcomes(rows):
-        raise InputError(f"{out}: part {number} does not read back as what was computed")
+        raise InputError(f"{out}: part {number} does not read back as it was computed")
     entries = tuple((name, *put_file(out / name, data)) for name, data in files.items())
     return PartRecord(number, start, len(rows.sources), len(values), entries)
 

@@ -36,7 +36,7 @@ MIN_OUTPUTS = 1 << 16
 """Outputs compared bit by bit: another order of sums changes one in hundreds or thousands."""
 OTHER_BITS = "give other bits"
 
-# -- what is tried ---------------------------------------------------------------------------------
+# -- stages ----------------------------------------------------------------------------------------
 
 Stage = Callable[[str, KernelConfig, int], Iterable[KernelConfig]]
 """(operator, best configuration so far, architecture) -> configurations to time beside the best."""
@@ -48,7 +48,7 @@ def orders(op: str, base: KernelConfig, arch: int) -> list[KernelConfig]:
     return [replace(base, group_m=group) for group in groups if group != base.group_m]
 
 
-# -- how it is judged ------------------------------------------------------------------------------
+# -- timing and results ----------------------------------------------------------------------------
 
 
 @dataclass
