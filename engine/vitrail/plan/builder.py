@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from vitrail.plan.plan import MAX_SEQLEN, PER_SEQUENCE, Affine, Buffer, Plan, Step
+from vitrail.plan.plan import MAX_SEQLEN, PER_SEQUENCE, PER_TOKEN, Affine, Buffer, Plan, Step
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail.weights.layout import PackedTensor
 from vitrail_kernels.device.stats import stats_shape
@@ -14,166 +14,137 @@ from vitrail_kernels.device.stats import stats_shape
 T = TypeVar("T")
 
 CU_SEQLENS = Buffer("cu_seqlens", Affine(sequences=1, constant=1), None, "int32")
-"""Input: where each sequence starts among the tokens, and the number of tokens at the end."""
+"""Input: the first token of each sequence, then the number of tokens."""
 TOKEN_ROWS = Buffer("token_rows", PER_SEQUENCE, None, "int32")
-"""Input: the row of the token that is pooled, for each sequence."""
+"""Input: the row of each sequence's pooled token."""
 DISTILLATION_ROWS = Buffer("distillation_rows", PER_SEQUENCE, None, "int32")
-"""Input: the row of the distillation token, for each sequence."""
+"""Input: the row of each sequence's distillation token."""
 KV_LENS = Buffer("kv_lens", PER_SEQUENCE, None, "int32")
 """Input: how many leading tokens of each sequence may be attended to."""
 
 
 class Builder:
-    """Collects the steps of one plan. `vitrail_kernels` documents the operators.
+    """Collects the steps of one plan of a tower. `vitrail_kernels.ops` documents the operators.
 
-    ``label`` names a step. ``weights`` is the common name of its weights, for example
-    "vision.blocks.3.qkv"; it is the label unless given.
+    ``name``: of a step within the tower, for example "blocks.3.qkv". ``weights``: the full name
+    that the weights of a step share, which is the step's unless given.
     """
 
-    def __init__(self, inputs: Sequence[Buffer] = ()) -> None:
+    def __init__(self, tower: str, spec: BlockSpec, inputs: Sequence[Buffer] = ()) -> None:
+        self.tower, self.spec = tower, spec
         self._inputs = tuple(buffer.name for buffer in inputs)
         self._buffers = {buffer.name: buffer for buffer in inputs}
         self._steps: list[Step] = []
         self._writers: dict[str, int] = {}
 
-    def position(
-        self, label: str, out: Buffer, spec: VisionSpec, *, grid: tuple[int, int], bias: str
-    ) -> None:
+    def per_token(self, name: str, columns: int | None = None) -> Buffer:
+        """A buffer with a row for each token, as wide as the residual stream unless given."""
+        return Buffer(f"{self.tower}.{name}", PER_TOKEN, columns or self.spec.width)
+
+    def per_sequence(self, name: str, columns: int | None = None, dtype: str = "compute") -> Buffer:
+        """As `per_token`, with a row for each sequence."""
+        return Buffer(f"{self.tower}.{name}", PER_SEQUENCE, columns or self.spec.width, dtype)
+
+    def position(self, out: Buffer, spec: VisionSpec, grid: tuple[int, int], bias: str) -> None:
         weights = {"table": "vision.position", "prefix": "vision.prefix", "bias": bias}
         scalars = {"table_grid": spec.grid, "grid": grid, "antialias": spec.position_antialias}
-        self._add("position", label, {"out": out}, weights, scalars)
+        self._add("position", "position", {"out": out}, weights, scalars)
 
     def patch_embed(
-        self,
-        label: str,
-        out: Buffer,
-        spec: VisionSpec,
-        *,
-        pixels: Buffer,
-        table: Buffer,
-        weight: str,
+        self, out: Buffer, spec: VisionSpec, pixels: Buffer, table: Buffer, weight: str
     ) -> None:
         buffers = {"out": out, "pixels": pixels, "table": table}
         scalars = {"patch": spec.patch, "channels": spec.channels, "prefix": spec.prefix}
-        self._add("patch_embed", label, buffers, {"weight": weight}, scalars)
+        self._add("patch_embed", "patch_embed", buffers, {"weight": weight}, scalars)
 
-    def text_embed(self, label: str, out: Buffer, *, ids: Buffer, positions: Buffer) -> None:
+    def text_embed(self, out: Buffer, ids: Buffer, positions: Buffer) -> None:
         buffers = {"out": out, "ids": ids, "positions": positions}
         weights = {"token": "text.token", "position": "text.position"}
-        self._add("text_embed", label, buffers, weights, {})
+        self._add("text_embed", "embed", buffers, weights, {})
 
     def layernorm(
-        self,
-        label: str,
-        out: Buffer,
-        x: Buffer,
-        *,
-        eps: float,
-        rows: Buffer | None = None,
-        weights: str | None = None,
+        self, name: str, out: Buffer, x: Buffer, rows: Buffer | None = None, weights: str = ""
     ) -> None:
-        name = weights or label
+        weights = weights or f"{self.tower}.{name}"
         buffers = {"out": out, "x": x, "rows": rows}
-        parameters = {"gamma": f"{name}.weight", "beta": f"{name}.bias"}
-        self._add("layernorm", label, buffers, parameters, {"eps": eps})
+        parameters = {"gamma": f"{weights}.weight", "beta": f"{weights}.bias"}
+        self._add("layernorm", name, buffers, parameters, {"eps": self.spec.eps})
 
     def linear(
         self,
-        label: str,
+        name: str,
         out: Buffer,
         x: Buffer,
         *,
         rows: Buffer | None = None,
-        norm_eps: float | None = None,
+        norm: bool = False,
         activation: str | None = None,
         gated: bool = False,
         residual: Buffer | None = None,
         residual_rows: Buffer | None = None,
         scale: str | None = None,
-        weights: str | None = None,
+        weights: str = "",
     ) -> None:
-        """``norm_eps``: the LayerNorm before the linear is folded into its weights."""
-        name = weights or label
-        folded = norm_eps is not None
+        """``norm``: the weights contain those of the LayerNorm of ``x``."""
+        weights = weights or f"{self.tower}.{name}"
         buffers = {
             "out": out,
             "x": x,
             "rows": rows,
-            "x_stats": self._statistics(x) if folded else None,
+            "x_stats": self._statistics(x) if norm else None,
             "residual": residual,
             "residual_rows": residual_rows,
         }
         parameters = {
-            "weight": f"{name}.weight",
-            "bias": f"{name}.bias",
-            "row_sums": f"{name}.sums" if folded else None,
+            "weight": f"{weights}.weight",
+            "bias": f"{weights}.bias",
+            "row_sums": f"{weights}.sums" if norm else None,
             "scale": scale,
         }
-        scalars = {"norm_eps": norm_eps, "activation": activation, "gated": gated or None}
-        self._add("linear", label, buffers, parameters, scalars)
+        eps = self.spec.eps if norm else None
+        scalars = {"norm_eps": eps, "activation": activation, "gated": gated or None}
+        self._add("linear", name, buffers, parameters, scalars)
 
-    def attention(
-        self,
-        label: str,
-        out: Buffer,
-        qkv: Buffer,
-        spec: BlockSpec,
-        *,
-        equal_lengths: bool,
-        kv_lens: Buffer | None = None,
-    ) -> None:
+    def attention(self, name: str, out: Buffer, qkv: Buffer, kv_lens: Buffer | None = None) -> None:
         buffers = {"out": out, "qkv": qkv, "cu_seqlens": CU_SEQLENS, "kv_lens": kv_lens}
-        scalars = {"heads": spec.heads, "causal": spec.causal, "max_seqlen": MAX_SEQLEN}
-        scalars["equal_lengths"] = equal_lengths
-        self._add("attention", label, buffers, {}, scalars)
+        scalars = {"heads": self.spec.heads, "causal": self.spec.causal, "max_seqlen": MAX_SEQLEN}
+        scalars["equal_lengths"] = self.tower == "vision"
+        self._add("attention", name, buffers, {}, scalars)
 
-    def attention_one(
-        self, label: str, out: Buffer, spec: BlockSpec, *, q: Buffer, kv: Buffer
-    ) -> None:
+    def attention_one(self, name: str, out: Buffer, q: Buffer, kv: Buffer) -> None:
         buffers = {"out": out, "q": q, "kv": kv, "cu_seqlens": CU_SEQLENS}
-        scalars = {"heads": spec.heads, "max_seqlen": MAX_SEQLEN}
-        self._add("attention_one", label, buffers, {}, scalars)
+        scalars = {"heads": self.spec.heads, "max_seqlen": MAX_SEQLEN}
+        self._add("attention_one", name, buffers, {}, scalars)
 
     def pool(
-        self,
-        label: str,
-        out: Buffer,
-        status: Buffer,
-        x: Buffer,
-        *,
-        eps: float,
-        rows: Buffer | None = None,
-        norm: str | None = None,
-        projection: str | None = None,
+        self, out: Buffer, status: Buffer, x: Buffer, rows: Buffer | None, projected: bool
     ) -> None:
-        """Takes the weights of the LayerNorm ``norm``, or of ``projection`` with it folded in."""
+        weights = {"gamma": f"{self.tower}.norm.weight", "beta": f"{self.tower}.norm.bias"}
+        if projected:  # the LayerNorm is folded in
+            name = f"{self.tower}.projection"
+            weights = {"weight": f"{name}.folded", "bias": f"{name}.bias"}
         buffers = {"out": out, "status": status, "x": x, "rows": rows}
-        parameters = {
-            "gamma": norm and f"{norm}.weight",
-            "beta": norm and f"{norm}.bias",
-            "weight": projection and f"{projection}.folded",
-            "bias": projection and f"{projection}.bias",
-        }
-        self._add("pool", label, buffers, parameters, {"eps": eps})
+        self._add("pool", "pool", buffers, weights, {"eps": self.spec.eps})
 
-    def class_mean(self, label: str, out: Buffer, x: Buffer, *, prefix: int) -> None:
+    def class_mean(self, name: str, out: Buffer, x: Buffer, prefix: int) -> None:
         scalars = {"tokens": MAX_SEQLEN, "prefix": prefix}
-        self._add("class_mean", label, {"out": out, "x": x}, {}, scalars)
+        self._add("class_mean", name, {"out": out, "x": x}, {}, scalars)
 
     def _add(
         self,
         op: str,
-        label: str,
+        name: str,
         buffers: Mapping[str, Buffer | None],
         weights: Mapping[str, str | None],
         scalars: Mapping[str, Any],
     ) -> None:
         """Append a step. Arguments that are None are left out."""
-        named = tuple((arg, self._name(buffer)) for arg, buffer in _present(buffers))
+        named = tuple((arg, self._register(buffer)) for arg, buffer in _present(buffers))
         self._writers[dict(named)["out"]] = len(self._steps)
+        label = f"{self.tower}.{name}"
         self._steps.append(Step(op, label, named, _present(weights), _present(scalars)))
 
-    def _name(self, buffer: Buffer) -> str:
+    def _register(self, buffer: Buffer) -> str:
         known = self._buffers.setdefault(buffer.name, buffer)
         assert known == buffer, f"{buffer.name}: got {buffer}, and {known} before"
         return buffer.name
@@ -187,7 +158,7 @@ class Builder:
         writer = self._writers[stream.name]
         step = self._steps[writer]
         if ("stats", name) not in step.buffers:
-            buffers = (*step.buffers, ("stats", self._name(statistics)))
+            buffers = (*step.buffers, ("stats", self._register(statistics)))
             self._steps[writer] = replace(step, buffers=buffers)
         return statistics
 
@@ -214,7 +185,7 @@ class Builder:
             }
         names = dict.fromkeys(weight for step in self._steps for _, weight in step.weights)
         return Plan(
-            name,
+            f"{self.tower}.{name}",
             tuple(self._steps),
             tuple(replace(b, slot=slots.get(b.name)) for b in self._buffers.values()),
             tuple((weight, layout[weight]) for weight in names),

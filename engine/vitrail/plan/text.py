@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import functools
 
-from vitrail.plan.blocks import (
-    add_dense_blocks,
-    add_pool,
-    add_pooled_blocks,
-    first_stream,
-    hidden_streams,
-)
+from vitrail.plan.blocks import add_dense_blocks, add_pool, add_pooled_blocks, first_stream
 from vitrail.plan.builder import CU_SEQLENS, KV_LENS, TOKEN_ROWS, Builder
-from vitrail.plan.plan import PER_SEQUENCE, PER_TOKEN, Buffer, Plan
+from vitrail.plan.plan import PER_TOKEN, Buffer, Plan
 from vitrail.spec import TextSpec
 from vitrail.weights.layout import text_layout
+
+IDS = Buffer("ids", PER_TOKEN, None, "int32")
+POSITIONS = Buffer("positions", PER_TOKEN, None, "int32")
+INPUTS = (IDS, POSITIONS, CU_SEQLENS, TOKEN_ROWS)
 
 
 @functools.lru_cache(maxsize=256)
 def text_pooled(spec: TextSpec) -> Plan:
     """Packed ids, cut at the pooled token -> ``text.embedding`` (B, D), ``text.status`` (B,)."""
-    x = Buffer("text.stream", PER_TOKEN, spec.blocks.width)
-    build = _embedded(x)
-    pooled = add_pooled_blocks(build, spec.blocks, "text", x)
-    outputs = add_pool(build, spec, "text", pooled)
-    return build.finish("text.pooled", text_layout(spec), outputs)
+    build = Builder("text", spec.blocks, INPUTS)
+    x = build.per_token("stream")
+    build.text_embed(x, IDS, POSITIONS)
+    outputs = add_pool(build, spec, add_pooled_blocks(build, x))
+    return build.finish("pooled", text_layout(spec), outputs)
 
 
 @functools.lru_cache(maxsize=256)
@@ -40,26 +38,14 @@ def text_dense(spec: TextSpec, *, taps: tuple[int, ...] = (), masked: bool = Fal
     ``masked``: the plan has another input, ``kv_lens`` (B,), the number of tokens in each row that
     the attention mask lets through.
     """
-    blocks = spec.blocks
-    kv_lens = KV_LENS if masked else None
-    x = first_stream(blocks, "text", taps)
-    build = _embedded(x, kv_lens)
-    x = add_dense_blocks(build, blocks, "text", x, taps, kv_lens)
-    normalized = Buffer("text.last", PER_TOKEN, blocks.width)
-    pooler = Buffer("text.pooler", PER_SEQUENCE, blocks.width)
-    build.layernorm("text.norm", normalized, x, eps=blocks.eps)
-    build.layernorm("text.pooler", pooler, x, rows=TOKEN_ROWS, eps=blocks.eps, weights="text.norm")
-    outputs = [*hidden_streams(blocks, "text", taps), normalized, pooler]
+    build = Builder("text", spec.blocks, (*INPUTS, KV_LENS) if masked else INPUTS)
+    x = build.per_token(first_stream(taps))
+    build.text_embed(x, IDS, POSITIONS)
+    x = add_dense_blocks(build, x, taps, KV_LENS if masked else None)
+    normalized, pooler = build.per_token("last"), build.per_sequence("pooler")
+    build.layernorm("norm", normalized, x)
+    build.layernorm("pooler", pooler, x, TOKEN_ROWS, weights="text.norm")
+    outputs = [*(build.per_token(f"hidden.{tap}") for tap in taps), normalized, pooler]
     if spec.projection is not None:
-        outputs += add_pool(build, spec, "text", x, TOKEN_ROWS)
-    return build.finish("text.dense", text_layout(spec), outputs)
-
-
-def _embedded(out: Buffer, kv_lens: Buffer | None = None) -> Builder:
-    """A builder whose first step embeds token ids in ``out``."""
-    ids = Buffer("ids", PER_TOKEN, None, "int32")
-    positions = Buffer("positions", PER_TOKEN, None, "int32")
-    inputs = [ids, positions, CU_SEQLENS, TOKEN_ROWS]
-    build = Builder(inputs if kv_lens is None else [*inputs, kv_lens])
-    build.text_embed("text.embed", out, ids=ids, positions=positions)
-    return build
+        outputs += add_pool(build, spec, x, TOKEN_ROWS)
+    return build.finish("dense", text_layout(spec), outputs)

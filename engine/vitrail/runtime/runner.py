@@ -63,24 +63,15 @@ class Runner(ABC):
     def _resize(self, *tensors: Tensor) -> None:
         """The operator `resize`, on the current device."""
 
-    def resize(
-        self,
-        out: Tensor,
-        middle: Tensor,
-        pixels: Tensor,
-        images: Tensor,
-        groups: Tensor,
-        taps: Tensor,
-    ) -> None:
-        """The operator `resize`: write ``out`` (B, h, w, channels) and ``middle`` from ``pixels``.
+    def resize(self, *tensors: Tensor) -> None:
+        """The operator `resize`, with the arguments of `vitrail_kernels.ops.resize.resize_ref`.
 
-        All tensors are on the runner's device; `vitrail_kernels.ops.resize` gives their shapes,
-        dtypes and the tables. On a GPU the work is queued on the current stream. Raises DeviceError
-        if the driver fails.
+        All are on the runner's device. On a GPU the work is queued on the current stream. Raises
+        DeviceError if the driver fails.
         """
         refuse_lost_threads()
         with default_modes(), self._on_device():
-            self._resize(out, middle, pixels, images, groups, taps)
+            self._resize(*tensors)
 
     @abstractmethod
     def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
@@ -150,10 +141,8 @@ class Runner(ABC):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int:
-        """The driver's handle of the current stream; 0 without a GPU.
-
-        The memory of the weights is not reused before the work on every stream that this returned.
-        """
+        """The driver's handle of the current stream, which from now on uses the weights; 0 without
+        a GPU. Their memory is not reused before the work of all such streams is done."""
         if self.device.type != "cuda":
             return 0
         stream = torch.cuda.current_stream(self.device)

@@ -136,8 +136,8 @@ class TextTower:
     def pooled_position(self, ids: Tensor) -> Tensor:
         """(B,) the index of the token that transformers pools in each row of ``ids`` (B, T).
 
-        It is the first end-of-text token, or token 0 of a row that has none. A spec without such a
-        token follows the legacy rule: the first token with the highest id.
+        It is the first end-of-text token, or token 0 if there is none. By the legacy rule
+        (`TextSpec.eos` is None) it is the first token with the highest id.
         """
         key = ids if self.spec.eos is None else (ids == self.spec.eos).int()
         return key.argmax(dim=1)
