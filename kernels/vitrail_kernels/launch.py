@@ -36,8 +36,10 @@ def _why_no_triton(error: ImportError) -> ImportError:
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tl = triton.language
 except ImportError as error:  # CPU-only machines, and platforms without a triton wheel
     MISSING: ImportError | None = _why_no_triton(error)
     """Why triton, and with it every kernel, is missing; None if triton is here."""
@@ -45,24 +47,8 @@ except ImportError as error:  # CPU-only machines, and platforms without a trito
 else:
     MISSING = None
 
-__all__ = [
-    "INTERPRETED",
-    "INTERPRETING",
-    "MISSING",
-    "Call",
-    "Grid",
-    "Target",
-    "cdiv",
-    "check_tensor",
-    "descriptor",
-    "fits_descriptor",
-    "interpreted",
-    "jit",
-    "launch",
-    "target_of",
-    "tl",
-    "triton_version",
-]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""The floating-point dtypes that kernels compute in; float32 only in the interpreter."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

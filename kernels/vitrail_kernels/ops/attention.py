@@ -25,6 +25,7 @@ from vitrail_kernels.configs import KernelConfig, config_key
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.launch import (
+    FLOATS,
     Call,
     Grid,
     Target,
@@ -37,7 +38,6 @@ from vitrail_kernels.launch import (
 from vitrail_kernels.operator import Operator
 from vitrail_kernels.ops.attention_config import attention_config, attention_ladder
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 
 _LN2 = math.log(2.0)

@@ -18,10 +18,9 @@ from vitrail_kernels.configs import KernelConfig, config_key, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stats import CHUNK, stats_ref, stats_shape, store_stats
-from vitrail_kernels.launch import Call, Grid, Target, check_tensor, jit, tl
+from vitrail_kernels.launch import FLOATS, Call, Grid, Target, check_tensor, jit, tl
 from vitrail_kernels.operator import Operator
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 8192
 
 

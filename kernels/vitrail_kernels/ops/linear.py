@@ -169,25 +169,10 @@ def _linear_tma_kernel(
             y = epilogue(
                 part_of(acc, number, PARTS, BLOCK_M, BLOCK_N),
                 x_map.dtype if out_map is None else out_map.dtype,
-                bias_ptr,
-                scale_ptr,
-                residual_ptr,
-                None,
-                row_sums_ptr,
-                stats_ptr,
-                stats_stride,
-                mean,
-                rstd,
-                offs_m,
-                mask_m,
-                part_column,
-                N,
-                NORM,
-                ACTIVATION,
-                GATED,
-                BLOCK_M,
-                PART_N,
-            )
+                bias_ptr, scale_ptr, residual_ptr, None, row_sums_ptr, stats_ptr,
+                stats_stride, mean, rstd, offs_m, mask_m, part_column,
+                N, NORM, ACTIVATION, GATED, BLOCK_M, PART_N,
+            )  # fmt: skip
             if out_map is None:
                 offs_n = part_column + tl.arange(0, PART_N)
                 ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -264,25 +249,10 @@ def _linear_pointer_kernel(
         y = epilogue(
             part_of(acc, number, PARTS, BLOCK_M, BLOCK_N),
             out_ptr.dtype.element_ty,
-            bias_ptr,
-            scale_ptr,
-            residual_ptr,
-            residual_rows_ptr,
-            row_sums_ptr,
-            stats_ptr,
-            stats_stride,
-            mean,
-            rstd,
-            offs_m,
-            mask_m,
-            part_column,
-            N,
-            NORM,
-            ACTIVATION,
-            GATED,
-            BLOCK_M,
-            PART_N,
-        )
+            bias_ptr, scale_ptr, residual_ptr, residual_rows_ptr, row_sums_ptr, stats_ptr,
+            stats_stride, mean, rstd, offs_m, mask_m, part_column,
+            N, NORM, ACTIVATION, GATED, BLOCK_M, PART_N,
+        )  # fmt: skip
         column_out = (part_column // 2 if GATED else part_column) + tl.arange(0, OUT_N)
         ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + column_out[None, :]
         tl.store(ptrs, y, mask=mask_m[:, None] & (column_out < WIDTH)[None, :])

@@ -28,6 +28,7 @@ from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stats import stats_ref, stats_shape, store_stats
 from vitrail_kernels.launch import (
+    FLOATS,
     Call,
     Grid,
     Target,
@@ -43,7 +44,6 @@ from vitrail_kernels.operator import Operator
 UINT8_UNIT = 256
 """The uint8 value that would stand for 1."""
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 K_MULTIPLE = 64
 """The kernel's weight is padded with zeros to a multiple of this along K."""
 
@@ -311,11 +311,8 @@ def _patch_config(
     deep = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
     if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
-    # short runs have many addresses
-    short = step == pixels.element_size() or (
-        target.arch == 80 and not uint8 and patch[1] % 16 != 0
-    )
-    if target.arch not in (80, 90) or short:
+    short_runs = target.arch == 80 and not uint8 and patch[1] % 16 != 0  # with many addresses
+    if target.arch not in (80, 90) or short_runs or step == pixels.element_size():
         why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
         return KernelConfig(64, 128, deep, 4, 3, registers=168, reason=why)
     why = "two blocks an SM: one gathers while one multiplies"
@@ -348,45 +345,21 @@ def _strides(pixels: Tensor) -> tuple[int, int, int]:
     return image, plane, line
 
 
-def _check(
-    out: Tensor,
-    pixels: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    stats: Tensor | None,
-    patch: tuple[int, int],
-    channels: int,
-    prefix: int,
-) -> tuple[int, int]:
-    """The patches across and the values of a patch; raises as `patch_embed_calls` does."""
+def _patch_grid(pixels: Tensor, patch: tuple[int, int], channels: int) -> tuple[int, int]:
+    """The patches down and across. Raises ValueError for a dtype or shape of no pixels."""
     uint8 = pixels.dtype == torch.uint8
     if not uint8 and pixels.dtype not in FLOATS:
         raise ValueError(
             f"patch_embed: pixels: got {pixels.dtype}, wanted uint8 or one of {FLOATS}"
         )
     if pixels.dim() != 4 or pixels.shape[3 if uint8 else 1] != channels:
-        layout = "(B, H, W, {})" if uint8 else "(B, {}, H, W)"
+        layout = f"(B, H, W, {channels})" if uint8 else f"(B, {channels}, H, W)"
         raise ValueError(
             f"patch_embed: pixels: got shape {tuple(pixels.shape)} of {pixels.dtype}, wanted "
-            + layout.format(channels)
+            f"{layout}"
         )
-    if weight.dtype not in FLOATS:
-        raise ValueError(f"patch_embed: weight: got {weight.dtype}, wanted one of {FLOATS}")
-    values, (width, padded) = patch[0] * patch[1] * channels, weight.shape
-    if padded % K_MULTIPLE or padded < values:
-        raise ValueError(
-            f"patch_embed: weight: got {padded} columns, wanted {values} padded with zeros to a "
-            f"multiple of {K_MULTIPLE}"
-        )
-    size = pixels.shape[1:3] if uint8 else pixels.shape[2:]
-    down, across = size[0] // patch[0], size[1] // patch[1]
-    tokens = prefix + down * across
-    rows = pixels.shape[0] * tokens
-    check_tensor("patch_embed: weight", weight, pixels, weight.dtype, (width, padded))
-    check_tensor("patch_embed: table", table, pixels, torch.float32, (tokens, width))
-    check_tensor("patch_embed: out", out, pixels, weight.dtype, (rows, width))
-    check_tensor("patch_embed: stats", stats, pixels, torch.float32, stats_shape(rows, width))
-    return across, values
+    height, width = pixels.shape[1:3] if uint8 else pixels.shape[2:]
+    return height // patch[0], width // patch[1]
 
 
 def patch_embed_calls(
@@ -408,8 +381,21 @@ def patch_embed_calls(
     the configuration that the size would get. Raises ValueError for another shape, dtype or layout,
     and for images of about 2^31 values or more.
     """
-    across, values = _check(out, pixels, weight, table, stats, patch, channels, prefix)
-    (rows, width), (tokens, _) = out.shape, table.shape
+    down, across = _patch_grid(pixels, patch, channels)
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"patch_embed: weight: got {weight.dtype}, wanted one of {FLOATS}")
+    values, (width, padded) = patch[0] * patch[1] * channels, weight.shape
+    if padded % K_MULTIPLE or padded < values:
+        raise ValueError(
+            f"patch_embed: weight: got {padded} columns, wanted {values} padded with zeros to a "
+            f"multiple of {K_MULTIPLE}"
+        )
+    tokens = prefix + down * across
+    rows = pixels.shape[0] * tokens
+    check_tensor("patch_embed: weight", weight, pixels, weight.dtype, (width, padded))
+    check_tensor("patch_embed: table", table, pixels, torch.float32, (tokens, width))
+    check_tensor("patch_embed: out", out, pixels, weight.dtype, (rows, width))
+    check_tensor("patch_embed: stats", stats, pixels, torch.float32, stats_shape(rows, width))
     if out.numel() == 0:
         return []
     image, plane, line = _strides(pixels)
@@ -444,7 +430,7 @@ def patch_embed_calls(
         "stats_stride": rows,
         "WIDTH": width,
         "K": values,
-        "PADDED": weight.shape[1],
+        "PADDED": padded,
         "PREFIX": prefix,
         "RUN": run,
         "LINES": patch[0],
