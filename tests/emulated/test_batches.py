@@ -51,12 +51,12 @@ def differing(ours: Tensor, theirs: Tensor) -> int:
 
 def parts_that_differ(every: Outputs, part: Callable[[int, int], Outputs]) -> dict[str, int]:
     """Outputs of which some number differs in a smaller batch, with how many do."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for first, last in PARTS:
         for name, ours in part(first, last).items():
             if count := differing(ours, every[name][first:last]):
-                found[f"{name} of {first}..{last}"] = count
-    return found
+                result[f"{name} of {first}..{last}"] = count
+    return result
 
 
 def forwards(
@@ -127,12 +127,12 @@ def test_one_rounding_more_in_the_tiles_of_large_batches_is_noticed(
             device.edit = edit
             runner = EmulatedRunner(device, reference.weights, torch.float16)
             model = Tiny({}, runner, device, torch.float16)
-            found = parts_that_differ(*forwards(model, WIDE, plan))
+            result = parts_that_differ(*forwards(model, WIDE, plan))
             runner.close()
             if edit is unfused:
-                assert len(found) >= 3
+                assert len(result) >= 3
             else:
-                assert found == {}
+                assert result == {}
     finally:
         device.edit = unedited
 
@@ -165,9 +165,9 @@ def configurations(
         if tuning:
             tried = list(candidates(problem.op, call.config, device.arch))
             calls = [c for t in tried for c in problem.calls(device.target, {key: t})]
-            own, *others = compile_each([call, *calls], device.arch)
+            own, *other_codes = compile_each([call, *calls], device.arch)
             assert not isinstance(own, str), own
-            for config, code in zip(tried, others, strict=True):
+            for config, code in zip(tried, other_codes, strict=True):
                 fits = not isinstance(code, str) and code.shared <= SHARED_LIMIT[device.arch]
                 if fits and order_of_sums(code) == order_of_sums(own):
                     yield key, config
@@ -178,7 +178,7 @@ def check_configurations(problem: Problem, device: Device, tuning: bool) -> int:
     tensors = fill(problem, torch.device("cpu"), 0)
     names = [name for name in ("out", "stats") if name in tensors]
     start = {name: tensors[name].clone() for name in names}
-    wanted: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     tried = list(configurations(problem, device, tuning))
     for key, config in tried:
         for name in names:
@@ -187,7 +187,7 @@ def check_configurations(problem: Problem, device: Device, tuning: bool) -> int:
             run_call(call, device.arch)
         for name in names:
             ours = tensors[name].clone()
-            count = differing(ours, wanted.setdefault(name, ours))
+            count = differing(ours, expected.setdefault(name, ours))
             assert count == 0, f"{key}: {config}: {count} numbers of {name} differ"
     return len(tried)
 

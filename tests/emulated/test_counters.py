@@ -117,17 +117,17 @@ def test_patch_embed_reads_little_more_than_its_bytes(
     counts = counters.count(call, arch)
     lines = [line for line in counts.lines if line.memory == "global"]
     pixels = [line for line in lines if GATHER.fullmatch(line.source)]
-    others = [line for line in lines if line not in pixels]
+    other_lines = [line for line in lines if line not in pixels]
     tiles_across = -(-spec.blocks.width // call.config.block_n)
     apart = pixel_sectors(spec, side, images, uint8, call.config.block_k)
     assert 0 < sum(line.actual for line in pixels) <= tiles_across * apart
     # beside pixels of short runs sm_80's wide tiles lack registers for more addresses of the table
     wide_table = arch == 80 and call.config.block_n == 128 and spec.patch == (14, 14)
-    for line in others:
+    for line in other_lines:
         table_load = line.opcode == "ld.global.v4.b32"
         assert line.actual <= (2 if wide_table and table_load else 1) * line.ideal, vars(line)
     memory = counts.memory("global")
-    allowed = sum(line.ideal for line in others) + tiles_across * apart
+    allowed = sum(line.ideal for line in other_lines) + tiles_across * apart
     assert memory["actual"] <= 1.3 * allowed
     if spec.patch == (16, 16):
         assert memory["actual"] <= 1.3 * memory["ideal"]

@@ -62,9 +62,9 @@ def edited(text: str, old: str, new: str) -> str:
 
 def check_message(message: str, fault: str) -> None:
     """``message`` is that of the page, addresses, sites and numbers apart."""
-    wanted = re.escape(re.sub(r"\[\.\.\.\]|\.\.\.$", "@REST@", FAULTS[fault]))
-    wanted = re.sub(r"0x[0-9a-f]+|\d+", "@NUMBER@", wanted)
-    form = wanted.replace("@REST@", ".*").replace("@NUMBER@", r"(?:0x[0-9a-f]+|\d+)")
+    expected = re.escape(re.sub(r"\[\.\.\.\]|\.\.\.$", "@REST@", FAULTS[fault]))
+    expected = re.sub(r"0x[0-9a-f]+|\d+", "@NUMBER@", expected)
+    form = expected.replace("@REST@", ".*").replace("@NUMBER@", r"(?:0x[0-9a-f]+|\d+)")
     assert re.fullmatch(form, message, re.DOTALL), f"got {message}, wanted {FAULTS[fault]}"
 
 

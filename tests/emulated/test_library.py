@@ -227,10 +227,10 @@ def test_the_example_prints_pythons_own_embedding(
     run = subprocess.run([*command, *files], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"{exported.folder} on stand-in sm_{device.arch}")
-    wanted = python.encode_image(pixels)
+    expected = python.encode_image(pixels)
     printed = re.findall(r"^\S+\.ppm: (.*) \.\.\. similarity", run.stdout, re.M)
-    assert printed == [" ".join(f"{x:8.5f}" for x in row) for row in wanted[:, :3].tolist()]
-    assert np.unique(wanted.numpy(), axis=0).shape == (3, wanted.shape[1])
+    assert printed == [" ".join(f"{x:8.5f}" for x in row) for row in expected[:, :3].tolist()]
+    assert np.unique(expected.numpy(), axis=0).shape == (3, expected.shape[1])
 
 
 def test_both_architectures_were_exported(exported: Export) -> None:

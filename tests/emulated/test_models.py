@@ -80,15 +80,15 @@ def test_image_outputs_are_those_of_a_plain_model(
     model, spec, head = tiny(family), VISION[family], HEADS.get(family)
     pixels = images(BATCH, spec.image)
     exact = normalised(pixels)
-    given = pixels if uint8 else exact.float().contiguous()
+    arguments = pixels if uint8 else exact.float().contiguous()
     for plan in plans_of(spec, head, uint8):
-        out = model.outputs(seeds, lambda plan=plan: see(model.runner, spec, plan, given))
+        out = model.outputs(seeds, lambda plan=plan: see(model.runner, spec, plan, arguments))
         for name, ours in out.items():
             if name == "vision.status":
                 assert not ours.any()
                 continue
-            wanted = formula(plan, name, spec, head, exact)
-            check(f"{plan.name}: {name}", ours, model.tensors, wanted, model.dtype)
+            expected = formula(plan, name, spec, head, exact)
+            check(f"{plan.name}: {name}", ours, model.tensors, expected, model.dtype)
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
@@ -109,12 +109,12 @@ def test_text_outputs_are_those_of_a_plain_model(tiny: Open, seeds: Sequence[int
                 assert not ours.any()
                 continue
             streams = name.startswith(("text.hidden.", "text.last"))
-            found = ours.view(12, 17, -1) if streams else ours
+            result = ours.view(12, 17, -1) if streams else ours
 
             def wanted(t: Tensors, name: str = name) -> Tensor:
                 return text_outputs(TEXT, t, ids, ends)[name]
 
-            check(f"{plan.name}: {name}", found, model.tensors, wanted, model.dtype)
+            check(f"{plan.name}: {name}", result, model.tensors, wanted, model.dtype)
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
@@ -124,8 +124,8 @@ def test_images_of_another_size_are_those_of_a_plain_model(tiny: Open, family: s
     larger = (spec.image[0] + 2 * spec.patch[0] + 1, spec.image[1] + spec.patch[1])
     pixels, plan = images(BATCH, larger), vision_pooled(spec, uint8=True)
     out = model.outputs(FEW, lambda: see(model.runner, spec, plan, pixels))["vision.embedding"]
-    wanted = formula(plan, "vision.embedding", spec, None, normalised(pixels))
-    check("embedding", out, model.tensors, wanted, model.dtype)
+    expected = formula(plan, "vision.embedding", spec, None, normalised(pixels))
+    check("embedding", out, model.tensors, expected, model.dtype)
 
 
 def test_launches_overlap_from_sm_90_on(tiny: Open, device: Device) -> None:

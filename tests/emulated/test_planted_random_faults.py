@@ -37,8 +37,8 @@ def change_register(line: str, registers: list[str], numbers: random.Random) -> 
     if not matches:
         return line
     match = numbers.choice(matches)
-    others = [name for name in registers if re.fullmatch(rf"{match[1]}\d+", name)]
-    return f"{line[: match.start()]}{numbers.choice(others)}{line[match.end() :]}"
+    other_registers = [name for name in registers if re.fullmatch(rf"{match[1]}\d+", name)]
+    return f"{line[: match.start()]}{numbers.choice(other_registers)}{line[match.end() :]}"
 
 
 def damaged(ptx: str, numbers: random.Random) -> str:

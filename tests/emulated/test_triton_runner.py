@@ -71,8 +71,8 @@ def test_images_have_the_executors_bits(
         vision_pooled(spec, uint8=True),
         vision_dense(spec, head, uint8=True, taps=taps),
     ):
-        wanted = see(model.runner, spec, plan, pixels)
-        check(lambda plan=plan: see(runner, spec, plan, pixels), wanted, seeds, schedules)
+        expected = see(model.runner, spec, plan, pixels)
+        check(lambda plan=plan: see(runner, spec, plan, pixels), expected, seeds, schedules)
 
 
 @pytest.mark.parametrize("schedules", COUNTS)
@@ -81,6 +81,6 @@ def test_texts_have_the_executors_bits(tiny: Open, seeds: list[int], schedules: 
     lengths = (5, 9, TEXT.context, 3)
     texts = [torch.randint(1, TEXT.vocab - 1, (n,)) for n in lengths]
     ends = [n - 1 for n in lengths]
-    wanted = read(model.runner, plan, texts, ends)
+    expected = read(model.runner, plan, texts, ends)
     runner = runner_of(model.runner, model.dtype)
-    check(lambda: read(runner, plan, texts, ends), wanted, seeds, schedules)
+    check(lambda: read(runner, plan, texts, ends), expected, seeds, schedules)

@@ -157,10 +157,10 @@ class Module:
         if len(values) != len(parameters):
             raise ValueError(f"got {len(values)} values, wanted {len(parameters)} parameters")
         buffer = bytearray(size)
-        for index, (value, (offset, wanted)) in enumerate(zip(values, parameters, strict=True)):
-            if len(value) != wanted:
-                raise ValueError(f"parameter {index}: got {len(value)} bytes, wanted {wanted}")
-            buffer[offset : offset + wanted] = value
+        for index, (value, (offset, expected)) in enumerate(zip(values, parameters, strict=True)):
+            if len(value) != expected:
+                raise ValueError(f"parameter {index}: got {len(value)} bytes, wanted {expected}")
+            buffer[offset : offset + expected] = value
         return bytes(buffer)
 
     def _parameters(self, kernel: str | None) -> tuple[int, list[tuple[int, int]]]:

@@ -65,9 +65,9 @@ def attention_call(arch: int) -> tuple[Call, torch.Tensor, torch.Tensor]:
     out = torch.empty(2 * 53, 128).half()
     form: dict[str, Any] = {"heads": 2, "causal": True, "max_seqlen": 53}
     (call, *_) = attention.attention_calls(Target(arch, 4), out, qkv, offsets, **form)
-    wanted = torch.empty(out.shape, dtype=torch.double)
-    attention.attention_ref(wanted, qkv.double(), offsets, **form)
-    return call, out, wanted
+    expected = torch.empty(out.shape, dtype=torch.double)
+    attention.attention_ref(expected, qkv.double(), offsets, **form)
+    return call, out, expected
 
 
 @pytest.mark.slow
@@ -76,11 +76,11 @@ def attention_call(arch: int) -> tuple[Call, torch.Tensor, torch.Tensor]:
 def test_kernels_of_other_architectures(make: Any, arch: int) -> None:
     """sm_89 and sm_120 too: mma.sync with tensor maps, pairs of fp32, extremes of three."""
     torch.manual_seed(0)
-    call, out, wanted = make(arch)
+    call, out, expected = make(arch)
     run_call(call, arch, [out])
-    exact = wanted.half()  # the best that fp16 can do
-    error = (exact.double() - wanted).abs().max()
-    assert (out.double() - wanted).abs().max() <= 4 * error
+    exact = expected.half()  # the best that fp16 can do
+    error = (exact.double() - expected).abs().max()
+    assert (out.double() - expected).abs().max() <= 4 * error
 
 
 @pytest.mark.slow

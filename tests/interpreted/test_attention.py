@@ -131,12 +131,12 @@ def test_equal_lengths_read_no_offsets_and_change_no_bit(
     tokens: int, causal: bool, target: Target
 ) -> None:
     batch, qkv = 3, packed_qkv(3 * tokens, 1, 16, torch.float16)
-    wanted = run(qkv, [tokens] * batch, 1, causal, target=target)
+    expected = run(qkv, [tokens] * batch, 1, causal, target=target)
     out = Guarded(batch * tokens, 16, dtype=torch.float16)
     wrong = torch.full((batch + 1,), -(1 << 30), dtype=torch.int32)
     sizes: dict[str, Any] = {"heads": 1, "causal": causal, "max_seqlen": tokens}
     launch(attention_calls(target, out.out, qkv, wrong, equal_lengths=True, **sizes))
-    assert same_bits(out.done(), wanted)
+    assert same_bits(out.done(), expected)
     with pytest.raises(ValueError, match="equal_lengths: wanted sequences of one length"):
         attention_calls(target, out.out, qkv, wrong[:2], equal_lengths=True, **sizes)
 
@@ -171,8 +171,8 @@ def test_a_sequence_has_the_same_bits_alone_and_anywhere(causal: bool, target: T
     lengths = [9, 77, 33]
     qkv = packed_qkv(sum(lengths), 1, 32, torch.float16)
     together = run(qkv, lengths, 1, causal, target=target).split(lengths)
-    for rows, length, wanted in zip(qkv.split(lengths), lengths, together, strict=True):
-        assert same_bits(run(rows, [length], 1, causal, target=target), wanted)
+    for rows, length, expected in zip(qkv.split(lengths), lengths, together, strict=True):
+        assert same_bits(run(rows, [length], 1, causal, target=target), expected)
 
 
 @ARCH
@@ -185,8 +185,8 @@ def test_no_sequence_sees_another(head_dim: int, causal: bool, target: Target) -
     for good in range(len(lengths)):
         other = poisoned(*qkv.shape)
         other.split(lengths)[good].copy_(qkv.split(lengths)[good])
-        got = run(other, lengths, 1, causal, target=target).split(lengths)
-        assert same_bits(got[good], clean[good])
+        result = run(other, lengths, 1, causal, target=target).split(lengths)
+        assert same_bits(result[good], clean[good])
 
 
 @ARCH
@@ -197,8 +197,8 @@ def test_no_sequence_sees_another(head_dim: int, causal: bool, target: Target) -
 def test_only_the_first_kv_lens_keys_are_seen(
     tokens: int, dtype: torch.dtype, causal: bool, target: Target
 ) -> None:
-    seen = [tokens, 16, 1, min(64, tokens - 1)]
-    judge(packed_qkv(4 * tokens, 1, 16, dtype), [tokens] * 4, 1, causal, seen, target)
+    kv_lens = [tokens, 16, 1, min(64, tokens - 1)]
+    judge(packed_qkv(4 * tokens, 1, 16, dtype), [tokens] * 4, 1, causal, kv_lens, target)
 
 
 @CAUSAL
@@ -207,26 +207,26 @@ def test_queries_without_a_key_give_zero(causal: bool) -> None:
     qkv = packed_qkv(3 * 20, 2, 16, torch.float16)
     ours = run(qkv, [20] * 3, 2, causal, [20, 0, 5])
     out = torch.full_like(ours, float("nan"))
-    seen = torch.tensor([20, 0, 5], dtype=torch.int32)
-    attention_ref(out, qkv, offsets([20] * 3), seen, heads=2, causal=causal, max_seqlen=20)
+    kv_lens = torch.tensor([20, 0, 5], dtype=torch.int32)
+    attention_ref(out, qkv, offsets([20] * 3), kv_lens, heads=2, causal=causal, max_seqlen=20)
     assert same_bits(ours[20:40], torch.zeros_like(ours[20:40]))
     assert same_bits(out[20:40], ours[20:40])
-    whole = run(qkv, [20] * 3, 2, causal)
-    assert same_bits(ours[:20], whole[:20])
+    unmasked = run(qkv, [20] * 3, 2, causal)
+    assert same_bits(ours[:20], unmasked[:20])
 
 
 @ARCH
 @CAUSAL
 def test_keys_past_kv_lens_change_no_bit(causal: bool, target: Target) -> None:
-    seen, tokens = [70, 64, 9], 70
+    kv_lens, tokens = [70, 64, 9], 70
     qkv = packed_qkv(3 * tokens, 1, 32, torch.float16)
-    clean = run(qkv, [tokens] * 3, 1, causal, seen, target).split(tokens)
+    clean = run(qkv, [tokens] * 3, 1, causal, kv_lens, target).split(tokens)
     other = poisoned(*qkv.shape)
-    for now, rows, length in zip(other.split(tokens), qkv.split(tokens), seen, strict=True):
-        now[:length] = rows[:length]
-    got = run(other, [tokens] * 3, 1, causal, seen, target).split(tokens)
-    for ours, wanted, length in zip(got, clean, seen, strict=True):
-        assert same_bits(ours[:length], wanted[:length])
+    for changed, rows, length in zip(other.split(tokens), qkv.split(tokens), kv_lens, strict=True):
+        changed[:length] = rows[:length]
+    result = run(other, [tokens] * 3, 1, causal, kv_lens, target).split(tokens)
+    for ours, expected, length in zip(result, clean, kv_lens, strict=True):
+        assert same_bits(ours[:length], expected[:length])
 
 
 @EITHER
@@ -322,15 +322,15 @@ def test_what_it_refuses() -> None:
 def test_the_launcher_and_its_reference_agree() -> None:
     lengths = [9, 20]
     qkv = packed_qkv(29, 2, 16, torch.float32)
-    ours, wanted = torch.full((2, 29, 32), float("nan"))
+    ours, expected = torch.full((2, 29, 32), float("nan"))
     scalars = {"heads": 2, "max_seqlen": 20}
     ATTENTION.launch(ours, qkv, offsets(lengths), causal=True, **scalars)
-    attention_ref(wanted, qkv, offsets(lengths), causal=True, **scalars)
-    assert_close(ours, wanted)
-    ours, wanted = torch.full((2, 2, 32), float("nan"))
-    for form, out in ((ATTENTION_ONE.launch, ours), (attention_one_ref, wanted)):
+    attention_ref(expected, qkv, offsets(lengths), causal=True, **scalars)
+    assert_close(ours, expected)
+    ours, expected = torch.full((2, 2, 32), float("nan"))
+    for form, out in ((ATTENTION_ONE.launch, ours), (attention_one_ref, expected)):
         form(out, qkv[:2, :32].clone(), qkv[:, 32:].clone(), offsets(lengths), **scalars)
-    assert_close(ours, wanted)
+    assert_close(ours, expected)
 
 
 # -- attention_one ---------------------------------------------------------------------------------
@@ -371,10 +371,10 @@ def test_one_query_over_nothing() -> None:
     assert same_bits(run_one(normal(2, 16), torch.empty(0, 32), [0, 0], 2), torch.zeros(2, 16))
     q, kv = one_query_case([3, 0, 4], 2, 8, torch.float32)
     ours = run_one(q, kv, [3, 0, 4], 2)
-    wanted = torch.full_like(ours, float("nan"))
-    attention_one_ref(wanted, q, kv, offsets([3, 0, 4]), heads=2, max_seqlen=4)
+    expected = torch.full_like(ours, float("nan"))
+    attention_one_ref(expected, q, kv, offsets([3, 0, 4]), heads=2, max_seqlen=4)
     assert same_bits(ours[1], torch.zeros(16))
-    assert_close(ours, wanted)
+    assert_close(ours, expected)
 
 
 @EITHER

@@ -70,6 +70,6 @@ def test_what_lies_past_the_rows_of_a_call_changes_no_bit(monkeypatch: pytest.Mo
     images, texts = torch.randn(1, 3, 56, 56), ["red circle", "a"]
     assert same_bits(roomy.encode_image(images), plain.encode_image(images))
     assert same_bits(roomy.encode_text(texts), plain.encode_text(texts))
-    found, wanted = (model.forward(pixel_values=images) for model in (roomy, plain))
-    assert same_bits(found.image_embeds, wanted.image_embeds)
+    result, expected = (model.forward(pixel_values=images) for model in (roomy, plain))
+    assert same_bits(result.image_embeds, expected.image_embeds)
     assert RoomyRunner.maps > 50

@@ -54,11 +54,11 @@ def judge(x: Tensor, eps: float = EPS, target: Target = TARGETS[0]) -> None:
     reference = explicit_norm(x.double(), eps) * gamma.double() + beta.double()
     peer = F.layer_norm(x, (x.shape[1],), gamma.to(x.dtype), beta.to(x.dtype), eps)
     check(out, reference, peer, "layernorm")
-    wanted = torch.empty(stats.shape, dtype=torch.float64)
-    stats_ref(wanted, out.double())
+    expected = torch.empty(stats.shape, dtype=torch.float64)
+    stats_ref(expected, out.double())
     chunks = len(stats) // 2
-    assert_close(stats[:chunks], wanted[:chunks], name="sums")
-    assert_close(stats[chunks:], wanted[chunks:], name="squares")
+    assert_close(stats[:chunks], expected[:chunks], name="sums")
+    assert_close(stats[chunks:], expected[chunks:], name="squares")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,8 +102,8 @@ def test_equal_values_come_out_as_beta(width: int, eps: float, dtype: torch.dtyp
     x = values[:, None].expand(5, width).to(dtype)
     gamma, beta = affine(width)
     out, _ = run(x, gamma, beta, eps=eps)
-    wanted = beta.double().expand(5, width)
-    check(out, wanted, wanted.to(dtype), "equal values")
+    expected = beta.double().expand(5, width)
+    check(out, expected, expected.to(dtype), "equal values")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,13 +125,13 @@ def test_no_row_sees_another(width: int, dtype: torch.dtype, poison: float) -> N
     out, stats = run(x, *weights)
     x[17] = poison
     x[18, width - 1] = poison
-    now, its = run(x, *weights)
+    changed, its = run(x, *weights)
     keep = torch.ones(41, dtype=torch.bool)
     keep[17:19] = False
-    assert same_bits(now[keep], out[keep])
+    assert same_bits(changed[keep], out[keep])
     assert same_bits(its[:, keep], stats[:, keep])
     if poison != poison:
-        assert now[~keep].isnan().all()
+        assert changed[~keep].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -41,8 +41,8 @@ def run(
 
     Every input ends at an unreadable page.
     """
-    given = [None if t is None else at_page_end(t) for t in operands]
-    x, weight, _, _, residual, rows, residual_rows = given
+    arguments = [None if t is None else at_page_end(t) for t in operands]
+    x, weight, _, _, residual, rows, residual_rows = arguments
     assert x is not None
     assert weight is not None
     m = next((len(r) for r in (rows, residual_rows) if r is not None), x.shape[0])
@@ -51,15 +51,15 @@ def run(
     if alias:
         assert residual is not None
         guarded.out.copy_(residual)
-        given[4] = guarded.out
+        arguments[4] = guarded.out
     x_stats = row_sums = None
     if scalars.get("norm_eps") is not None:
         x_stats = at_page_end(torch.empty(stats_shape(*x.shape)))
         stats_ref(x_stats, x)
         row_sums = at_page_end(weight.float().sum(1))
     stats = torch.full(stats_shape(m, n), torch.nan)
-    wanted = None if scalars.get("gated") else stats
-    launch(linear_calls(target, guarded.out, *given, x_stats, row_sums, wanted, **scalars))
+    expected = None if scalars.get("gated") else stats
+    launch(linear_calls(target, guarded.out, *arguments, x_stats, row_sums, expected, **scalars))
     return guarded.done(), stats
 
 
@@ -71,9 +71,9 @@ def check(target: Target, m: int, n: int, k: int, dtype: torch.dtype, **has: Any
     assert_close(ours, explicit_linear(*operands, **formula), peer, name="linear")
     if scalars["gated"]:
         return
-    wanted = torch.empty_like(stats, dtype=torch.float64)
-    stats_ref(wanted, ours.double())
-    assert_close(stats, wanted, name="statistics")
+    expected = torch.empty_like(stats, dtype=torch.float64)
+    stats_ref(expected, ours.double())
+    assert_close(stats, expected, name="statistics")
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -132,9 +132,9 @@ def test_a_poisoned_row_changes_no_other(poison: float, target: Target) -> None:
         assert tensor is not None
         tensor[[0, 64, 129]] = poison
     dirty, dirty_stats = run(target, operands, **scalars)
-    others = [row for row in range(130) if row not in (0, 64, 129)]
-    assert same_bits(clean[others], dirty[others])
-    assert same_bits(clean_stats[:, others], dirty_stats[:, others])
+    other_rows = [row for row in range(130) if row not in (0, 64, 129)]
+    assert same_bits(clean[other_rows], dirty[other_rows])
+    assert same_bits(clean_stats[:, other_rows], dirty_stats[:, other_rows])
     if poison != poison:
         assert dirty[[0, 64, 129]].isnan().all()
 
@@ -169,8 +169,8 @@ def test_statistics_hold_where_the_mean_is_a_thousand_deviations() -> None:
     stats_ref(stats, x)
     mean, rstd = mean_rstd_ref(stats, 200, 1e-6)
     assert_close(mean, x.double().mean(1), name="mean")
-    wanted = (x.double().var(1, correction=0) + 1e-6).rsqrt()
-    assert_close(rstd, wanted, name="1 / deviation")
+    expected = (x.double().var(1, correction=0) + 1e-6).rsqrt()
+    assert_close(rstd, expected, name="1 / deviation")
 
 
 def test_no_rows_launch_nothing() -> None:

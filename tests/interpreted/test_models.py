@@ -56,16 +56,16 @@ def test_fp32_equals_transformers_field_by_field(architecture: str, tmp_path: Pa
     assert_same(ours.forward(**given, output_hidden_states=True), outputs(theirs, given))
     if architecture in IMAGE_ARCHITECTURES:
         pixels = given["pixel_values"]
-        wanted = image_embedding(theirs, pixels)
-        assert_close(ours.encode_image(pixels), wanted, what="model", name="encode_image")
+        expected = image_embedding(theirs, pixels)
+        assert_close(ours.encode_image(pixels), expected, what="model", name="encode_image")
     if ours.spec.head is not None:
-        found = ours.classify(given["pixel_values"]).logits
+        result = ours.classify(given["pixel_values"]).logits
         with torch.no_grad():
-            assert_close(found, theirs(**given).logits, what="scores", name="classify")
+            assert_close(result, theirs(**given).logits, what="scores", name="classify")
     if architecture in TEXT_ARCHITECTURES:
         ids = given["input_ids"]
-        wanted = text_embedding(theirs, ids)
-        assert_close(ours.encode_text(ids), wanted, what="model", name="encode_text")
+        expected = text_embedding(theirs, ids)
+        assert_close(ours.encode_text(ids), expected, what="model", name="encode_text")
 
 
 @pytest.mark.parametrize(
@@ -83,22 +83,22 @@ def test_fp16_errs_at_most_twice_as_pytorch_does(
     given = arguments(architecture, theirs.config, batch=4)
     ours = opened(tmp_path, "float16")
     out = ours.forward(**given, output_hidden_states=True)
-    wanted = outputs(theirs, given)
+    expected = outputs(theirs, given)
     halved = {k: v.half() if v.is_floating_point() else v for k, v in given.items()}
-    assert_same(out, wanted, outputs(theirs.half(), halved))
+    assert_same(out, expected, outputs(theirs.half(), halved))
 
 
 @FP32
 def test_another_size_and_intermediate_layers(tmp_path: Path) -> None:
     theirs = save(make("Dinov2WithRegistersModel", **SWIGLU), tmp_path)
     pixels = torch.randn(2, 3, 51, 35)
-    given = {"pixel_values": pixels}
+    arguments = {"pixel_values": pixels}
     ours = opened(tmp_path, "float32")
-    assert_same(ours.forward(**given, output_hidden_states=True), outputs(theirs, given))
+    assert_same(ours.forward(**arguments, output_hidden_states=True), outputs(theirs, arguments))
     reference = vitrail.load(tmp_path, backend="torch")
-    found = ours.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
-    wanted = reference.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
-    for (a, a_class), (b, b_class) in zip(found, wanted, strict=True):
+    result = ours.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
+    expected = reference.get_intermediate_layers(pixels, n=2, reshape=True, return_class_token=True)
+    for (a, a_class), (b, b_class) in zip(result, expected, strict=True):
         assert_close(a, b, what="model", name="patches")
         assert_close(a_class, b_class, what="model", name="class token")
 

@@ -43,9 +43,9 @@ DTYPES = (torch.float16, torch.float32)
 def padded(weight: Tensor, extra: int = 0) -> Tensor:
     """With zeros up to a multiple of 64 columns, and ``extra`` more."""
     rows, values = weight.shape
-    whole = torch.zeros(rows, -(-values // 64) * 64 + extra, dtype=weight.dtype)
-    whole[:, :values] = weight
-    return whole
+    stored = torch.zeros(rows, -(-values // 64) * 64 + extra, dtype=weight.dtype)
+    stored[:, :values] = weight
+    return stored
 
 
 def run(
@@ -82,8 +82,8 @@ def judge(
     out: Tensor, stats: Tensor, pixels: Tensor, kernel: Tensor, table: Tensor, prefix: int
 ) -> None:
     """The output within the rules, its statistics those of what was written, special rows exact."""
-    wanted = explicit_patches(pixels, kernel, table, prefix)
-    check(out, wanted, convolved(pixels, kernel, table, prefix), "patch_embed")
+    expected = explicit_patches(pixels, kernel, table, prefix)
+    check(out, expected, convolved(pixels, kernel, table, prefix), "patch_embed")
     first = table[:prefix].to(out.dtype).expand(out.shape[0], -1, -1)
     assert same_bits(out[:, :prefix], first), "special tokens are not the table's"
     exact = torch.empty(stats.shape, dtype=torch.float64)
@@ -182,14 +182,14 @@ def test_an_image_smaller_than_a_patch_is_special_tokens_alone() -> None:
 def test_the_operator_is_the_call_with_or_without_statistics(uint8: bool) -> None:
     pixels, weight, table, _ = patch_case(2, (9, 9), (4, 4), uint8=uint8, dtype=torch.float16)
     weight = padded(weight)
-    wanted, its = run(pixels, weight, table, (4, 4), 1, Target(90, 3))
-    out, stats = torch.empty_like(wanted).flatten(0, 1), torch.empty_like(its)
+    expected, its = run(pixels, weight, table, (4, 4), 1, Target(90, 3))
+    out, stats = torch.empty_like(expected).flatten(0, 1), torch.empty_like(its)
     scalars: dict[str, Any] = {"patch": (4, 4), "channels": 3, "prefix": 1}
     PATCH_EMBED.launch(out, pixels, weight, table, stats, **scalars)
-    assert same_bits(out, wanted.flatten(0, 1))
+    assert same_bits(out, expected.flatten(0, 1))
     assert same_bits(stats, its)
     PATCH_EMBED.launch(out.zero_(), pixels, weight, table, **scalars)
-    assert same_bits(out, wanted.flatten(0, 1))
+    assert same_bits(out, expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -197,9 +197,9 @@ def test_the_reference_writes_the_same_statistics(dtype: torch.dtype) -> None:
     pixels, weight, table, _ = patch_case(2, (9, 9), (4, 4), uint8=True, dtype=dtype, width=72)
     out, stats = Guarded(10, 72, dtype=dtype), Guarded(4, 10, dtype=torch.float32)
     reference(out.out, pixels, weight, table, stats.out, patch=(4, 4), channels=3, prefix=1)
-    wanted = torch.empty(4, 10)
-    stats_ref(wanted, out.done())
-    assert same_bits(stats.done(), wanted)
+    expected = torch.empty(4, 10)
+    stats_ref(expected, out.done())
+    assert same_bits(stats.done(), expected)
 
 
 def test_statistics_are_traffic() -> None:
@@ -246,13 +246,13 @@ def test_no_patch_sees_another_nor_the_remainder(
     assert same_bits(its, stats)
     pixels[0] = poison
     pixels[1, :, 4:8, 8:12] = poison  # image 1, patch row 1, column 2
-    now, its = run(pixels, weight, table, (4, 4), 1, target)
+    changed, its = run(pixels, weight, table, (4, 4), 1, target)
     keep = torch.ones(3, table.shape[0], dtype=torch.bool)
     keep[0, 1:] = False
     keep[1, 1 + 4 + 2] = False
-    assert same_bits(now[keep], clean[keep])
+    assert same_bits(changed[keep], clean[keep])
     assert same_bits(its[:, keep.flatten()], stats[:, keep.flatten()])
-    assert not same_bits(now[~keep], clean[~keep])
+    assert not same_bits(changed[~keep], clean[~keep])
 
 
 def test_no_uint8_patch_sees_another_nor_the_remainder() -> None:
@@ -263,11 +263,11 @@ def test_no_uint8_patch_sees_another_nor_the_remainder() -> None:
     pixels[:, :, 28:] ^= 255
     assert same_bits(run(pixels, weight, table, (14, 14), 1)[0], clean)
     pixels[1, 14:28, :14] ^= 255  # image 1, patch row 1, column 0
-    now, _ = run(pixels, weight, table, (14, 14), 1)
+    changed, _ = run(pixels, weight, table, (14, 14), 1)
     keep = torch.ones(3, table.shape[0], dtype=torch.bool)
     keep[1, 1 + 2] = False
-    assert same_bits(now[keep], clean[keep])
-    assert not same_bits(now, clean)
+    assert same_bits(changed[keep], clean[keep])
+    assert not same_bits(changed, clean)
 
 
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
@@ -282,7 +282,7 @@ def test_a_crop_of_larger_images_is_read_in_place(uint8: bool, patch: tuple[int,
     size = 2 * patch[0] + 3, 2 * patch[1] + 1
     pixels, weight, table, _ = patch_case(3, size, patch, uint8=uint8, dtype=torch.float16)
     weight = padded(weight)
-    wanted, _ = run(pixels, weight, table, patch, 1)
+    expected, _ = run(pixels, weight, table, patch, 1)
     top, left, bottom, right = 2, 5, 3, 4
     edges = (0, 0, left, right, top, bottom) if uint8 else (left, right, top, bottom)
     fill = 77 if uint8 else float("nan")
@@ -290,14 +290,14 @@ def test_a_crop_of_larger_images_is_read_in_place(uint8: bool, patch: tuple[int,
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     crop = whole[:, rows, columns] if uint8 else whole[:, :, rows, columns]
     assert not crop.is_contiguous()
-    assert same_bits(run(crop, weight, table, patch, 1)[0], wanted)
+    assert same_bits(run(crop, weight, table, patch, 1)[0], expected)
 
 
 def test_one_plane_for_all_channels_is_read_in_place() -> None:
     pixels, weight, table, _ = patch_case(2, (9, 9), (4, 4), uint8=False, dtype=torch.float16)
     grey = pixels[:, :1].expand(-1, 3, -1, -1)
-    wanted, _ = run(grey.contiguous(), padded(weight), table, (4, 4), 1)
-    assert same_bits(run(grey, padded(weight), table, (4, 4), 1)[0], wanted)
+    expected, _ = run(grey.contiguous(), padded(weight), table, (4, 4), 1)
+    assert same_bits(run(grey, padded(weight), table, (4, 4), 1)[0], expected)
 
 
 def test_images_past_two_billion_bytes() -> None:
@@ -308,8 +308,8 @@ def test_images_past_two_billion_bytes() -> None:
     memory = torch.frombuffer(mmap.mmap(-1, batch * stride, flags=kind), dtype=torch.uint8)
     far = memory.as_strided(pixels.shape, (stride, *pixels.stride()[1:]))
     far.copy_(pixels)
-    wanted, _ = run(pixels, padded(weight), table, (8, 8), 1)
-    assert same_bits(run(far, padded(weight), table, (8, 8), 1)[0], wanted)
+    expected, _ = run(pixels, padded(weight), table, (8, 8), 1)
+    assert same_bits(run(far, padded(weight), table, (8, 8), 1)[0], expected)
 
 
 # -- the call --------------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ def test_loads_are_as_wide_as_every_address_allows(
     pixels = torch.empty(shape, dtype=stored, device="meta")
     (call,) = calls_of(pixels, patch, channels)
     assert call.arguments["ALIGN"] == numbers
-    places = torch.arange(pixels.numel()).view(shape) if uint8 else None
-    if places is not None:  # the first number of every run of every patch
-        runs = places[:, : size[0] // patch * patch, : size[1] // patch * patch : patch, 0]
+    positions = torch.arange(pixels.numel()).view(shape) if uint8 else None
+    if positions is not None:  # the first number of every run of every patch
+        runs = positions[:, : size[0] // patch * patch, : size[1] // patch * patch : patch, 0]
         assert not (runs % numbers).any()
         assert numbers == 16 or (runs % (2 * numbers)).any()
     assert call.arguments["PREFETCH"] == (numbers * stored.itemsize < 4)

@@ -38,9 +38,9 @@ def run(
     weight, batch = ends.get("weight"), len(x) if rows is None else len(rows)
     width = x.shape[1] if weight is None else len(weight)
     out, status = Guarded(batch, width, dtype=torch.float32), Guarded(batch, dtype=torch.int32)
-    given = {name: None if end is None else at_page_end(end) for name, end in ends.items()}
+    arguments = {name: None if end is None else at_page_end(end) for name, end in ends.items()}
     rows = None if rows is None else at_page_end(rows)
-    calls = pool_calls(target, out.out, status.out, at_page_end(x), **given, rows=rows, eps=eps)
+    calls = pool_calls(target, out.out, status.out, at_page_end(x), **arguments, rows=rows, eps=eps)
     launch(calls)
     return out.done(), status.done()
 
@@ -208,12 +208,12 @@ def test_the_status_looks_at_every_value() -> None:
     top = torch.finfo(torch.float32).max
     out.out.copy_(normal(13, columns))
     out.out[12] = torch.tensor([top, -top]).repeat(columns // 2)
-    places = (0, 1, 511, 1023, 1024, 1099)
-    for row, place in enumerate(places):
+    positions = (0, 1, 511, 1023, 1024, 1099)
+    for row, place in enumerate(positions):
         out.out[2 * row, place] = (float("nan"), float("inf"), -float("inf"))[row % 3]
     second.launch()
     out.done()
-    assert status.done().tolist() == [1, 0] * len(places) + [0]
+    assert status.done().tolist() == [1, 0] * len(positions) + [0]
 
 
 def test_a_projection_that_overflows_is_marked() -> None:
@@ -240,10 +240,10 @@ def test_rows_past_two_to_the_31_elements(kind: str) -> None:
     x = torch.empty(count, 64, dtype=torch.float16)
     last, two = normal(2, 64, dtype=torch.float16), [count - 1, count - 3]
     x[two] = last
-    wanted, _ = run(last, ends)
-    out, status = torch.empty_like(wanted), torch.empty(2, dtype=torch.int32)
+    expected, _ = run(last, ends)
+    out, status = torch.empty_like(expected), torch.empty(2, dtype=torch.int32)
     POOL.launch(out, status, x, **ends, rows=torch.tensor(two, dtype=torch.int32), eps=EPS)
-    assert same_bits(out, wanted)
+    assert same_bits(out, expected)
     assert status.tolist() == [0, 0]
 
 

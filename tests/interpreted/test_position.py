@@ -112,21 +112,21 @@ def test_a_row_reaches_only_the_cells_it_weighs_in(
     table, special, bias = case(table_grid, 1, 24)
     clean = run(table, special, bias, table_grid, grid, antialias)
     table[1 + y * table_grid[1] + x] = poison
-    now = run(table, special, bias, table_grid, grid, antialias)
+    changed = run(table, special, bias, table_grid, grid, antialias)
     down, across = matrices(table_grid, grid, antialias)
     reached = (down[:, y, None].abs() > 1e-6) & (across[None, :, x].abs() > 1e-6)
     keep = torch.cat([torch.ones(1, dtype=torch.bool), ~reached.flatten()])
     assert 1 < keep.sum() < len(keep)
-    assert same_bits(now[keep], clean[keep])
-    assert ((now != clean)[~keep]).all()
+    assert same_bits(changed[keep], clean[keep])
+    assert ((changed != clean)[~keep]).all()
 
 
 def test_the_operator_is_the_call() -> None:
     table, special, bias = case((3, 3), 1, 24)
-    wanted = run(table, special, bias, (3, 3), (4, 2), True)
-    out = torch.empty_like(wanted)
+    expected = run(table, special, bias, (3, 3), (4, 2), True)
+    out = torch.empty_like(expected)
     POSITION.launch(out, table, special, bias, table_grid=(3, 3), grid=(4, 2), antialias=True)
-    assert same_bits(out, wanted)
+    assert same_bits(out, expected)
 
 
 # -- the call --------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_no_images_launch_nothing() -> None:
 def test_what_it_refuses(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
     batch = mixed()
     tables = batch.tables()
-    given = {
+    arguments = {
         "out": torch.empty(5, 11, 46, 3).byte(),
         "middle": torch.empty(tables.middle).byte(),
         "pixels": batch.pixels(),
@@ -194,7 +194,7 @@ def test_what_it_refuses(name: str, change: Callable[[Tensor], Tensor], message:
         "groups": tables.groups,
         "taps": tables.taps,
     }
-    resize_calls(TARGETS[0], **given)
-    given[name] = change(given[name])
+    resize_calls(TARGETS[0], **arguments)
+    arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
-        resize_calls(TARGETS[0], **given)
+        resize_calls(TARGETS[0], **arguments)

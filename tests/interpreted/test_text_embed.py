@@ -41,54 +41,54 @@ def indices(count: int, below: int) -> Tensor:
 @pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_it_adds_a_row_of_each_table(width: int, tokens: int, dtype: torch.dtype) -> None:
     token, position = normal(30, width, dtype=dtype), normal(13, width)
-    ids, places = indices(tokens, 30), indices(tokens, 13)
-    out, stats = run(ids, places, token, position, TARGETS[tokens % 2])
-    reference = token.double()[ids.long()] + position.double()[places.long()]
-    peer = F.embedding(ids, token) + F.embedding(places, position.to(dtype))
+    ids, positions = indices(tokens, 30), indices(tokens, 13)
+    out, stats = run(ids, positions, token, position, TARGETS[tokens % 2])
+    reference = token.double()[ids.long()] + position.double()[positions.long()]
+    peer = F.embedding(ids, token) + F.embedding(positions, position.to(dtype))
     check(out, reference, peer, "text_embed")
-    wanted = torch.empty(stats.shape, dtype=torch.float64)
-    stats_ref(wanted, out.double())
+    expected = torch.empty(stats.shape, dtype=torch.float64)
+    stats_ref(expected, out.double())
     chunks = len(stats) // 2
-    assert_close(stats[:chunks], wanted[:chunks], name="sums")
-    assert_close(stats[chunks:], wanted[chunks:], name="squares")
+    assert_close(stats[:chunks], expected[:chunks], name="sums")
+    assert_close(stats[chunks:], expected[chunks:], name="squares")
 
 
 def test_positions_stay_fp32_until_the_sum() -> None:
     """Every sum is exact in fp32 here, so one rounding is the only difference allowed."""
     token = torch.randint(-8, 9, (30, 48)).half()
     position = torch.randint(-4096, 4097, (13, 48)) / 4096
-    ids, places = indices(33, 30), indices(33, 13)
-    exact = token.double()[ids.long()] + position.double()[places.long()]
-    assert same_bits(run(ids, places, token, position)[0], exact.half())
+    ids, positions = indices(33, 30), indices(33, 13)
+    exact = token.double()[ids.long()] + position.double()[positions.long()]
+    assert same_bits(run(ids, positions, token, position)[0], exact.half())
 
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_token_sees_another(dtype: torch.dtype, poison: float) -> None:
     token, position = normal(30, 200, dtype=dtype), normal(13, 200)
-    ids, places = indices(33, 30), indices(33, 13)
+    ids, positions = indices(33, 30), indices(33, 13)
     ids[ids == 29] = 28
     ids[5] = 29
-    out, stats = run(ids, places, token, position)
-    for table, used in ((token, ids), (position, places)):
+    out, stats = run(ids, positions, token, position)
+    for table, used in ((token, ids), (position, positions)):
         unused = torch.ones(len(table), dtype=torch.bool)
         unused[used.long()] = False
         table[unused] = poison
     token[29] = poison
-    now, its = run(ids, places, token, position)
+    changed, its = run(ids, positions, token, position)
     keep = torch.arange(33) != 5
-    assert same_bits(now[keep], out[keep])
+    assert same_bits(changed[keep], out[keep])
     assert same_bits(its[:, keep], stats[:, keep])
-    assert not same_bits(now, out)
+    assert not same_bits(changed, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_has_the_same_bits_alone_and_anywhere(dtype: torch.dtype) -> None:
     tables = normal(30, 200, dtype=dtype), normal(13, 200)
-    ids, places = indices(33, 30), indices(33, 13)
-    out, stats = run(ids, places, *tables)
+    ids, positions = indices(33, 30), indices(33, 13)
+    out, stats = run(ids, positions, *tables)
     for row in (0, 15, 32):
-        alone, its = run(ids[row : row + 1], places[row : row + 1], *tables)
+        alone, its = run(ids[row : row + 1], positions[row : row + 1], *tables)
         assert same_bits(alone, out[row : row + 1])
         assert same_bits(its, stats[:, row : row + 1])
 
@@ -99,10 +99,10 @@ def test_what_a_table_does_not_have_comes_out_as_nan(dtype: torch.dtype) -> None
     tables = normal(30, 48, dtype=dtype), normal(13, 48)
     edge = 2**31 - 1
     ids = torch.tensor([29, 30, -1, edge, -edge - 1, 3, 3, 3, 3], dtype=torch.int32)
-    places = torch.tensor([12, 1, 1, 1, 1, 13, -1, edge, 0], dtype=torch.int32)
-    out, stats = run(ids, places, *tables)
+    positions = torch.tensor([12, 1, 1, 1, 1, 13, -1, edge, 0], dtype=torch.int32)
+    out, stats = run(ids, positions, *tables)
     good = torch.tensor([0, 8])
-    assert same_bits(out[good], run(ids[good], places[good], *tables)[0])
+    assert same_bits(out[good], run(ids[good], positions[good], *tables)[0])
     assert out[1:8].isnan().all()
     assert stats[:, 1:8].isnan().all()
 
@@ -120,11 +120,11 @@ def test_a_table_past_two_to_the_31_elements() -> None:
     token, position = torch.empty(count, 64, dtype=torch.float16), normal(13, 64)
     rows, ids = normal(2, 64, dtype=torch.float16), [count - 1, count - 3]
     token[ids] = rows
-    places = torch.tensor([3, 12], dtype=torch.int32)
+    positions = torch.tensor([3, 12], dtype=torch.int32)
     out = Guarded(2, 64, dtype=torch.float16)
-    TEXT_EMBED.launch(out.out, torch.tensor(ids, dtype=torch.int32), places, token, position)
+    TEXT_EMBED.launch(out.out, torch.tensor(ids, dtype=torch.int32), positions, token, position)
     few = torch.tensor([0, 1], dtype=torch.int32)
-    assert same_bits(out.done(), run(few, places, rows, position)[0])
+    assert same_bits(out.done(), run(few, positions, rows, position)[0])
 
 
 def test_what_it_refuses() -> None:

@@ -56,18 +56,18 @@ TOUCHES = re.compile(
 def check_overlap(code: KernelCode) -> None:
     """The wait stands before all that touches memory, branches or returns; the signal after it."""
     ptx = re.sub(r"//.*", "", code.ptx).partition(".entry")[2]
-    where = f"sm_{code.arch} {code.name}"
+    location = f"sm_{code.arch} {code.name}"
     if code.arch < 90:
-        assert "griddepcontrol" not in ptx, f"{where}: no such instruction there"
+        assert "griddepcontrol" not in ptx, f"{location}: no such instruction there"
         return
-    assert (ptx.count(WAIT), ptx.count(NEXT)) == (1, 1), f"{where}: {ptx.count(WAIT)} waits"
+    assert (ptx.count(WAIT), ptx.count(NEXT)) == (1, 1), f"{location}: {ptx.count(WAIT)} waits"
     before, _, after = ptx.partition(WAIT)
-    assert TOUCHES.findall(before) == [], f"{where}: before the wait"
+    assert TOUCHES.findall(before) == [], f"{location}: before the wait"
     between, _, rest = after.partition(NEXT)
-    assert TOUCHES.findall(between) == [], f"{where}: between wait and signal"
+    assert TOUCHES.findall(between) == [], f"{location}: between wait and signal"
     # a block of the next kernel takes tensor memory before it waits, and keeps it: all blocks of
     # this one must have theirs, or both would wait for ever
-    assert "tcgen05.alloc" not in rest, f"{where}: tensor memory is taken after the signal"
+    assert "tcgen05.alloc" not in rest, f"{location}: tensor memory is taken after the signal"
 
 
 LOOSE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz|\.sat)*\.(?:f|bf)(?:16|32)(?:x2)?\b")
@@ -76,8 +76,8 @@ LOOSE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz|\.sat)*\.(?:f|bf)(?:16|32)(?:x2)?
 
 def check_contraction(code: KernelCode) -> None:
     """Only kernels say where a product and a sum are one instruction."""
-    where = f"sm_{code.arch} {code.name}"
-    assert LOOSE.findall(code.ptx) == [], f"{where}: {Counter(LOOSE.findall(code.ptx))}"
+    location = f"sm_{code.arch} {code.name}"
+    assert LOOSE.findall(code.ptx) == [], f"{location}: {Counter(LOOSE.findall(code.ptx))}"
 
 
 def check_groups(code: KernelCode) -> None:
@@ -93,29 +93,31 @@ def check_groups(code: KernelCode) -> None:
 
 def check(launch: Step, call: Call, code: KernelCode) -> None:
     """What must hold of every kernel of a model."""
-    where = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
+    location = f"sm_{code.arch} {launch.label} {code.name} {call.config}"
     check_overlap(code)
     check_contraction(code)
-    assert code.stack <= STACK, f"{where}: {code.stack} bytes of stack"
-    assert code.spills == 0 or 0 < code.stack <= STACK, f"{where}: {code.spills} spills"
-    assert code.shared <= SHARED_LIMIT[code.arch], f"{where}: {code.shared} bytes shared"
-    assert code.blocks >= call.config.ctas, f"{where}: {code.blocks} blocks fit"
-    assert not any(name.startswith(("DFMA", "DADD", "DMUL")) for name in code.instructions), where
+    assert code.stack <= STACK, f"{location}: {code.stack} bytes of stack"
+    assert code.spills == 0 or 0 < code.stack <= STACK, f"{location}: {code.spills} spills"
+    assert code.shared <= SHARED_LIMIT[code.arch], f"{location}: {code.shared} bytes shared"
+    assert code.blocks >= call.config.ctas, f"{location}: {code.blocks} blocks fit"
+    assert not any(name.startswith(("DFMA", "DADD", "DMUL")) for name in code.instructions), (
+        location
+    )
     if launch.op not in PRODUCTS or code.name == "_pool_status_kernel":
         return
-    assert code.instructions[MMA[code.arch]] > 0, f"{where}: {code.tensor_core}"
-    assert set(code.tensor_core) == {MMA[code.arch]}, f"{where}: {code.tensor_core}"
+    assert code.instructions[MMA[code.arch]] > 0, f"{location}: {code.tensor_core}"
+    assert set(code.tensor_core) == {MMA[code.arch]}, f"{location}: {code.tensor_core}"
     check_groups(code)
     if launch.op in ("linear", "attention"):
         maps = code.instructions[TMA_LOAD]
         gathered = {"rows", "residual_rows"} & launch.tensors.keys()
         if code.arch >= 90 and not gathered:
-            assert maps > 0, f"{where}: no tensor maps"
+            assert maps > 0, f"{location}: no tensor maps"
             # beside a residual a result leaves in the layout in which that came
             stores = launch.op == "linear" and "residual" not in launch.tensors
-            assert (code.instructions[TMA_STORE] > 0) == stores, f"{where}: tensor map out"
+            assert (code.instructions[TMA_STORE] > 0) == stores, f"{location}: tensor map out"
         else:
-            assert code.instructions[ASYNC_COPY] > 0, f"{where}: no cp.async"
+            assert code.instructions[ASYNC_COPY] > 0, f"{location}: no cp.async"
 
 
 def compiled(
@@ -177,19 +179,19 @@ def test_the_other_architectures_in_full(name: str, arch: int) -> None:
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 def test_all_tiles_of_linear_add_in_one_order(arch: int, dtype: torch.dtype) -> None:
     """On a GPU the bits of a row then depend on neither the tile nor the batch."""
-    found = []
+    result = []
     tiles = set()
     for batch in (1, 8, 256):
         for launch in steps(SHAPES["ViT-B/16"], dtype, batch):
             if launch.label == "down":
                 (call,) = launch.calls(target(arch))
                 tiles.add((call.config.block_m, call.config.block_n))
-                found.append(order_of_sums(compile_call(call, arch)))
+                result.append(order_of_sums(compile_call(call, arch)))
     assert len(tiles) >= 3, f"only {tiles} were compared"
-    for order in found:
+    for order in result:
         kinds = {kind for kind, *_ in order}
         assert kinds == {"product", "reduction"}, f"no statistics in the code: {order}"
-        assert order == found[0]
+        assert order == result[0]
 
 
 def test_a_tile_of_another_family_is_told_apart() -> None:
@@ -241,9 +243,9 @@ def test_rows_of_any_alignment_are_one_kernel() -> None:
         x, out = torch.empty(m, 768, **half), torch.empty(m, 768, **half)
         rows = torch.empty(m, dtype=torch.int32, device="meta")
         weight = torch.empty(768, 768, **half)
-        for given in ({}, {"rows": rows}):
-            (call,) = linear_calls(Target(90, 1), out, x, weight, **given)
-            codes.add((*identity(call)[:2], len(given), identity(call)))
+        for arguments in ({}, {"rows": rows}):
+            (call,) = linear_calls(Target(90, 1), out, x, weight, **arguments)
+            codes.add((*identity(call)[:2], len(arguments), identity(call)))
     per_tile = Counter(code[:3] for code in codes)
     assert set(per_tile.values()) == {1}, per_tile
 

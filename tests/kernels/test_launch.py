@@ -55,11 +55,11 @@ class Kernel:
 def test_a_call_hands_over_its_grid_arguments_and_options() -> None:
     kernel, x = Kernel(), torch.zeros(1)
     launch([Call(kernel, Grid(13, block=2, times=2), {"x": x, "m": 3}, CONFIG)])
-    ((grid, given),) = kernel.seen
+    ((grid, arguments),) = kernel.seen
     assert grid == (14,)
-    assert given.pop("x") is x
+    assert arguments.pop("x") is x
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False, "maxnreg": 128}
-    assert given == {"m": 3, **options}
+    assert arguments == {"m": 3, **options}
 
 
 def test_a_grid_without_blocks_launches_nothing() -> None:
@@ -166,9 +166,9 @@ def linear_call(gpu: Target, m: int, n: int, k: int, **more: Any) -> Call:
 
 def attention_call(gpu: Target, longest: int, batch: int, heads: int = 12, **more: Any) -> Call:
     tokens, width = batch * longest, 64 * heads
-    given = empty(tokens, width), empty(tokens, 3 * width), empty(batch + 1, dtype=torch.int32)
+    arguments = empty(tokens, width), empty(tokens, 3 * width), empty(batch + 1, dtype=torch.int32)
     more = {"causal": False, **more}
-    (call,) = attention_calls(gpu, *given, heads=heads, max_seqlen=longest, **more)
+    (call,) = attention_calls(gpu, *arguments, heads=heads, max_seqlen=longest, **more)
     return call
 
 
@@ -176,10 +176,10 @@ def patch_call(gpu: Target, batch: int, patch: int, width: int, dtype: torch.dty
     rows, columns = batch * (1 + (224 // patch) ** 2), -(-3 * patch**2 // 64) * 64
     uint8 = dtype == torch.uint8
     pixels = empty(*((batch, 224, 224, 3) if uint8 else (batch, 3, 224, 224)), dtype=dtype)
-    given = empty(rows, width), pixels, empty(width, columns)
+    arguments = empty(rows, width), pixels, empty(width, columns)
     table = empty(rows // batch, width, dtype=torch.float32)
     scalars = {"patch": (patch, patch), "channels": 3, "prefix": 1}
-    (call,) = patch_embed_calls(gpu, *given, table, **scalars)
+    (call,) = patch_embed_calls(gpu, *arguments, table, **scalars)
     return call
 
 
@@ -312,16 +312,16 @@ def every_call(batch: int, tokens: int) -> Iterator[Call]:
 
 def numbers(batch: int, tokens: int) -> list[dict[str, int]]:
     """What a call gives a kernel besides tensors and constants."""
-    found = []
+    result = []
     for call in every_call(batch, tokens):
-        given = {"grid rows": call.grid.rows, "grid times": call.grid.times, "rows": call.rows}
+        arguments = {"grid rows": call.grid.rows, "grid times": call.grid.times, "rows": call.rows}
         for parameter in call.kernel.params:
             value = call.arguments[parameter.name]
             if not parameter.is_constexpr and isinstance(value, int):
                 assert parameter.do_not_specialize, f"{call.kernel.__name__}: {parameter.name}"
-                given[f"{call.kernel.__name__} {parameter.name}"] = value
-        found.append(given)
-    return found
+                arguments[f"{call.kernel.__name__} {parameter.name}"] = value
+        result.append(arguments)
+    return result
 
 
 @pytest.mark.skipif(interpreted(), reason="interpreted: kernels have no parameters")

@@ -53,9 +53,9 @@ class Guarded:
 
     def done(self) -> Tensor:
         """The output; every guard row is as it was."""
-        now = bits(self.whole)
-        assert torch.equal(now[:GUARD], self.before[:GUARD]), "wrote before its output"
-        assert torch.equal(now[-GUARD:], self.before[-GUARD:]), "wrote past its output"
+        changed = bits(self.whole)
+        assert torch.equal(changed[:GUARD], self.before[:GUARD]), "wrote before its output"
+        assert torch.equal(changed[-GUARD:], self.before[-GUARD:]), "wrote past its output"
         return self.out
 
 
@@ -238,11 +238,11 @@ def run_linear(operands: list[Tensor | None], alias: bool, **scalars: Any) -> Te
     assert weight is not None
     picked = next((len(r) for r in (rows, residual_rows) if r is not None), x.shape[0])
     guarded = Guarded(picked, weight.shape[0] // (2 if scalars["gated"] else 1), dtype=x.dtype)
-    given = list(operands)
+    arguments = list(operands)
     if alias and residual is not None:
         guarded.out.copy_(residual)
-        given[4] = guarded.out
-    call("linear", guarded.out, *given, **scalars)
+        arguments[4] = guarded.out
+    call("linear", guarded.out, *arguments, **scalars)
     return guarded.done()
 
 
@@ -360,11 +360,11 @@ def test_no_row_of_linear_sees_another(
                 continue
             kept = operand[at].clone()
             operand[at] = poison
-            got = run_linear(operands, alias, **scalars)
+            result = run_linear(operands, alias, **scalars)
             operand[at] = kept
-            others = torch.arange(operand.shape[0]) if index is None else index.long()
-            assert same_bits(got[others != at], clean[others != at])
-            assert not same_bits(got, clean) or bool((others != at).all())
+            other_rows = torch.arange(operand.shape[0]) if index is None else index.long()
+            assert same_bits(result[other_rows != at], clean[other_rows != at])
+            assert not same_bits(result, clean) or bool((other_rows != at).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -510,8 +510,8 @@ def test_attention_of_packed_sequences(
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_sees_only_the_first_kv_lens_keys(dtype: torch.dtype, causal: bool) -> None:
-    for seen in ([20, 9, 1], [1, 1, 1], [20, 20, 20], [19, 20, 2]):
-        check_attention([20] * 3, 64, dtype, causal=causal, seen=seen)
+    for kv_lens in ([20, 9, 1], [1, 1, 1], [20, 20, 20], [19, 20, 2]):
+        check_attention([20] * 3, 64, dtype, causal=causal, seen=kv_lens)
 
 
 def test_attention_refuses_kv_lens_over_sequences_of_several_lengths() -> None:
@@ -545,24 +545,24 @@ def test_no_sequence_of_attention_sees_another(
     for bad in range(len(lengths)):
         poisoned = qkv.clone()
         poisoned.split(lengths)[bad].fill_(poison)
-        got = run_attention(poisoned, lengths, 2, causal).split(lengths)
+        result = run_attention(poisoned, lengths, 2, causal).split(lengths)
         for i in range(len(lengths)):
-            assert i == bad or same_bits(got[i], clean[i]), f"{bad} changed {i}"
+            assert i == bad or same_bits(result[i], clean[i]), f"{bad} changed {i}"
 
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_past_kv_lens_change_no_bit(dtype: torch.dtype, causal: bool, poison: float) -> None:
-    seen, tokens = [20, 9, 1], 20
+    kv_lens, tokens = [20, 9, 1], 20
     qkv = packed_qkv(3 * tokens, 2, 64, dtype)
-    clean = run_attention(qkv, [tokens] * 3, 2, causal, seen).clone().split(tokens)
+    clean = run_attention(qkv, [tokens] * 3, 2, causal, kv_lens).clone().split(tokens)
     poisoned = qkv.clone()
-    for rows, length in zip(poisoned.split(tokens), seen, strict=True):
+    for rows, length in zip(poisoned.split(tokens), kv_lens, strict=True):
         rows[length:] = poison
-    got = run_attention(poisoned, [tokens] * 3, 2, causal, seen).split(tokens)
-    for ours, wanted, length in zip(got, clean, seen, strict=True):
-        assert same_bits(ours[:length], wanted[:length])
+    result = run_attention(poisoned, [tokens] * 3, 2, causal, kv_lens).split(tokens)
+    for ours, expected, length in zip(result, clean, kv_lens, strict=True):
+        assert same_bits(ours[:length], expected[:length])
 
 
 # -- attention_one ---------------------------------------------------------------------------------
@@ -641,9 +641,9 @@ def test_no_sequence_of_one_query_sees_another(
         other_q, other_kv = q.clone(), kv.clone()
         other_q[bad] = poison
         other_kv.split(lengths)[bad].fill_(poison)
-        got = run_attention_one(other_q, other_kv, lengths, 2)
+        result = run_attention_one(other_q, other_kv, lengths, 2)
         keep = torch.arange(len(lengths)) != bad
-        assert same_bits(got[keep], clean[keep])
+        assert same_bits(result[keep], clean[keep])
 
 
 # -- patch_embed -----------------------------------------------------------------------------------
@@ -821,11 +821,11 @@ def test_no_patch_sees_another_nor_the_remainder(dtype: torch.dtype, poison: flo
     edge[:, :, :, 16:] = poison
     assert same_bits(run_patch_embed(edge, weight, table, (4, 4), 1), clean)
     pixels[1, :, 4:8, 8:12] = poison  # image 1, patch row 1, column 2
-    got = run_patch_embed(pixels, weight, table, (4, 4), 1)
+    result = run_patch_embed(pixels, weight, table, (4, 4), 1)
     keep = torch.ones(3, table.shape[0], dtype=torch.bool)
     keep[1, 1 + 4 + 2] = False
-    assert same_bits(got[keep], clean[keep])
-    assert not same_bits(got, clean)
+    assert same_bits(result[keep], clean[keep])
+    assert not same_bits(result, clean)
 
 
 # -- position --------------------------------------------------------------------------------------
@@ -956,12 +956,12 @@ def run_text_embed(ids: Tensor, places: Tensor, token: Tensor, position: Tensor)
 def test_text_embed_adds_a_row_of_each_table(tokens: int, dtype: torch.dtype) -> None:
     token, position = normal(30, 24, dtype=dtype), normal(13, 24)
     ids = torch.randint(30, (tokens,), dtype=torch.int32)
-    places = torch.randint(13, (tokens,), dtype=torch.int32)
-    wanted = torch.empty(tokens, 24, dtype=torch.float64)
-    for row, (i, p) in enumerate(zip(ids.tolist(), places.tolist(), strict=True)):
-        wanted[row] = token[i].double() + position[p].double()
-    peer = F.embedding(ids, token) + F.embedding(places, position.to(dtype))
-    check(run_text_embed(ids, places, token, position), wanted, peer, "text_embed")
+    positions = torch.randint(13, (tokens,), dtype=torch.int32)
+    expected = torch.empty(tokens, 24, dtype=torch.float64)
+    for row, (i, p) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
+        expected[row] = token[i].double() + position[p].double()
+    peer = F.embedding(ids, token) + F.embedding(positions, position.to(dtype))
+    check(run_text_embed(ids, positions, token, position), expected, peer, "text_embed")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -970,26 +970,26 @@ def test_positions_of_texts_stay_fp32_until_the_sum(dtype: torch.dtype) -> None:
     token = torch.randint(-8, 9, (30, 24)).to(dtype)
     position = torch.randint(-4096, 4097, (13, 24)) / 4096
     ids = torch.randint(30, (50,), dtype=torch.int32)
-    places = torch.randint(13, (50,), dtype=torch.int32)
-    exact = token.double()[ids.long()] + position.double()[places.long()]
-    assert same_bits(run_text_embed(ids, places, token, position), exact.to(dtype))
+    positions = torch.randint(13, (50,), dtype=torch.int32)
+    exact = token.double()[ids.long()] + position.double()[positions.long()]
+    assert same_bits(run_text_embed(ids, positions, token, position), exact.to(dtype))
 
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_text_embed_reads_only_the_rows_it_names(dtype: torch.dtype, poison: float) -> None:
     token, position = normal(30, 24, dtype=dtype), normal(13, 24)
-    ids, places = torch.tensor([3, 3, 29, 4]).int(), torch.tensor([0, 1, 12, 3]).int()
-    clean = run_text_embed(ids, places, token, position).clone()
-    for table, used in ((token, ids), (position, places)):
+    ids, positions = torch.tensor([3, 3, 29, 4]).int(), torch.tensor([0, 1, 12, 3]).int()
+    clean = run_text_embed(ids, positions, token, position).clone()
+    for table, used in ((token, ids), (position, positions)):
         unused = torch.ones(len(table), dtype=torch.bool)
         unused[used.long()] = False
         table[unused] = poison
-    assert same_bits(run_text_embed(ids, places, token, position), clean)
+    assert same_bits(run_text_embed(ids, positions, token, position), clean)
     token[29] = poison
-    got = run_text_embed(ids, places, token, position)
-    assert same_bits(got[[0, 1, 3]], clean[[0, 1, 3]])
-    assert not same_bits(got, clean)
+    result = run_text_embed(ids, positions, token, position)
+    assert same_bits(result[[0, 1, 3]], clean[[0, 1, 3]])
+    assert not same_bits(result, clean)
 
 
 def run_layernorm(
@@ -1066,8 +1066,10 @@ def test_pool_with_a_projection_is_its_formula(rows: list[int] | None, dtype: to
     picked = x if index is None else x[index.long()]
     for shift in (bias, None):
         out, status = run_pool(x, index, projection=(weight, shift))
-        wanted = explicit_norm(picked.double(), EPS) @ weight.double().t()
-        assert_close(out, wanted if shift is None else wanted + shift.double(), name="projected")
+        expected = explicit_norm(picked.double(), EPS) @ weight.double().t()
+        assert_close(
+            out, expected if shift is None else expected + shift.double(), name="projected"
+        )
         assert status.tolist() == [0] * len(out)
 
 
@@ -1082,8 +1084,8 @@ def test_pool_without_a_projection_is_its_formula(
     picked = x if index is None else x[index.long()]
     for eps in (1e-12, 1e-5, 0.5):
         out, status = run_pool(x, index, affine=(gamma, beta), eps=eps)
-        wanted = explicit_norm(picked.double(), eps) * gamma.double() + beta.double()
-        assert_close(out, wanted, name="normalised")
+        expected = explicit_norm(picked.double(), eps) * gamma.double() + beta.double()
+        assert_close(out, expected, name="normalised")
         assert status.tolist() == [0] * len(out)
 
 
@@ -1223,9 +1225,9 @@ def test_attention_flops_are_those_of_its_two_products(lengths: list[int]) -> No
         over_sequences(plain_attention, qkv, lengths, heads, False)
     full = cost_of("attention", *operands, heads=heads, causal=False, lengths=lengths)
     assert full.flops == counter.get_total_flops()
-    seen = sum(int(torch.ones(n, n).tril().sum()) for n in lengths)
+    kv_lens = sum(int(torch.ones(n, n).tril().sum()) for n in lengths)
     causal = cost_of("attention", *operands, heads=heads, causal=True, lengths=lengths)
-    assert causal.flops == 2 * (2 * heads * head_dim) * seen
+    assert causal.flops == 2 * (2 * heads * head_dim) * kv_lens
     assert full.bytes == 4 * (3 * tokens * width + tokens * width + len(lengths) + 1)
 
 

@@ -89,16 +89,16 @@ def resized(batch: Batch, run: Run) -> Tensor:
     """What ``run`` makes; all it reads and writes ends at a page that nobody may touch."""
     tables = batch.tables()
     shape = len(batch.images), *batch.window, batch.channels
-    whole = torch.full((shape[0] + GUARD, *shape[1:]), SENTINEL, dtype=torch.uint8)
-    whole = at_page_end(whole)
+    padded = torch.full((shape[0] + GUARD, *shape[1:]), SENTINEL, dtype=torch.uint8)
+    padded = at_page_end(padded)
     middle = at_page_end(torch.full(tables.middle, SENTINEL, dtype=torch.uint8))
     pixels = batch.pixels()
     assert tables.pixels == len(pixels)
     images, groups, taps = map(at_page_end, tables[:3])
     tables = tables._replace(images=images, groups=groups, taps=taps)
-    run(whole[GUARD:], middle, at_page_end(pixels), tables)
-    assert (whole[:GUARD] == SENTINEL).all(), "wrote before its output"
-    return whole[GUARD:]
+    run(padded[GUARD:], middle, at_page_end(pixels), tables)
+    assert (padded[:GUARD] == SENTINEL).all(), "wrote before its output"
+    return padded[GUARD:]
 
 
 def reference(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
@@ -107,8 +107,8 @@ def reference(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables)
 
 def differing(batch: Batch, run: Run, wanted: Tensor) -> list[str]:
     """The images that do not have the bits of ``wanted``."""
-    found = resized(batch, run)
-    wrong = (found != wanted).flatten(1).any(1).nonzero()
+    result = resized(batch, run)
+    wrong = (result != wanted).flatten(1).any(1).nonzero()
     return [batch.describe(int(number)) for number in wrong]
 
 
@@ -246,9 +246,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def compare(count: int, seed: int, runs: Sequence[Run]) -> None:
     for batch in batches(count, seed):
-        wanted = pillow(batch)
+        expected = pillow(batch)
         for run in runs:
-            assert differing(batch, run, wanted) == []
+            assert differing(batch, run, expected) == []
 
 
 def test_random_resizes_have_the_bits_of_pillow(host: Run) -> None:
@@ -287,9 +287,9 @@ def test_it_is_what_the_engine_does_on_the_host(name: str, host: Run) -> None:
     corners = [(rows.start - rows.before, columns.start - columns.before) for rows, columns in axes]
     targets = [(rows.full, columns.full) for rows, columns in axes]
     batch = Batch(images, targets, corners, (axes[0][0].out, axes[0][1].out), spec.resample)
-    wanted = [torch.from_numpy(crop_pixels(image, spec)) for image in images]
+    expected = [torch.from_numpy(crop_pixels(image, spec)) for image in images]
     for run in (reference, host):
-        assert differing(batch, run, torch.stack(wanted)) == []
+        assert differing(batch, run, torch.stack(expected)) == []
 
 
 @pytest.mark.parametrize("resample", FILTERS.values(), ids=FILTERS)
@@ -301,9 +301,9 @@ def test_a_unit_in_the_last_place_of_a_weight_shows(resample: int, host: Run) ->
         )
         corner = ((full - kept) // 2, 0)
         batch = Batch([lines], [(full, 20_000)], [corner], (kept, 20_000), resample)
-        wanted = pillow(batch)
-        assert differing(batch, reference, wanted) == []
-        assert differing(batch, host, wanted) == []
+        expected = pillow(batch)
+        assert differing(batch, reference, expected) == []
+        assert differing(batch, host, expected) == []
 
 
 @pytest.mark.parametrize("width", [7, 8, 21, 22])
@@ -313,12 +313,12 @@ def test_nothing_is_written_past_a_line(width: int, shift: int, host: Run) -> No
     image = content(random.Random(width), 9, 30, 3)
     batch = Batch([image], [(5, 30)], [(2, 4)], (1, width), 3)
     tables, count = batch.tables(), 3 * width
-    whole = torch.full((16 + count + 32,), SENTINEL, dtype=torch.uint8)
-    out = whole[shift : shift + count].view(1, 1, width, 3)
+    padded = torch.full((16 + count + 32,), SENTINEL, dtype=torch.uint8)
+    out = padded[shift : shift + count].view(1, 1, width, 3)
     host(out, torch.empty(tables.middle, dtype=torch.uint8), batch.pixels(), tables)
     assert torch.equal(out, pillow(batch))
-    assert (whole[:shift] == SENTINEL).all()
-    assert (whole[shift + count :] == SENTINEL).all()
+    assert (padded[:shift] == SENTINEL).all()
+    assert (padded[shift + count :] == SENTINEL).all()
 
 
 def test_no_image_is_no_work(host: Run) -> None:
@@ -333,14 +333,14 @@ def test_no_image_is_no_work(host: Run) -> None:
 def test_a_difference_is_seen(host: Run) -> None:
     """One weight off by 2^-15 shows; so would any other error of one in the last place."""
     batch = extreme("a photo", 3)
-    wanted = pillow(batch)
+    expected = pillow(batch)
 
     def off(out: Tensor, middle: Tensor, pixels: Tensor, tables: ResizeTables) -> None:
         rows = int(tables.images[0, 6])
         tables.taps[rows + 2 * 224 : rows + 3 * 224] += 128
         host(out, middle, pixels, tables)
 
-    assert differing(batch, off, wanted) == [batch.describe(0)]
+    assert differing(batch, off, expected) == [batch.describe(0)]
 
 
 # -- the tables ------------------------------------------------------------------------------------
@@ -355,13 +355,13 @@ def test_only_the_lines_and_columns_that_reach_the_window_are_used() -> None:
     assert divmod(first, line) == (200, 60 * 3)
     assert (line, lines) == (640 * 3, 20)
     assert tables.middle == (2 * LINES, 160)
-    wanted = resized(batch, reference)
-    others = np.ones_like(image, dtype=bool)
-    others[200:220, 60:160] = False
-    image[others] ^= 255
-    assert torch.equal(resized(batch, reference), wanted)
+    expected = resized(batch, reference)
+    outside = np.ones_like(image, dtype=bool)
+    outside[200:220, 60:160] = False
+    image[outside] ^= 255
+    assert torch.equal(resized(batch, reference), expected)
     image[219, 159] ^= 255
-    assert not torch.equal(resized(batch, reference), wanted)
+    assert not torch.equal(resized(batch, reference), expected)
 
 
 def test_images_of_one_size_share_their_tables() -> None:
@@ -393,7 +393,7 @@ def test_images_of_one_size_share_their_tables() -> None:
     ],
 )
 def test_tables_that_cannot_be_made(change: dict[str, object], message: str) -> None:
-    given = {
+    arguments = {
         "sizes": [(9, 9), (9, 9)],
         "outputs": [(4, 4), (5, 5)],
         "corners": [(0, 0), (0, 0)],
@@ -402,7 +402,7 @@ def test_tables_that_cannot_be_made(change: dict[str, object], message: str) -> 
         "channels": 3,
     }
     with pytest.raises(ValueError, match=message):
-        resize_tables(**(given | change))  # type: ignore[arg-type]
+        resize_tables(**(arguments | change))  # type: ignore[arg-type]
 
 
 def test_the_cost_is_traffic_with_the_middle_twice() -> None:
@@ -493,9 +493,9 @@ def test_the_triton_kernels_spill_nothing_and_load_16_bytes(arch: int) -> None:
 
 @compiled
 def test_no_size_of_images_or_batches_recompiles() -> None:
-    wanted = {identity(call) for call in meta_calls(90, 64, 224)}
-    assert len(wanted) == 2
+    expected = {identity(call) for call in meta_calls(90, 64, 224)}
+    assert len(expected) == 2
     for batch, groups in ((1, 1), (1, 16), (3, 17), (16, 4000), (255, 6001)):
-        assert {identity(call) for call in meta_calls(90, batch, 224, groups=groups)} == wanted
+        assert {identity(call) for call in meta_calls(90, batch, 224, groups=groups)} == expected
     for width in (336, 448, 512):
-        assert {identity(call) for call in meta_calls(90, 2, width)} == wanted
+        assert {identity(call) for call in meta_calls(90, 2, width)} == expected

@@ -91,14 +91,14 @@ def main_loop(sass: Sass) -> Loop:
 def test_the_machine_code_of_a_kernel(batch: int, label: str) -> None:
     call, code, sass = kernels(batch)[label]
     loop, facts = main_loop(sass), FACTS[batch, label]
-    where = f"{label} x {batch}, {call.config}"
-    assert (code.spills, code.stack) == (0, 0), where
-    assert code.blocks >= facts.blocks, f"{where}: {code.blocks} blocks"
+    location = f"{label} x {batch}, {call.config}"
+    assert (code.spills, code.stack) == (0, 0), location
+    assert code.blocks >= facts.blocks, f"{location}: {code.blocks} blocks"
     # products of one iteration run beside what follows them, into the next: none waits for another
-    assert (loop.in_flight >= 2, loop.carried >= 1) == (True, True), f"{where}: {loop}"
-    assert loop.loads_ahead == facts.ahead == call.config.stages - 1, f"{where}: {loop}"
-    assert loop.instructions <= facts.step, f"{where}: {loop.instructions} an iteration"
-    assert sass.per_value <= facts.epilogue, f"{where}: {sass.per_value:.1f} a value"
+    assert (loop.in_flight >= 2, loop.carried >= 1) == (True, True), f"{location}: {loop}"
+    assert loop.loads_ahead == facts.ahead == call.config.stages - 1, f"{location}: {loop}"
+    assert loop.instructions <= facts.step, f"{location}: {loop.instructions} an iteration"
+    assert sass.per_value <= facts.epilogue, f"{location}: {sass.per_value:.1f} a value"
 
 
 @pytest.mark.parametrize("batch", [256, 1])

@@ -131,15 +131,15 @@ def complaint(program: Program, **options: int) -> str | None:
 
 def _far(program: Program, out: Bytes) -> str | None:
     assert program.exact is not None, "ulps without exact values"
-    got, wanted = out.view(np.float32), program.expected.view(np.float32)
-    exact = program.exact == wanted.astype(np.float64)
-    distance = np.abs(got.view(np.int32).astype(np.int64) - wanted.view(np.int32))
-    distance[np.isnan(got) & np.isnan(wanted)] = 0
-    wrong = distance > np.where(exact | np.isnan(wanted), 0, program.ulps)
+    got, expected = out.view(np.float32), program.expected.view(np.float32)
+    exact = program.exact == expected.astype(np.float64)
+    distance = np.abs(got.view(np.int32).astype(np.int64) - expected.view(np.int32))
+    distance[np.isnan(got) & np.isnan(expected)] = 0
+    wrong = distance > np.where(exact | np.isnan(expected), 0, program.ulps)
     if not wrong.any():
         return None
     index = int(np.flatnonzero(wrong)[0])
-    return f"value {index}: got {got[index]}, wanted {wanted[index]}"
+    return f"value {index}: got {got[index]}, wanted {expected[index]}"
 
 
 Make = Callable[..., Program]
