@@ -9,13 +9,7 @@ from vitrail_kernels.launch import Target, cdiv
 
 
 def attention_config(
-    target: Target,
-    key: str,
-    heads: int,
-    head_dim: int,
-    causal: bool,
-    max_seqlen: int,
-    tokens: int,
+    target: Target, key: str, heads: int, head_dim: int, causal: bool, max_seqlen: int, tokens: int
 ) -> KernelConfig:
     """The configuration for ``tokens`` rows: the tuned table's at ``key``, else a heuristic's.
 

@@ -69,7 +69,19 @@ def resize_tables(
     Pillow's number of the filter. Raises ValueError for sizes below 1, lists of different lengths,
     an unknown filter, and lines of 2^27 bytes or more.
     """
-    _check_sizes(sizes, outputs, corners, window, resample, channels)
+    if not len(sizes) == len(outputs) == len(corners):
+        raise ValueError(
+            f"resize: got {len(sizes)} sizes, {len(outputs)} outputs and {len(corners)} corners, "
+            "wanted as many of each"
+        )
+    if resample not in range(6):
+        raise ValueError(f"resize: resample: got {resample!r}, wanted one of Pillow's 0 to 5")
+    smallest = min([channels, *window, *(side for size in (*sizes, *outputs) for side in size)])
+    if smallest < 1:
+        raise ValueError(f"resize: got a side, or channels, of {smallest}, wanted at least 1")
+    line_bytes = max([window[1], *(width for _, width in sizes)]) * channels
+    if line_bytes >= 1 << 27:
+        raise ValueError(f"resize: got a line of {line_bytes} bytes, wanted less than 2^27")
     pairs = [
         tuple(zip(size, output, corner, window, strict=True))
         for size, output, corner in zip(sizes, outputs, corners, strict=True)
@@ -98,29 +110,6 @@ def resize_tables(
         (LINES * len(groups), 16 * cdiv(window[1] * channels, 16)),
         start,
     )
-
-
-def _check_sizes(
-    sizes: Sequence[Size],
-    outputs: Sequence[Size],
-    corners: Sequence[Size],
-    window: Size,
-    resample: int,
-    channels: int,
-) -> None:
-    if not len(sizes) == len(outputs) == len(corners):
-        raise ValueError(
-            f"resize: got {len(sizes)} sizes, {len(outputs)} outputs and {len(corners)} corners, "
-            "wanted as many of each"
-        )
-    if resample not in range(6):
-        raise ValueError(f"resize: resample: got {resample!r}, wanted one of Pillow's 0 to 5")
-    smallest = min([channels, *window, *(side for size in (*sizes, *outputs) for side in size)])
-    if smallest < 1:
-        raise ValueError(f"resize: got a side, or channels, of {smallest}, wanted at least 1")
-    line_bytes = max([window[1], *(width for _, width in sizes)]) * channels
-    if line_bytes >= 1 << 27:
-        raise ValueError(f"resize: got a line of {line_bytes} bytes, wanted less than 2^27")
 
 
 class _Axis(NamedTuple):
