@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 import torch
 
-from vitrail_kernels import OPERATORS
+from vitrail_kernels import OPERATORS, Operator, ops
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.launch import (
     Call,
@@ -364,3 +366,13 @@ def test_a_key_finds_its_configuration_in_a_tuned_table(arch: int) -> None:
                 tuned = dataclasses.replace(call.config, reason="tuned")
                 with in_force({call.key: tuned}):
                     assert tuned in [again.config for again in step.calls(target(arch))]
+
+
+def test_every_declared_operator_is_listed() -> None:
+    modules = [
+        importlib.import_module(f"{ops.__name__}.{m.name}") for m in iter_modules(ops.__path__)
+    ]
+    declared = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Operator)}
+    assert sorted(o.name for o in declared.values()) == sorted(OPERATORS)
+    for name, operator in OPERATORS.items():
+        assert operator.calls.__module__ == f"vitrail_kernels.ops.{name}"
