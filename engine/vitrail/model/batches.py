@@ -1,4 +1,4 @@
-"""Batches of a call: halves when memory runs out, results one batch behind, rows by position."""
+"""Batches of a call: halves when memory runs out, results a batch behind, rows by position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrail.errors import OutOfMemoryError, VitrailError
 from vitrail.model.forward import l2_normalize
 
 ACTIVATION_BYTES = 256 << 20
-"""Bytes of activations in one batch, unless the caller names a batch size."""
+"""Bytes of activations in a batch, unless the caller names a batch size."""
 
 
 class Sliceable(Protocol):
@@ -87,7 +87,7 @@ class ResultRows:
         return {position: str(self.errors[position]) for position in sorted(self.errors)}
 
     def stacked(self, *shape: int, normalize: bool = False) -> Tensor:
-        """The rows as one tensor (N, *``shape``) on the CPU, ascending by position.
+        """The rows as a tensor (N, *``shape``) on the CPU, ascending by position.
 
         ``normalize`` divides each row (D,) by its length.
         """

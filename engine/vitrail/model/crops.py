@@ -21,7 +21,7 @@ ALIGNMENT = 16
 
 
 class CropGroup(Protocol):
-    """Crops of one ``size`` (height, width); ``members``: their indices in the batch.
+    """Crops of the same ``size`` (height, width); ``members``: their indices in the batch.
 
     A slice of the group is uint8 (n, height, width, channels), on the host or on the device.
     """
@@ -117,7 +117,7 @@ class DeviceCrops:
 
 
 class PackedImages(NamedTuple):
-    """Images one after another in one host ``buffer``, and after them the tables of `resize`.
+    """Decoded images in a host ``buffer``, and after them the tables of the operator `resize`.
 
     ``sections``: the slices of the buffer that hold pixels, images, groups and taps.
     """
@@ -129,7 +129,7 @@ class PackedImages(NamedTuple):
 
 
 def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
-    """Copy images of one crop size, filter and channel count into one buffer.
+    """Copy images of the same crop size, filter and channel count into a buffer.
 
     The tasks returned hold views of that buffer.
     """

@@ -1,4 +1,4 @@
-"""Sort the images that users pass: preprocessed floats in one tensor, or a list of images."""
+"""Sort the images that users pass: preprocessed floats as a tensor, or a list of images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sort_images(images: Images) -> Tensor | list[PixelInput]:
 
 
 def list_images(images: Images) -> list[PixelInput]:
-    """A list of single images, from one image or from many.
+    """A list of single images, from a single image or from several.
 
     Raises InputError for a type that is neither, such as a dict.
     """
@@ -52,7 +52,7 @@ def list_images(images: Images) -> list[PixelInput]:
 def float_pixels(images: object) -> Tensor | None:
     """Float pixels as a tensor (N, C, H, W); None if ``images`` are of another type.
 
-    Takes an array, a tensor, or a list of them in one shape (C, H, W). Raises InputError for
+    Takes an array, a tensor, or a list of these in the same shape (C, H, W). Raises InputError for
     float64 and for pixels in several shapes.
     """
     if isinstance(images, list | tuple) and images and all(_is_float(image) for image in images):

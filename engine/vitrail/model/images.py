@@ -72,7 +72,7 @@ class ImageEncoder:
             for items, results in in_halves(results_of, range(len(positions))):
                 for item, result in zip(items, results, strict=True):
                     rows.add(positions[item], result)
-            del pixels, results_of  # or the next batch would be made beside this one
+            del pixels, results_of  # free this batch before the next is made
         return rows
 
     def preprocess(

@@ -48,29 +48,26 @@ def load(
     resize: Resize = "host",
     runner: str | None = None,
 ) -> Model:
-    """Open a model: a checkpoint folder, a hub id, or a folder that ``vitrail export`` wrote.
+    """Open a checkpoint folder, a hub id, or a folder that ``vitrail export`` wrote.
 
     A hub id is, for example, ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``. A folder is read without
     network access.
 
-    ``device``: "cpu", "cuda", "cuda:1" or a torch.device; "auto" is CUDA if there is a GPU, else
-    the CPU.
-    ``dtype``: "float32", "float16", "bfloat16" (also "fp32", "half", "bf16", ...) or a torch.dtype;
-    "auto" is float32 on the CPU and float16 on CUDA. An exported folder has a fixed dtype.
+    ``device``: such as "cpu" or "cuda:1"; "auto" is CUDA if there is a GPU, else the CPU.
+    ``dtype``: "float32", "float16", "bfloat16", a shorter name such as "bf16" or "half", or the
+    torch.dtype; "auto" is float32 on the CPU and float16 on CUDA. An exported folder has its own.
     ``revision``, ``local_files_only``: as in huggingface_hub.
     ``sixteen_bit``: 16-bit gray images are scaled to 8 bits, or clipped ("clip"), as transformers
     does.
-    ``backend``: "native" launches Vitrail's kernels from C++, "triton" launches them from Python,
-    and "torch" uses PyTorch's operators. "auto" is the first of them that can serve the device and
-    the dtype; on the CPU it is "torch". `Model.backend` tells the choice. ``runner`` is the older
-    name of this argument.
-    ``resize``: images are always decoded on the host. They are resized and cropped there ("host"),
-    or on the model's device ("device"), to the same bits. Which of the two is faster on a GPU has
-    not been measured.
+    ``backend``: Vitrail's kernels launched from C++ ("native") or from Python ("triton"), or
+    PyTorch's operators ("torch"). "auto" is the first of them that serves the device and the dtype;
+    see `Model.backend`. ``runner`` is the older name of this argument.
+    ``resize``: images are decoded on the host, and resized and cropped there ("host") or on the
+    model's device ("device"), to the same bits. Which is faster has not been measured on a GPU.
 
     Raises CheckpointError: the files are damaged, or Vitrail cannot serve the checkpoint exactly.
-    InputError: an argument is unknown, or cannot be met on this machine. OutOfMemoryError: the GPU
-    has no room for the weights.
+    InputError: an unknown argument, or one that cannot be met on this machine. OutOfMemoryError:
+    the GPU has no room for the weights.
     """
     device = check_device(device)
     compute_dtype = check_dtype(dtype, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 from vitrail.image.decoding import SixteenBit
-from vitrail.model.advice import ADVICE
+from vitrail.model.advice import ModuleAdvice
 from vitrail.model.arguments import OnError, Resize, Size, check_device, check_options
 from vitrail.model.fingerprint import fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
@@ -39,7 +39,7 @@ from vitrail.text.tokenizer_files import load_tokenizer
 from vitrail.torch_modes import default_modes
 
 
-class Model:
+class Model(ModuleAdvice):
     """A loaded checkpoint. Any number of threads may call it at once.
 
     Attributes: ``spec`` (`ModelSpec`: architecture, sizes, preprocessing), ``source`` (the path or
@@ -88,22 +88,16 @@ class Model:
             f"{self.device}, {self.backend} backend>"
         )
 
-    if not TYPE_CHECKING:  # a type checker reports these names by itself
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(f"Model.{name}: {ADVICE.get(name, 'there is no such attribute')}")
-
     def eval(self) -> Model:
         """The model itself, which is always in evaluation mode (no dropout, no gradients)."""
         return self
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """64 hex digits: a hash of weights, spec, preprocessing, tokenizer files, dtype, runner and
-        version.
+        """64 hex digits, equal for two models that give the same bits.
 
-        Two models with equal fingerprints give the same bits. The first use reads all weights.
-        Raises CheckpointError if the files have changed since loading.
+        A hash of the weights, the spec, the tokenizer files, the dtype, the runner and the version.
+        The first use reads all weights. Raises CheckpointError if the files have changed.
         """
         return self._make_fingerprint()
 
@@ -116,8 +110,6 @@ class Model:
         if self._texts is None:
             raise InputError(f"{call}: {self.spec.architecture} has no text tower")
         return self._texts
-
-    # -- inputs of the towers ----------------------------------------------------------------------
 
     @overload
     def preprocess(
@@ -157,8 +149,6 @@ class Model:
         ("warn"), or is cut silently ("truncate"). The end token is kept.
         """
         return self._text_encoder("tokenize").tokenize(texts, overflow)
-
-    # -- embeddings --------------------------------------------------------------------------------
 
     @overload
     def encode_image(
@@ -245,8 +235,6 @@ class Model:
             texts, normalize=normalize, batch_size=batch_size, overflow=overflow
         ).to(device)
 
-    # -- classes -----------------------------------------------------------------------------------
-
     @default_modes()
     def classify(
         self,
@@ -297,8 +285,6 @@ class Model:
             logits = scale * embeddings @ label_embeddings.t()
         probs = {"softmax": logits.softmax(dim=1), "sigmoid": logits.sigmoid(), "none": logits}
         return Classification(names, probs[scores], logits, result.index, result.reasons)
-
-    # -- the outputs of transformers and of DINOv2 -------------------------------------------------
 
     @default_modes()
     def forward(

@@ -137,7 +137,7 @@ def _from_vocab(checkpoint: Checkpoint, vocab: Path, merges: Path) -> tokenizers
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, checkpoint: Checkpoint, vocab: Path) -> None:
-    """Add the tokens that are matched before splitting: the listed ones, then special tokens."""
+    """Add the tokens that are matched before splitting: listed tokens, then special tokens."""
     for token_id, token in sorted(_added_tokens(checkpoint, vocab).items()):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != token_id:

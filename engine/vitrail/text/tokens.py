@@ -1,4 +1,4 @@
-"""Token ids of many texts in one array, so that no step needs a Python loop over texts."""
+"""Token ids of many texts in an array, so that no step needs a Python loop over texts."""
 
 from __future__ import annotations
 
