@@ -42,9 +42,8 @@ class LabelCache:
         by_template = self._texts.encode(texts, normalize=True, overflow=overflow).view(
             len(labels), len(templates), -1
         )
-        embeddings = (
-            l2_normalize(by_template.mean(dim=1)) if len(templates) > 1 else by_template[:, 0]
-        )
+        several = len(templates) > 1
+        embeddings = l2_normalize(by_template.mean(dim=1)) if several else by_template[:, 0]
         with self._lock:
             while len(self._embeddings) >= LABEL_SETS:
                 self._embeddings.pop(next(iter(self._embeddings)))
