@@ -280,7 +280,7 @@ def test_info_says_what_the_checkpoint_is(clip: Path) -> None:
         "to RGB, shortest edge to 32 (bicubic), center crop 32x32, times 0.00392157, minus mean "
         "(0.481455, 0.457827, 0.408211), by std (0.26863, 0.261303, 0.275777)",
         "model.safetensors: ",
-        "backend      reference (PyTorch",
+        "backend      torch (PyTorch",
         "native       vitrail._C",
     ):
         assert line in text
@@ -294,6 +294,13 @@ def test_info_of_a_classifier_names_its_labels(vit: Path) -> None:
     assert "7 labels from the class token: label 0, label 1, label 2, ..." in text
     assert "resize to 32x32 (bilinear)" in text
     assert "text tower" not in text
+
+
+def test_info_names_the_distillation_token(tmp_path: Path) -> None:
+    save(make("DeiTForImageClassificationWithTeacher"), tmp_path)
+    text = run("info", tmp_path).stdout
+    assert "class, distillation, 4x4 patches" in text
+    assert "labels from class token and distillation token: label 0" in text
 
 
 def test_info_as_json_is_complete_and_reads_no_weights(

@@ -26,6 +26,13 @@ from vitrail.tools.verify import verify
 PHOTOS = sorted((Path(__file__).parents[2] / "engine/vitrail/assets/photos").glob("*.jpg"))
 IMAGES = [str(path) for path in PHOTOS]
 TEXTS = ["a photo of a cat", "the red window", "two dogs at night near the sea"]
+SOUND = (
+    "CLIPModel",
+    "ViTModel",
+    "ViTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "Dinov2WithRegistersModel",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint with its processor of each kind, with parameters away from their defaults."""
     root = tmp_path_factory.mktemp("verify")
     clip_folder(root / "CLIPModel")
-    for name in ("ViTModel", "ViTForImageClassification", "Dinov2WithRegistersModel"):
+    for name in SOUND[1:]:
         save(perturb(make(name)), root / name)
         size = {"height": 32, "width": 32}
         processor: Any = ViTImageProcessorPil(size=size, resample=3)
@@ -53,9 +60,7 @@ def check(name: str, folders: dict[str, Path], dtype: str = "float32") -> Report
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", ["CLIPModel", "ViTModel", "ViTForImageClassification", "Dinov2WithRegistersModel"]
-)
+@pytest.mark.parametrize("name", SOUND)
 def test_a_sound_engine_passes(name: str, dtype: str, folders: dict[str, Path]) -> None:
     report = check(name, folders, dtype)
     assert report.passed, report

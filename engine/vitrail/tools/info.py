@@ -14,6 +14,11 @@ from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, Vi
 from vitrail.zoo import map_tensors, read_spec
 
 INTERPRETER = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly: backend='triton'"
+FEATURES = {
+    "class": "the class token",
+    "class_mean": "class token and mean of the patches",
+    "class_distillation": "class token and distillation token",
+}
 FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")
 
 
@@ -93,12 +98,13 @@ def _blocks(blocks: BlockSpec) -> str:
 
 
 def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
-    down, across = vision.grid
+    rows, columns = vision.grid
+    prefix = "class, distillation" if vision.distillation else "class"
     registers = f", {vision.registers} registers" if vision.registers else ""
     yield "image tower", _blocks(vision.blocks)
     yield (
         "tokens",
-        f"class{registers}, {down}x{across} patches of {_sides(vision.patch)} from "
+        f"{prefix}{registers}, {rows}x{columns} patches of {_sides(vision.patch)} from "
         f"{vision.channels}x{_sides(vision.image)} pixels{'; LayerNorm first' * vision.pre_norm}",
     )
     antialias = "with" if vision.position_antialias else "without"
@@ -148,11 +154,8 @@ def _preprocessing(image: ImageSpec | None) -> str:
 
 
 def _head(head: HeadSpec) -> str:
-    source = (
-        "the class token" if head.features == "class" else "class token and mean of the patches"
-    )
     examples = ", ".join(head.labels[:3]) + ", ..." * (len(head.labels) > 3)
-    return f"{len(head.labels)} labels from {source}: {examples}"
+    return f"{len(head.labels)} labels from {FEATURES[head.features]}: {examples}"
 
 
 def _sides(pair: tuple[int, ...]) -> str:
