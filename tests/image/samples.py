@@ -14,6 +14,7 @@ from PIL import Image
 from pixels import cases
 from vitrail.errors import ImageError
 from vitrail.image.decoding import decode
+from vitrail.image.preprocess import preprocess_uint8
 from vitrail.spec import ImageSpec
 
 CASES = cases.all_cases()
@@ -62,6 +63,15 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 def rgb(image: Any, **options: Any) -> np.ndarray[Any, Any]:
     return decode(image, channels=3, **options)
+
+
+def crop_pixels(
+    image: np.ndarray[Any, Any], spec: ImageSpec, size: tuple[int, int] | None = None
+) -> np.ndarray[Any, Any]:
+    """uint8 (height, width, channels) resized and cropped."""
+    (crop,) = preprocess_uint8([image], spec, image.shape[2], size=size)
+    assert isinstance(crop, np.ndarray), crop
+    return crop
 
 
 def refusal(image: Any, kind: type[Exception] = ImageError, **options: Any) -> str:

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from transformers import image_transforms
 
-from image.samples import CLIP
+from image.samples import CLIP, crop_pixels
 from pixels import cases
 from vitrail.errors import ImageError, InputError
 from vitrail.image.geometry import geometry, spec_at
-from vitrail.image.preprocess import crop_pixels, preprocess_uint8
+from vitrail.image.preprocess import preprocess_uint8
 from vitrail.spec import ImageSpec
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from image.samples import brief, encode, photo, rgb
-from vitrail.image.orientation import read_orientation
+from vitrail.image.formats import read_orientation
 
 TURNED: dict[int, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
     1: lambda a: a,

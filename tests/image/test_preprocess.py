@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from gauge import within
-from image.samples import CASES, CLIP, FORMATS, encode, photo, rgb, sound, spec_of
+from image.samples import CASES, CLIP, FORMATS, crop_pixels, encode, photo, rgb, sound, spec_of
 from pixels import cases
 from pixels.theirs import processor
 from vitrail.errors import ImageError, InputError
-from vitrail.image import threads
+from vitrail.image import preprocess
 from vitrail.image.decoding import decode
 from vitrail.image.normalize import normalize
-from vitrail.image.preprocess import crop_pixels, preprocess_float, preprocess_uint8
+from vitrail.image.preprocess import preprocess_float, preprocess_uint8
 from vitrail.spec import ImageSpec
 
 GOLDENS: dict[str, str] = json.loads(
@@ -97,14 +97,6 @@ def test_an_identity_resize_leaves_the_pixels() -> None:
     assert not np.shares_memory(found, image)
 
 
-@pytest.mark.parametrize(
-    "bad", [np.zeros((3, 4, 3)), np.zeros((3, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)]
-)
-def test_pixels_to_crop_must_be_uint8_hwc(bad: np.ndarray[Any, Any]) -> None:
-    with pytest.raises(InputError, match="wanted uint8"):
-        crop_pixels(bad, CLIP)
-
-
 def test_one_pixel_is_an_image() -> None:
     for file_format in FORMATS:
         (found,) = preprocess_uint8(
@@ -119,7 +111,7 @@ def test_one_pixel_is_an_image() -> None:
 def test_a_batch_keeps_its_order_and_its_bad_images_to_themselves(
     cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "core_count", lambda: cores)
+    monkeypatch.setattr(preprocess, "core_count", lambda: cores)
     path = tmp_path / "photo.png"
     path.write_bytes(encode(photo(90, 70, seed=5), "PNG"))
     given: list[Any] = [
@@ -161,7 +153,7 @@ def test_a_mean_of_other_channels_fails_the_call_and_not_the_images() -> None:
 def test_an_image_that_is_not_loaded_yet_may_be_given_many_times_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(threads, "core_count", lambda: 8)
+    monkeypatch.setattr(preprocess, "core_count", lambda: 8)
 
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
@@ -181,7 +173,7 @@ def test_many_threads_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> No
     given = [encode(photo(70 + i, 50 + i, seed=i), FORMATS[i % 5]) for i in range(10)]
     given += [sound("PNG")[:500]]
     with monkeypatch.context() as patch:
-        patch.setattr(threads, "core_count", lambda: 1)
+        patch.setattr(preprocess, "core_count", lambda: 1)
         expected = preprocess_float(given, CLIP, 3)
     results: list[Any] = []
 

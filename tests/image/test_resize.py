@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from pixels import cases
-from vitrail.image.filters import nearest_source, rows_reached
 from vitrail.image.geometry import crop_axis
-from vitrail.image.resize import _window_pass, resize_window
+from vitrail.image.resize import _window_pass, nearest_source, resize_window, rows_reached
 
 PILLOW = int(PIL.__version__.partition(".")[0])
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from gauge import within
-from image.samples import CLIP, encode, photo, refusal, rgb
+from image.samples import CLIP, crop_pixels, encode, photo, refusal, rgb
 from pixels import cases
 from vitrail.errors import InputError
 from vitrail.image.decoding import decode
-from vitrail.image.preprocess import crop_pixels, preprocess_uint8
+from vitrail.image.preprocess import preprocess_uint8
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from image.samples import crop_pixels
 from interpreted.guard import at_page_end
 from vitrail.image.geometry import geometry
-from vitrail.image.preprocess import crop_pixels
 from vitrail.spec import ImageSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import compile_call, identity

@@ -19,7 +19,7 @@ from helpers import assert_close, clip_folder
 from image.samples import CASES, CLIP, encode, photo, spec_of
 from pixels import cases
 from vitrail.errors import ImageError, InputError, OutOfMemoryError, VitrailError
-from vitrail.image import preprocess, threads
+from vitrail.image import preprocess
 from vitrail.image.preprocess import CropTask, decode_crop_tasks, preprocess_uint8
 from vitrail.model import images as encoder
 from vitrail.model.crops import CropBatch, DeviceCrops, device_batch, host_batch, pack
@@ -216,7 +216,7 @@ def test_a_batch_becomes_one_buffer_that_holds_all() -> None:
 
 
 def test_decoding_stops_once_there_are_enough_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "core_count", lambda: 2)
+    monkeypatch.setattr(preprocess, "core_count", lambda: 2)
     given = [photo(60, 50, seed=n) for n in range(20)]
     opened: list[object] = []
     open_image = preprocess.open_image
@@ -317,7 +317,7 @@ def test_a_limit_on_bytes_splits_a_call_into_batches(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = vitrail.load(folder, resize="device")
-    monkeypatch.setattr(threads, "core_count", lambda: 1)
+    monkeypatch.setattr(preprocess, "core_count", lambda: 1)
     tower, seen = there._vision, list[Tensor]()
     assert tower is not None
     embed = tower.embeddings

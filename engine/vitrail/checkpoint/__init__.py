@@ -1,1 +1,1 @@
-"""A checkpoint on disk or on the hub: its configurations, and where each of its tensors lies."""
+"""A checkpoint on disk or on the hub: its configurations and the positions of its tensors."""

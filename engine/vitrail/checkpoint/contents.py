@@ -62,7 +62,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def choose_weights(names: Iterable[str], location: str) -> str:
-    """The weights among file ``names``: one file, an index of shards, or the only other file."""
+    """The weights among file ``names``: `SINGLE`, `INDEX`, or the only other .safetensors file."""
     names = set(names)
     for name in (SINGLE, INDEX):
         if name in names:

@@ -1,8 +1,8 @@
-"""A folder or hub id -> the configurations of a checkpoint, and where each of its tensors lies.
+"""A folder or hub id -> the configurations of a checkpoint and the positions of its tensors.
 
 Nothing is unpickled, no code of a checkpoint runs, and a local folder never touches the network.
-Imports no torch. Whatever a checkpoint contains, the result is a ``Checkpoint`` or a one-line
-CheckpointError.
+Imports no torch. Whatever a checkpoint contains, the result is a ``Checkpoint`` or a
+CheckpointError of a single line.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def open_checkpoint(
     """Opens a folder, a .safetensors file beside its config.json, or a hub id "org/name".
 
     A path that exists is never looked up on the hub, and only a string can be a hub id. From a hub
-    repository, the small configuration files and one set of weights are downloaded;
+    repository, the small configuration files and a single set of weights are downloaded;
     ``local_files_only`` takes them from the hub's cache. Reads configurations and headers only.
 
     Raises CheckpointError if the checkpoint is faulty or cannot be downloaded; InputError for
@@ -100,9 +100,7 @@ def _mode(path: Path) -> int | None:
     with reading(path):
         try:
             return os.stat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError:  # a NUL in the path: no file can have that name
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
             return None
 
 
@@ -116,34 +114,30 @@ def _open(folder: Path, source: str, revision: str | None, weights: str | None) 
         raise refusal(show_path(folder), f"no {contents.CONFIG}", expected)
     config = read_json(contents.inside(folder, contents.CONFIG))
     weights = weights or contents.choose_weights(names, show_path(folder))
+
+    def optional(name: str) -> dict[str, Any] | None:
+        return read_json(contents.inside(folder, name)) if name in names else None
+
+    # as transformers chooses: the nested object that version 5 writes, else the older file
+    preprocessor = (optional(contents.PROCESSOR) or {}).get("image_processor")
+    if preprocessor is None:
+        preprocessor = optional(contents.PREPROCESSOR)
+    elif not isinstance(preprocessor, dict):
+        location = f"{show_path(folder / contents.PROCESSOR)}: image_processor"
+        raise refusal(location, show(preprocessor), "an object")
     return Checkpoint(
         folder=folder,
         source=source,
         revision=revision,
         config=config,
-        preprocessor=_preprocessor(folder, names),
-        tokenizer_config=_optional(folder, names, contents.TOKENIZER_CONFIG),
+        preprocessor=preprocessor,
+        tokenizer_config=optional(contents.TOKENIZER_CONFIG),
         tensors=(
             _read_shards(folder, names)
             if weights == contents.INDEX
             else read_header(contents.inside(folder, weights))
         ),
     )
-
-
-def _optional(folder: Path, names: set[str], name: str) -> dict[str, Any] | None:
-    return read_json(contents.inside(folder, name)) if name in names else None
-
-
-def _preprocessor(folder: Path, names: set[str]) -> dict[str, Any] | None:
-    """As transformers chooses: the nested object that version 5 writes, else the older file."""
-    nested = (_optional(folder, names, contents.PROCESSOR) or {}).get("image_processor")
-    if nested is None:
-        return _optional(folder, names, contents.PREPROCESSOR)
-    if not isinstance(nested, dict):
-        location = f"{show_path(folder / contents.PROCESSOR)}: image_processor"
-        raise refusal(location, show(nested), "an object")
-    return nested
 
 
 def _read_shards(folder: Path, names: set[str]) -> dict[str, TensorEntry]:

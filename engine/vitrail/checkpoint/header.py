@@ -3,7 +3,7 @@
 The layout is the published format (https://github.com/huggingface/safetensors, README, "Format"):
 a little-endian uint64 length, a JSON header, the bytes of the tensors. Where that text is silent,
 this reader is strict: it accepts nothing that has two meanings. Imports no torch and no
-safetensors. Every refusal is a one-line CheckpointError.
+safetensors. Every refusal is a CheckpointError of a single line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Downloads a checkpoint from the Hugging Face hub: the small files and one set of weights.
+"""Downloads a checkpoint from the Hugging Face hub: the small files and a set of weights.
 
 ``huggingface_hub`` is imported only inside the functions, so a local folder needs neither it nor
 the network.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,25 +27,31 @@ def download(repo: str, revision: str | None, local_files_only: bool) -> Path:
     """
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision: got {show(revision)}, wanted a branch, a tag or a commit")
-    with _hub_errors(repo, revision):
-        from huggingface_hub import constants
+    try:
+        return _download(repo, revision, local_files_only)
+    except VitrailError:
+        raise
+    except Exception as error:  # the hub client lets the errors of several HTTP libraries through
+        raise CheckpointError(f"{repo}: {_hub_reason(error, revision)}") from error
 
-        # For a commit, some versions of the client ask the hub even in offline mode.
-        local_files_only = local_files_only or constants.HF_HUB_OFFLINE
-        folder = _download_small_files(repo, revision, local_files_only)
-        names = contents.file_names(folder)
-        if local_files_only or contents.SINGLE in names:
-            return folder
-        from huggingface_hub import HfApi, snapshot_download
 
-        if contents.INDEX in names:
-            weights = sorted(set(contents.read_weight_map(folder).values()))
-        else:
-            listed = HfApi().list_repo_files(repo, revision=folder.name)
-            weights = [contents.choose_weights((name for name in listed if "/" not in name), repo)]
-        patterns = [glob.escape(name) for name in weights]
-        snapshot_download(repo, revision=folder.name, allow_patterns=patterns)
+def _download(repo: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    # For a commit, some versions of the client ask the hub even in offline mode.
+    local_files_only = local_files_only or constants.HF_HUB_OFFLINE
+    folder = _download_small_files(repo, revision, local_files_only)
+    names = contents.file_names(folder)
+    if local_files_only or contents.SINGLE in names:
         return folder
+    if contents.INDEX in names:
+        weights = sorted(set(contents.read_weight_map(folder).values()))
+    else:
+        listed = HfApi().list_repo_files(repo, revision=folder.name)
+        weights = [contents.choose_weights((name for name in listed if "/" not in name), repo)]
+    patterns = [glob.escape(name) for name in weights]
+    snapshot_download(repo, revision=folder.name, allow_patterns=patterns)
+    return folder
 
 
 def _download_small_files(repo: str, revision: str | None, local_files_only: bool) -> Path:
@@ -69,18 +73,8 @@ def _download_small_files(repo: str, revision: str | None, local_files_only: boo
     return Path(folder)
 
 
-@contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
-    except VitrailError:
-        raise
-    except Exception as error:  # the hub client lets the errors of several HTTP libraries through
-        raise CheckpointError(f"{repo}: {_hub_reason(error, revision)}") from error
-
-
 def _hub_reason(error: Exception, revision: str | None) -> str:
-    """The reason of a hub error and the next step, on one line."""
+    """The reason of a hub error and the next step, on a single line."""
     if isinstance(error, ImportError):
         return "a hub id needs huggingface_hub: pip install huggingface_hub, or give a local folder"
     from huggingface_hub import errors

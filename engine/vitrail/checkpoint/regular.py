@@ -1,4 +1,4 @@
-"""Access to the regular files of a checkpoint. Every OSError becomes a one-line CheckpointError."""
+"""Access to the regular files of a checkpoint. Every OSError becomes a CheckpointError."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Stored tensors: where each lies (`TensorEntry`), which a model takes (`Source`), and a reader."""
+"""Stored tensors: position in a file (`TensorEntry`), use by a model (`Source`), and a reader."""
 
 from __future__ import annotations
 
 import os
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Source:
     """The stored tensor, or part of it, that a canonical tensor comes from.
 
     ``rows``: the slice of the stored tensor's leading dimension; None for all of it.
-    ``transpose``: the canonical tensor is the two-dimensional transpose of the stored one.
+    ``transpose``: the canonical tensor is the stored tensor, two-dimensional and transposed.
     """
 
     entry: TensorEntry
@@ -42,7 +43,7 @@ class Source:
     transpose: bool = False
 
 
-class TensorReader:
+class TensorReader(AbstractContextManager["TensorReader"]):
     """Reads tensor bytes into the caller's memory; a context manager that threads may share.
 
     Each file is opened once and read with preadv, never mapped: if a file shrinks, the read fails
@@ -54,9 +55,6 @@ class TensorReader:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
-
-    def __enter__(self) -> TensorReader:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

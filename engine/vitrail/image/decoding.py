@@ -24,8 +24,7 @@ from PIL import (
 )
 
 from vitrail.errors import ImageError, InputError
-from vitrail.image.formats import FormatError, check_png, read_header
-from vitrail.image.orientation import read_orientation
+from vitrail.image.formats import FormatError, check_png, read_header, read_orientation
 from vitrail.image.resize import Pixels
 from vitrail.image.sources import (
     LIMITS,

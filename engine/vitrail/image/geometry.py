@@ -51,8 +51,13 @@ def crop_axis(source: int, full: int, crop: int | None) -> Axis:
     return Axis(source, full, 0, full, (crop - full + 1) // 2, crop)
 
 
-def geometry(height: int, width: int, spec: ImageSpec) -> tuple[Axis, Axis]:
-    """Rows and columns of the resize and crop of an image of ``height`` x ``width`` pixels."""
+def geometry(
+    height: int, width: int, spec: ImageSpec, location: str = "image"
+) -> tuple[Axis, Axis]:
+    """Rows and columns of the resize and crop of an image of ``height`` x ``width`` pixels.
+
+    Raises ImageError if the resized image would be over 100 million pixels.
+    """
     full = (height, width)
     if spec.resize is not None and spec.resize[0] == "exact":
         full = (spec.resize[1], spec.resize[2])
@@ -62,12 +67,7 @@ def geometry(height: int, width: int, spec: ImageSpec) -> tuple[Axis, Axis]:
         wide = edge, int(edge * width / height)
         full = tall if width <= height else wide
     crop = spec.crop or (None, None)
-    return crop_axis(height, full[0], crop[0]), crop_axis(width, full[1], crop[1])
-
-
-def checked_geometry(height: int, width: int, spec: ImageSpec, location: str) -> tuple[Axis, Axis]:
-    """`geometry`. Raises ImageError if the resized image would be over 100 million pixels."""
-    rows, columns = geometry(height, width, spec)
+    rows, columns = crop_axis(height, full[0], crop[0]), crop_axis(width, full[1], crop[1])
     if max(columns.made * rows.source, columns.kept * rows.made) > MAX_RESIZED_PIXELS:
         raise ImageError(
             f"{location}: {width} x {height} pixels would be resized to {columns.full} x "

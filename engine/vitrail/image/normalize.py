@@ -35,24 +35,14 @@ def normalize(pixels: Pixels, spec: ImageSpec) -> Floats:
     return out
 
 
-def value_table(spec: ImageSpec, channels: int) -> Floats:
-    """The float32 of every uint8, (channels, 256). Raises InputError as `normalize`."""
-    return _value_table(spec.rescale, spec.mean, spec.std, channels)
-
-
 @lru_cache(maxsize=64)
-def _value_table(
-    rescale: float | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    channels: int,
-) -> Floats:
-    """As transformers computes it: the product in float64, the rest in float32."""
+def value_table(spec: ImageSpec, channels: int) -> Floats:
+    """The float32 of every uint8, (channels, 256): the product in float64, the rest in float32."""
     values = np.arange(256, dtype=np.float64)
-    scaled = (values if rescale is None else values * rescale).astype(np.float32)
+    scaled = (values if spec.rescale is None else values * spec.rescale).astype(np.float32)
     table = np.repeat(scaled[None], channels, axis=0)
-    if mean is not None and std is not None:
-        table = (table - _column(mean, channels)) / _column(std, channels)
+    if spec.mean is not None and spec.std is not None:
+        table = (table - _column(spec.mean, channels)) / _column(spec.std, channels)
     table.flags.writeable = False
     return table
 

@@ -7,21 +7,24 @@ with its resize still to be done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from vitrail.errors import InputError, VitrailError
+from vitrail.errors import VitrailError
 from vitrail.image.decoding import SixteenBit, as_array, check_arguments, open_image
-from vitrail.image.filters import rows_reached
-from vitrail.image.geometry import Axis, checked_geometry, down_first, spec_at
+from vitrail.image.geometry import Axis, down_first, geometry, spec_at
 from vitrail.image.normalize import Floats, normalize, value_table
-from vitrail.image.resize import Pixels, crop_axes
+from vitrail.image.resize import Pixels, crop_axes, rows_reached
 from vitrail.image.sources import LIMITS, PixelInput
-from vitrail.image.threads import map_first_images, map_images
 from vitrail.spec import ImageSpec
+
+Result = TypeVar("Result")
 
 
 class CropTask(NamedTuple):
@@ -46,28 +49,14 @@ class CropTask(NamedTuple):
         return int(self.pixels.size + lines * channels)
 
 
-def crop_pixels(decoded: Pixels, spec: ImageSpec, size: tuple[int, int] | None = None) -> Pixels:
-    """Resizes and center-crops uint8 (height, width, channels) to uint8 (h, w, channels).
-
-    The bits are those of Pillow 12. ``size`` = (h, w) overrides the output of the processor as
-    `spec_at` does. If Pillow has no mode for the number of channels, each is resized by itself.
-    Raises InputError for another dtype, shape or ``size``, ImageError if the resized image would
-    be over 100 million pixels.
-    """
-    if decoded.dtype != np.uint8 or decoded.ndim != 3 or 0 in decoded.shape:
-        raise InputError(
-            f"decoded: got {decoded.dtype} {decoded.shape}, wanted uint8 (height, width, channels)"
-        )
-    return _crop(decoded, spec_at(spec, size), "image")
-
-
 def _axes(image: Image.Image | Pixels, spec: ImageSpec, location: str) -> tuple[Axis, Axis]:
     if isinstance(image, Image.Image):
-        return checked_geometry(image.height, image.width, spec, location)
-    return checked_geometry(image.shape[0], image.shape[1], spec, location)
+        return geometry(image.height, image.width, spec, location)
+    return geometry(image.shape[0], image.shape[1], spec, location)
 
 
 def _crop(image: Image.Image | Pixels, spec: ImageSpec, location: str) -> Pixels:
+    """If Pillow has no mode for the number of channels, each channel is resized by itself."""
     rows, columns = _axes(image, spec, location)
     if isinstance(image, Image.Image):
         return crop_axes(image, rows, columns, spec.resample)
@@ -100,12 +89,13 @@ def preprocess_uint8(
     size: tuple[int, int] | None = None,
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Pixels | VitrailError]:
-    """`decode` and `crop_pixels` for each image, in order, on a thread for every core.
+    """Decodes, resizes and center-crops each image, in order, on a thread for every core.
 
-    Returns uint8 (h, w, channels) for each image, or the ImageError or InputError of an image that
-    cannot be used. Raises InputError only for arguments that no image could meet.
+    The bits are those of Pillow 12. ``size`` = (h, w) overrides the output of the processor as
+    `spec_at` does. Returns uint8 (h, w, channels) for each image, or the ImageError or InputError
+    of an image that cannot be used. Raises InputError only for arguments that no image could meet.
     """
-    return map_images(_cropper(spec, channels, size, sixteen_bit), images)
+    return _map(_cropper(spec, channels, size, sixteen_bit), images)
 
 
 def preprocess_float(
@@ -119,7 +109,7 @@ def preprocess_float(
     """`preprocess_uint8` followed by `normalize`: float32 (channels, h, w) for each image."""
     crop = _cropper(spec, channels, size, sixteen_bit)
     value_table(spec, channels)  # raises here if the mean has another number of channels
-    return map_images(lambda image: normalize(crop(image), spec), images)
+    return _map(lambda image: normalize(crop(image), spec), images)
 
 
 def decode_crop_tasks(
@@ -148,7 +138,7 @@ def decode_crop_tasks(
         rows, columns = (Axis(side, side, 0, side, 0, side) for side in crop.shape[:2])
         return CropTask(crop, rows, columns, sized.resample)
 
-    return map_first_images(work, images, stop_bytes, lambda task: task.device_bytes)
+    return _map_first(work, images, stop_bytes)
 
 
 def _operator_takes(rows: Axis, columns: Axis, channels: int) -> bool:
@@ -156,3 +146,56 @@ def _operator_takes(rows: Axis, columns: Axis, channels: int) -> bool:
     `resize_tables` and `resize_calls` limit the bytes of a line and of the crop."""
     line, out = max(columns.source, columns.out) * channels, rows.out * columns.out * channels
     return not down_first(rows, columns) and line < 1 << 27 and out < 1 << 31
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def core_count() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(images: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(images, core_count()), "vitrail-images")
+
+
+def _attempt(work: Callable[[PixelInput], Result], image: PixelInput) -> Result | VitrailError:
+    try:
+        return work(image)
+    except VitrailError as error:
+        # a kept traceback would keep the pixels of the failed image alive
+        return error.with_traceback(None)
+
+
+def _map(
+    work: Callable[[PixelInput], Result], images: Sequence[PixelInput]
+) -> list[Result | VitrailError]:
+    """``work`` of each image, in order; a single image is done in the calling thread."""
+    if len(images) < 2:
+        return [_attempt(work, image) for image in images]
+    with _threads(len(images)) as threads:
+        return list(threads.map(partial(_attempt, work), images))
+
+
+def _map_first(
+    work: Callable[[PixelInput], CropTask], images: Sequence[PixelInput], stop_bytes: int
+) -> list[CropTask | VitrailError]:
+    """`_map` until the tasks hold ``stop_bytes``; then images under way are finished."""
+    if len(images) < 2:
+        return _map(work, images)
+    results: dict[int, CropTask | VitrailError] = {}
+    running: dict[Future[CropTask | VitrailError], int] = {}
+    begun = total = 0
+    with _threads(len(images)) as threads:
+        while True:
+            while len(running) < core_count() and begun < len(images) and total < stop_bytes:
+                running[threads.submit(_attempt, work, images[begun])] = begun
+                begun += 1
+            if not running:
+                return [results[number] for number in range(begun)]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                result = results[running.pop(future)] = future.result()
+                total += 0 if isinstance(result, VitrailError) else result.device_bytes

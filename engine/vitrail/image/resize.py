@@ -9,14 +9,21 @@ pass would make over four times the pixels that are kept.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vitrail.image.filters import NEAREST, PRECISION, filter_taps, nearest_source, rows_reached
 from vitrail.image.geometry import Axis, down_first
 
 Pixels = npt.NDArray[np.uint8]
+Doubles = npt.NDArray[np.float64]
+
+_NEAREST = 0
+_PRECISION = 22  # fraction bits of the integer weights
+_HAMMING_MEAN, _HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))
 
 
 def crop_axes(image: Image.Image, rows: Axis, columns: Axis, resample: int) -> Pixels:
@@ -82,14 +89,105 @@ def _window_pass(lines: Pixels, axis: Axis, top: int, resample: int) -> Pixels:
     ``lines`` (n, ...) holds the source from ``top`` on. The sums are integers, so their order is
     free.
     """
-    if resample == NEAREST:
+    if resample == _NEAREST:
         return np.ascontiguousarray(lines[nearest_source(axis) - top])
     start, weights = filter_taps(axis, resample)
-    total = np.full((axis.kept, *lines.shape[1:]), 1 << (PRECISION - 1), np.int32)
+    total = np.full((axis.kept, *lines.shape[1:]), 1 << (_PRECISION - 1), np.int32)
     shape = (-1,) + (1,) * (lines.ndim - 1)
     for tap in range(weights.shape[1]):
         source = np.minimum(start + tap, axis.source - 1) - top
         reached = lines[np.minimum(source, len(lines) - 1)].astype(np.int32)
         total += weights[:, tap].reshape(shape) * reached
-    clipped: Pixels = np.clip(total >> PRECISION, 0, 255).astype(np.uint8)
+    clipped: Pixels = np.clip(total >> _PRECISION, 0, 255).astype(np.uint8)
     return clipped
+
+
+# -- filters, with the formulas, order of operations and rounding of Pillow's Resample.c ----------
+
+
+def _hamming(x: float) -> float:
+    x = abs(x)
+    if x == 0.0:
+        return 1.0
+    if x >= 1.0:
+        return 0.0
+    x *= math.pi
+    return math.sin(x) / x * (_HAMMING_MEAN + _HAMMING_SWING * math.cos(x))
+
+
+def _sinc(x: float) -> float:
+    return 1.0 if x == 0.0 else math.sin(x * math.pi) / (x * math.pi)
+
+
+def _lanczos(x: float) -> float:
+    return _sinc(x) * _sinc(x / 3) if -3.0 <= x < 3.0 else 0.0
+
+
+def _bicubic(x: Doubles) -> Doubles:
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _bilinear(x: Doubles) -> Doubles:
+    return np.maximum(1.0 - np.abs(x), 0.0)
+
+
+def _box(x: Doubles) -> Doubles:
+    return ((x > -0.5) & (x <= 0.5)).astype(np.float64)
+
+
+_SUPPORTS = {_NEAREST: 0.5, 1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5, 5: 1.0}
+# vectorize calls the C library's sine for each value; numpy's own sine may round differently
+_FILTERS: dict[int, Callable[[Doubles], Doubles]] = {
+    1: np.vectorize(_lanczos, otypes=[np.float64]),
+    2: _bilinear,
+    3: _bicubic,
+    4: _box,
+    5: np.vectorize(_hamming, otypes=[np.float64]),
+}
+
+
+def rows_reached(axis: Axis, resample: int) -> tuple[int, int]:
+    """Source rows [top, bottom) that the kept rows depend on, with a row to spare."""
+    if axis.full == axis.source:
+        return axis.start, axis.stop
+    scale = axis.source / axis.full
+    reach = _SUPPORTS[resample] * max(scale, 1.0) + 2
+    top = math.floor((axis.start + 0.5) * scale - reach)
+    bottom = math.ceil((axis.stop - 0.5) * scale + reach)
+    return max(0, top), min(axis.source, bottom)
+
+
+def nearest_source(axis: Axis) -> npt.NDArray[np.int64]:
+    """The source index (n,) of each kept output under Pillow's NEAREST.
+
+    Pillow steps through the source by repeated addition; cumsum adds in the same order.
+    """
+    steps = np.full(axis.stop, axis.source / axis.full)
+    steps[0] *= 0.5
+    return np.cumsum(steps)[axis.start :].astype(np.int64)
+
+
+def filter_taps(axis: Axis, resample: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """First source index (n,) and integer weights (n, taps) of each kept output.
+
+    The loop over taps keeps Pillow's order of additions: a sum of doubles depends on its order.
+    """
+    scale = axis.source / axis.full
+    stretch = max(scale, 1.0)
+    reach = _SUPPORTS[resample] * stretch
+    center = (np.arange(axis.start, axis.stop) + 0.5) * scale
+    start = np.maximum((center - reach + 0.5).astype(np.int64), 0)
+    count = np.minimum((center + reach + 0.5).astype(np.int64), axis.source) - start
+    taps = int(count.max())
+    offsets = np.arange(taps)
+    distance = ((offsets + start[:, None]) - center[:, None] + 0.5) * (1.0 / stretch)
+    values = np.where(offsets < count[:, None], _FILTERS[resample](distance), 0.0)
+    total = np.zeros(axis.kept)
+    for tap in range(taps):
+        total += values[:, tap]
+    values /= np.where(total == 0.0, 1.0, total)[:, None]
+    fixed = values * (1 << _PRECISION)
+    return start, (fixed + np.where(fixed < 0, -0.5, 0.5)).astype(np.int32)

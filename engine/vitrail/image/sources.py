@@ -108,11 +108,9 @@ def array_pixels(image: npt.NDArray[Any] | torch.Tensor, channels: int, limits: 
             ) from None
     array = np.asarray(image)
     actual = f"image array: got {array.dtype} {array.shape}"
-    if array.dtype != np.uint8:
-        raise InputError(f"{actual}, {expected}")
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3:
+    if array.dtype != np.uint8 or array.ndim != 3:
         raise InputError(f"{actual}, {expected}")
     if array.shape[2] == 1 and channels == 3:
         array = np.broadcast_to(array, (*array.shape[:2], 3))
