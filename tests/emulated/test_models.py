@@ -20,7 +20,7 @@ from runtime.test_runner import (
     images,
     linear,
     norm,
-    normalised,
+    normalized,
     read,
     see,
     text_outputs,
@@ -79,7 +79,7 @@ def test_image_outputs_are_those_of_a_plain_model(
 ) -> None:
     model, spec, head = tiny(family), VISION[family], HEADS.get(family)
     pixels = images(BATCH, spec.image)
-    exact = normalised(pixels)
+    exact = normalized(pixels)
     arguments = pixels if uint8 else exact.float().contiguous()
     for plan in plans_of(spec, head, uint8):
         out = model.outputs(seeds, lambda plan=plan: see(model.runner, spec, plan, arguments))
@@ -124,7 +124,7 @@ def test_images_of_another_size_are_those_of_a_plain_model(tiny: Open, family: s
     larger = (spec.image[0] + 2 * spec.patch[0] + 1, spec.image[1] + spec.patch[1])
     pixels, plan = images(BATCH, larger), vision_pooled(spec, uint8=True)
     out = model.outputs(FEW, lambda: see(model.runner, spec, plan, pixels))["vision.embedding"]
-    expected = formula(plan, "vision.embedding", spec, None, normalised(pixels))
+    expected = formula(plan, "vision.embedding", spec, None, normalized(pixels))
     check("embedding", out, model.tensors, expected, model.dtype)
 
 

@@ -18,7 +18,7 @@ from runtime.test_runner import (
     VISION,
     check,
     images,
-    normalised,
+    normalized,
     open_runner,
     read,
     same_bits,
@@ -72,5 +72,5 @@ def test_kernels_without_tensor_maps_give_the_same_bits(
     assert same_bits({"out": plain}, {"out": with_maps})
     if vision is not None and pixels is not None:
         plan = vision_pooled(vision, uint8=True)
-        expected = formula(plan, "vision.embedding", vision, HEADS.get(family), normalised(pixels))
+        expected = formula(plan, "vision.embedding", vision, HEADS.get(family), normalized(pixels))
         check("embedding", plain, tensors, expected, dtype)

@@ -1,4 +1,4 @@
-"""Plans as values: what they compute, what they leave out, and where their buffers lie."""
+"""Plans as values: their steps, their costs, and the slots of their buffers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BUILDERS: tuple[Callable[..., Plan], ...] = (
     text_dense,
 )
 WRITTEN = {"out", "status", "stats"}
-"""The arguments an operator writes to; all others it reads."""
+"""The arguments that an operator writes; it reads all others."""
 
 
 # -- specs and plans drawn at random ---------------------------------------------------------------
@@ -103,7 +103,7 @@ KINDS = (
 
 
 def subsets(numbers: range, min_size: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
-    """Any of ``numbers``, each as likely in as out."""
+    """Any subset of ``numbers``; each number is in it with probability 1/2."""
     flags = st.tuples(*(st.booleans() for _ in numbers))
     chosen = flags.map(lambda f: tuple(n for n, kept in zip(numbers, f, strict=True) if kept))
     return chosen.filter(lambda taps: len(taps) >= min_size)
@@ -112,24 +112,24 @@ def subsets(numbers: range, min_size: int = 0) -> st.SearchStrategy[tuple[int, .
 @st.composite
 def any_plan(draw: st.DrawFn) -> Plan:
     """A plan of any kind, with any taps."""
-    kind = draw(st.sampled_from(KINDS))
-    if kind.startswith("text"):
+    plan_name = draw(st.sampled_from(KINDS))
+    if plan_name.startswith("text"):
         text = draw(text_specs())
-        if kind == "text_pooled":
+        if plan_name == "text_pooled":
             return text_pooled(text)
         taps = draw(subsets(range(text.blocks.layers + 1)))
         return text_dense(text, taps=taps, masked=draw(st.booleans()))
     spec, uint8 = draw(vision_specs()), draw(st.booleans())
-    if kind == "vision_layers":
+    if plan_name == "vision_layers":
         taps = draw(subsets(range(spec.blocks.layers), min_size=1))
         return vision_layers(spec, taps, draw(st.booleans()), uint8)
     head = None
     if spec.norm == "tokens":
         features = st.sampled_from(get_args(Features))
         head = draw(st.none() | st.builds(HeadSpec, st.just(("a", "b", "c")), features))
-    if kind == "vision_scores" and head is not None:
+    if plan_name == "vision_scores" and head is not None:
         return vision_scores(spec, head, uint8=uint8)
-    if kind in ("vision_scores", "vision_pooled"):
+    if plan_name in ("vision_scores", "vision_pooled"):
         return vision_pooled(spec, uint8=uint8)
     taps = draw(subsets(range(spec.blocks.layers + 1)))
     return vision_dense(spec, head, uint8=uint8, taps=taps)
@@ -139,19 +139,19 @@ drawn = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 
 
 def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Buffer -> first and last launch that names it."""
-    found: dict[str, tuple[int, int]] = {}
-    for number, launch in enumerate(plan.steps):
-        for _, name in launch.buffers:
-            found[name] = found.get(name, (number, number))[0], number
-    return found
+    """Buffer -> first and last step that names it."""
+    uses: dict[str, tuple[int, int]] = {}
+    for number, step in enumerate(plan.steps):
+        for _, name in step.buffers:
+            uses[name] = uses.get(name, (number, number))[0], number
+    return uses
 
 
 def accesses(plan: Plan) -> Iterator[tuple[int, set[str], set[str]]]:
-    """(launch, buffers it reads, buffers it writes)."""
-    for number, launch in enumerate(plan.steps):
-        written = {name for arg, name in launch.buffers if arg in WRITTEN}
-        yield number, {name for arg, name in launch.buffers if arg not in WRITTEN}, written
+    """(step, buffers it reads, buffers it writes)."""
+    for number, step in enumerate(plan.steps):
+        written = {name for arg, name in step.buffers if arg in WRITTEN}
+        yield number, {name for arg, name in step.buffers if arg not in WRITTEN}, written
 
 
 @drawn
@@ -160,8 +160,8 @@ def test_buffers_alive_at_the_same_time_never_share_a_slot(plan: Plan) -> None:
     slot = {b.name: b.slot for b in plan.buffers if b.slot is not None}
     alive = lifetimes(plan)
     for number in range(len(plan.steps)):
-        now = [slot[n] for n in slot if alive[n][0] <= number <= alive[n][1]]
-        assert len(now) == len(set(now)), f"launch {number}"
+        live_slots = [slot[n] for n in slot if alive[n][0] <= number <= alive[n][1]]
+        assert len(live_slots) == len(set(live_slots)), f"step {number}"
 
 
 @drawn
@@ -169,8 +169,8 @@ def test_buffers_alive_at_the_same_time_never_share_a_slot(plan: Plan) -> None:
 def test_every_buffer_is_written_before_it_is_read(plan: Plan) -> None:
     written = set(plan.inputs)
     for number, reads, writes in accesses(plan):
-        assert reads <= written, f"launch {number} reads {reads - written}"
-        assert not writes & set(plan.inputs), f"launch {number} writes an input"
+        assert reads <= written, f"step {number} reads {reads - written}"
+        assert not writes & set(plan.inputs), f"step {number} writes an input"
         written |= writes
     assert set(plan.outputs) <= written
 
@@ -180,7 +180,7 @@ def test_every_buffer_is_written_before_it_is_read(plan: Plan) -> None:
 def test_nothing_is_written_that_nobody_reads(plan: Plan) -> None:
     read_later = set(plan.outputs)
     for number, reads, writes in reversed(list(accesses(plan))):
-        assert writes <= read_later, f"launch {number} writes {writes - read_later}"
+        assert writes <= read_later, f"step {number} writes {writes - read_later}"
         read_later |= reads
 
 
@@ -197,8 +197,10 @@ def test_inputs_and_outputs_have_no_slot_and_all_else_has_one(plan: Plan) -> Non
 
 @drawn
 @given(any_plan(), st.integers(0, 70), st.integers(0, 300), st.sampled_from([2, 4]))
-def test_every_slot_holds_its_largest_buffer(plan: Plan, batch: int, more: int, item: int) -> None:
-    tokens = batch * 7 + more
+def test_every_slot_holds_its_largest_buffer(
+    plan: Plan, batch: int, extra_tokens: int, item: int
+) -> None:
+    tokens = batch * 7 + extra_tokens
     sizes = plan.slot_bytes(batch, tokens, item)
     assert all(size % 256 == 0 for size in sizes)
     for buffer in plan.buffers:
@@ -213,7 +215,7 @@ def test_every_slot_holds_its_largest_buffer(plan: Plan, batch: int, more: int, 
             need = math.prod(buffer.shape(batch, tokens)) * width
             largest[buffer.slot] = max(need, largest.get(buffer.slot, 0))
     waste = [size - largest[slot] for slot, size in enumerate(sizes)]
-    assert all(0 <= extra < 256 for extra in waste)
+    assert all(0 <= padding < 256 for padding in waste)
     assert plan.arena_bytes(batch, tokens, item) == sum(sizes)
 
 
@@ -240,26 +242,26 @@ def test_buffers_are_affine_in_sequences_and_tokens(plan: Plan) -> None:
             (b, m, t): buffer.shape(b, m, t)[0] for b in (0, 1, 3) for m in (0, 7) for t in (0, 5)
         }
         zero = rows[0, 0, 0]
-        for (b, m, t), found in rows.items():
+        for (b, m, t), count in rows.items():
             per_b, per_m, per_t = (
                 rows[1, 0, 0] - zero,
                 (rows[0, 7, 0] - zero) / 7,
                 (rows[0, 0, 5] - zero) / 5,
             )
-            assert found == zero + b * per_b + m * per_m + t * per_t
+            assert count == zero + b * per_b + m * per_m + t * per_t
 
 
-# -- which launches there are ----------------------------------------------------------------------
+# -- steps of a plan -------------------------------------------------------------------------------
 
 
-def block_launches(plan: Plan) -> dict[str, list[str]]:
-    """Block -> operators of its launches, in order."""
-    found: dict[str, list[str]] = {}
-    for launch in plan.steps:
-        block = re.match(r"\w+\.blocks\.\d+(?=\.)", launch.label)
+def block_steps(plan: Plan) -> dict[str, list[str]]:
+    """Block -> operators of its steps, in order."""
+    ops: dict[str, list[str]] = {}
+    for step in plan.steps:
+        block = re.match(r"\w+\.blocks\.\d+(?=\.)", step.label)
         if block:
-            found.setdefault(block[0], []).append(launch.op)
-    return found
+            ops.setdefault(block[0], []).append(step.op)
+    return ops
 
 
 FULL = ["linear", "attention", "linear", "linear", "linear"]
@@ -268,11 +270,11 @@ LAST = ["linear", "linear", "attention_one", "linear", "linear", "linear"]
 
 @drawn
 @given(any_plan())
-def test_a_block_is_five_launches_and_a_pooled_last_one_six(plan: Plan) -> None:
-    *others, last = block_launches(plan).values()
+def test_a_block_is_five_steps_and_a_pooled_last_one_six(plan: Plan) -> None:
+    *full_blocks, last_block = block_steps(plan).values()
     if not plan.name.endswith("scores"):  # whose last block has a test of its own
-        assert last == (LAST if plan.name.endswith("pooled") else FULL)
-    assert all(ops == FULL for ops in others)
+        assert last_block == (LAST if plan.name.endswith("pooled") else FULL)
+    assert all(ops == FULL for ops in full_blocks)
 
 
 @drawn
@@ -281,12 +283,12 @@ def test_scores_need_the_class_token_of_the_last_block_or_all_of_it(
     spec: VisionSpec, features: Features, uint8: bool
 ) -> None:
     plan = vision_scores(spec, HeadSpec(("a", "b", "c"), features), uint8=uint8)
-    *others, last = block_launches(plan).values()
-    assert last == (LAST if features == "class" else FULL)
-    assert all(ops == FULL for ops in others)
+    *full_blocks, last_block = block_steps(plan).values()
+    assert last_block == (LAST if features == "class" else FULL)
+    assert all(ops == FULL for ops in full_blocks)
 
 
-def test_launch_counts_of_published_models() -> None:
+def test_step_counts_of_published_models() -> None:
     """Patches, eleven full blocks, the last one, the pooling."""
     assert len(vision_pooled(VIT_B16, uint8=True).steps) == 1 + 11 * 5 + 6 + 1 == 63
     assert len(vision_pooled(CLIP_L14, uint8=True).steps) == 2 + 23 * 5 + 6 + 1
@@ -298,7 +300,7 @@ def test_launch_counts_of_published_models() -> None:
 def test_the_residual_stream_is_updated_in_place() -> None:
     """No block of a pooled plan but the last needs a second stream."""
     plan = vision_pooled(VIT_B16, uint8=True)
-    streams = {name for launch in plan.steps for arg, name in launch.buffers if arg == "out"}
+    streams = {name for step in plan.steps for arg, name in step.buffers if arg == "out"}
     assert {name for name in streams if "blocks" not in name} == {
         "vision.stream",
         "vision.pooled",
@@ -313,12 +315,12 @@ def test_the_pooled_plan_returns_nothing_but_the_embedding() -> None:
     )
 
 
-@pytest.mark.parametrize(("features", "last"), [("class", 6), ("class_mean", 5 + 1 + 1)])
-def test_the_plan_of_scores_returns_nothing_else(features: Any, last: int) -> None:
+@pytest.mark.parametrize(("features", "last_steps"), [("class", 6), ("class_mean", 5 + 1 + 1)])
+def test_the_plan_of_scores_returns_nothing_else(features: Any, last_steps: int) -> None:
     head = HeadSpec(("cat", "dog"), features)
     plan = vision_scores(VIT_B16, head, uint8=False)
     assert plan.outputs == ("vision.logits",)
-    assert len(plan.steps) == 1 + 11 * 5 + last + 1
+    assert len(plan.steps) == 1 + 11 * 5 + last_steps + 1
     assert plan.steps[-1].label == "vision.head"
     dense = vision_dense(VIT_B16, head)
     assert plan.flops([197] * 3) < dense.flops([197] * 3) or features == "class_mean"
@@ -329,8 +331,8 @@ def test_the_plan_of_scores_returns_nothing_else(features: Any, last: int) -> No
 def test_nothing_after_the_last_tap_is_computed(taps: tuple[int, ...], norm: bool) -> None:
     plan = vision_layers(DINOV2_B, taps, norm)
     assert plan.outputs == tuple(f"vision.layer.{tap}" for tap in taps)
-    assert list(block_launches(plan)) == [f"vision.blocks.{i}" for i in range(max(taps) + 1)]
-    norms = [launch for launch in plan.steps if launch.op == "layernorm"]
+    assert list(block_steps(plan)) == [f"vision.blocks.{i}" for i in range(max(taps) + 1)]
+    norms = [step for step in plan.steps if step.op == "layernorm"]
     assert len(norms) == (len(taps) if norm else 0)
     assert len(plan.steps) == 1 + 5 * (max(taps) + 1) + len(norms)
     assert plan.steps[-1].label == (
@@ -341,22 +343,22 @@ def test_nothing_after_the_last_tap_is_computed(taps: tuple[int, ...], norm: boo
 @drawn
 @given(any_plan())
 def test_a_tapped_stream_is_left_alone_once_its_block_is_done(plan: Plan) -> None:
-    """``hidden.<i>``: last written by block i - 1, or by what embeds; ``layer.<i>``: by block i."""
+    """``hidden.<i>`` is last written by block i - 1 or the embedding, ``layer.<i>`` by block i."""
     last_writer = {
         name: plan.steps[number].label for number, _, writes in accesses(plan) for name in writes
     }
     for name in plan.outputs:
-        tower, kind, *index = name.split(".")
-        if kind == "hidden":
+        tower, output, *index = name.split(".")
+        if output == "hidden":
             block = int(index[0]) - 1
             embeds = {f"{tower}.embed", f"{tower}.patch_embed", f"{tower}.pre_norm"}
             after = {f"{tower}.blocks.{block}.down"} if block >= 0 else embeds
             assert last_writer[name] in after
-        elif kind == "layer":
+        elif output == "layer":
             assert last_writer[name] in {name, f"{tower}.blocks.{index[0]}.down"}
 
 
-def test_taps_at_every_layer_cost_no_launch() -> None:
+def test_taps_at_every_layer_cost_no_step() -> None:
     for dense in (
         lambda taps: vision_dense(CLIP_L14, taps=taps),
         lambda taps: vision_dense(DINOV2_B, taps=taps),
@@ -370,23 +372,23 @@ def test_taps_at_every_layer_cost_no_launch() -> None:
 @drawn
 @given(vision_specs(), text_specs())
 def test_plans_use_every_packed_weight_and_no_other(vision: VisionSpec, text: TextSpec) -> None:
-    """What is left of the layout is the position table's part, which no launch takes directly."""
+    """Except for the weights of the position table, which no step takes directly."""
     pooled, dense = (vision_pooled, vision_dense)
-    made = [pooled(vision, uint8=True), pooled(vision, uint8=False), dense(vision)]
-    _uses_its_layout(made, vision_layout(vision), {"vision.position", "vision.prefix"})
+    plans = [pooled(vision, uint8=True), pooled(vision, uint8=False), dense(vision)]
+    _uses_its_layout(plans, vision_layout(vision), {"vision.position", "vision.prefix"})
     _uses_its_layout([text_pooled(text), text_dense(text)], text_layout(text), set())
 
 
-def _uses_its_layout(made: list[Plan], layout: dict[str, Any], table: set[str]) -> None:
+def _uses_its_layout(plans: list[Plan], layout: dict[str, Any], table: set[str]) -> None:
     used: set[str] = set()
-    for plan in made:
-        named = {name for launch in plan.steps for _, name in launch.weights}
+    for plan in plans:
+        named = {name for step in plan.steps for _, name in step.weights}
         assert named == {name for name, _ in plan.weights}
         assert all(layout[name] == packed for name, packed in plan.weights)
         used |= named
-    left = {name for name in set(layout) - used if not re.match(r"vision.patch.\w+.bias", name)}
+    unused = {name for name in set(layout) - used if not re.match(r"vision.patch.\w+.bias", name)}
     unneeded = {"vision.norm.weight", "vision.norm.bias", "text.norm.weight", "text.norm.bias"}
-    assert left - unneeded == table
+    assert unused - unneeded == table
 
 
 @drawn
@@ -396,15 +398,15 @@ def test_every_linear_fits_its_operands(plan: Plan) -> None:
     columns = {b.name: b.columns for b in plan.buffers}
     rows = {b.name: b.rows for b in plan.buffers}
     shapes = {name: packed.shape for name, packed in plan.weights}
-    for launch in plan.steps:
-        if launch.op != "linear":
+    for step in plan.steps:
+        if step.op != "linear":
             continue
-        operand, weight = dict(launch.buffers), dict(launch.weights)
+        operand, weight = dict(step.buffers), dict(step.weights)
         n, k = shapes[weight["weight"]]
-        assert columns[operand["x"]] == k, launch.label
-        assert columns[operand["out"]] == n // (2 if dict(launch.scalars).get("gated") else 1)
+        assert columns[operand["x"]] == k, step.label
+        assert columns[operand["out"]] == n // (2 if dict(step.scalars).get("gated") else 1)
         assert all(shapes[weight[arg]] == (n,) for arg in ("bias", "scale") if arg in weight)
-        assert rows[operand["out"]] == rows[operand.get("rows", operand["x"])], launch.label
+        assert rows[operand["out"]] == rows[operand.get("rows", operand["x"])], step.label
         if "residual" in operand:
             index = operand.get("residual_rows", operand["residual"])
             assert rows[index] == rows[operand["out"]]
@@ -426,37 +428,37 @@ CALLS: dict[str, Callable[[Any, Any], Plan]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_equal_specs_give_equal_plans(call: Callable[[Any, Any], Plan]) -> None:
-    first = call(VIT_B16, CLIP_B32_TEXT)
+    plan = call(VIT_B16, CLIP_B32_TEXT)
     for builder in BUILDERS:
         builder.cache_clear()  # type: ignore[attr-defined]
-    second = call(copy.deepcopy(VIT_B16), copy.deepcopy(CLIP_B32_TEXT))
-    assert second is not first
-    assert second == first
-    assert hash(second) == hash(first)
-    assert second.dump([197]) == first.dump([197])
-    third = call(
+    equal_plan = call(copy.deepcopy(VIT_B16), copy.deepcopy(CLIP_B32_TEXT))
+    assert equal_plan is not plan
+    assert equal_plan == plan
+    assert hash(equal_plan) == hash(plan)
+    assert equal_plan.dump([197]) == plan.dump([197])
+    other_plan = call(
         dataclasses.replace(VIT_B16, blocks=dataclasses.replace(VIT_B16.blocks, eps=1e-5)),
         dataclasses.replace(CLIP_B32_TEXT, projection=None),
     )
-    assert third != first
+    assert other_plan != plan
 
 
 def test_a_plan_is_built_once() -> None:
     assert vision_pooled(VIT_B16, uint8=True) is vision_pooled(copy.deepcopy(VIT_B16), uint8=True)
 
 
-# -- what it costs ---------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
 def block_flops(spec: BlockSpec, lengths: list[int]) -> int:
-    """Of one full block, by hand: four products over the tokens, two over the pairs of tokens."""
+    """One full block by hand: four products over the tokens, two over the pairs of tokens."""
     c, f = spec.width, spec.mlp * (3 if spec.gated else 2)
     pairs = sum(n * (n + 1) // 2 if spec.causal else n * n for n in lengths)
     return 2 * sum(lengths) * (4 * c * c + f * c) + 4 * c * pairs
 
 
 def last_block_flops(spec: BlockSpec, lengths: list[int]) -> int:
-    """Keys and values of every token, all else of one token a sequence."""
+    """Keys and values of every token, everything else of one token for each sequence."""
     c, f, b = spec.width, spec.mlp * (3 if spec.gated else 2), len(lengths)
     return 2 * sum(lengths) * 2 * c * c + 2 * b * (2 * c * c + f * c) + 4 * c * sum(lengths)
 
@@ -470,26 +472,28 @@ def test_flops_are_those_of_the_products_by_hand(
     full, n = [tokens] * len(lengths), len(lengths)
     embed = 2 * n * (tokens - vision.prefix) * vision.patch_values * vision.blocks.width
     end = 2 * n * vision.blocks.width * (vision.projection or 0)
-    most = (vision.blocks.layers - 1) * block_flops(vision.blocks, full)
+    full_blocks = (vision.blocks.layers - 1) * block_flops(vision.blocks, full)
     pooled = vision_pooled(vision, uint8=True)
-    assert pooled.flops(full) == embed + most + last_block_flops(vision.blocks, full) + end
+    assert pooled.flops(full) == embed + full_blocks + last_block_flops(vision.blocks, full) + end
     pooler = 2 * n * vision.blocks.width * (vision.pooler.width if vision.pooler else 0)
     dense = vision_dense(vision)
-    assert dense.flops(full) == embed + most + block_flops(vision.blocks, full) + end + pooler
+    assert (
+        dense.flops(full) == embed + full_blocks + block_flops(vision.blocks, full) + end + pooler
+    )
     end = 2 * n * text.blocks.width * (text.projection or 0)
-    most = (text.blocks.layers - 1) * block_flops(text.blocks, lengths)
+    full_blocks = (text.blocks.layers - 1) * block_flops(text.blocks, lengths)
     packed = text_pooled(text).flops(lengths)
-    assert packed == most + last_block_flops(text.blocks, lengths) + end
+    assert packed == full_blocks + last_block_flops(text.blocks, lengths) + end
 
 
 def test_work_that_need_not_be_done_is_not() -> None:
     """Nine tokens of a caption against 77, and one pooled token against all of them."""
     dense = text_dense(CLIP_B32_TEXT).flops([77])
     assert text_pooled(CLIP_B32_TEXT).flops([9]) <= 0.115 * dense
-    for spec, most in ((VIT_B16, 0.932), (CLIP_L14, 0.966)):
+    for spec, share in ((VIT_B16, 0.932), (CLIP_L14, 0.966)):
         tokens = [spec.tokens_at(spec.image)]
         pooled = vision_pooled(spec, uint8=True).flops(tokens)
-        assert pooled <= most * vision_dense(spec, uint8=True).flops(tokens)
+        assert pooled <= share * vision_dense(spec, uint8=True).flops(tokens)
 
 
 def test_the_cost_of_a_batch_is_the_sum_of_its_items() -> None:
@@ -540,27 +544,27 @@ def test_dense_flops_are_those_of_transformers(name: str) -> None:
     spec, make, config, values = COUNTED[name]
     if name == "ViTModel":
         spec = dataclasses.replace(spec, pooler=PoolerSpec(768, "tanh"))
-    found = counted(make, config(**values), pixel_values=torch.empty(2, 3, *spec.image))
+    theirs = counted(make, config(**values), pixel_values=torch.empty(2, 3, *spec.image))
     ours = vision_dense(spec).flops([spec.tokens_at(spec.image)] * 2)
-    assert ours == pytest.approx(found, rel=0.01)
+    assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_dense_text_flops_are_those_of_transformers_without_the_masked_half() -> None:
     spec = CLIP_B32_TEXT.blocks
     config = transformers.CLIPTextConfig(eos_token_id=49407)
-    found = counted(
+    theirs = counted(
         transformers.CLIPTextModelWithProjection,
         config,
         input_ids=torch.zeros(2, 77, dtype=torch.long),
     )
     masked = 2 * spec.layers * 4 * spec.width * (77 * 76 // 2)
     ours = text_dense(CLIP_B32_TEXT).flops([77, 77])
-    assert ours + masked == pytest.approx(found, rel=0.01)
+    assert ours + masked == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("compute", ["float32", "float16"])
-def test_dump_has_a_line_for_every_launch_and_totals(
+def test_dump_has_a_line_for_every_step_and_totals(
     call: Callable[[Any, Any], Plan], compute: str
 ) -> None:
     plan, lengths = call(VIT_B16, CLIP_B32_TEXT), [77, 77]
@@ -568,20 +572,20 @@ def test_dump_has_a_line_for_every_launch_and_totals(
     assert head == f"{plan.name}: 2 sequences, 154 tokens, {compute}"
     assert len(lines) == len(plan.steps)
     costs = plan.count(lengths, compute)
-    for number, (line, launch, cost) in enumerate(zip(lines, plan.steps, costs, strict=True)):
+    for number, (line, step, cost) in enumerate(zip(lines, plan.steps, costs, strict=True)):
         words = line.split()
         assert int(words[0]) == number
         assert float(words[1]) == pytest.approx(cost.flops / 1e6, abs=1e-3)
         assert float(words[3]) == pytest.approx(cost.bytes / 1e6, abs=1e-3)
-        assert words[5:7] == [launch.op, launch.label]
-        assert len(words[7:]) == len(launch.buffers) + len(launch.weights)
+        assert words[5:7] == [step.op, step.label]
+        assert len(words[7:]) == len(step.buffers) + len(step.weights)
     flops, traffic, steps = (float(total.split()[i]) for i in (1, 3, 5))
     assert flops == pytest.approx(plan.flops(lengths) / 1e6, abs=1e-3)
     assert traffic == pytest.approx(sum(cost.bytes for cost in costs) / 1e6, abs=1e-3)
     assert steps == len(plan.steps)
 
 
-def test_dump_shows_the_shapes_of_a_launch() -> None:
+def test_dump_shows_the_shapes_of_a_step() -> None:
     lines = vision_pooled(VIT_B16, uint8=True).dump([197, 197]).splitlines()
     assert "vision.patch_embed" in lines[1]
     assert "out(394,768) pixels(392,768) table(197,768) stats(24,394) weight(768,768)" in lines[1]

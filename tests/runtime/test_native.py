@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import standin
-from runtime.test_runner import CPU, HEADS, TEXT, VISION, images, normalised, open_runner, read, see
+from runtime.test_runner import CPU, HEADS, TEXT, VISION, images, normalized, open_runner, read, see
 from vitrail.errors import DeviceError, OutOfMemoryError
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_pooled
@@ -195,7 +195,7 @@ def test_every_launch_of_an_image_plan_is_the_operators_own(
         for batch in (1, 3, 40):
             pixels = images(batch, spec.image)
             if not uint8:
-                pixels = normalised(pixels).float().contiguous()
+                pixels = normalized(pixels).float().contiguous()
             for plan in walked:
                 out = see(runner, spec, plan, pixels)
                 known = {"pixels": pixels, **out}
@@ -237,7 +237,7 @@ def test_other_sizes_and_kinds_of_pixels_are_other_programs(
     assert len(runner._programs) == 3
     plan = vision_pooled(spec, uint8=False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        pixels = normalised(images(2, (28, 28))).to(dtype).contiguous()
+        pixels = normalized(images(2, (28, 28))).to(dtype).contiguous()
         out = see(runner, spec, plan, pixels)
         lengths = [spec.tokens_at((28, 28))] * 2
         check_run(driver, runner, plan, lengths, {"pixels": pixels, **out})

@@ -1,0 +1,95 @@
+"""Which backend computes on a device, and the reasons that users read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.test_runner import CPU
+from vitrail import runtime as runners
+from vitrail.errors import InputError
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "backend", "why"),
+    [
+        (torch.float16, (9, 0), "native", None),
+        (torch.bfloat16, (8, 0), "native", None),
+        (torch.float32, (9, 0), "torch", "float32 goes through PyTorch"),
+        (torch.float16, (7, 5), "torch", "sm_80 or later, and this is sm_75"),
+    ],
+)
+def test_auto_takes_the_kernels_on_every_gpu_they_serve(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    backend: str,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(runners.native, "MISSING", None)
+    assert runners.choose("auto", dtype, GPU) == backend
+    assert runners.why_not_native(dtype, GPU) == runners.why_not_triton(dtype, GPU)
+    monkeypatch.setattr(runners.native, "MISSING", ImportError("vitrail._C"))
+    fallback = "triton" if backend == "native" else backend
+    assert runners.choose("auto", dtype, GPU) == fallback
+    with pytest.raises(InputError, match="backend: got 'native', but "):
+        runners.choose("native", dtype, GPU)
+    reason = runners.why_not_triton(dtype, GPU)
+    assert (reason is None) == (why is None)
+    assert why is None or (reason is not None and why in reason)
+    if why is not None:
+        with pytest.raises(InputError, match="backend: got 'triton', but"):
+            runners.choose("triton", dtype, GPU)
+    assert runners.choose("torch", dtype, GPU) == "torch"
+    assert runners.choose("reference", dtype, GPU) == "torch", "its former name"
+
+
+def test_a_cpu_gets_torch_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runners.choose("auto", torch.float32, CPU) == "torch"
+    with pytest.raises(InputError, match="the kernels need a CUDA device"):
+        runners.choose("triton", torch.float32, CPU)
+    monkeypatch.setattr(runners, "MISSING", ImportError("triton is not installed"))
+    assert runners.choose("auto", torch.float16, GPU) == "torch"
+    with pytest.raises(InputError, match="triton is not installed"):
+        runners.choose("triton", torch.float16, GPU)
+
+
+def test_everything_but_the_kernels_works_without_triton(tmp_path: Path) -> None:
+    """Without triton the CPU computes all the same, and a kernel names the missing package."""
+    root = Path(__file__).parents[2]
+    code = f"""
+from importlib.machinery import PathFinder
+
+there = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] == "triton" else there(name, *rest)
+)
+import torch
+import vitrail
+from vitrail_kernels import OPERATORS
+
+model = vitrail.load({str(root / "engine/vitrail/assets/clip")!r})
+print(model.backend, tuple(model.encode_image(torch.zeros(2, 3, 56, 56)).shape))
+try:
+    OPERATORS["linear"].launch(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8, 8))
+except RuntimeError as error:
+    print(error)
+"""
+    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch (2, 128)", "kernels: triton is not installed"]
