@@ -1,20 +1,21 @@
 """Trains the CLIP that Vitrail bundles: shapes and colors, from rendered scenes with captions.
 
     python examples/train_tiny_clip.py out/            about an hour on two cores
-    python examples/train_tiny_clip.py out/ --judge    only measures what out/ holds
+    python examples/train_tiny_clip.py out/ --judge    only measures the checkpoint in out/
 
-Needs transformers. ``out/`` becomes a checkpoint folder as transformers saves it, in fp16, with
-``training.json``: settings, accuracies and the SHA-256 of the weights. Training may be stopped at
-any time; the same command goes on. What a step shows depends on the seed and the step alone.
+Needs transformers. ``out/`` becomes a checkpoint folder in transformers' format, in fp16, with
+``training.json``: settings, accuracies and the SHA-256 of the weights. Training may be interrupted
+at any time; the same command resumes. The data of a step depends only on the seed and the step.
 
-The loss is CLIP's, both ways, with three changes. A caption that is also true of another picture of
-the batch is no negative for it: what captions claim is known. The batch has captions in which one
-claim was changed, so that every word counts. And while it trains, a linear head for each attribute
-reads the image tower's output, which makes it learn shapes and places several times faster.
+The loss is CLIP's symmetric loss with three changes. First, a caption that is also true of another
+picture of the batch is no negative for that picture; the claims of captions are known. Second, the
+batch has captions with one changed claim, so that every word counts. Third, a linear head for each
+attribute reads the image tower's output during training; the tower then learns shapes and positions
+several times faster.
 
-A quarter of the pairs of color and shape (`scenes.HELD_OUT`) is in no picture and in no caption.
-That alone would teach that what is red is no star, if red stars are held out: so no shape, or
-color, that makes such a pair with a picture's own is a negative for it.
+A quarter of the color-shape pairs (`scenes.HELD_OUT`) appears in no picture and no caption. That
+alone would teach, for example, that a red thing is never a star. Therefore a caption is no negative
+for a picture if the color of one and the shape of the other form a held-out pair.
 """
 
 from __future__ import annotations
@@ -61,26 +62,26 @@ TEXT = {
 SEED, BATCH, HARD = 20261124, 128, 1
 STEPS, RATE, DECAY, WARM = 4800, 1.5e-3, 0.05, 300
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-ASIDE = 2.0  # the heads' part of the loss
+HEADS_WEIGHT = 2.0  # of the heads' loss
 SAVE_EVERY, SAY_EVERY = 200, 50
 JUDGED = 4000
 
 
-# -- what a step shows -----------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def numbers(claims: Claims) -> list[int]:
-    """Indices into VALUES; -1 claims nothing."""
+    """Indices into VALUES; -1: no claim."""
     return [VALUES[f].index(c) if c else -1 for f, c in zip(FIELDS, claims, strict=True)]
 
 
 def facts(scene: Scene) -> list[int]:
-    """Indices into VALUES; -2 has no name, which no claim equals."""
+    """Indices into VALUES; -2: nameless, which equals no claim."""
     return [VALUES[f].index(v) if (v := getattr(scene, f)) else -2 for f in FIELDS]
 
 
 def held_out() -> Tensor:
-    """(colors + 2, shapes + 2) bool; indices -1 and -2 find False."""
+    """(colors + 2, shapes + 2) bool; at the indices -1 and -2 all is False."""
     pairs = torch.zeros(len(VALUES["color"]) + 2, len(VALUES["shape"]) + 2, dtype=torch.bool)
     for color, shape in HELD_OUT:
         pairs[VALUES["color"].index(color), VALUES["shape"].index(shape)] = True
@@ -91,30 +92,30 @@ OPEN = held_out()
 
 
 def changed(dice: Random, claims: Claims) -> Claims:
-    """The claims with one of them another, color and shape most often; never a held-out pair."""
-    told = [k for k, claim in enumerate(claims) if claim]
+    """The claims with another value for a random claim; never a held-out pair."""
+    indices = [k for k, claim in enumerate(claims) if claim]
     while True:
-        k = dice.choice(told)
-        other = list(claims)
-        other[k] = dice.choice([value for value in VALUES[FIELDS[k]] if value != claims[k]])
-        if (other[1], other[0]) not in HELD_OUT:
-            return tuple(other)
+        k = dice.choice(indices)
+        negative = list(claims)
+        negative[k] = dice.choice([value for value in VALUES[FIELDS[k]] if value != claims[k]])
+        if (negative[1], negative[0]) not in HELD_OUT:
+            return tuple(negative)
 
 
 def batch(step: int, tokenizer: CLIPTokenizer) -> tuple[Tensor, ...]:
-    """What a step shows, of pictures B, texts T and attributes F.
+    """The data of a step: B pictures, T texts of L tokens, F attributes.
 
-    uint8 pictures (B, 56, 56, 3), ids (T, L) and mask, which texts are true or must be left open
-    (B, T) bool, and the attributes (B, F) as `facts`.
+    uint8 pictures (B, 56, 56, 3); ids (T, L) and mask; (B, T) bool, whether a text is true of a
+    picture, or no negative for it; the attributes (B, F) as `facts`.
     """
     dice = Random(f"{SEED}-{step}")
-    shown = [scenes.sample(dice, nameless=True) for _ in range(BATCH)]
-    pictures = np.stack([np.asarray(scenes.render(scene, SIDE)) for scene in shown])
-    own = [caption(dice, scene) for scene in shown]
-    hard = [changed(dice, claims) for _, claims in own for _ in range(HARD)]
-    texts = [text for text, _ in own] + [words(dice, claims) for claims in hard]
-    claimed = torch.tensor([numbers(claims) for claims in [c for _, c in own] + hard])
-    real = torch.tensor([facts(scene) for scene in shown])
+    samples = [scenes.sample(dice, nameless=True) for _ in range(BATCH)]
+    pictures = np.stack([np.asarray(scenes.render(scene, SIDE)) for scene in samples])
+    captions = [caption(dice, scene) for scene in samples]
+    hard = [changed(dice, claims) for _, claims in captions for _ in range(HARD)]
+    texts = [text for text, _ in captions] + [words(dice, claims) for claims in hard]
+    claimed = torch.tensor([numbers(claims) for claims in [c for _, c in captions] + hard])
+    real = torch.tensor([facts(scene) for scene in samples])
     true = ((claimed == real[:, None]) | (claimed == -1)).all(-1)
     true |= OPEN[real[:, None, 1], claimed[:, 0]] | OPEN[claimed[:, 1], real[:, None, 0]]
     ids = tokenizer(texts, padding=True, return_tensors="pt")
@@ -122,19 +123,19 @@ def batch(step: int, tokenizer: CLIPTokenizer) -> tuple[Tensor, ...]:
 
 
 def loss_of(scores: Tensor, true: Tensor) -> Tensor:
-    """CLIP's loss over (B, T) scores: text i is picture i's own, what else is true no negative."""
-    own = torch.arange(len(scores))
-    others = true.clone()
-    others[own, own] = False
-    scores = scores.masked_fill(others, -torch.inf)
-    return F.cross_entropy(scores, own) + F.cross_entropy(scores[:, : len(scores)].T, own)
+    """CLIP's loss over (B, T) scores; text i belongs to picture i, other true texts are masked."""
+    diagonal = torch.arange(len(scores))
+    masked = true.clone()
+    masked[diagonal, diagonal] = False
+    scores = scores.masked_fill(masked, -torch.inf)
+    return F.cross_entropy(scores, diagonal) + F.cross_entropy(scores[:, : len(scores)].T, diagonal)
 
 
 # -- model -----------------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE over the words that captions are made of."""
+    """CLIP's byte-level BPE, trained on captions."""
     dice = Random(SEED)
     corpus = [caption(dice, scenes.sample(dice))[0] for _ in range(4000)]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -162,26 +163,26 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = VISION | {"image_size": SIDE, "patch_size": PATCH}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
-    place_patches(model)
+    initialize_positions(model)
     return model
 
 
 @torch.no_grad()
-def place_patches(model: CLIPModel) -> None:
-    """Positions begin as sines and cosines of row and column, as strong as the patches.
+def initialize_positions(model: CLIPModel) -> None:
+    """Sets position embeddings to sines and cosines of row and column, as large as the patches'.
 
-    At the usual 0.02 they drown in the patches, and places are learnt several times slower.
+    With the usual scale of 0.02 the model learns positions several times slower.
     """
     embeddings = model.vision_model.embeddings
     side, quarter = SIDE // PATCH, VISION["hidden_size"] // 4
-    at = torch.arange(side).float()[:, None] / side * math.pi * torch.logspace(0, 0.8, quarter)
-    waves = torch.cat([at.sin(), at.cos()], dim=1)
+    angles = torch.arange(side).float()[:, None] / side * math.pi * torch.logspace(0, 0.8, quarter)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     embeddings.position_embedding.weight[1:] = 0.4 * torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def scaled(pictures: Tensor) -> Tensor:
-    """uint8 (B, 56, 56, 3) to pixel_values (B, 3, 48, 48)."""
+    """uint8 (B, 56, 56, 3) to pixel_values (B, 3, 56, 56)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
@@ -190,18 +191,18 @@ def scaled(pictures: Tensor) -> Tensor:
 
 
 class Training:
-    """The model, AdamW and the step, kept in a file so that a later run goes on."""
+    """The model, AdamW and the step, saved to a file so that a later run can resume."""
 
     def __init__(self, file: Path, model: CLIPModel, steps: int) -> None:
         self.file, self.model, self.steps, self.step = file, model, steps, 0
         self.heads = nn.Linear(VISION["hidden_size"], sum(map(len, VALUES.values())))
         self.named = dict(model.named_parameters())
         self.named |= {f"heads.{name}": p for name, p in self.heads.named_parameters()}
-        decayed = [p for p in self.named.values() if p.ndim > 1]
-        plain = [p for p in self.named.values() if p.ndim <= 1]
+        matrices = [p for p in self.named.values() if p.ndim > 1]
+        vectors = [p for p in self.named.values() if p.ndim <= 1]
         groups = [
-            {"params": decayed, "weight_decay": DECAY},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": DECAY},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
         if self.file.exists():
@@ -216,64 +217,66 @@ class Training:
         )
 
     def save(self) -> None:
-        kept = {name: p.detach() for name, p in self.named.items()}
+        tensors = {name: p.detach() for name, p in self.named.items()}
         for name, p in self.named.items():
-            kept |= {f"{key}/{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+            tensors |= {
+                f"{key}/{name}": self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")
+            }
         draft = self.file.with_suffix(".tmp")
-        save_file(kept | {"step": torch.tensor(self.step)}, draft)
+        save_file(tensors | {"step": torch.tensor(self.step)}, draft)
         os.replace(draft, self.file)
 
     def _restore(self) -> None:
-        kept = load_file(self.file)
-        self.step = int(kept["step"])
+        tensors = load_file(self.file)
+        self.step = int(tensors["step"])
         for name, p in self.named.items():
-            p.data.copy_(kept[name])
-            state = {key: kept[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            p.data.copy_(tensors[name])
+            state = {key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[p] = state | {"step": torch.tensor(float(self.step))}
 
     def advance(
         self, pictures: Tensor, ids: Tensor, mask: Tensor, true: Tensor, real: Tensor
     ) -> tuple[float, float]:
-        """One step; CLIP's loss and the heads' mean one."""
+        """Makes a step; returns CLIP's loss and the heads' mean loss."""
         for group in self.adam.param_groups:
             group["lr"] = self.rate()
         out = self.model(input_ids=ids, attention_mask=mask, pixel_values=scaled(pictures))
         loss = loss_of(out.logits_per_image, true)
-        aside = self.told(out.vision_model_output.pooler_output, real)
+        heads_loss = self.heads_loss(out.vision_model_output.pooler_output, real)
         self.adam.zero_grad(set_to_none=True)
-        (loss + ASIDE * aside).backward()
+        (loss + HEADS_WEIGHT * heads_loss).backward()
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.adam.step()
         self.model.logit_scale.data.clamp_(max=math.log(100))
         self.step += 1
-        return loss.item(), aside.item()
+        return loss.item(), heads_loss.item()
 
-    def told(self, pooled: Tensor, real: Tensor) -> Tensor:
-        """The heads' mean cross-entropy over attributes that have names; shapes count thrice."""
+    def heads_loss(self, pooled: Tensor, real: Tensor) -> Tensor:
+        """The heads' mean cross-entropy over named attributes; shapes count three times."""
         sizes = [len(values) for values in VALUES.values()]
-        shape, color, *others = self.heads(pooled).split(sizes, 1)
+        shape, color, *attributes = self.heads(pooled).split(sizes, 1)
         shape = shape.masked_fill(OPEN[real[:, 1], : sizes[0]], -torch.inf)
         color = color.masked_fill(OPEN[: sizes[1], real[:, 0]].T, -torch.inf)
         losses = [
             F.cross_entropy(scores, real[:, k], ignore_index=-2)
-            for k, scores in enumerate([shape, color, *others])
+            for k, scores in enumerate([shape, color, *attributes])
         ]
         return (2 * losses[0] + torch.stack(losses).sum()) / (2 + len(losses))
 
 
 def train(training: Training, tokenizer: CLIPTokenizer) -> None:
-    start, first, mean = time.monotonic(), training.step, None
+    start, first_step, mean = time.monotonic(), training.step, None
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(batch, training.step, tokenizer)
+        next_batch = pool.submit(batch, training.step, tokenizer)
         while training.step < training.steps:
-            made = coming.result()
-            coming = pool.submit(batch, training.step + 1, tokenizer)
-            losses = np.array(training.advance(*made))
+            data = next_batch.result()
+            next_batch = pool.submit(batch, training.step + 1, tokenizer)
+            losses = np.array(training.advance(*data))
             mean = 0.95 * mean + 0.05 * losses if mean is not None else losses
             if training.step % SAY_EVERY == 0:
-                each = (time.monotonic() - start) / (training.step - first)
+                seconds = (time.monotonic() - start) / (training.step - first_step)
                 losses = f"loss {mean[0]:.3f}, heads {mean[1]:.3f}"
-                print(f"step {training.step}: {losses}, {each:.2f} s a step", flush=True)
+                print(f"step {training.step}: {losses}, {seconds:.2f} s a step", flush=True)
             if training.step % SAVE_EVERY == 0 or training.step == training.steps:
                 training.save()
 
@@ -282,7 +285,7 @@ def train(training: Training, tokenizer: CLIPTokenizer) -> None:
 
 
 def export(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-    """The folder as transformers saves it, in fp16."""
+    """Writes the folder in transformers' format, in fp16."""
     pixels = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -294,7 +297,7 @@ def export(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """What the checkpoint scores in Vitrail on scenes that it never saw."""
+    """The checkpoint's scores in Vitrail on scenes not seen in training."""
     scores = judge(*encoders(vitrail.load(folder)), JUDGED, SEED)
     return {
         name: {"right": score.correct, "of": score.n, "lower_bound_95": round(score.lower_bound, 4)}
@@ -307,17 +310,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--judge", action="store_true", help="measure only")
-    given = parser.parse_args()
-    if not given.judge:
-        given.out.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args()
+    if not arguments.judge:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
-        train(Training(given.out / "training.safetensors", model, given.steps), tokenizer)
-        export(given.out, model, tokenizer)
-    weights = (given.out / "model.safetensors").read_bytes()
+        train(Training(arguments.out / "training.safetensors", model, arguments.steps), tokenizer)
+        export(arguments.out, model, tokenizer)
+    weights = (arguments.out / "model.safetensors").read_bytes()
     record = {
         "made by": "examples/train_tiny_clip.py",
-        "steps": given.steps,
+        "steps": arguments.steps,
         "seed": SEED,
         "batch": BATCH,
         "changed captions a picture": HARD,
@@ -326,12 +329,12 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "sha256 of model.safetensors": hashlib.sha256(weights).hexdigest(),
-        "scenes of held-out pairs": measure(given.out),
+        "scenes of held-out pairs": measure(arguments.out),
     }
     text = json.dumps(record, indent=2)
     print(text)
-    if not given.judge:
-        (given.out / "training.json").write_text(text + "\n")
+    if not arguments.judge:
+        (arguments.out / "training.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
