@@ -1,6 +1,6 @@
 // What C++ does for a forward without Python: `host LIBRARY FOLDER (SEQUENCES TOKENS LONGEST)...`.
 // A line a size: sequences, the allocations of the first call and of the thousands after it, and
-// microseconds of one of these. LIBRARY is the driver stand-in, FOLDER has a plan and its images.
+// microseconds of one of these. LIBRARY is the driver stand-in, FOLDER has a plan and its kernels.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -91,7 +91,7 @@ int main(int count, char** arguments) {
     const auto gpu = std::make_shared<const Gpu>(library, 0);
     const auto kernels = std::make_shared<Kernels>(gpu);
     for (int i = 0;; ++i) {
-        const std::string record = read(folder / ("image" + std::to_string(i)));
+        const std::string record = read(folder / ("kernel" + std::to_string(i)));
         if (record.empty()) break;
         kernels->load(record);
     }

@@ -182,21 +182,21 @@ class Forward:
         native = self.native
         for batch in batches:
             self.whole(native, batch)()  # loads the kernels of this size
-        ready = native._ready(self.plan, self.inputs(batches[0]))
-        largest = ready.sizes[self.size(max(batches))]
-        arena = native._empty(largest.arena, torch.uint8)
+        cached = native._cached_plan(self.plan, self.inputs(batches[0]))
+        largest = cached.sizes[self.size(max(batches))]
+        arena = native._empty(largest.arena_shape, torch.uint8)
 
         def one(batch: int) -> Run:
             size = self.size(batch)
             held = self.inputs(batch) | {
                 buffer.name: native._empty(shape, native._dtypes[buffer.dtype])
-                for buffer, shape in zip(ready.external, ready.sizes[size].shapes, strict=True)
+                for buffer, shape in zip(cached.externals, cached.sizes[size].shapes, strict=True)
                 if buffer.name in self.plan.outputs
             }
             self.kept += [arena, *held.values()]
-            addresses = [held[buffer.name].data_ptr() for buffer in ready.external]
+            addresses = [held[buffer.name].data_ptr() for buffer in cached.externals]
             return functools.partial(
-                ready.executable.run,
+                cached.executable.run,
                 size,
                 largest.capacity,
                 arena.data_ptr(),
@@ -268,13 +268,13 @@ def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
     if (compiler := standin_package().compiler()) is None:
         raise RuntimeError("host.cpp: got no C++ compiler, wanted c++ or $CXX")
     native = forward.native
-    ready = native._ready(forward.plan, forward.inputs(batches[0]))
+    cached = native._cached_plan(forward.plan, forward.inputs(batches[0]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "plan").write_bytes(ready.program.record)
-        for number, (key, call) in enumerate(ready.program.calls.items()):
+        (folder / "plan").write_bytes(cached.native.record)
+        for number, (key, call) in enumerate(cached.native.calls.items()):
             record = kernel_record(key, call, TARGET.arch)
-            (folder / f"image{number}").write_bytes(record)
+            (folder / f"kernel{number}").write_bytes(record)
         csrc, program = ROOT / "csrc", folder / "host"
         sources = [PROGRAM, *(csrc / source for source in SOURCES)]
         built = ["-std=c++17", "-O2", f"-I{csrc}", "-rdynamic", "-o", program, *sources, "-ldl"]

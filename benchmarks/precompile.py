@@ -27,7 +27,7 @@ from steps import sweep_calls
 
 from gpu import precompile as gpu_tests
 from gpu import record
-from vitrail.plan.lowering import image_key, record_of
+from vitrail.plan.kernel_binary import encode_binary, kernel_key
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_pooled
 from vitrail.plan.vision import vision_pooled, vision_table
@@ -127,8 +127,8 @@ def launchers_for_elsewhere() -> Iterator[None]:
 def compile_for_both(call: Call, arch: int) -> Any:
     """The kernel, for the Triton runner's cache and the native one's: Triton's own."""
     kernel = compile_kernel(call, arch)
-    key = image_key(call, arch)
-    keep(key, record_of(key, call, arch, kernel))
+    key = kernel_key(call, arch)
+    keep(key, encode_binary(key, call, arch, kernel))
     return kernel
 
 

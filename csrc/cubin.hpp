@@ -41,7 +41,7 @@ class Module {
 // The shape of a launch's blocks, and whether the launch may overlap the previous kernel.
 struct Block {
     unsigned x = 1, y = 1;
-    unsigned shared = 0;  // bytes of dynamic shared memory
+    unsigned shared = 0;   // bytes of dynamic shared memory
     bool overlap = false;  // may start before the previous kernel has ended
 };
 

@@ -33,18 +33,18 @@ constexpr Result kSystemNotReady = 802;        // the fabric manager does not ru
 constexpr Result kDriverMismatch = 803;        // library and kernel module differ in version
 constexpr Result kCompatibilityRefused = 804;  // the library is for newer GPUs
 
-constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-constexpr int kThreadsPerMultiprocessor = 39;    // ..._MAX_THREADS_PER_MULTIPROCESSOR
-constexpr int kCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-constexpr int kCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-constexpr int kSharedPerMultiprocessor = 81;     // ..._MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+constexpr int kMultiprocessors = 16;           // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kThreadsPerMultiprocessor = 39;  // ..._MAX_THREADS_PER_MULTIPROCESSOR
+constexpr int kCapabilityMajor = 75;           // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kCapabilityMinor = 76;           // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+constexpr int kSharedPerMultiprocessor = 81;   // ..._MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
 
-constexpr int kMaxThreads = 0;          // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
-constexpr int kMaxDynamicShared = 8;    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr int kSharedCarveout = 9;      // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+constexpr int kMaxThreads = 0;        // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
+constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kSharedCarveout = 9;    // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kDefaultMaxShared = 48 << 10;
-constexpr int kReservedShared = 1 << 10;  // CUDA reserves this much per block
-constexpr int kMaxBlocksPerMultiprocessor = 32;        // on current GPUs
+constexpr int kReservedShared = 1 << 10;         // CUDA reserves this much per block
+constexpr int kMaxBlocksPerMultiprocessor = 32;  // on current GPUs
 
 constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING

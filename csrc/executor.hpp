@@ -154,7 +154,7 @@ class Frame {
     std::vector<std::vector<PackedLaunch>> packed_;  // by launch and variant
     Sizes settled_;                      // sizes that chosen_ was computed for; no tokens: none
     std::vector<PackedLaunch*> chosen_;  // by launch
-    std::vector<cu::TensorMap> bytes_;  // the parameters, each launch's at a multiple of 64 bytes
+    std::vector<cu::TensorMap> bytes_;   // the parameters, each launch's at a multiple of 64 bytes
 };
 
 }  // namespace vitrail

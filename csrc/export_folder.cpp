@@ -17,19 +17,18 @@ namespace vitrail {
 namespace {
 
 constexpr size_t kMaxThreads = 16;
-constexpr uint64_t kMaxModelBytes = uint64_t{64} << 20;
+constexpr uint64_t kMaxRecordBytes = uint64_t{64} << 20;
 constexpr uint64_t kMaxFiles = 1 << 20;
-constexpr uint32_t kMaxSide = 1 << 20;  // of what an image, text or embedding is counted in
+constexpr uint32_t kMaxSide = 1 << 20;  // of images, texts and embeddings, in pixels, ids, numbers
 
-[[noreturn]] void refuse(const std::string& where, const std::string& why) {
-    throw FormatError(where + ": " + why);
+[[noreturn]] void refuse(const std::string& path, const std::string& why) {
+    throw FormatError(path + ": " + why);
 }
 
 [[noreturn]] void refuse_errno(const std::string& path) {
     refuse(path, std::system_category().message(errno));
 }
 
-// Throws FormatError where there is no file.
 uint64_t file_bytes(const std::string& path) {
     struct stat status{};
     if (stat(path.c_str(), &status) != 0) refuse_errno(path);
@@ -37,7 +36,7 @@ uint64_t file_bytes(const std::string& path) {
     return static_cast<uint64_t>(status.st_size);
 }
 
-// A file opened for reading. Throws FormatError where it cannot be.
+// A file that is open for reading. Throws FormatError if it cannot be opened or read.
 class InputFile {
   public:
     explicit InputFile(std::string path)
@@ -48,15 +47,15 @@ class InputFile {
     InputFile(const InputFile&) = delete;
     InputFile& operator=(const InputFile&) = delete;
 
-    void read(char* to, uint64_t at, size_t bytes) const {
+    void read(char* destination, uint64_t offset, size_t bytes) const {
         while (bytes > 0) {
-            const ssize_t got = pread(handle_, to, bytes, static_cast<off_t>(at));
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) refuse_errno(path_);
-            if (got == 0) refuse(path_, "got an end at byte " + std::to_string(at));
-            to += got;
-            at += static_cast<uint64_t>(got);
-            bytes -= static_cast<size_t>(got);
+            const ssize_t count = pread(handle_, destination, bytes, static_cast<off_t>(offset));
+            if (count < 0 && errno == EINTR) continue;
+            if (count < 0) refuse_errno(path_);
+            if (count == 0) refuse(path_, "got an end at byte " + std::to_string(offset));
+            destination += count;
+            offset += static_cast<uint64_t>(count);
+            bytes -= static_cast<size_t>(count);
         }
     }
 
@@ -65,66 +64,73 @@ class InputFile {
     const int handle_;
 };
 
-std::string read_whole(const std::string& path, uint64_t most) {
+std::string read_file(const std::string& path) {
+    if (access(path.c_str(), F_OK) != 0) {
+        refuse(path, "got no such file, wanted a folder that `vitrail export` wrote");
+    }
     const uint64_t size = file_bytes(path);
-    if (size > most) {
-        refuse(path,
-               "got " + std::to_string(size) + " bytes, wanted at most " + std::to_string(most));
+    if (size > kMaxRecordBytes) {
+        refuse(path, "got " + std::to_string(size) + " bytes, wanted at most " +
+                         std::to_string(kMaxRecordBytes));
     }
     std::string bytes(static_cast<size_t>(size), '\0');
     InputFile(path).read(bytes.data(), 0, bytes.size());
     return bytes;
 }
 
-size_t chunks(uint64_t bytes) {
-    return static_cast<size_t>((bytes + kChunkBytes - 1) / kChunkBytes);
-}
-
-Digest digest_of(const std::vector<Digest>& each) {
-    return sha256(each.data(), each.size() * sizeof(Digest));
-}
-
-// Whether model.vitrail is as it was written. Its digest stands in vitrail.json, which is Python's
-// and always written alike: it is looked for, not parsed.
-void check_digest(const std::string& bytes, const std::string& manifest) {
-    std::vector<Digest> each;
-    for (size_t at = 0; at < bytes.size(); at += kChunkBytes) {
-        each.push_back(sha256(bytes.data() + at, std::min(kChunkBytes, bytes.size() - at)));
-    }
-    std::string wanted = "\"model.vitrail\": \"";
-    for (const uint8_t byte : digest_of(each)) {
-        for (const int half : {byte >> 4, byte & 15}) wanted += "0123456789abcdef"[half];
-    }
-    if (read_whole(manifest, kMaxModelBytes).find(wanted + '"') == std::string::npos) {
-        refuse(manifest, "got another digest of model.vitrail than the file has");
-    }
-}
-
-// Whether a path stays inside the folder it is given in.
-bool stays(const std::string& path) {
+// Whether a relative path stays inside its folder.
+bool is_inside(const std::string& path) {
     if (path.empty() || path.front() == '/' || path.find('\0') != std::string::npos) return false;
     for (size_t start = 0; start <= path.size();) {
-        const size_t stop = std::min(path.find('/', start), path.size());
-        const std::string part = path.substr(start, stop - start);
-        if (part.empty() || part == "." || part == "..") return false;
-        start = stop + 1;
+        const size_t end = std::min(path.find('/', start), path.size());
+        const std::string name = path.substr(start, end - start);
+        if (name.empty() || name == "." || name == "..") return false;
+        start = end + 1;
     }
     return true;
 }
 
-File read_file(Reader& in) {
+Digest read_digest(Reader& in) {
+    Digest digest;
+    for (uint8_t& byte : digest) byte = in.number<uint8_t>();
+    return digest;
+}
+
+File read_entry(Reader& in) {
     File file;
     file.path = in.string();
     file.bytes = in.number<uint64_t>();
-    if (!stays(file.path)) in.fail("got a path out of the folder, wanted one in it: " + file.path);
-    for (uint8_t& byte : file.digest) byte = in.number<uint8_t>();
+    file.digest = read_digest(in);
+    if (!is_inside(file.path)) {
+        in.fail("got a path out of the folder, wanted one in it: " + file.path);
+    }
     return file;
 }
 
-uint32_t side(Reader& in) {
-    const auto value = in.number<uint32_t>();
-    in.want(value >= 1 && value <= kMaxSide, "a size of 0, or out of range");
-    return value;
+uint32_t read_side(Reader& in) {
+    const auto side = in.number<uint32_t>();
+    in.want(side >= 1 && side <= kMaxSide, "a size of 0, or out of range");
+    return side;
+}
+
+std::string read_string(Reader& in) { return in.string(); }
+
+VisionFacts read_vision(Reader& in) {
+    VisionFacts facts;
+    for (uint32_t* side :
+         {&facts.height, &facts.width, &facts.channels, &facts.embedding, &facts.tokens}) {
+        *side = read_side(in);
+    }
+    facts.labels = in.list(read_string);
+    facts.scores = in.string();
+    return facts;
+}
+
+TextFacts read_text(Reader& in) {
+    TextFacts facts;
+    for (uint32_t* side : {&facts.vocab, &facts.context, &facts.embedding}) *side = read_side(in);
+    facts.eos = in.number<int32_t>();
+    return facts;
 }
 
 Build read_build(Reader& in) {
@@ -146,173 +152,159 @@ std::string arch_name(uint32_t arch) { return "sm_" + std::to_string(arch); }
 
 }  // namespace
 
-// -- what the folder says ------------------------------------------------------------------------
+// -- the record ----------------------------------------------------------------------------------
 
 ExportFolder::ExportFolder(std::string folder, const std::string& version)
     : path(std::move(folder)) {
     struct stat status{};
     if (stat(path.c_str(), &status) != 0) refuse_errno(path);
     if (!S_ISDIR(status.st_mode)) refuse(path, "got a file, wanted an exported folder");
-    const std::string record = path + "/model.vitrail", manifest = path + "/vitrail.json";
-    for (const std::string& wanted : {record, manifest}) {
-        if (access(wanted.c_str(), F_OK) == 0) continue;
-        refuse(wanted, "got no such file, wanted a folder that `vitrail export` wrote");
-    }
-    const std::string bytes = read_whole(record, kMaxModelBytes);
-    Reader in(bytes, record, kModelMagic);
-    check_digest(bytes, manifest);
+    const std::string name = path + "/model.vitrail", bytes = read_file(name);
+    Reader in(bytes, name, kExportMagic);
     parse(in, version);
 }
 
 void ExportFolder::parse(Reader& in, const std::string& version) {
-    const std::string theirs = in.string();
-    if (theirs != version) {
-        in.fail("got an export by Vitrail " + theirs + ", wanted one by " + version);
+    const Digest digest = read_digest(in);
+    const std::string_view rest = in.rest();
+    in.want(sha256(rest.data(), rest.size()) == digest, "bytes that do not match their digest");
+    const std::string exporter = in.string();
+    if (exporter != version) {
+        in.fail("got an export by Vitrail " + exporter + ", wanted one by " + version);
     }
-    files = in.list(read_file);
+    const std::string summary = path + "/vitrail.json";  // written last: the export is complete
+    if (read_file(summary) != in.bytes()) {
+        refuse(summary, "got other bytes than the copy in model.vitrail");
+    }
+    files = in.list(read_entry);
     weights = in.number<uint32_t>();
-    arena_offset = in.number<uint64_t>();
-    arena_bytes = in.number<uint64_t>();
-    weight_bytes = in.number<uint64_t>();
-    if (in.number<uint8_t>() != 0) {
-        vision.emplace();
-        for (uint32_t* number : {&vision->height, &vision->width, &vision->channels,
-                                 &vision->embedding, &vision->tokens}) {
-            *number = side(in);
-        }
-        vision->labels = in.list([](Reader& reader) { return reader.string(); });
-        vision->scores = in.string();
+    for (uint64_t* number : {&arena_offset, &arena_bytes, &weight_bytes}) {
+        *number = in.number<uint64_t>();
     }
-    if (in.number<uint8_t>() != 0) {
-        text.emplace();
-        for (uint32_t* number : {&text->vocab, &text->context, &text->embedding}) {
-            *number = side(in);
-        }
-        text->eos = in.number<int32_t>();
-    }
+    if (in.number<uint8_t>() != 0) vision = read_vision(in);
+    if (in.number<uint8_t>() != 0) text = read_text(in);
     builds = in.list(read_build);
     in.end();
-    check_numbers(in);
+    check(in);
 }
 
-void ExportFolder::check_numbers(const Reader& in) const {
-    const auto listed = [&](uint32_t number) {
-        in.want(number < files.size(), "a file that is not listed");
+void ExportFolder::check(const Reader& in) const {
+    const auto check_index = [&](uint32_t index) {
+        in.want(index < files.size(), "a file that is not listed");
     };
     in.want(files.size() <= kMaxFiles, "too many files");
-    in.want(vision || text, "no model for images and none for texts");
-    listed(weights);
-    const uint64_t whole = files[weights].bytes;
-    in.want(arena_offset <= whole && whole - arena_offset == arena_bytes,
-            "an arena that does not end where its file does");
+    in.want(vision || text, "a model that takes neither images nor texts");
+    check_index(weights);
+    const uint64_t size = files[weights].bytes;
+    in.want(arena_offset <= size && size - arena_offset == arena_bytes,
+            "an arena that does not end with its file");
+    in.want(arena_offset <= kChunkBytes, "a header of the weights longer than a chunk");
     in.want(weight_bytes > 0 && weight_bytes <= arena_bytes, "weights larger than the arena");
     for (const Build& build : builds) {
-        for (const uint32_t kernel : build.kernels) listed(kernel);
+        for (const uint32_t kernel : build.kernels) check_index(kernel);
         for (const EndpointFile& endpoint : build.endpoints) {
-            listed(endpoint.plan);
-            const bool image = endpoint.name == "image.uint8" || endpoint.name == "image.float";
-            const bool scores = endpoint.name == "scores.uint8" || endpoint.name == "scores.float";
+            check_index(endpoint.plan);
+            const std::string& name = endpoint.name;
+            const bool image = name == "image.uint8" || name == "image.float";
+            const bool scores = name == "scores.uint8" || name == "scores.float";
             const bool pixels = image || scores;
-            in.want(pixels ? vision && !(scores && vision->labels.empty())
-                           : endpoint.name == "text" && text,
+            in.want(pixels ? vision && !(scores && vision->labels.empty()) : name == "text" && text,
                     "an endpoint for an input that the model does not take");
-            in.want(!pixels || (endpoint.table % 16 == 0 && endpoint.table >= 0 &&
-                                static_cast<uint64_t>(endpoint.table) >= weight_bytes &&
-                                static_cast<uint64_t>(endpoint.table) < arena_bytes),
+            const auto table = static_cast<uint64_t>(endpoint.table);
+            in.want(!pixels || (endpoint.table >= 0 && table % 16 == 0 && table >= weight_bytes &&
+                                table < arena_bytes),
                     "a position table outside the arena");
         }
     }
 }
 
 const Build& ExportFolder::build(uint32_t arch) const {
-    std::string known;
+    std::string exported;
     for (const Build& build : builds) {
         if (build.arch == arch) return build;
-        known += (known.empty() ? "" : ", ") + arch_name(build.arch);
+        exported += (exported.empty() ? "" : ", ") + arch_name(build.arch);
     }
-    refuse(path, "got an export for " + (known.empty() ? "no architecture" : known) + ", wanted " +
-                     arch_name(arch) + ", which this device is");
+    refuse(path, "got an export for " + (exported.empty() ? "no architecture" : exported) +
+                     ", wanted " + arch_name(arch) + ", which this device is");
 }
 
-// A safetensors file: 8 bytes of the header's length, the header, the tensors.
-void ExportFolder::check_header(std::string_view first) const {
-    const std::string file = path + "/" + files[weights].path;
-    uint64_t length = 0;
-    if (first.size() < sizeof length) refuse(file, "got no safetensors header");
-    std::memcpy(&length, first.data(), sizeof length);
-    if (arena_offset < sizeof length || length != arena_offset - sizeof length) {
-        refuse(file, "got a header of " + std::to_string(length) + " bytes, wanted one that ends " +
-                         "where the arena begins, at byte " + std::to_string(arena_offset));
-    }
-    if (first.size() < arena_offset) refuse(file, "got a header longer than a chunk");
-    std::string header(first.substr(sizeof length, static_cast<size_t>(length)));
-    header.erase(std::remove(header.begin(), header.end(), ' '), header.end());
-    const std::string wanted = "\"data_offsets\":[0," + std::to_string(arena_bytes) + "]";
-    if (header.find("\"arena\":{") == std::string::npos ||
-        header.find(wanted) == std::string::npos) {
-        refuse(file, "got another tensor in the header, wanted arena with " + wanted);
+// A safetensors file is the header's length in 8 bytes, the header, then the tensors.
+void ExportFolder::check_header(std::string_view chunk) const {
+    const std::string size = std::to_string(arena_bytes);
+    std::string header =
+        R"({"arena":{"dtype":"U8","shape":[)" + size + R"(],"data_offsets":[0,)" + size + "]}}";
+    const uint64_t length = arena_offset - std::min<uint64_t>(arena_offset, sizeof length);
+    header.resize(static_cast<size_t>(length), ' ');
+    header.insert(0, reinterpret_cast<const char*>(&length), sizeof length);
+    if (chunk.substr(0, static_cast<size_t>(arena_offset)) != header) {
+        refuse(path + "/" + files[weights].path,
+               "got another header, wanted one tensor of " + size + " bytes");
     }
 }
 
-// -- its files -----------------------------------------------------------------------------------
+// -- files ---------------------------------------------------------------------------------------
 
 namespace {
 
-// One call of ExportFolder::read: what the threads share.
+// One call of ExportFolder::read. Its threads take chunks until none is left.
 class ParallelRead {
   public:
-    ParallelRead(const ExportFolder& folder, const std::vector<uint32_t>& numbers,
+    ParallelRead(const ExportFolder& folder, const std::vector<uint32_t>& indices,
                  const ExportFolder::ChunkFn& use)
         : use_(use) {
-        for (const uint32_t number : numbers) {
-            const File& file = folder.files[number];
+        for (const uint32_t index : indices) {
+            const File& file = folder.files[index];
             const std::string& path = paths_.emplace_back(folder.path + "/" + file.path);
             const uint64_t bytes = file_bytes(path);
             if (bytes != file.bytes) {
                 refuse(path, "got " + std::to_string(bytes) + " bytes, wanted " +
                                  std::to_string(file.bytes));
             }
+            const auto chunks = static_cast<size_t>((bytes + kChunkBytes - 1) / kChunkBytes);
+            for (size_t i = 0; i < chunks; ++i) chunks_.emplace_back(bytes_.size(), i);
             bytes_.push_back(bytes);
-            digests_.emplace_back(chunks(bytes));
-            for (size_t i = 0; i < chunks(bytes); ++i) jobs_.emplace_back(digests_.size() - 1, i);
+            digests_.emplace_back(chunks);
         }
     }
 
     void run() {
         const size_t cores = std::max(1u, std::thread::hardware_concurrency());
-        const size_t wanted = std::min({kMaxThreads, cores, jobs_.size()});
-        std::vector<std::thread> others;
+        const size_t count = std::min({kMaxThreads, cores, chunks_.size()});
+        std::vector<std::thread> helpers;
         try {
-            others.reserve(wanted);
-            while (others.size() + 1 < wanted) others.emplace_back([this] { work(); });
-        } catch (...) {  // no more threads, or no memory for them: those that there are do it
+            helpers.reserve(count);
+            while (helpers.size() + 1 < count) helpers.emplace_back([this] { work(); });
+        } catch (...) {  // no more threads, or no memory for them: fewer threads do the work
         }
         work();
-        for (std::thread& other : others) other.join();
+        for (std::thread& helper : helpers) helper.join();
         if (error_) std::rethrow_exception(error_);
     }
 
-    Digest digest(size_t which) const { return digest_of(digests_[which]); }
+    Digest digest(size_t position) const {
+        const std::vector<Digest>& chunks = digests_[position];
+        return sha256(chunks.data(), chunks.size() * sizeof(Digest));
+    }
 
   private:
     void work() noexcept {
         try {
-            const std::unique_ptr<char[]> buffer(new char[kChunkBytes]);  // not filled with zeros
-            std::optional<InputFile> file;  // of the job before
+            const std::unique_ptr<char[]> buffer(new char[kChunkBytes]);  // not zero-filled
+            std::optional<InputFile> file;  // of this thread's previous chunk
             size_t opened = 0;
-            for (size_t next; (next = next_.fetch_add(1)) < jobs_.size();) {
-                const auto [which, chunk] = jobs_[next];
-                const uint64_t at = uint64_t{chunk} * kChunkBytes;
-                const uint64_t left = bytes_[which] - at;
-                const auto bytes = static_cast<size_t>(std::min<uint64_t>(left, kChunkBytes));
-                if (!file || opened != which) file.emplace(paths_[which]);
-                opened = which;
-                file->read(buffer.get(), at, bytes);
-                digests_[which][chunk] = sha256(buffer.get(), bytes);
-                use_(which, at, {buffer.get(), bytes});
+            for (size_t next; (next = next_.fetch_add(1)) < chunks_.size();) {
+                const auto [position, chunk] = chunks_[next];
+                const uint64_t offset = uint64_t{chunk} * kChunkBytes;
+                const auto bytes =
+                    static_cast<size_t>(std::min<uint64_t>(bytes_[position] - offset, kChunkBytes));
+                if (!file || opened != position) file.emplace(paths_[position]);
+                opened = position;
+                file->read(buffer.get(), offset, bytes);
+                digests_[position][chunk] = sha256(buffer.get(), bytes);
+                use_(position, offset, {buffer.get(), bytes});
             }
         } catch (...) {
-            next_ = jobs_.size();  // the others stop too
+            next_ = chunks_.size();  // the other threads stop too
             if (!failed_.exchange(true)) error_ = std::current_exception();
         }
     }
@@ -320,41 +312,41 @@ class ParallelRead {
     const ExportFolder::ChunkFn& use_;
     std::vector<std::string> paths_;
     std::vector<uint64_t> bytes_;
-    std::vector<std::vector<Digest>> digests_;  // by file and chunk
-    std::vector<std::pair<size_t, size_t>> jobs_;  // file, chunk
+    std::vector<std::vector<Digest>> digests_;       // by position and chunk
+    std::vector<std::pair<size_t, size_t>> chunks_;  // position, chunk
     std::atomic<size_t> next_{0};
     std::atomic<bool> failed_{false};
-    std::exception_ptr error_;  // of the first that failed; read once all have ended
+    std::exception_ptr error_;  // of the first failure; read after all threads have ended
 };
 
 }  // namespace
 
-void ExportFolder::read(const std::vector<uint32_t>& numbers, const ChunkFn& use) const {
-    ParallelRead reading(*this, numbers, use);
-    reading.run();
-    for (size_t which = 0; which < numbers.size(); ++which) {
-        const File& file = files[numbers[which]];
-        if (reading.digest(which) != file.digest) {
+void ExportFolder::read(const std::vector<uint32_t>& indices, const ChunkFn& use) const {
+    ParallelRead parallel(*this, indices, use);
+    parallel.run();
+    for (size_t position = 0; position < indices.size(); ++position) {
+        const File& file = files[indices[position]];
+        if (parallel.digest(position) != file.digest) {
             refuse(path + "/" + file.path, "got other bytes than were exported");
         }
     }
 }
 
-std::vector<std::string> ExportFolder::read(const std::vector<uint32_t>& numbers) const {
-    std::vector<std::string> whole(numbers.size());
-    for (size_t which = 0; which < numbers.size(); ++which) {
-        const File& file = files[numbers[which]];
-        // the size is believed only once the file has been seen to have it
-        const uint64_t there = file_bytes(path + "/" + file.path);
-        whole[which].resize(static_cast<size_t>(std::min(there, file.bytes)));
+std::vector<std::string> ExportFolder::read(const std::vector<uint32_t>& indices) const {
+    std::vector<std::string> contents(indices.size());
+    for (size_t position = 0; position < indices.size(); ++position) {
+        const File& file = files[indices[position]];
+        // a wrong size in the record must not allocate more memory than the file has bytes
+        const uint64_t bytes = file_bytes(path + "/" + file.path);
+        contents[position].resize(static_cast<size_t>(std::min(bytes, file.bytes)));
     }
-    read(numbers, [&](size_t which, uint64_t at, std::string_view bytes) {
-        if (at + bytes.size() > whole[which].size()) {
-            refuse(files[numbers[which]].path, "got a file that grows");
+    read(indices, [&](size_t position, uint64_t offset, std::string_view bytes) {
+        if (offset + bytes.size() > contents[position].size()) {
+            refuse(files[indices[position]].path, "got a file that grows");
         }
-        std::memcpy(whole[which].data() + at, bytes.data(), bytes.size());
+        std::memcpy(contents[position].data() + offset, bytes.data(), bytes.size());
     });
-    return whole;
+    return contents;
 }
 
 }  // namespace vitrail

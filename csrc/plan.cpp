@@ -6,7 +6,7 @@ namespace vitrail {
 
 namespace {
 
-constexpr uint32_t kMaxParameterBytes = 4096;  // of a kernel, on every architecture
+constexpr uint32_t kMaxParameterBytes = 4096;     // of a kernel, on every architecture
 constexpr int64_t kMaxNumber = int64_t{1} << 40;  // products of these fit into 64 bits
 
 Affine read_affine(Reader& in) {

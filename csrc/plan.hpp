@@ -13,8 +13,8 @@
 
 namespace vitrail {
 
-constexpr std::string_view kPlanMagic = "vitrail plan 1\n";
-constexpr std::string_view kKernelMagic = "vitrail image 1\n";
+constexpr std::string_view kPlanMagic = "vitrail plan 2\n";
+constexpr std::string_view kKernelMagic = "vitrail kernel 2\n";
 
 constexpr uint64_t kAlignment = 256;  // bytes; of every buffer in the memory of a call
 
@@ -153,8 +153,8 @@ struct KernelBinary {
     std::string key;
     std::string function;
     uint32_t arch = 0;
-    uint32_t threads = 0;  // of a block
-    uint32_t shared = 0;  // bytes of dynamic shared memory
+    uint32_t threads = 0;   // of a block
+    uint32_t shared = 0;    // bytes of dynamic shared memory
     bool overlaps = false;  // waits for the previous kernel, so it may be launched before that ends
     std::vector<Box> boxes;  // of the kernel's tensor maps, in order
     std::string_view cubin;  // a view of the bytes that were parsed

@@ -50,6 +50,8 @@ class Reader {
         return items;
     }
 
+    std::string_view rest() const { return bytes_.substr(position_); }
+
     void end() const { want(position_ == bytes_.size(), "bytes after the end"); }
 
     // Throws FormatError "got `problem`" unless `valid`.

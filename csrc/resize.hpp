@@ -15,21 +15,21 @@
 
 namespace vitrail::resize {
 
-constexpr int kLines = 16;  // lines of `middle` in a group, all of one image
+constexpr int kLines = 16;    // lines of `middle` in a group, all of one image
 constexpr int kTogether = 4;  // lines that share a weight in registers; divides kLines
 constexpr int kNumbers = 16;  // values of a line that `down` loads together
 constexpr int32_t kPrecision = 22;
 
 // One image: a row of the table of images.
 struct Image {
-    int64_t pixels;  // offset of the first needed byte in the packed pixels
-    int64_t line;  // bytes from one line of pixels to the next
-    int64_t lines;  // number of needed lines
-    int64_t group;  // first group in `middle`
-    int64_t columns;  // offset of the table of output columns in `taps`
+    int64_t pixels;       // offset of the first needed byte in the packed pixels
+    int64_t line;         // bytes from one line of pixels to the next
+    int64_t lines;        // number of needed lines
+    int64_t group;        // first group in `middle`
+    int64_t columns;      // offset of the table of output columns in `taps`
     int64_t column_taps;  // weights of a column at most
-    int64_t rows;  // offset of the table of output rows in `taps`
-    int64_t row_taps;  // weights of a row at most
+    int64_t rows;         // offset of the table of output rows in `taps`
+    int64_t row_taps;     // weights of a row at most
 };
 static_assert(sizeof(Image) == 64, "Image: wanted eight numbers without padding");
 

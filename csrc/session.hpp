@@ -70,8 +70,8 @@ class Session {
     PinnedBuffer host_outputs_{stream_.gpu(), "the outputs"};
     std::array<Workspace, kEndpointCount> workspaces_;
     std::vector<cu::Pointer> externals_;
-    std::vector<int32_t> lengths_;  // of the texts, up to and including the end token
-    std::vector<int32_t> statuses_;  // used if the caller passes none
+    std::vector<int32_t> lengths_;    // of the texts, up to and including the end token
+    std::vector<int32_t> statuses_;   // used if the caller passes none
     bool outputs_are_unset_ = false;  // outputs_ is new memory that nothing has written
 };
 

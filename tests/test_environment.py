@@ -33,8 +33,8 @@ from vitrail import runtime as runners
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError, VitrailError
 from vitrail.model.loading import read_model
 from vitrail.model.model import Model
-from vitrail.plan import lowering as program
-from vitrail.plan.lowering import image_key
+from vitrail.plan import kernel_binary
+from vitrail.plan.kernel_binary import kernel_key
 from vitrail.runtime import choose, extension, kernel_cache, native, why_not_native
 from vitrail.runtime.extension import load_extension
 from vitrail.runtime.native import NativeRunner
@@ -134,20 +134,20 @@ def call() -> Call:
 
 
 def record(call: Call) -> bytes:
-    return kernel_cache.kernel_record(image_key(call, 90), call, 90)
+    return kernel_cache.kernel_record(kernel_key(call, 90), call, 90)
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name of every kernel that is compiled from here on."""
     names: list[str] = []
-    compile = program.compile_privately
+    compile = kernel_binary.compile_privately
 
     def count(call: Call, arch: int) -> object:
         names.append(call.kernel.__name__)
         return compile(call, arch)
 
-    monkeypatch.setattr(program, "compile_privately", count)
+    monkeypatch.setattr(kernel_binary, "compile_privately", count)
     return names
 
 
@@ -160,8 +160,8 @@ def test_a_record_from_the_cache_is_the_one_that_triton_compiles(
     assert not (tmp_path / "triton").exists()  # neither read nor written
     assert record(call) == first
     assert compiled == ["_position_kernel"]
-    key = image_key(call, 90)
-    assert program.record_of(key, call, 90, compile_kernel(call, 90)) == first
+    key = kernel_key(call, 90)
+    assert kernel_binary.encode_binary(key, call, 90, compile_kernel(call, 90)) == first
     assert any((tmp_path / "triton").iterdir())
     [file] = cache.iterdir()
     assert cache.stat().st_mode & 0o777 == 0o700
@@ -204,7 +204,7 @@ def test_an_entry_under_the_name_of_another_kernel_is_not_taken(
     first = record(call)
     [file] = cache.iterdir()
     name = file.name
-    kernel_cache.keep("0" * 64, first.replace(image_key(call, 90).encode(), b"0" * 64))
+    kernel_cache.keep("0" * 64, first.replace(kernel_key(call, 90).encode(), b"0" * 64))
     other = next(path for path in cache.iterdir() if path.name != name)
     other.replace(file)
     assert record(call) == first
@@ -214,7 +214,7 @@ def test_an_entry_under_the_name_of_another_kernel_is_not_taken(
 def test_a_folder_that_cannot_be_used_is_named_once_with_the_variable(
     cache: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_cache, "image_record", lambda *_: b"a record")
+    monkeypatch.setattr(kernel_cache, "compile_binary", lambda *_: b"a record")
     cache.write_text("a file")
     with pytest.warns(RuntimeWarning, match=f"^kernel cache: {cache}: Not a directory.*VITRAIL_"):
         assert record(call) == b"a record"
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_used_is_named_once_with_the_variable(
 def test_a_full_disk_is_named_and_leaves_nothing(
     cache: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_cache, "image_record", lambda *_: bytes(100_000))
+    monkeypatch.setattr(kernel_cache, "compile_binary", lambda *_: bytes(100_000))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
@@ -245,7 +245,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 def test_a_folder_that_others_may_write_is_told(
     cache: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_cache, "image_record", lambda *_: b"a record")
+    monkeypatch.setattr(kernel_cache, "compile_binary", lambda *_: b"a record")
     cache.mkdir()
     cache.chmod(0o777)
     with pytest.warns(RuntimeWarning, match=f"^kernel cache: {cache}: others can write there"):
@@ -260,7 +260,7 @@ def test_a_folder_that_others_may_write_is_told(
 def test_no_folder_is_no_cache(
     cache: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernel_cache, "image_record", lambda *_: b"a record")
+    monkeypatch.setattr(kernel_cache, "compile_binary", lambda *_: b"a record")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(kernel_cache.VARIABLE, "")
     assert record(call) == b"a record"

@@ -1,6 +1,6 @@
-"""Vitrail's native part: knows bytes, integers and the GPU driver, but no torch.
+"""The native part of Vitrail: bytes, integers and the GPU driver, without PyTorch.
 
-Optional: a source install without a C++ compiler does not have it (ImportError).
+Optional: an installation without a C++ compiler does not have it (ImportError).
 """
 
 class Device:
@@ -11,31 +11,31 @@ class Device:
         """Compute capability, (major, minor)."""
 
 class Driver:
-    """What the NVIDIA driver says of itself, as far as it got."""
+    """The NVIDIA driver, as far as it could be asked."""
 
     @property
     def available(self) -> bool:
-        """Whether there is a driver and at least one device."""
+        """Whether there is a driver with at least one device."""
     @property
     def reason(self) -> str:
-        """Why ``available`` is False; empty where it is True."""
+        """Why ``available`` is False; else empty."""
     @property
     def version(self) -> int:
-        """Highest CUDA version the driver serves, 1000 * major + 10 * minor; 0 where unknown."""
+        """Highest CUDA version the driver supports, 1000 * major + 10 * minor; 0 if unknown."""
     @property
     def devices(self) -> list[Device]: ...
 
 class DriverError(RuntimeError):
-    """The driver refused a call; the message names what it was for, the call and its reason."""
+    """A call of the driver failed. The message names its purpose, the call and the reason."""
 
     code: int
-    """CUresult (cuda.h): 2 is out of memory."""
+    """CUresult (cuda.h); 2 is out of memory."""
 
 class Gpu:
     """A device and its primary context, which PyTorch uses too.
 
-    ``library``: the driver, by the name or path that the system's loader takes. Raises RuntimeError
-    where there is none, DriverError where it refuses.
+    ``library``: name or path of the driver's library, for the system's loader. Raises RuntimeError
+    if it cannot be opened, DriverError if the driver refuses.
     """
 
     def __init__(self, library: str, ordinal: int) -> None: ...
@@ -48,10 +48,10 @@ class Gpu:
     def multiprocessors(self) -> int: ...
 
 class CudaBinary:
-    """Kernels written in CUDA C++: a fatbin, or a cubin, in a GPU's context.
+    """A fatbin or a cubin of CUDA C++ kernels, loaded into a GPU's context.
 
-    Any number of threads may use one at once. Raises ValueError for code that is neither or is cut
-    short, DriverError where the driver has no use for it.
+    Any number of threads may use it at once. Raises ValueError if ``code`` is neither or is
+    truncated, DriverError if the driver refuses it.
     """
 
     def __init__(self, gpu: Gpu, code: bytes) -> None: ...
@@ -65,38 +65,37 @@ class CudaBinary:
         overlap: bool,
         shared: int = 0,
     ) -> None:
-        """Put ``blocks`` blocks of ``threads`` (x, y) of a kernel on ``stream``, without waiting.
+        """Launch ``blocks`` blocks of ``threads`` (x, y) on ``stream``, without waiting.
 
-        ``arguments``: each parameter's value, an integer or an address, and its size in bytes. Of 0
-        blocks nothing is launched, and everything checked. ``overlap``: it may begin before the
-        kernel before it has ended. ``shared``: bytes of dynamic shared memory, at most 48 KiB.
-        Raises ValueError for what the kernel does not take, DriverError naming the function where
-        the driver refuses.
+        ``arguments``: value (an integer or an address) and size in bytes of each parameter. With 0
+        blocks, only checks the arguments. ``overlap``: the kernel may start before the previous one
+        has ended. ``shared``: bytes of dynamic shared memory, at most 48 KiB. Raises ValueError for
+        arguments that the kernel does not take, DriverError naming the kernel if the driver fails.
         """
 
 class Kernels:
-    """Kernel images of a GPU, by key."""
+    """The loaded kernels of a GPU, by key."""
 
     def __init__(self, gpu: Gpu) -> None: ...
     def load(self, record: bytes) -> None:
-        """Load an image unless its key is loaded; ``record`` is as `plan.lowering` writes it.
+        """Load a kernel binary (`vitrail.plan.kernel_binary`) unless its key is loaded already.
 
-        Raises ValueError for a damaged record, DriverError where the driver refuses its code.
+        Raises ValueError for a damaged record, DriverError if the driver refuses the code.
         """
 
 class Executable:
-    """A plan over weights at an address. Any number of threads may use it at once.
+    """A native plan (`vitrail.plan.lowering`) with the address of its weights.
 
-    A ``size`` is (sequences, tokens of all, tokens of the longest). ``plan`` is as
-    `vitrail.plan.lowering` writes it; raises ValueError for a damaged one.
+    Any number of threads may use it at once. A ``size`` is (sequences, tokens of all sequences,
+    tokens of the longest sequence). Raises ValueError for a damaged plan.
     """
 
     def __init__(self, kernels: Kernels, plan: bytes, weights: int) -> None: ...
     def missing(self, size: tuple[int, int, int]) -> list[str]:
-        """Keys of the images that a call of this size needs and that are not loaded."""
+        """Keys of the kernels that a call of this size needs and that are not loaded."""
     @staticmethod
     def capacity(size: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The size that an arena for ``size`` is made for, so that similar sizes share it."""
+        """``size`` rounded up, so that calls of similar sizes can share an arena."""
     def arena_bytes(self, capacity: tuple[int, int, int]) -> int: ...
     def run(
         self,
@@ -107,20 +106,20 @@ class Executable:
         stream: int,
         overlap: bool,
     ) -> None:
-        """Put every launch on ``stream``, without waiting.
+        """Put all launches on ``stream``, without waiting.
 
-        ``arena`` is the address of ``arena_bytes(capacity)`` bytes, ``buffers`` those of what the
-        caller brings, in the plan's order; all are multiples of 16. ``overlap``: a kernel may be
-        launched before the one before it has ended. Raises DriverError naming the launch,
-        ValueError for sizes or addresses that the plan does not take, RuntimeError where an image
-        is missing.
+        ``arena``: address of ``arena_bytes(capacity)`` bytes. ``buffers``: addresses of the buffers
+        that the caller brings, in the plan's order. Addresses are multiples of 16. ``overlap``: a
+        kernel may start before the previous one has ended. Raises DriverError naming the launch,
+        ValueError for sizes or addresses that the plan cannot take, RuntimeError if a kernel is not
+        loaded.
         """
 
 def version() -> str:
-    """The version this module was built for."""
+    """The version that this module was built for."""
 
 def driver() -> Driver:
-    """The NVIDIA driver and its devices; never raises where there is none.
+    """The NVIDIA driver and its devices. Never raises, even without a driver.
 
-    Starts the driver (``cuInit``): a process forked afterwards cannot use CUDA.
+    Starts the driver (``cuInit``): a process that is forked afterwards cannot use CUDA.
     """

@@ -1,10 +1,11 @@
-// Embeds pictures with an exported model, without Python: prints how similar each is to the first.
+// Embeds pictures with an exported model, without Python, and prints each picture's similarity to
+// the first.
 //
 //     embed [--driver PATH] FOLDER PICTURE.ppm...
 //
-// FOLDER: what `vitrail export` wrote. Pictures are binary PPM (P6) of any size; they are cropped
-// to a square in the middle and resized to the model's size by the nearest pixel, which is enough
-// for an example: vitrail.load(...).preprocess resizes as the checkpoint's authors did.
+// FOLDER: the output of `vitrail export`. Pictures are binary PPM (P6) of any size. Each is cropped
+// to the square in its middle and resized to the model's size by nearest neighbor, which is enough
+// for an example. (vitrail.load(...).preprocess resizes like the checkpoint's authors.)
 #include <algorithm>
 #include <cctype>
 #include <cmath>
@@ -26,7 +27,7 @@ struct Picture {
     std::vector<uint8_t> pixels;  // (height, width, 3)
 };
 
-// A number of the header; comments begin with # and end with their line.
+// The next number of the header. Comments begin with # and end with the line.
 size_t number(const std::vector<char>& bytes, size_t& at) {
     while (at < bytes.size() && (std::isspace(bytes[at]) != 0 || bytes[at] == '#')) {
         if (bytes[at] == '#') {
@@ -52,9 +53,9 @@ Picture read(const std::string& path) {
     Picture picture;
     picture.width = number(bytes, at);
     picture.height = number(bytes, at);
-    const size_t most = number(bytes, at);
+    const size_t max_value = number(bytes, at);
     const size_t size = 3 * picture.width * picture.height;
-    if (size == 0 || most != 255 || bytes.size() - at < size + 1) {
+    if (size == 0 || max_value != 255 || bytes.size() - at < size + 1) {
         throw std::runtime_error(path + ": not a whole PPM of 8 bits");
     }
     picture.pixels.assign(bytes.end() - static_cast<std::ptrdiff_t>(bytes.size() - at - 1),
@@ -62,7 +63,7 @@ Picture read(const std::string& path) {
     return picture;
 }
 
-// The square in the middle at the model's size, after the pixels that are there.
+// Appends the square in the picture's middle, at the model's size.
 void add(const Picture& picture, const vitrail_facts& facts, std::vector<uint8_t>& pixels) {
     const size_t side = std::min(picture.height, picture.width);
     const size_t top = (picture.height - side) / 2, left = (picture.width - side) / 2;
@@ -70,8 +71,8 @@ void add(const Picture& picture, const vitrail_facts& facts, std::vector<uint8_t
         for (size_t x = 0; x < facts.image_width; ++x) {
             const size_t row = top + y * side / facts.image_height;
             const size_t column = left + x * side / facts.image_width;
-            const uint8_t* from = &picture.pixels[3 * (row * picture.width + column)];
-            pixels.insert(pixels.end(), from, from + 3);
+            const uint8_t* pixel = &picture.pixels[3 * (row * picture.width + column)];
+            pixels.insert(pixels.end(), pixel, pixel + 3);
         }
     }
 }
@@ -97,7 +98,7 @@ int run(const char* driver, const char* folder, const std::vector<std::string>& 
     vitrail_facts facts;
     check(vitrail_model_facts(model, &facts));
     std::printf("%s on %s, sm_%u\n", folder, facts.device, facts.architecture);
-    if (facts.image_channels != 3) throw std::runtime_error("the model takes no colour images");
+    if (facts.image_channels != 3) throw std::runtime_error("the model takes no color images");
 
     std::vector<uint8_t> pixels;
     for (const std::string& path : paths) add(read(path), facts, pixels);
@@ -108,9 +109,10 @@ int run(const char* driver, const char* folder, const std::vector<std::string>& 
     check(vitrail_embed_uint8(session, pixels.data(), paths.size(), embeddings.data(),
                               status.data()));
     for (size_t i = 0; i < paths.size(); ++i) {
-        const float* one = embeddings.data() + i * facts.image_embedding;
+        const float* embedding = embeddings.data() + i * facts.image_embedding;
         std::printf("%s: %8.5f %8.5f %8.5f ... similarity to the first %.4f%s\n", paths[i].c_str(),
-                    one[0], one[1], one[2], cosine(embeddings.data(), one, facts.image_embedding),
+                    embedding[0], embedding[1], embedding[2],
+                    cosine(embeddings.data(), embedding, facts.image_embedding),
                     status[i] == 0 ? "" : " (not finite)");
     }
     vitrail_session_free(session);

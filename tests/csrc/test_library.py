@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import pytest
 import export_folder
 import standin
 from vitrail._version import __version__
-from vitrail.exported.format import read_digest
+from vitrail.exported.digest import hash_file
 from vitrail_kernels.launch import MISSING, interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/native"
 OK, INVALID, BAD_FOLDER, NO_DEVICE, DEVICE, OUT_OF_MEMORY, NOT_FINITE = range(7)
-RECORD, MANIFEST, WEIGHTS = "model.vitrail", "vitrail.json", "weights.safetensors"
+RECORD, SUMMARY, WEIGHTS = "model.vitrail", "vitrail.json", "weights.safetensors"
+MAGIC = b"vitrail export 2\n"
+BODY = len(MAGIC) + 32  # after the digest
 
 
 def build(what: str, name: str = "plain", **settings: str) -> Path:
@@ -235,7 +238,7 @@ def test_facts(library: Library, clip: Path, vit: Path) -> None:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    builds = json.loads((folder / MANIFEST).read_text())["builds"]
+    builds = json.loads((folder / SUMMARY).read_text())["builds"]
     return {arch: build["fingerprint"] for arch, build in builds.items()}
 
 
@@ -271,7 +274,7 @@ sys.exit(c.vitrail_error().decode() if code else 0)
 
 def test_few_files_are_open_at_once(library: Library, clip: Path) -> None:
     most = 3 + 16 + 1  # the standard ones, a thread's each, the driver's while it is opened
-    assert len(list(clip.rglob("*.image"))) > most
+    assert len(list(clip.rglob("*.kernel"))) > most
     path = build("csrc") / "libvitrail.so"
     command = [sys.executable, "-c", FEW_FILES, path, clip, library.driver.path, str(most)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -383,14 +386,14 @@ def copied(clip: Path, tmp_path: Path) -> Path:
 
 def sign(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     """Changes a file, and the digests by which that would be seen."""
-    path, manifest = folder / name, folder / MANIFEST
-    before, size = read_digest(path)
-    path.write_bytes(change(path.read_bytes()))
-    after, now = read_digest(path)
-    manifest.write_text(manifest.read_text().replace(before, after))
+    path = folder / name
+    before = hash_file(path)
+    raw = change(path.read_bytes())
+    if name == RECORD:
+        raw = raw[: len(MAGIC)] + hashlib.sha256(raw[BODY:]).digest() + raw[BODY:]
+    path.write_bytes(raw)
     if name != RECORD:
-        old = struct.pack("<Q", size) + bytes.fromhex(before)
-        new = struct.pack("<Q", now) + bytes.fromhex(after)
+        old, new = (struct.pack("<Q", size) + digest for size, digest in (before, hash_file(path)))
         sign(folder, RECORD, lambda record: replace(record, old, new))
 
 
@@ -423,7 +426,7 @@ def test_no_folder_is_refused(library: Library, tmp_path: Path) -> None:
     assert library.c.vitrail_load(None, None, ctypes.byref(ctypes.c_void_p())) == INVALID
 
 
-KINDS = (RECORD, "text.plan", "image.uint8.plan", "*.image", WEIGHTS)
+KINDS = (RECORD, "text.plan", "image.uint8.plan", "*.kernel", WEIGHTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,20 +467,22 @@ def test_a_byte_that_changed_is_refused(
     path.write_bytes(raw)
     message = library.refuses(copied)
     assert path.name in message
-    assert "got other" in message or "another digest" in message or "header" in message
+    assert "got other" in message or "digest" in message or "header" in message
 
 
-def test_a_missing_manifest_is_refused(library: Library, copied: Path) -> None:
-    (copied / MANIFEST).write_text("{}")
-    assert "another digest" in library.refuses(copied)
-    (copied / MANIFEST).unlink()
-    assert MANIFEST in library.refuses(copied)
+def test_a_missing_or_changed_summary_is_refused(library: Library, copied: Path) -> None:
+    text = (copied / SUMMARY).read_text()
+    for other in ("{}", text[:-1], text + " ", text.replace("version", "versiom")):
+        (copied / SUMMARY).write_text(other)
+        assert f"{SUMMARY}: got other bytes" in library.refuses(copied)
+    (copied / SUMMARY).unlink()
+    assert f"{SUMMARY}: got no such file" in library.refuses(copied)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (b"vitrail model 1\n", b"vitrail model 2\n", "wanted vitrail model 1"),
+        (MAGIC, b"vitrail export 3\n", "wanted vitrail export 2"),
         (text(__version__), text("0.0.0"), "got an export by Vitrail 0.0.0, wanted one by"),
         (
             text("sm_90/text.plan"),
@@ -540,31 +545,33 @@ def test_labels_that_do_not_match_are_refused(
     [
         (b'"data_offsets":[0,', b'"data_offsets":[8,'),
         (b'"arena"', b'"azena"'),
+        (b'"U8"', b'"I8"'),
+        (b"}} ", b"}}} "),
     ],
 )
 def test_weights_of_another_header_are_refused(
     library: Library, copied: Path, old: bytes, new: bytes
 ) -> None:
-    sign(copied, WEIGHTS, lambda raw: replace(raw, old, new))
-    assert "in the header" in library.refuses(copied)
+    sign(copied, WEIGHTS, lambda raw: replace(raw, old, new)[: len(raw)])
+    assert f"{WEIGHTS}: got another header" in library.refuses(copied)
 
 
 def test_weights_whose_header_ends_elsewhere_are_refused(library: Library, copied: Path) -> None:
     sign(copied, WEIGHTS, lambda raw: struct.pack("<Q", raw[0] + 8) + raw[8:])
-    assert "wanted one that ends where the arena begins" in library.refuses(copied)
+    assert f"{WEIGHTS}: got another header" in library.refuses(copied)
 
 
 def test_a_plan_over_other_weights_is_refused(library: Library, copied: Path) -> None:
     name = "sm_90/text.plan"
-    at = len(b"vitrail plan 1\n") + len(text("text.pooled"))
+    at = len(b"vitrail plan 2\n") + len(text("text.pooled"))
     sign(copied, name, lambda raw: raw[:at] + b"\1" + raw[at + 1 :])
     assert "bytes of weights" in library.refuses(copied)
 
 
 def test_a_kernel_for_another_architecture_is_refused(library: Library, copied: Path) -> None:
-    path = a_file(copied, "*.image")
+    path = a_file(copied, "*.kernel")
     raw = path.read_bytes()
-    at = len(b"vitrail image 1\n")
+    at = len(b"vitrail kernel 2\n")
     for _ in range(2):  # after the key and the function's name
         at += 8 + int.from_bytes(raw[at : at + 8], "little")
     name = str(path.relative_to(copied))
@@ -574,10 +581,10 @@ def test_a_kernel_for_another_architecture_is_refused(library: Library, copied: 
 
 def test_a_kernel_that_a_plan_lacks_is_refused(library: Library, copied: Path) -> None:
     def shorten(record: bytes) -> bytes:
-        images = len(list(copied.rglob("*.image")))
-        at = len(record) - 4 * images - 4
-        assert int.from_bytes(record[at : at + 4], "little") == images
-        return record[:at] + struct.pack("<I", images - 1) + record[at + 8 :]
+        kernels = len(list(copied.rglob("*.kernel")))
+        at = len(record) - 4 * kernels - 4
+        assert int.from_bytes(record[at : at + 4], "little") == kernels
+        return record[:at] + struct.pack("<I", kernels - 1) + record[at + 8 :]
 
     sign(copied, RECORD, shorten)
     assert "got no kernel" in library.refuses(copied)
@@ -611,19 +618,22 @@ def replace_last(record: bytes, old: int, new: int) -> bytes:
     return record[:at] + struct.pack("<I", new) + record[at + 4 :]
 
 
-def mutations(record: bytes, dice: random.Random) -> Iterator[bytes]:
+def mutations(record: bytes, summary: bytes, dice: random.Random) -> Iterator[bytes]:
+    """Records with other bytes than that, most of them past the summary."""
+    past = record.index(summary) + len(summary)
     for _ in range(400):
         changed = bytearray(record)
+        start = dice.choice((BODY, past, past, past))
         for _ in range(dice.randint(1, 3)):
-            changed[dice.randrange(16, len(changed))] = dice.choice((0, 1, 127, 255, 128))
-        yield bytes(changed[: dice.choice((None, dice.randrange(len(changed))))])
+            changed[dice.randrange(start, len(changed))] = dice.choice((0, 1, 127, 255, 128))
+        yield bytes(changed[: dice.choice((None, dice.randrange(BODY, len(changed))))])
 
 
 def test_any_record_loads_or_is_refused(library: Library, copied: Path) -> None:
     """With digests that hold: what only a faulty writer makes. No crash, no hang, nothing left."""
-    record = (copied / RECORD).read_bytes()
+    record, summary = ((copied / name).read_bytes() for name in (RECORD, SUMMARY))
     codes = []
-    for changed in mutations(record, random.Random(0)):
+    for changed in mutations(record, summary, random.Random(0)):
         sign(copied, RECORD, lambda _, changed=changed: changed)
         code, model = library.load(copied)
         codes.append(code)

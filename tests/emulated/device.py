@@ -13,8 +13,8 @@ from torch import Tensor
 import standin
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
-from vitrail.exported.folder import Exported
-from vitrail.plan.lowering import record_of
+from vitrail.exported.folder import ExportFolder
+from vitrail.plan.kernel_binary import encode_binary
 from vitrail.runtime.native import NativeRunner, Size, _Ready, _Sized
 from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import compile_kernel
@@ -74,7 +74,7 @@ class EmulatedRunner(NativeRunner):
         device: Device,
         weights: Weights,
         dtype: torch.dtype,
-        exported: Exported | None = None,
+        exported: ExportFolder | None = None,
     ) -> None:
         super().__init__(weights, dtype, CPU, str(device.driver.path), exported)
         self._emulated = device
@@ -100,7 +100,7 @@ class EmulatedRunner(NativeRunner):
             self._emulated.release(self._weights.popitem()[1])
 
     def _record(self, key: str, call: Call) -> bytes:
-        return record_of(key, call, self.target.arch, self._emulated.compile(call))
+        return encode_binary(key, call, self.target.arch, self._emulated.compile(call))
 
     def _hold(self, tensor: Tensor, name: str, written: bool) -> Tensor:
         if tensor.data_ptr() not in self._held:

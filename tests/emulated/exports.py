@@ -15,7 +15,7 @@ import vitrail.tools.export
 from emulated.device import Device
 from export_folder import LABELS, PROBLEM
 from helpers import clip_folder, make, save
-from vitrail.plan.lowering import record_of
+from vitrail.plan.kernel_binary import encode_binary
 from vitrail.tools.export import export_model
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call
@@ -89,7 +89,7 @@ def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch)
         name = hashlib.sha256(kernel.asm["cubin"]).hexdigest()
         (kernels / f"{name}.cubin").write_bytes(kernel.asm["cubin"])
         (kernels / f"{name}.ptx").write_text(kernel.asm["ptx"])
-        return record_of(key, call, arch, kernel)
+        return encode_binary(key, call, arch, kernel)
 
     theirs = CHECKPOINTS[family](checkpoint)
     with monkeypatch.context() as patched:

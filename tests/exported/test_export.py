@@ -33,12 +33,13 @@ from vitrail.cli import app
 from vitrail.demo.demo import bundled
 from vitrail.durable import write_file
 from vitrail.errors import CheckpointError, InputError, VitrailError
-from vitrail.exported.folder import Exported, open_exported
-from vitrail.exported.format import COPIED, exported_plans, manifest_bytes, pixel_batch
+from vitrail.exported.contents import COPIED, exported_plans, pixel_batch
+from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.model import loading
 from vitrail.model.loading import read_model
 from vitrail.model.model import Model
-from vitrail.plan.lowering import image_record, lower
+from vitrail.plan.kernel_binary import compile_binary
+from vitrail.plan.lowering import lower
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.torch_runner import TorchRunner
@@ -81,8 +82,10 @@ TEXT_KEYS = (
 )
 CPU = torch.device("cpu")
 KINDS: Any = ("scale", "clip")
+Listing = Callable[[list[tuple[str, int, bytes]]], list[tuple[str, int, bytes]]]
 BUILD = {"runner": "x", "fingerprint": "x"}
-MAGIC = {"plan": b"vitrail plan 1\n", "image": b"vitrail image 1\n"}
+MAGIC = {kind: f"vitrail {kind} 2\n".encode() for kind in ("plan", "kernel", "export")}
+RECORD = "model.vitrail"
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +196,7 @@ def test_a_classifier_keeps_its_head_and_its_labels(architecture: str, tmp_path:
     found = opened(tmp_path / "out")
     assert list(found.builds) == [80, 90]
     assert found.extent == "pooled embeddings and class scores of images of 32x32"
-    record = Record((tmp_path / "out" / "model.vitrail").read_bytes())
+    record = record_of(tmp_path / "out")
     assert (tuple(record.labels), record.scores) == (one.labels, "softmax")
     for _, _, programs, _ in record.builds:
         assert len(programs) == 4
@@ -232,11 +235,14 @@ class Record:
 
     def __init__(self, raw: bytes) -> None:
         self.raw, self.at = raw, 0
-        assert self.take(16) == b"vitrail model 1\n"
-        self.version = self.string()
+        assert self.take(17) == MAGIC["export"]
+        assert self.take(32) == hashlib.sha256(raw[49:]).digest()
+        self.version, self.summary = self.string(), self.string()
+        start = self.at
         self.files = [
             (self.string(), *self.numbers("<Q"), self.take(32)) for _ in range(*self.numbers("<I"))
         ]
+        self.listing = raw[start : self.at]
         self.weights, self.offset, self.arena, self.packed = self.numbers("<IQQQ")
         self.vision, self.labels, self.scores = None, [], ""
         if self.take(1) == b"\1":
@@ -249,9 +255,9 @@ class Record:
 
     def build(self) -> tuple[int, str, dict[str, tuple[int, int]], list[int]]:
         (arch,), fingerprint = self.numbers("<I"), self.string()
-        programs = {self.string(): self.numbers("<Iq") for _ in range(*self.numbers("<I"))}
-        images = [self.numbers("<I")[0] for _ in range(*self.numbers("<I"))]
-        return arch, fingerprint, programs, images
+        plans = {self.string(): self.numbers("<Iq") for _ in range(*self.numbers("<I"))}
+        kernels = [self.numbers("<I")[0] for _ in range(*self.numbers("<I"))]
+        return arch, fingerprint, plans, kernels
 
     def take(self, count: int) -> bytes:
         self.at += count
@@ -265,6 +271,18 @@ class Record:
         return self.take(*self.numbers("<Q")).decode()
 
 
+def sized(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def signed(body: bytes) -> bytes:
+    return MAGIC["export"] + hashlib.sha256(body).digest() + body
+
+
+def record_of(folder: Path) -> Record:
+    return Record((folder / RECORD).read_bytes())
+
+
 def plain_digest(raw: bytes) -> str:
     chunks = [raw[at : at + (4 << 20)] for at in range(0, len(raw), 4 << 20)]
     return hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in chunks)).hexdigest()
@@ -275,21 +293,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def opened(folder: Path) -> Exported:
+def opened(folder: Path) -> ExportFolder:
     found = open_exported(folder)
     assert found is not None
     return found
 
 
-def test_the_manifest_knows_every_other_file(clip: Path, whole: Path) -> None:
-    files = contents(whole)
-    manifest = json.loads(files.pop("vitrail.json"))
-    assert manifest["files"] == {name: plain_digest(raw) for name, raw in files.items()}
-    assert manifest["source"] == clip.name
+def test_the_record_knows_every_other_file(clip: Path, whole: Path) -> None:
+    files, record = contents(whole), record_of(whole)
+    assert files["vitrail.json"].decode() == record.summary
+    assert json.loads(record.summary)["source"] == clip.name
+    assert {name: (nbytes, digest.hex()) for name, nbytes, digest in record.files} == {
+        name: (len(raw), plain_digest(raw))
+        for name, raw in files.items()
+        if name not in ("vitrail.json", RECORD)
+    }
     import triton
 
     here = (str(clip.parent), str(Path(vitrail.__file__).parent), str(Path(triton.__file__).parent))
-    for name, raw in contents(whole).items():
+    for name, raw in files.items():
         assert not any(place.encode() in raw for place in here), name
     for name in COPIED:
         if (clip / name).exists():
@@ -297,16 +319,11 @@ def test_the_manifest_knows_every_other_file(clip: Path, whole: Path) -> None:
     assert {"tokenizer.json", "processor_config.json"} <= files.keys()
 
 
-def test_the_record_for_cpp_says_the_same(whole: Path) -> None:
-    files, model = contents(whole), vitrail.load(whole, device="cpu")
-    manifest, record = json.loads(files["vitrail.json"]), Record(files["model.vitrail"])
-    assert record.version == vitrail.__version__
+def test_the_record_says_for_cpp_what_the_summary_says(whole: Path) -> None:
+    files, model, record = contents(whole), vitrail.load(whole, device="cpu"), record_of(whole)
+    summary = json.loads(record.summary)
+    assert record.version == summary["version"] == vitrail.__version__
     names = [name for name, _, _ in record.files]
-    assert sorted(names) == sorted(
-        name for name in files if name.endswith((".plan", ".image", ".safetensors"))
-    )
-    for name, nbytes, digest in record.files:
-        assert (nbytes, digest.hex()) == (len(files[name]), plain_digest(files[name])), name
     spec = model.spec
     assert spec.vision is not None
     assert spec.text is not None
@@ -315,26 +332,26 @@ def test_the_record_for_cpp_says_the_same(whole: Path) -> None:
     assert (record.labels, record.scores) == ([], "")
     eos = spec.text.eos
     assert record.text == (spec.text.vocab, spec.text.context, spec.text.embedding, eos)
-    [(arch, fingerprint, programs, images)] = record.builds
+    [(arch, fingerprint, plans, kernels)] = record.builds
     assert arch == 90
-    assert fingerprint == manifest["builds"]["90"]["fingerprint"]
-    assert {name: names[number] for name, (number, _) in programs.items()} == {
+    assert fingerprint == summary["builds"]["90"]["fingerprint"]
+    assert {name: names[number] for name, (number, _) in plans.items()} == {
         name: f"sm_90/{name}.plan" for name in ("image.uint8", "image.float", "text")
     }
-    keys = {names[number].removesuffix(".image").removeprefix("sm_90/") for number in images}
+    keys = {names[number].removesuffix(".kernel").removeprefix("sm_90/") for number in kernels}
     launched = set()
-    for number, _ in programs.values():
+    for number, _ in plans.values():
         raw = files[names[number]]
         assert raw.startswith(MAGIC["plan"])
-        launched |= {found.decode() for found in re.findall(rb"[0-9a-f]{64}", raw)}
+        launched |= {key.decode() for key in re.findall(rb"[0-9a-f]{64}", raw)}
     assert keys == launched
-    for number in images:
-        head, key = files[names[number]][:16], files[names[number]][24:88].decode()
-        assert (head, f"sm_90/{key}.image") == (MAGIC["image"], names[number])
+    for number in kernels:
+        head, key = files[names[number]][:17], files[names[number]][25:89].decode()
+        assert (head, f"sm_90/{key}.kernel") == (MAGIC["kernel"], names[number])
 
 
 def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: Path) -> None:
-    record, raw = Record((whole / "model.vitrail").read_bytes()), contents(whole)
+    record, raw = record_of(whole), contents(whole)
     file = raw[record.files[record.weights][0]]
     arena = file[record.offset :]
     assert record.offset % 256 == 0
@@ -383,7 +400,7 @@ def test_a_plan_is_what_lowering_gives_and_an_image_what_compiling_alone_gives(
         assert (whole / f"sm_90/{name}.plan").read_bytes() == program.record
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     for key, call in list(program.calls.items())[:2]:
-        assert (whole / f"sm_90/{key}.image").read_bytes() == image_record(key, call, 90)
+        assert (whole / f"sm_90/{key}.kernel").read_bytes() == compile_binary(key, call, 90)
 
 
 # -- it starts without triton ----------------------------------------------------------------------
@@ -398,7 +415,7 @@ def driver(libcuda: standin.Standin, monkeypatch: pytest.MonkeyPatch) -> standin
 
 def serve(folder: Path, runner: NativeRunner) -> Model:
     found = opened(folder)
-    return Model(found.checkpoint(), found.spec, lambda: found.weights_hash, runner)
+    return Model(found.checkpoint(), found.spec, lambda: found.record.weights_hash, runner)
 
 
 def refuse_to_compile(*_: Any) -> None:
@@ -429,7 +446,7 @@ def natively(driver: standin.Standin, folder: Path) -> Model:
     """The folder, loaded as where the native runner serves."""
 
     class Standing(NativeRunner):
-        def __init__(self, *given: Any, exported: Exported) -> None:
+        def __init__(self, *given: Any, exported: ExportFolder) -> None:
             super().__init__(*given, str(driver.path), exported)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -589,7 +606,7 @@ def test_each_architecture_has_the_fingerprint_of_its_own_runner(
     save(make("ViTModel", **BLOCK), checkpoint)
     export_model(checkpoint, folder, [80, 90])
     builds = json.loads((folder / "vitrail.json").read_text())["builds"]
-    record = Record((folder / "model.vitrail").read_bytes())
+    record = record_of(folder)
     original = read_model(checkpoint, torch.float16)
     wanted = {}
     for arch in (80, 90):
@@ -618,7 +635,7 @@ def test_only_the_architectures_that_were_exported_do_without_triton(
         if serves:
             assert runners.choose("native", torch.float16, cuda, found) == "native"
             continue
-        wanted = rf"vitrail\.json: got kernels for sm_90, wanted sm_{capability[0]}{capability[1]}"
+        wanted = rf"model\.vitrail: got kernels for sm_90, wanted sm_{capability[0]}{capability[1]}"
         with pytest.raises(CheckpointError, match=wanted):
             runners.choose("native", torch.float16, cuda, found)
     with pytest.raises(InputError, match="triton is not installed"):
@@ -633,7 +650,7 @@ KINDS_OF_FILES = {
     "model.vitrail": "model.vitrail",
     "weights": "weights.safetensors",
     "plan": "sm_90/image.uint8.plan",
-    "image": "sm_90/*.image",
+    "kernel": "sm_90/*.kernel",
     "tokenizer": "tokenizer.json",
     "processor": "processor_config.json",
 }
@@ -675,43 +692,53 @@ def test_a_file_that_is_short_long_or_gone_is_refused(copy: Path, pattern: str) 
         path.write_bytes(other)
         refused(copy, re.escape(path.name))
     path.unlink()
-    refused(copy, "vitrail.json|config.json" if path.name == "vitrail.json" else "no such file")
+    refused(copy, "config.json" if path.name == "vitrail.json" else "no such file")
 
 
-def rewrite(folder: Path, **changes: Any) -> None:
-    """A vitrail.json that is whole, and says something else."""
-    path = folder / "vitrail.json"
-    content = json.loads(path.read_text())
-    del content["digest"]
+def rewrite(folder: Path, files: Listing = list, **changes: Any) -> None:
+    """A record that is whole, and vitrail.json with it, and says something else."""
+    record = record_of(folder)
+    content = json.loads(record.summary)
     for name, value in changes.items():
         content[name] = value(content[name]) if callable(value) else value
-    path.write_bytes(manifest_bytes(content))
+    summary = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    listed = files(record.files)
+    listing = struct.pack("<I", len(listed)) + b"".join(
+        sized(name) + struct.pack("<Q", nbytes) + digest for name, nbytes, digest in listed
+    )
+    body = record.raw[49:].replace(sized(record.summary), sized(summary), 1)
+    (folder / RECORD).write_bytes(signed(body.replace(record.listing, listing, 1)))
+    (folder / "vitrail.json").write_text(summary)
 
 
-def with_file(name: str) -> Callable[[dict[str, str]], dict[str, str]]:
-    return lambda files: {**files, name: "0" * 64}
+def with_file(name: str) -> dict[str, Listing]:
+    return {"files": lambda files: [*files, (name, 0, bytes(32))]}
 
 
-def test_a_manifest_that_says_the_same_in_other_bytes_is_refused(copy: Path) -> None:
+def test_a_summary_that_says_the_same_in_other_bytes_is_refused(copy: Path) -> None:
     path = copy / "vitrail.json"
     raw = path.read_bytes()
     for other in (raw.replace(b"\n", b"\t", 1), raw.replace(b"1e-", b"1E-", 1)):
         assert json.loads(other) == json.loads(raw)
         assert other != raw
         path.write_bytes(other)
-        refused(copy, "vitrail.json: got bytes whose digest is not its own")
+        refused(copy, "vitrail.json: got other bytes than model.vitrail has")
+        record = record_of(copy)
+        body = record.raw[49:].replace(raw, other, 1)
+        (copy / RECORD).write_bytes(signed(body))
+        refused(copy, "model.vitrail: got parts that contradict each other")
+        (copy / RECORD).write_bytes(record.raw)
 
 
-def test_a_rewritten_manifest_is_itself_no_damage(copy: Path) -> None:
+def test_a_rewritten_record_is_itself_no_damage(copy: Path) -> None:
     rewrite(copy, source="another")
-    assert opened(copy).origin == "another"
+    assert opened(copy).record.source == "another"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     {
-        "format": ({"format": 2}, r"format: got 2, wanted 1"),
-        "version": ({"version": "0.0.1"}, r"version: got '0.0.1', wanted this one's"),
+        "version": ({"version": "0.0.1"}, "contradict each other"),
         "no such field": ({"colour": 1}, "other fields"),
         "type": ({"logit_scale": "100"}, "logit_scale: got '100'"),
         "dtype": ({"dtype": "float32"}, "dtype: got 'float32', wanted one of"),
@@ -732,39 +759,72 @@ def test_a_rewritten_manifest_is_itself_no_damage(copy: Path) -> None:
         "spec's type": ({"spec": lambda spec: {**spec, "vision": [1]}}, "spec: got"),
         "spec's shape": (
             {"spec": lambda spec: {**spec, "text": None}},
-            r"weights\.safetensors: got [\d,]+ bytes, wanted",
+            r"files: got [\d,]+ bytes of weights\.safetensors, wanted",
         ),
-        "another architecture": ({"builds": {"80": BUILD}}, "wanted only what an export holds"),
-        "above": ({"files": with_file("../model.safetensors")}, "only what an export holds"),
-        "above, by way": ({"files": with_file("sm_90/../../x.image")}, "only what an export"),
-        "absolute": ({"files": with_file("/etc/passwd")}, "only what an export holds"),
-        "another folder": ({"files": with_file("sm_80/text.plan")}, "only what an export holds"),
-        "missing": ({"files": with_file("merges.txt")}, "merges.txt: got no such file"),
-        "no digest": ({"files": lambda files: dict.fromkeys(files, 1)}, "wanted 64 hex digits"),
+        "another architecture": ({"builds": {"80": BUILD}}, "wanted only files of an export"),
+        "above": (with_file("../model.safetensors"), "only files of an export"),
+        "above, by way": (with_file("sm_90/../../x.kernel"), "only files of an export"),
+        "absolute": (with_file("/etc/passwd"), "only files of an export"),
+        "another folder": (with_file("sm_80/text.plan"), "only files of an export"),
+        "itself": (with_file(RECORD), "only files of an export"),
+        "missing": (with_file("merges.txt"), "merges.txt: got no such file"),
+        "twice": ({"files": lambda files: [*files, files[0]]}, "contradict each other"),
         "no plan": (
-            {"files": lambda files: {n: d for n, d in files.items() if "text" not in n}},
+            {"files": lambda files: [file for file in files if "text" not in file[0]]},
             "files: got no sm_90/text.plan",
+        ),
+        "a shorter file": (
+            {"files": lambda files: [(name, nbytes - 1, d) for name, nbytes, d in files]},
+            "files: got .* bytes of weights.safetensors",
         ),
     }.values(),
 )
-def test_a_manifest_that_claims_something_else_is_refused(
+def test_a_record_that_claims_something_else_is_refused(
     copy: Path, changes: dict[str, Any], said: str
 ) -> None:
-    if "no such field" in said or "colour" in changes:
-        content = json.loads((copy / "vitrail.json").read_text())
-        del content["digest"]
-        (copy / "vitrail.json").write_bytes(manifest_bytes(content | changes))
-    else:
-        rewrite(copy, **changes)
+    rewrite(copy, **changes)
     refused(copy, said)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (MAGIC["export"], b"vitrail export 3\n", "first bytes: got b'vitrail export 3"),
+        (sized(vitrail.__version__), sized("0.0.1"), "version: got '0.0.1', wanted this one's"),
+        (
+            struct.pack("<3I", 32, 32, 3),
+            struct.pack("<3I", 32, 24, 3),
+            "contradict",
+        ),
+        (sized("image.uint8"), sized("image.uint9"), "contradict"),
+    ],
+)
+def test_what_only_cpp_uses_is_checked_too(copy: Path, old: bytes, new: bytes, said: str) -> None:
+    raw = (copy / RECORD).read_bytes()
+    assert raw.count(old) == 1
+    changed = raw.replace(old, new)
+    (copy / RECORD).write_bytes(changed[:17] + hashlib.sha256(changed[49:]).digest() + changed[49:])
+    refused(copy, rf"model\.vitrail: .*{said}|model\.vitrail: {said}")
+
+
+def test_a_record_that_ends_early_is_refused_under_its_own_digest(copy: Path) -> None:
+    body = (copy / RECORD).read_bytes()[49:]
+    for stop in (0, 5, 8, 20, len(body) - 1):
+        (copy / RECORD).write_bytes(signed(body[:stop]))
+        refused(copy, r"model\.vitrail: got .*(which end early|contradict each other)")
 
 
 def test_a_header_that_says_something_else_is_refused_under_its_own_digest(copy: Path) -> None:
     path = copy / "weights.safetensors"
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b'"U8"', b'"I8"', 1))
-    digest = plain_digest(path.read_bytes())
-    rewrite(copy, files=lambda files: {**files, path.name: digest})
+    raw = path.read_bytes().replace(b'"U8"', b'"I8"', 1)
+    path.write_bytes(raw)
+    digest = bytes.fromhex(plain_digest(raw))
+    rewrite(
+        copy,
+        files=lambda files: [
+            (name, nbytes, digest if name == path.name else d) for name, nbytes, d in files
+        ],
+    )
     refused(copy, "weights.safetensors: got another header")
 
 

@@ -27,7 +27,7 @@ from gpu.common import HALVES
 from gpu.models import BUNDLED, SMALL
 from helpers import make, save
 from vitrail.checkpoint.files import open_checkpoint
-from vitrail.plan.lowering import image_key, record_of
+from vitrail.plan.kernel_binary import encode_binary, kernel_key
 from vitrail.plan.text import text_dense, text_pooled
 from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores, vision_table
 from vitrail.runtime.kernel_cache import keep
@@ -160,8 +160,8 @@ _CALLS: list[Call] = []
 def _compile(position: int, arch: int) -> str | None:
     call = _CALLS[position]
     try:
-        key = image_key(call, arch)
-        keep(key, record_of(key, call, arch, compile_kernel(call, arch)))
+        key = kernel_key(call, arch)
+        keep(key, encode_binary(key, call, arch, compile_kernel(call, arch)))
     except Exception as error:
         return f"{call.kernel.__name__} {call.config}: {type(error).__name__}: {error}"
     return None

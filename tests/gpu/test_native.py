@@ -24,7 +24,7 @@ import vitrail
 from gpu.common import DEVICE, DRY, HALVES, NAMES, gpu_alone, same_bits
 from gpu.models import BUNDLED, HALF, Zoo, images, padded, texts
 from vitrail.errors import OutOfMemoryError
-from vitrail.plan.lowering import Program
+from vitrail.plan.lowering import NativePlan
 from vitrail.plan.plan import Plan
 from vitrail.plan.vision import vision_pooled
 from vitrail.runtime import native
@@ -140,7 +140,7 @@ def test_one_program_serves_every_batch_and_no_kernel_is_loaded_twice(
     loaded: Counter[str] = Counter()
     load = NativeRunner._load
 
-    def noted(runner: NativeRunner, key: str, program: Program) -> None:
+    def noted(runner: NativeRunner, key: str, program: NativePlan) -> None:
         loaded[key] += 1
         load(runner, key, program)
 
@@ -150,7 +150,7 @@ def test_one_program_serves_every_batch_and_no_kernel_is_loaded_twice(
         for batch in (1, 2, 5, 16, 33, 64, 100):
             model.encode_image(images(batch), batch_size=batch)
     assert set(loaded.values()) == {1}
-    assert len(runner_of(model)._programs) == 1
+    assert len(runner_of(model)._plans) == 1
 
 
 def runner_of(model: vitrail.Model) -> NativeRunner:
@@ -260,7 +260,7 @@ def test_kernels_are_loaded_while_another_thread_captures(zoo: Zoo) -> None:
     def load() -> None:
         runner = runner_of(cold)
         started.wait(timeout=60)
-        runner._sized(runner._ready(plan, {"pixels": floats}), (1, tokens, tokens))
+        runner._size_entry(runner._cached_plan(plan, {"pixels": floats}), (1, tokens, tokens))
         loaded.append(True)
 
     thread = Thread(target=load)
@@ -383,8 +383,8 @@ def test_too_little_memory_splits_the_batch_to_the_same_bits(
     tower = model._vision if what == "images" else model._text
     assert tower is not None
     torch.cuda.empty_cache()
-    ready = next(reversed(runner_of(model)._programs.values()))
-    arena = max(sized.arena[0] for sized in ready.sizes.values())
+    cached = next(reversed(runner_of(model)._plans.values()))
+    arena = max(entry.arena_shape[0] for entry in cached.sizes.values())
     total = torch.cuda.get_device_properties().total_memory
     free = arena // 2 + (24 << 20)  # half of it fits, with what goes in and comes out
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free) / total)

@@ -19,7 +19,7 @@ from gpu.common import DEVICE, sync
 from gpu.models import BUNDLED, HALF, RUNNER, SERVES, SMALL
 from gpu.test_resize import Batch, assert_same_bytes
 from helpers import arguments, assert_close, make, save
-from vitrail.plan.lowering import Program
+from vitrail.plan.lowering import NativePlan
 from vitrail.runtime.native import NativeRunner
 from vitrail_kernels.launch import Call
 
@@ -38,7 +38,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             LAUNCHED.add(call.kernel.__name__)
         launch(call)
 
-    def note_loaded(runner: NativeRunner, key: str, program: Program) -> None:
+    def note_loaded(runner: NativeRunner, key: str, program: NativePlan) -> None:
         """C++ is given a kernel for the call that launches it."""
         LAUNCHED.add(program.calls[key].kernel.__name__)
         load(runner, key, program)

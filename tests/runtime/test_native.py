@@ -221,10 +221,10 @@ def test_one_program_serves_every_batch(driver: standin.Standin, text: NativeRun
     plan = text_pooled(TEXT)
     for lengths in ([3], [9, 2], [24] * 7):
         read(text, plan, ids_of(lengths), [n - 1 for n in lengths])
-    assert [ready.plan for ready in text._programs.values()] == [plan]
+    assert [cached.plan for cached in text._plans.values()] == [plan]
 
 
-def test_other_sizes_and_kinds_of_pixels_are_other_programs(
+def test_other_sizes_and_kinds_of_pixels_are_other_plans(
     driver: standin.Standin, tmp_path: Path
 ) -> None:
     runner, spec = open_native(driver, tmp_path, "clip"), VISION["clip"]
@@ -234,14 +234,14 @@ def test_other_sizes_and_kinds_of_pixels_are_other_programs(
         out = see(runner, spec, plan, pixels)
         lengths = [spec.tokens_at(size)] * 2
         check_run(driver, runner, plan, lengths, {"pixels": pixels, **out})
-    assert len(runner._programs) == 3
+    assert len(runner._plans) == 3
     plan = vision_pooled(spec, uint8=False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         pixels = normalized(images(2, (28, 28))).to(dtype).contiguous()
         out = see(runner, spec, plan, pixels)
         lengths = [spec.tokens_at((28, 28))] * 2
         check_run(driver, runner, plan, lengths, {"pixels": pixels, **out})
-    assert len(runner._programs) == 6
+    assert len(runner._plans) == 6
 
 
 def test_a_position_table_is_one_launch_and_leaves_no_program(
@@ -258,7 +258,7 @@ def test_a_position_table_is_one_launch_and_leaves_no_program(
         check_launch(launched, call, names, Places(runner, plan, {"vision.table": table}))
         driver.reset()
         driver.record(True)
-    assert not runner._programs
+    assert not runner._plans
 
 
 def test_a_position_table_whose_launch_fails_is_a_device_error(

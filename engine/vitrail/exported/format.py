@@ -1,193 +1,272 @@
-"""What `vitrail export` writes and `vitrail.load` reads: names, places and digests.
+"""The format of a folder that `vitrail export` writes.
 
-    vitrail.json          for Python: what the folder is, and the digest of every other file
-    model.vitrail         for C++: the same in its own encoding (csrc/package.hpp)
+    model.vitrail         the record: the model, its plans and kernels, the digest of every file
+    vitrail.json          a copy of the record's summary, for people; written last
     weights.safetensors   one tensor "arena": packed weights, then position tables
-    sm_90/*.plan          programs (`vitrail.plan.lowering`), a folder for each architecture
-    sm_90/*.image         the kernels they launch, by key
-    tokenizer.json, ...   the checkpoint's own, copied
+    sm_90/*.plan          native plans (`vitrail.plan.lowering`), a folder for each architecture
+    sm_90/*.kernel        the kernel binaries that the plans launch, by key
+    tokenizer.json, ...   copies of the checkpoint's files
 
-A digest is SHA-256 over the SHA-256 of every 4 MiB of a file, so that threads can share the work.
-Digests tell damage, not forgery: kernels are code, and a folder is trusted as a program is.
+The record, in the encoding of `vitrail.plan.record` (csrc/export_folder.cpp reads it too):
+
+    magic("export")       then the SHA-256 of all that follows
+    version, summary      strings; the summary is JSON, for Python alone
+    files                 a list: path, bytes (uint64), digest (32 bytes)
+    weights               number of the weights file, the arena's offset and bytes, bytes of weights
+    vision, text          a byte 0, or a byte 1 and the sizes, labels and scores of the tower
+    builds                a list, one item per architecture: its number, the fingerprint, a list of
+                          plans (name, file number, offset of the position table or -1), and a list
+                          of kernels (file numbers)
+
+Digests reveal damage, not forgery: kernels are code, so trust a folder as you trust a program.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import struct
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from vitrail._version import __version__
-from vitrail.checkpoint.contents import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, TOKENIZER_FILES
-from vitrail.checkpoint.regular import open_regular, read_exactly, reading
-from vitrail.errors import refusal, show_path
-from vitrail.plan.plan import Plan
-from vitrail.plan.record import items, string
-from vitrail.plan.text import text_pooled
-from vitrail.plan.vision import vision_pooled, vision_scores
-from vitrail.spec import ModelSpec, VisionSpec
-from vitrail.weights.layout import ALIGNMENT, arena_bytes
+from vitrail.checkpoint.strict_json import parse_json
+from vitrail.dtypes import HALVES, dtype_name, named_dtype
+from vitrail.errors import CheckpointError, refusal, show
+from vitrail.exported.contents import (
+    COPIED,
+    WEIGHTS,
+    exported_plans,
+    position_tables,
+    weights_header,
+)
+from vitrail.exported.digest import FileEntry
+from vitrail.plan.record import RecordReader, items, magic, string
+from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
+from vitrail.weights.layout import arena_bytes
 
-FORMAT = 1
-NATIVE, WEIGHTS = "model.vitrail", "weights.safetensors"
-COPIED = (PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *TOKENIZER_FILES)
-CHUNK_BYTES = 4 << 20
-THREADS = 16
-NATIVE_MAGIC = b"vitrail model 1\n"
+RECORD = "model.vitrail"
+AGAIN = "damaged; export it again"
 
-
-# -- what the folder holds, by the spec ------------------------------------------------------------
-
-
-def exported_plans(spec: ModelSpec) -> dict[str, Plan]:
-    """The plans that are exported, by name. Pixels of uint8 need an image processor."""
-    found: dict[str, Plan] = {}
-    if spec.vision is not None:
-        for kind in pixel_kinds(spec):
-            uint8 = kind == "uint8"
-            found[f"image.{kind}"] = vision_pooled(spec.vision, uint8=uint8)
-            if spec.head is not None:
-                scores = vision_scores(spec.vision, spec.head, uint8=uint8)
-                found[f"scores.{kind}"] = scores
-    if spec.text is not None:
-        found["text"] = text_pooled(spec.text)
-    return found
-
-
-def pixel_kinds(spec: ModelSpec) -> tuple[str, ...]:
-    """Kinds of pixels that the image tower takes, in the order of their position tables."""
-    if spec.vision is None:
-        return ()
-    return ("float",) if spec.image is None else ("float", "uint8")
+_SUMMARY_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "version": str,
+    "source": str,
+    "revision": (str, type(None)),
+    "spec": dict,
+    "dtype": str,
+    "size": (list, type(None)),
+    "weights": str,
+    "logit_scale": (float, type(None)),
+    "builds": dict,
+}
+_BUILT = re.compile(
+    r"sm_([1-9][0-9]{1,2})/"
+    r"(((image|scores)\.(uint8|float)|text)\.plan|[0-9a-f]{64}\.kernel)"
+)
 
 
-def pixel_batch(vision: VisionSpec, kind: str, size: tuple[int, int]) -> Tensor:
-    """One image of ``size`` on the meta device, shaped as plans take ``kind``."""
-    if kind == "uint8":
-        return torch.empty(1, *size, vision.channels, dtype=torch.uint8, device="meta")
-    return torch.empty(1, vision.channels, *size, dtype=torch.float32, device="meta")
+class Build(NamedTuple):
+    """The export for one architecture.
 
-
-def table_places(
-    spec: ModelSpec, dtype: torch.dtype, size: tuple[int, int] | None
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """First and last byte of each kind's position table in the arena, and the arena's bytes."""
-    at = arena_bytes(spec, dtype)
-    places = {}
-    if spec.vision is not None and size is not None:
-        nbytes = spec.vision.tokens_at(size) * spec.vision.blocks.width * 4
-        for kind in pixel_kinds(spec):
-            places[kind] = at, at + nbytes
-            at += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return places, at
-
-
-def weights_header(nbytes: int) -> bytes:
-    """All of a weights file before its ``nbytes`` of arena, which starts at an `ALIGNMENT`."""
-    entry = {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}
-    text = json.dumps({"arena": entry}, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
-# -- bytes and digests -----------------------------------------------------------------------------
-
-
-def read_digest(path: Path, out: memoryview | None = None) -> tuple[str, int]:
-    """Digest and bytes of a file, which is read into ``out`` where that is given.
-
-    Raises CheckpointError: not a regular file of as many bytes, or one that cannot be read.
+    ``runner``: identity of the runner whose bits the kernels give. ``fingerprint``: the model's,
+    with these kernels.
     """
-    descriptor = open_regular(path)
+
+    runner: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRecord:
+    """The record of an exported folder.
+
+    ``source``, ``revision``: the checkpoint that was exported. ``size``: (height, width) of images;
+    None without an image tower. ``weights_hash``: see `vitrail.weights.loader.hash_weights`.
+    ``files``: every file but the record itself and vitrail.json, by path.
+    """
+
+    source: str
+    revision: str | None
+    spec: ModelSpec
+    dtype: torch.dtype
+    size: tuple[int, int] | None
+    weights_hash: str
+    logit_scale: float | None
+    builds: dict[int, Build]
+    files: dict[str, FileEntry]
+
+    def summary(self) -> bytes:
+        """The text of vitrail.json."""
+        content = {
+            "version": __version__,
+            "source": self.source,
+            "revision": self.revision,
+            "spec": self.spec.to_dict(),
+            "dtype": dtype_name(self.dtype),
+            "size": self.size,
+            "weights": self.weights_hash,
+            "logit_scale": self.logit_scale,
+            "builds": {str(arch): build._asdict() for arch, build in self.builds.items()},
+        }
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+    def encode(self) -> bytes:
+        """The bytes of the record."""
+        files = [
+            string(path) + struct.pack("<Q", entry.size) + entry.digest
+            for path, entry in self.files.items()
+        ]
+        numbers = {path: number for number, path in enumerate(self.files)}
+        tables, total = position_tables(self.spec, self.dtype, self.size)
+        arena = len(weights_header(total)), total, arena_bytes(self.spec, self.dtype)
+        body = (
+            string(__version__)
+            + string(self.summary())
+            + items(files)
+            + struct.pack("<IQQQ", numbers[WEIGHTS], *arena)
+            + _vision(self.spec, self.size)
+            + _text(self.spec)
+            + items(list(self._builds(numbers, tables)))
+        )
+        return magic("export") + hashlib.sha256(body).digest() + body
+
+    def _builds(
+        self, numbers: Mapping[str, int], tables: Mapping[str, tuple[int, int]]
+    ) -> Iterator[bytes]:
+        for arch, build in self.builds.items():
+            plans = []
+            for name in exported_plans(self.spec):
+                number = numbers[f"sm_{arch}/{name}.plan"]
+                table, _ = tables.get(name.partition(".")[2], (-1, -1))
+                plans.append(string(name) + struct.pack("<Iq", number, table))
+            kernels = [
+                struct.pack("<I", number)
+                for path, number in numbers.items()
+                if path.startswith(f"sm_{arch}/") and path.endswith(".kernel")
+            ]
+            head = struct.pack("<I", arch) + string(build.fingerprint)
+            yield head + items(plans) + items(kernels)
+
+
+def _vision(spec: ModelSpec, size: tuple[int, int] | None) -> bytes:
+    if spec.vision is None or size is None:
+        return b"\0"
+    vision, head = spec.vision, spec.head
+    sizes = *size, vision.channels, vision.embedding, vision.tokens_at(size)
+    labels = () if head is None else head.labels
+    scores = "" if head is None else head.scores
+    return b"\1" + struct.pack("<5I", *sizes) + items([*map(string, labels)]) + string(scores)
+
+
+def _text(spec: ModelSpec) -> bytes:
+    if (text := spec.text) is None:
+        return b"\0"
+    eos = -1 if text.eos is None else text.eos
+    return b"\1" + struct.pack("<IIIi", text.vocab, text.context, text.embedding, eos)
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+def decode_record(raw: bytes, location: str) -> ExportRecord:
+    """The record in ``raw``. Messages begin with ``location``.
+
+    Raises CheckpointError: damaged, of another format or version, or with files that an export
+    cannot have or must have.
+    """
+    head = magic("export")
+    if not raw.startswith(head):
+        raise refusal(f"{location}: first bytes", show(raw[: len(head)]), show(head))
+    digest, body = raw[len(head) :][:32], raw[len(head) + 32 :]
+    if hashlib.sha256(body).digest() != digest:
+        raise refusal(location, "bytes that do not match their digest", f"them to match: {AGAIN}")
+    reader = RecordReader(body, b"")
     try:
-        with reading(path):
-            size = os.fstat(descriptor).st_size
-        if out is not None and size != len(out):
-            raise refusal(show_path(path), f"{size:,} bytes", f"{len(out):,}")
-
-        def part(start: int) -> bytes:
-            stop = min(start + CHUNK_BYTES, size)
-            chunk = memoryview(bytearray(stop - start)) if out is None else out[start:stop]
-            read_exactly(descriptor, start, chunk, path)
-            return hashlib.sha256(chunk).digest()
-
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-            digests = pool.map(part, range(0, size, CHUNK_BYTES))
-            return hashlib.sha256(b"".join(digests)).hexdigest(), size
-    finally:
-        os.close(descriptor)
+        version, summary = reader.string().decode(), reader.string()
+        if version != __version__:
+            expected = f"this one's, {__version__}; export it again"
+            raise refusal(f"{location}: version", show(version), expected)
+        files = dict(
+            reader.items(lambda: (reader.string().decode(), FileEntry(*reader.numbers("Q32s"))))
+        )
+    except ValueError as error:
+        raise refusal(location, str(error), f"a whole record: {AGAIN}") from None
+    record = _record(summary, files, location)
+    _check_files(record, location)
+    if record.encode() != raw:
+        raise refusal(location, "parts that contradict each other", f"one model: {AGAIN}")
+    return record
 
 
-def manifest_bytes(content: Mapping[str, Any]) -> bytes:
-    """vitrail.json: ``content`` and its own digest, in the one way in which it is written."""
-    digest = hashlib.sha256(_canonical(content)).hexdigest()
-    return _canonical({**content, "digest": digest})
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-# -- for C++ ---------------------------------------------------------------------------------------
-
-
-def native_record(
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    size: tuple[int, int] | None,
-    files: Mapping[str, tuple[str, int]],
-    builds: Mapping[int, tuple[str, Sequence[str], Sequence[str]]],
-) -> bytes:
-    """model.vitrail, in the encoding of csrc/reader.hpp.
-
-    ``files``: digest and bytes of all that C++ reads; ``builds``: fingerprint, names of programs
-    and keys of images by architecture.
-    """
-    numbers = {name: number for number, name in enumerate(files)}
-    places, total = table_places(spec, dtype, size)
-    listed = [
-        string(name) + struct.pack("<Q", nbytes) + bytes.fromhex(digest)
-        for name, (digest, nbytes) in files.items()
-    ]
-    built = []
-    for arch, (fingerprint, programs, keys) in builds.items():
-        named = []
-        for name in programs:
-            table = places.get(name.partition(".")[2], (-1, 0))[0]
-            named.append(
-                string(name) + struct.pack("<Iq", numbers[f"sm_{arch}/{name}.plan"], table)
-            )
-        images = [struct.pack("<I", numbers[f"sm_{arch}/{key}.image"]) for key in keys]
-        head = struct.pack("<I", arch) + string(fingerprint)
-        built.append(head + items(named) + items(images))
-    arena = len(weights_header(total)), total, arena_bytes(spec, dtype)
-    return (
-        NATIVE_MAGIC
-        + string(__version__)
-        + items(listed)
-        + struct.pack("<IQQQ", numbers[WEIGHTS], *arena)
-        + _towers(spec, size)
-        + items(built)
+def _record(summary: bytes, files: dict[str, FileEntry], location: str) -> ExportRecord:
+    content = parse_json(summary, location)
+    if content.keys() != _SUMMARY_TYPES.keys():
+        odd = ", ".join(map(show, sorted(content.keys() ^ _SUMMARY_TYPES.keys())))
+        raise refusal(location, f"other fields ({odd})", "those of an export")
+    for name, types in _SUMMARY_TYPES.items():
+        if not isinstance(content[name], types):
+            raise refusal(f"{location}: {name}", show(content[name]), "the type it is written in")
+    try:
+        spec = ModelSpec.from_dict(content["spec"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{location}: {error}") from None
+    if content["dtype"] not in HALVES:
+        raise refusal(f"{location}: dtype", show(content["dtype"]), f"one of {HALVES}")
+    return ExportRecord(
+        source=content["source"],
+        revision=content["revision"],
+        spec=spec,
+        dtype=named_dtype(content["dtype"]),
+        size=_size(content["size"], spec, location),
+        weights_hash=content["weights"],
+        logit_scale=content["logit_scale"],
+        builds=_builds(content["builds"], location),
+        files=files,
     )
 
 
-def _towers(spec: ModelSpec, size: tuple[int, int] | None) -> bytes:
-    found = b"\0"
-    if (vision := spec.vision) is not None and size is not None:
-        facts = *size, vision.channels, vision.embedding, vision.tokens_at(size)
-        found = b"\1" + struct.pack("<5I", *facts)
-        labels = () if spec.head is None else spec.head.labels
-        found += items([string(label) for label in labels])
-        found += string("" if spec.head is None else spec.head.scores)
-    if (text := spec.text) is None:
-        return found + b"\0"
-    eos = -1 if text.eos is None else text.eos
-    return found + b"\1" + struct.pack("<IIIi", text.vocab, text.context, text.embedding, eos)
+def _builds(content: Mapping[str, Any], location: str) -> dict[int, Build]:
+    for arch, build in content.items():
+        valid = isinstance(build, dict) and build.keys() == set(Build._fields)
+        valid = valid and all(isinstance(value, str) for value in build.values())
+        if not valid or not re.fullmatch(r"[1-9][0-9]{1,2}", arch):
+            expected = "a runner and a fingerprint by architecture"
+            raise refusal(f"{location}: builds", show({arch: build}), expected)
+    if not content:
+        raise refusal(f"{location}: builds", "none", "at least one architecture")
+    return {arch: Build(**content[str(arch)]) for arch in sorted(map(int, content))}
+
+
+def _size(size: Any, spec: ModelSpec, location: str) -> tuple[int, int] | None:
+    vision = spec.vision
+    if vision is None and size is None:
+        return None
+    valid = isinstance(size, list) and [type(side) for side in size] == [int, int]
+    if vision is None or not valid:
+        raise refusal(f"{location}: size", show(size), "[height, width] for an image tower")
+    height, width = size
+    if any(not p <= s <= MAX_IMAGE_SIDE for s, p in zip(size, vision.patch, strict=True)):
+        raise refusal(f"{location}: size", show(size), f"at least a patch, {vision.patch}")
+    return height, width
+
+
+def _check_files(record: ExportRecord, location: str) -> None:
+    """Refuses paths that no export has, and a record without a file that every export has."""
+    for path in record.files:
+        built = _BUILT.fullmatch(path)
+        if not (path in (WEIGHTS, *COPIED) or (built and int(built[1]) in record.builds)):
+            raise refusal(f"{location}: files", show(path), "only files of an export")
+    plans = (
+        f"sm_{arch}/{name}.plan" for arch in record.builds for name in exported_plans(record.spec)
+    )
+    for path in (WEIGHTS, *plans):
+        if path not in record.files:
+            raise refusal(f"{location}: files", f"no {path}", "it among them")
+    _, total = position_tables(record.spec, record.dtype, record.size)
+    size, expected_size = record.files[WEIGHTS].size, len(weights_header(total)) + total
+    if size != expected_size:
+        raise refusal(f"{location}: files", f"{size:,} bytes of {WEIGHTS}", f"{expected_size:,}")

@@ -12,7 +12,7 @@ import torch
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
-from vitrail.exported.folder import Exported, open_exported
+from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
 from vitrail.model.arguments import Resize, check_device, check_dtype
@@ -121,9 +121,9 @@ def read_model(
 
 
 def _load_exported(
-    exported: Exported, device: torch.device, backend: str
+    exported: ExportFolder, device: torch.device, backend: str
 ) -> tuple[LoadedCheckpoint, Runner]:
-    dtype, digest = exported.dtype, exported.weights_hash
+    dtype, digest = exported.dtype, exported.record.weights_hash
     name = choose(backend, dtype, device, exported)
     weights = exported.load()
     loaded = LoadedCheckpoint(exported.checkpoint(), exported.spec, weights, lambda: digest)

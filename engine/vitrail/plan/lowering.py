@@ -1,15 +1,13 @@
-"""Plan -> program: a plan as bytes that C++ reads, and the kernel calls whose images it names.
+"""Lowers a plan to bytes that C++ reads, and the kernel calls whose binaries it names.
 
-The operators' ``<op>_calls`` say what each launch is, as they do for the Triton runner. Sizes enter
-a call in affine ways only: each number is evaluated at several sizes, written as
-``sequences * B + tokens * M + longest * T + constant`` and checked. Layout: csrc/plan.hpp, which
-reads it; what it means: docs/runtime.md.
+``<op>_calls`` describe each kernel launch, as they do for the Triton runner. Every number of a
+launch is affine in the sizes of a call: lowering evaluates it at a few sizes, writes it as
+``sequences * B + tokens * M + longest * T + constant`` and checks the formula. csrc/plan.hpp has
+the layout, docs/runtime.md explains it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,33 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail._version import __version__
 from vitrail.dtypes import dtype_name
-from vitrail.errors import VitrailError
+from vitrail.plan.kernel_binary import kernel_key
 from vitrail.plan.plan import Affine, Plan, Step
-from vitrail.plan.record import items, string
+from vitrail.plan.record import items, magic, string
 from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS, Call
-from vitrail_kernels.compile import CompileError, compile_privately, identity, source_of
+from vitrail_kernels.compile import identity, source_of
 from vitrail_kernels.configs import MOST, KernelConfig
 from vitrail_kernels.launch import Target
-from vitrail_kernels.toolchain import compilers
-
-PLAN_MAGIC, IMAGE_MAGIC = b"vitrail plan 1\n", b"vitrail image 1\n"
 
 INT32, INT64, FLOAT, POINTER, MAP, NULL = range(6)
-"""Kinds of kernel parameters, as in csrc/plan.hpp."""
+"""Types of kernel arguments, as in csrc/plan.hpp."""
 
 WEIGHTS = -1
-MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
-"""CUtensorMapDataType (cuda.h)."""
+"""The buffer number that stands for the packed weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """A plan for one kind of GPU: ``record`` for C++, and by its key each kernel it launches.
+class NativePlan:
+    """A plan for one kind of GPU.
 
-    ``externals`` are the buffers that a call brings, in C++'s order.
+    ``record``: the bytes for C++. ``calls``: every kernel it launches, by key. ``externals``: names
+    of the buffers that the caller brings, in C++'s order.
     """
 
     record: bytes
@@ -52,77 +46,108 @@ class Program:
     externals: tuple[str, ...]
 
 
-def _affine(rows: Affine) -> bytes:
-    return struct.pack("<iiiq", *rows)
-
-
 # -- sizes -----------------------------------------------------------------------------------------
 
+SHORT, LONG = 5, 7
+"""Tokens of a sequence at the probes, if sequences vary in length."""
 
-class Sizes:
-    """The sizes at which calls are evaluated: all sequences of one length.
 
-    ``length``: of every sequence, for a plan over images of one size; None where it may differ.
+class SizeProbes:
+    """The sizes at which every number of a launch is evaluated, to find its formula.
+
+    ``length``: tokens of every sequence, for a plan over images of one size; None if lengths vary.
+    ``lengths``: the sequences of each probe. Within a probe all sequences have one length.
     """
 
     def __init__(self, length: int | None) -> None:
-        short, long = (5, 7) if length is None else (length, length)
-        self._fixed = length is not None
-        batches = (
-            [(1, short), (2, short), (1, long), (2, long), (3, 6)]
-            if length is None
-            else [(1, short), (2, short), (3, short)]
-        )
-        self.lengths = [[length] * batch for batch, length in batches]
+        self.length = length
+        probes = [(1, SHORT), (2, SHORT), (1, LONG), (2, LONG), (3, (SHORT + LONG) // 2)]
+        if length is not None:
+            probes = [(1, length), (2, length), (3, length)]
+        self.lengths = [[tokens] * batch for batch, tokens in probes]
 
-    def affine(self, what: str, values: Sequence[int]) -> Affine:
-        """The formula of a number, from its ``values`` at each of `lengths`."""
-        if self._fixed:
-            step = values[1] - values[0]
-            found = Affine(sequences=step, constant=values[0] - step)
-        else:
-            # at (B, T) and M = B T: differences along B, then along T
-            short, long = values[1] - values[0], values[3] - values[2]
-            tokens = (long - short) // 2
-            longest = (values[2] - values[0]) // 2 - tokens
-            sequences = short - 5 * tokens
-            found = Affine(
-                sequences, tokens, longest, values[0] - sequences - 5 * tokens - 5 * longest
+    def affine(self, name: str, values: Sequence[int]) -> Affine:
+        """The formula of a number, from its value at each probe.
+
+        The last probe is only a check. Raises AssertionError, naming the number, if it is not
+        affine in the sizes.
+        """
+        if self.length is not None:
+            one_sequence, two_sequences, _ = values
+            formula = Affine(
+                two_sequences - one_sequence, constant=2 * one_sequence - two_sequences
             )
-        again = [found.at(len(one), sum(one), one[0]) for one in self.lengths]
-        assert again == list(values), f"{what}: got {list(values)}, not affine in the sizes"
-        return found
+        else:
+            # With B sequences of T tokens, a number is
+            # B * (sequences + tokens * T) + (longest * T + constant): two lines in T.
+            one_short, two_short, one_long, two_long, _ = values
+            per_sequence_short, per_sequence_long = two_short - one_short, two_long - one_long
+            tokens, sequences = _line(per_sequence_short, per_sequence_long)
+            longest, constant = _line(one_short - per_sequence_short, one_long - per_sequence_long)
+            formula = Affine(sequences, tokens, longest, constant)
+        expected = [formula.at(len(probe), sum(probe), probe[0]) for probe in self.lengths]
+        assert expected == list(values), f"{name}: got {list(values)}, not affine in the sizes"
+        return formula
+
+
+def _line(at_short: int, at_long: int) -> tuple[int, int]:
+    """Slope and intercept of the line with these values at SHORT and LONG."""
+    slope = (at_long - at_short) // (LONG - SHORT)
+    return slope, at_short - slope * SHORT
 
 
 # -- launches --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _BoundStep:
+    """A step at one probe: its tensors and scalars by argument."""
+
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]
+
+    def form(self) -> Iterator[Hashable]:
+        """A cache key: equal for two steps that differ only in addresses.
+
+        Alignment and aliasing of the arguments are part of it.
+        """
+        numbers: dict[int, int] = {}
+        for name, t in self.tensors.items():
+            number = numbers.setdefault(id(t), len(numbers))
+            yield name, t.shape, t.stride(), t.dtype, t.data_ptr() % 16, number
+        yield tuple(self.scalars.items())
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The argument that is this tensor."""
+        return next((name for name, t in self.tensors.items() if t is tensor), None)
+
+
 _Template = list["bytes | str"]
-"""A launch's record: where a tensor's place goes, the name of the argument that is the tensor."""
+"""The record of a launch. A string stands for the address of the argument of that name."""
 
 
-class _Lowering:
-    """One plan on its way to bytes."""
+class _LaunchWriter:
+    """Writes the launches of one plan."""
 
-    def __init__(self, plan: Plan, target: Target, sizes: Sizes, weights: Weights) -> None:
-        self.plan, self.target, self.sizes, self.weights = plan, target, sizes, weights
+    def __init__(self, plan: Plan, target: Target, probes: SizeProbes, weights: Weights) -> None:
+        self.plan, self.target, self.probes, self.weights = plan, target, probes, weights
         self.buffers = {buffer.name: number for number, buffer in enumerate(plan.buffers)}
         self.keys: dict[str, int] = {}
         self.calls: dict[str, Call] = {}
         self.templates: dict[tuple[Any, ...], list[_Template]] = {}
 
-    def launches(self, bound: Sequence[Sequence[_Bound]]) -> Iterator[bytes]:
-        """The records of all launches; ``bound``: `_bind` at each of the sizes."""
-        for launch, *each in zip(self.plan.steps, *bound, strict=True):
-            form = launch.op, *each[0].form()
-            if form not in self.templates:  # the blocks of a tower are alike but for their places
-                self.templates[form] = list(self.kernels(launch, each))
-            places = {argument: self.buffer(name) for argument, name in launch.buffers}
-            places |= {argument: self.weight(name) for argument, name in launch.weights}
+    def launches(self, bound: Sequence[Sequence[_BoundStep]]) -> Iterator[bytes]:
+        """The records of all launches. ``bound``: for each probe, all steps."""
+        for step, *at_probes in zip(self.plan.steps, *bound, strict=True):
+            form = step.op, *at_probes[0].form()
+            if form not in self.templates:  # the blocks of a tower differ only in addresses
+                self.templates[form] = list(self.kernels(step, at_probes))
+            addresses = {argument: self.buffer(name) for argument, name in step.buffers}
+            addresses |= {argument: self.weight(name) for argument, name in step.weights}
             for number, template in enumerate(self.templates[form]):
-                label = launch.label if number == 0 else f"{launch.label}.{number}"
-                parts = [part if isinstance(part, bytes) else places[part] for part in template]
-                yield string(label) + b"".join(parts)
+                label = step.label if number == 0 else f"{step.label}.{number}"
+                pieces = [addresses[x] if isinstance(x, str) else x for x in template]
+                yield string(label) + b"".join(pieces)
 
     def buffer(self, name: str) -> bytes:
         return struct.pack("<iq", self.buffers[name], 0)
@@ -131,258 +156,167 @@ class _Lowering:
         tensor = self.weights[name]
         return struct.pack("<iq", WEIGHTS, tensor.storage_offset() * tensor.element_size())
 
-    def kernels(self, launch: Step, each: Sequence[_Bound]) -> Iterator[_Template]:
-        """One plan's launch is one kernel, or several."""
-        names = [{id(t): name for name, t in one.arguments.items()} for one in each]
-        calls = self.calls_of(launch.op, each)
-        for same in calls:
-            steps = [(MOST, same)]
-            if same[0].ladder is not None:
-                assert len(calls) == 1, f"{launch.label}: a ladder among several kernels"
-                ladder = same[0].ladder()
-                steps = [(top, self.calls_of(launch.op, each, c)[0]) for top, c in ladder]
-            rows = self.sizes.affine(f"{launch.label}: rows", [call.rows for call in same])
-            template: _Template = [_affine(rows), struct.pack("<I", len(steps))]
-            for top, made in steps:
-                template += self.variant(launch.label, top, made, names)
+    def kernels(self, step: Step, bound: Sequence[_BoundStep]) -> Iterator[_Template]:
+        """The kernels of a step, which may be several."""
+        kernels = self.kernel_calls(step.op, bound)
+        for calls in kernels:
+            variants = [(MOST, calls)]
+            if calls[0].ladder is not None:
+                assert len(kernels) == 1, f"{step.label}: a ladder among several kernels"
+                variants = [
+                    (max_rows, self.kernel_calls(step.op, bound, config)[0])
+                    for max_rows, config in calls[0].ladder()
+                ]
+            rows = self.probes.affine(f"{step.label}: rows", [call.rows for call in calls])
+            template: _Template = [_affine(rows), struct.pack("<I", len(variants))]
+            for max_rows, variant in variants:
+                template += self.variant(step.label, max_rows, variant, bound)
             yield template
 
-    def calls_of(
-        self, op: str, each: Sequence[_Bound], config: KernelConfig | None = None
+    def kernel_calls(
+        self, op: str, bound: Sequence[_BoundStep], config: KernelConfig | None = None
     ) -> list[list[Call]]:
-        """The kernels of one launch in order, each at all sizes."""
-        given = {} if config is None else {"config": config}
-        made = [
-            OPERATORS[op].calls(self.target, **one.arguments, **one.scalars, **given)
-            for one in each
+        """For each kernel of a step, in order, its calls at all probes."""
+        options = {} if config is None else {"config": config}
+        by_probe = [
+            OPERATORS[op].calls(self.target, **step.tensors, **step.scalars, **options)
+            for step in bound
         ]
-        return [list(same) for same in zip(*made, strict=True)]
+        return [list(calls) for calls in zip(*by_probe, strict=True)]
 
     def variant(
-        self, label: str, until: int, calls: Sequence[Call], names: Sequence[Mapping[int, str]]
+        self, label: str, max_rows: int, calls: Sequence[Call], bound: Sequence[_BoundStep]
     ) -> _Template:
-        """One kernel of a launch, from the calls at all sizes."""
-        first = calls[0]
-        (alike, *others) = {identity(call) for call in calls}
-        assert not others, f"{label}: got other kernels at other sizes: {alike}, {others}"
-        key = image_key(first, self.target.arch)
-        self.calls.setdefault(key, first)
+        """A kernel in one configuration, from its calls at all probes."""
+        call = calls[0]
+        identities = {identity(c) for c in calls}
+        assert len(identities) == 1, f"{label}: got other kernels at other sizes: {identities}"
+        key = kernel_key(call, self.target.arch)
+        self.calls.setdefault(key, call)
         times, rows = (
-            self.sizes.affine(f"{label}: grid", [getattr(call.grid, side) for call in calls])
-            for side in ("times", "rows")
+            self.probes.affine(f"{label}: grid", [getattr(c.grid, name) for c in calls])
+            for name in ("times", "rows")
         )
-        limit = 0 if first.grid.limit is None else first.config.ctas
-        assert first.grid.limit in (None, limit * self.target.sms), f"{label}: another limit"
-        parameters = list(self.parameters(label, calls, names))
-        count = sum(5 if len(part) == 3 else 1 for part in parameters)
+        limit = 0 if call.grid.limit is None else call.config.ctas
+        assert call.grid.limit in (None, limit * self.target.sms), f"{label}: another limit"
+        arguments = list(self.arguments(label, calls, bound))
         head = (
-            struct.pack("<qI", until, self.keys.setdefault(key, len(self.keys)))
+            struct.pack("<qI", max_rows, self.keys.setdefault(key, len(self.keys)))
             + _affine(times)
             + _affine(rows)
-            + struct.pack("<III", first.grid.block, limit, count)
+            + struct.pack("<III", call.grid.block, limit, len(arguments))
         )
-        return [head, *(piece for part in parameters for piece in part)]
+        return [head, *(piece for argument in arguments for piece in argument)]
 
-    def parameters(
-        self, label: str, calls: Sequence[Call], names: Sequence[Mapping[int, str]]
+    def arguments(
+        self, label: str, calls: Sequence[Call], bound: Sequence[_BoundStep]
     ) -> Iterator[_Template]:
-        """Parameters as the compiled kernel takes them, which is as Triton's own launcher does."""
+        """The arguments that the compiled kernel takes, in the order of Triton's own launcher."""
         source, _, _ = source_of(calls[0], self.target.arch)
-        for name, kind in source.signature.items():
-            if kind == "constexpr":
+        for name, type_name in source.signature.items():
+            if type_name == "constexpr":
                 continue
             values = [call.arguments[name] for call in calls]
-            what = f"{label}: {name}"
-            if kind.startswith("tensordesc"):
-                yield self.map(what, values, names)
-            elif kind.startswith("*"):
-                yield [struct.pack("<B", POINTER), _argument(what, values, names)]
-            elif kind in ("i32", "i64"):
-                formula = self.sizes.affine(what, values)
-                yield [struct.pack("<B", INT32 if kind == "i32" else INT64) + _affine(formula)]
+            argument = f"{label}: {name}"
+            if type_name.startswith("tensordesc"):
+                yield from self.tensor_map(argument, values, bound)
+            elif type_name.startswith("*"):
+                yield [struct.pack("<B", POINTER), _argument_name(argument, values, bound)]
+            elif type_name in ("i32", "i64"):
+                formula = self.probes.affine(argument, values)
+                yield [_integer(INT32 if type_name == "i32" else INT64, formula)]
             else:
-                assert kind == "fp32", f"{what}: got a parameter of type {kind}"
+                assert type_name == "fp32", f"{argument}: got a parameter of type {type_name}"
                 yield [struct.pack("<Bf", FLOAT, values[0])]
-        for _ in range(2):  # scratch memory, which no kernel here has
+        for _ in range(2):  # two pointers to scratch memory, which no kernel here has
             yield [struct.pack("<B", NULL)]
 
-    def map(
-        self, what: str, values: Sequence[Any], names: Sequence[Mapping[int, str]]
-    ) -> _Template:
-        """A host tensor descriptor: a tensor map, then shape in 32 and strides in 64 bits."""
-        rows = self.sizes.affine(f"{what}: rows", [value.shape[0] for value in values])
-        columns, (stride, one) = values[0].shape[1], values[0].strides
-        assert one == 1, f"{what}: got strides {values[0].strides}"
+    def tensor_map(
+        self, argument: str, values: Sequence[Any], bound: Sequence[_BoundStep]
+    ) -> Iterator[_Template]:
+        """A host tensor descriptor: a tensor map, two int32 of its shape, two int64 strides."""
+        rows = self.probes.affine(f"{argument}: rows", [value.shape[0] for value in values])
+        columns, (stride, unit) = values[0].shape[1], values[0].strides
+        assert unit == 1, f"{argument}: got strides {values[0].strides}"
         stride_bytes = stride * values[0].base.element_size()
-        after = _affine(rows) + struct.pack("<qq", columns, stride_bytes)
-        for kind, number in ((INT32, rows), (INT32, columns), (INT64, stride), (INT64, 1)):
-            formula = number if isinstance(number, Affine) else Affine(constant=number)
-            after += struct.pack("<B", kind) + _affine(formula)
-        name = _argument(what, [value.base for value in values], names)
-        return [struct.pack("<B", MAP), name, after]
+        name = _argument_name(argument, [value.base for value in values], bound)
+        extent = _affine(rows) + struct.pack("<qq", columns, stride_bytes)
+        yield [struct.pack("<B", MAP), name, extent]
+        yield [_integer(INT32, rows)]
+        yield [_integer(INT32, Affine(constant=columns))]
+        yield [_integer(INT64, Affine(constant=stride))]
+        yield [_integer(INT64, Affine(constant=unit))]
 
 
-def _argument(what: str, tensors: Sequence[Tensor], names: Sequence[Mapping[int, str]]) -> str:
-    """The argument of the operator that a tensor is, at every size."""
-    found = {known.get(id(tensor)) for known, tensor in zip(names, tensors, strict=True)}
-    (name,) = found
-    assert name is not None, f"{what}: got a tensor that is not an argument of the operator"
+def _affine(formula: Affine) -> bytes:
+    return struct.pack("<iiiq", *formula)
+
+
+def _integer(type_number: int, formula: Affine) -> bytes:
+    return struct.pack("<B", type_number) + _affine(formula)
+
+
+def _argument_name(argument: str, tensors: Sequence[Tensor], bound: Sequence[_BoundStep]) -> str:
+    """The operator's name of the argument that a kernel gets; equal at every probe."""
+    (name,) = {step.name_of(tensor) for step, tensor in zip(bound, tensors, strict=True)}
+    assert name is not None, f"{argument}: got a tensor that is not an argument of the operator"
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """One launch at one size: its tensors and scalars by argument."""
-
-    arguments: dict[str, Tensor]
-    scalars: dict[str, Any]
-
-    def form(self) -> Iterator[Hashable]:
-        """Equal for launches that differ in places alone: what of a place a kernel is compiled
-        for, and which arguments are one tensor, stays."""
-        seen: dict[int, int] = {}
-        for name, t in self.arguments.items():
-            same = seen.setdefault(id(t), len(seen))
-            yield name, t.shape, t.stride(), t.dtype, t.data_ptr() % 16, same
-        yield tuple(self.scalars.items())
-
-
-def _bind(
-    plan: Plan, lengths: Sequence[int], compute: str, weights: Weights, pixels: Tensor | None
-) -> list[_Bound]:
-    given = {} if pixels is None else {"pixels": pixels.new_empty(len(lengths), *pixels.shape[1:])}
-    bound = plan.bind(lengths, compute, given, weights.tensors)
-    return [_Bound(arguments, scalars) for _, arguments, scalars in bound]
-
-
-def _tokens(plan: Plan, pixels: Tensor) -> int:
-    """Tokens of one image of ``pixels``."""
-    (embed,) = (dict(launch.scalars) for launch in plan.steps if launch.op == "patch_embed")
-    sides = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
-    down, across = (side // part for side, part in zip(sides, embed["patch"], strict=True))
-    return int(embed["prefix"] + down * across)
+# -- plans -----------------------------------------------------------------------------------------
 
 
 def lower(
     plan: Plan, target: Target, dtype: torch.dtype, weights: Weights, pixels: Tensor | None = None
-) -> Program:
-    """``plan`` for ``target`` with weights where ``weights`` (on any device) has them.
+) -> NativePlan:
+    """Lower ``plan`` for ``target``.
 
-    ``pixels``: a batch as the plan will get it, of any length, for plans over images: their size
-    is part of the program. Raises ValueError where a kernel does not take what the plan holds.
+    ``weights``: on any device; only their offsets in the arena count. ``pixels``: for plans over
+    images, a batch in the shape and dtype of the calls; the batch size does not matter, the image
+    size becomes part of the native plan. Raises ValueError if a kernel does not take the plan's
+    arguments.
     """
     weights = weights.to(torch.device("meta"))
-    length = None
-    if pixels is not None:
-        pixels = torch.empty(pixels.shape, dtype=pixels.dtype, device="meta")
-        length = _tokens(plan, pixels)
-    sizes = Sizes(length)
-    compute = dtype_name(dtype)
-    lowering = _Lowering(plan, target, sizes, weights)
-    bound = [_bind(plan, one, compute, weights, pixels) for one in sizes.lengths]
-    launches = list(lowering.launches(bound))
+    length = None if pixels is None else _tokens(plan, pixels)
+    probes = SizeProbes(length)
+    writer = _LaunchWriter(plan, target, probes, weights)
+    bound = [_bind(plan, lengths, dtype, weights, pixels) for lengths in probes.lengths]
+    launches = list(writer.launches(bound))
     externals = tuple(buffer.name for buffer in plan.buffers if buffer.slot is None)
-    places = {name: -1 - place for place, name in enumerate(externals)}
-    itemsizes = {"compute": dtype.itemsize, "float32": 4, "int32": 4, "uint8": 1}
-    buffers = [
-        string(buffer.name)
-        + _affine(buffer.rows)
-        + struct.pack(
-            "<qi",
-            (buffer.columns or 1) * itemsizes[buffer.dtype],
-            places[buffer.name] if buffer.slot is None else buffer.slot,
-        )
-        for buffer in plan.buffers
-    ]
     record = (
-        PLAN_MAGIC
+        magic("plan")
         + string(plan.name)
         + struct.pack("<Q", weights.arena.numel())
-        + items(buffers)
-        + items([string(key) for key in lowering.keys])
+        + items(list(_buffers(plan, dtype, externals)))
+        + items([string(key) for key in writer.keys])
         + items(launches)
     )
-    return Program(record, lowering.calls, externals)
+    return NativePlan(record, writer.calls, externals)
 
 
-# -- images ----------------------------------------------------------------------------------------
+def _bind(
+    plan: Plan, lengths: Sequence[int], dtype: torch.dtype, weights: Weights, pixels: Tensor | None
+) -> list[_BoundStep]:
+    """All steps at one probe, on the meta device."""
+    inputs = {}
+    if pixels is not None:
+        shape = len(lengths), *pixels.shape[1:]
+        inputs["pixels"] = torch.empty(shape, dtype=pixels.dtype, device="meta")
+    bound = plan.bind(lengths, dtype_name(dtype), inputs, weights.tensors)
+    return [_BoundStep(tensors, scalars) for _, tensors, scalars in bound]
 
 
-def image_key(call: Call, arch: int) -> str:
-    """SHA-256 of all that a kernel's machine code follows from: its source and what it calls,
-    Triton and ptxas, the architecture, the arguments' kinds and the configuration."""
-    parts = (call.kernel.cache_key, compilers(arch), arch, identity(call))
-    return hashlib.sha256(repr((__version__, *parts)).encode()).hexdigest()
+def _tokens(plan: Plan, pixels: Tensor) -> int:
+    """The number of tokens of one image of ``pixels``."""
+    (embed,) = (dict(step.scalars) for step in plan.steps if step.op == "patch_embed")
+    sides = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
+    rows, columns = (side // patch for side, patch in zip(sides, embed["patch"], strict=True))
+    return int(embed["prefix"] + rows * columns)
 
 
-_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.([bfsu])(\d+) [^\[\],()]*(?:\[(\d+)\])?[,\n)]")
-
-
-def _check_parameters(call: Call, arch: int, kernel: Any) -> None:
-    """Raises VitrailError where the code takes its parameters otherwise than they are packed, which
-    another triton may bring about, and an older driver would not notice."""
-    sizes = {"i32": [4], "fp32": [4], "tensordesc": [128, 4, 4, 8, 8]}
-    kinds = [k.partition("<")[0] for k in kernel.src.signature.values() if k != "constexpr"]
-    wanted = [size for kind in kinds for size in sizes.get(kind, [8])] + [8, 8]
-    entry = kernel.asm["ptx"].partition(".visible .entry")[2].partition("{")[0]
-    got = [int(bits) // 8 * int(n or 1) for _, bits, n in _PARAMETER.findall(entry)]
-    if got != wanted:
-        raise VitrailError(
-            f"{call.kernel.__name__}: got parameters of {got} bytes from triton "
-            f"{compilers(arch)[0]}, wanted {wanted}; load with backend='triton'"
-        )
-
-
-def image_record(key: str, call: Call, arch: int) -> bytes:
-    """Compile ``call`` into an image for C++, past Triton's cache. Raises VitrailError if it does
-    not compile."""
-    try:
-        return record_of(key, call, arch, compile_privately(call, arch))
-    except CompileError as error:
-        raise VitrailError(str(error)) from error
-
-
-def record_of(key: str, call: Call, arch: int, kernel: Any) -> bytes:
-    """The image for C++ of a ``kernel`` that Triton has compiled."""
-    meta = kernel.metadata
-    scratch = meta.global_scratch_size, meta.profile_scratch_size, meta.num_ctas
-    assert scratch == (0, 0, 1), f"{meta.name}: got scratch or clusters {scratch}"
-    _check_parameters(call, arch, kernel)
-    bases = [value.base for value in call.arguments.values() if hasattr(value, "block_shape")]
-    boxes = [
-        struct.pack(
-            "<5I", MAP_TYPES[base.dtype], box["swizzle"], base.element_size(), *box["block_size"]
-        )
-        for base, box in zip(bases, meta.tensordesc_meta or (), strict=True)
-    ]
-    return (
-        IMAGE_MAGIC
-        + string(key)
-        + string(meta.name)
-        + struct.pack("<III", arch, 32 * meta.num_warps, meta.shared)
-        + struct.pack("<B", bool(call.arguments.get("PDL")))
-        + items(boxes)
-        + string(kernel.asm["cubin"])
-    )
-
-
-def kernel_binary(record: bytes) -> tuple[str, int, int, bytes]:
-    """Of an image as `record_of` writes it: the kernel's name, threads of a block, bytes of shared
-    memory, and the cubin."""
-    at = len(IMAGE_MAGIC)
-
-    def take(layout: str) -> tuple[Any, ...]:
-        nonlocal at
-        at += struct.calcsize(layout)
-        return struct.unpack_from(layout, record, at - struct.calcsize(layout))
-
-    def text() -> bytes:
-        (size,) = take("<Q")
-        return bytes(take(f"<{size}s")[0])
-
-    text()  # the key
-    name = text().decode()
-    _, threads, shared, _ = take("<IIIB")
-    (boxes,) = take("<I")
-    take(f"<{5 * boxes}I")
-    return name, threads, shared, text()
+def _buffers(plan: Plan, dtype: torch.dtype, externals: Sequence[str]) -> Iterator[bytes]:
+    item_bytes = {"compute": dtype.itemsize, "float32": 4, "int32": 4, "uint8": 1}
+    for buffer in plan.buffers:
+        slot = -1 - externals.index(buffer.name) if buffer.slot is None else buffer.slot
+        row_bytes = (buffer.columns or 1) * item_bytes[buffer.dtype]
+        yield string(buffer.name) + _affine(buffer.rows) + struct.pack("<qi", row_bytes, slot)

@@ -1,20 +1,65 @@
-"""The encoding of what C++ reads: little-endian, strings and lists with their length before them.
+"""The encoding of records that Python writes and C++ reads (csrc/reader.hpp).
 
-Its other half is csrc/reader.hpp.
+A record begins with `magic`. Numbers are little-endian. Byte strings and lists begin with their
+length.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+FORMAT = 2
+
+
+def magic(kind: str) -> bytes:
+    """The first bytes of a record: ``kind`` is "plan", "kernel" or "export"."""
+    return f"vitrail {kind} {FORMAT}\n".encode()
 
 
 def string(text: str | bytes) -> bytes:
-    """A text in UTF-8, or bytes: their number in 64 bits, then they."""
+    """A byte string: its length as uint64, then the bytes. `str` is encoded as UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(raw)) + raw
 
 
 def items(encoded: Sequence[bytes]) -> bytes:
-    """A list: how many there are in 32 bits, then they."""
+    """A list: the number of items as uint32, then the items."""
     return struct.pack("<I", len(encoded)) + b"".join(encoded)
+
+
+class RecordReader:
+    """Decodes a record from its first byte after ``head``.
+
+    Every method raises ValueError if the record ends early.
+    """
+
+    def __init__(self, record: bytes, head: bytes) -> None:
+        self._record, self._position = record, len(head)
+        if not record.startswith(head):
+            raise ValueError(f"other first bytes than {head!r}")
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        """Numbers in a layout of `struct`."""
+        return struct.unpack(f"<{layout}", self.raw(struct.calcsize(f"<{layout}")))
+
+    def raw(self, count: int) -> bytes:
+        """``count`` bytes."""
+        start = self._position
+        self._position += count
+        if self._position > len(self._record):
+            raise ValueError(f"{len(self._record):,} bytes, which end early")
+        return self._record[start : self._position]
+
+    def string(self) -> bytes:
+        return self.raw(*self.numbers("Q"))
+
+    def items(self, read: Callable[[], T]) -> list[T]:
+        """A list; ``read`` reads one item."""
+        return [read() for _ in range(*self.numbers("I"))]
+
+    def rest(self) -> bytes:
+        """All bytes after those that were read."""
+        return self._record[self._position :]

@@ -6,7 +6,7 @@ import torch
 
 from vitrail.cuda import cuda_capability
 from vitrail.errors import InputError
-from vitrail.exported.folder import Exported
+from vitrail.exported.folder import ExportFolder
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
@@ -53,7 +53,7 @@ def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def why_not_native(
-    dtype: torch.dtype, device: torch.device, exported: Exported | None = None
+    dtype: torch.dtype, device: torch.device, exported: ExportFolder | None = None
 ) -> str | None:
     """Why the backend "native" cannot compute ``dtype`` on ``device``; None if it can.
 
@@ -79,7 +79,7 @@ def _arch(device: torch.device) -> int:
 
 
 def choose(
-    backend: str, dtype: torch.dtype, device: torch.device, exported: Exported | None = None
+    backend: str, dtype: torch.dtype, device: torch.device, exported: ExportFolder | None = None
 ) -> str:
     """The name of the backend that computes ``dtype`` on ``device``.
 

@@ -16,32 +16,32 @@ if TYPE_CHECKING:
     from vitrail import _C
 
 REFUSED = {200, 209, 218, 221, 222, 223}
-"""CUresults of an image that a GPU or its driver cannot use: invalid, no machine code for the GPU,
-and PTX that is invalid, has no compiler, is too new, or may not be compiled."""
+"""CUresults for a binary that a GPU or its driver cannot use: it is invalid, has no machine code
+for the GPU, or its PTX is invalid, has no compiler, is too new, or may not be compiled."""
 
 ACROSS, DOWN = "vitrail_resize_across", "vitrail_resize_down"
 LANES, ROWS, THREADS = 32, 4, 128  # as resize.cu has them
 OVERLAPPING = (9, 0)
-"""The oldest capability on which a kernel may begin before the one before it has ended."""
+"""The lowest capability on which a kernel may start before the previous one has ended."""
 
 
 class CudaResize:
-    """An image's kernels in the context of a GPU. ``image`` says what was loaded.
+    """The kernels of a CUDA binary in the context of a GPU.
 
-    ``overlap``: the second is launched before the first has ended, where the GPU can. Raises
-    `_C.DriverError` where the driver refuses the image.
+    ``overlap``: the second kernel may start before the first has ended, if the GPU supports it.
+    Raises `_C.DriverError` if the driver refuses the binary.
     """
 
-    def __init__(self, gpu: _C.Gpu, image: CudaBinary, overlap: bool = False) -> None:
+    def __init__(self, gpu: _C.Gpu, binary: CudaBinary, overlap: bool = False) -> None:
         from vitrail import _C
 
-        self.image = image
-        self._loaded = _C.CudaBinary(gpu, image.code)
+        self.binary = binary
+        self._kernels = _C.CudaBinary(gpu, binary.code)
         self._overlap = overlap and gpu.capability >= OVERLAPPING
-        # a driver that loads lazily says only now whether it can
+        # launches of 0 blocks: a driver that loads lazily reports only now whether it can
         none = torch.empty(0, device="cpu")
-        self._loaded.launch(ACROSS, 0, (LANES, ROWS), _arguments([none] * 5, [0] * 3), 0, False)
-        self._loaded.launch(DOWN, 0, (THREADS, 1), _arguments([none] * 4, [0] * 3), 0, False)
+        self._kernels.launch(ACROSS, 0, (LANES, ROWS), _arguments([none] * 5, [0] * 3), 0, False)
+        self._kernels.launch(DOWN, 0, (THREADS, 1), _arguments([none] * 4, [0] * 3), 0, False)
 
     def __call__(
         self,
@@ -58,15 +58,15 @@ class CudaResize:
         check_resize(out, middle, pixels, images, groups, taps)
         batch, height, width, channels = out.shape
         numbers, stride = width * channels, middle.shape[1]
-        self._loaded.launch(
+        self._kernels.launch(
             ACROSS,
             groups.numel() * cdiv(numbers, LANES),
             (LANES, ROWS),
             _arguments((middle, pixels, images, groups, taps), (width, stride, channels)),
             stream,
-            False,  # what was on the stream before is not ours, and may not be overlapped
+            False,  # this kernel must not overlap the caller's work on the stream
         )
-        self._loaded.launch(
+        self._kernels.launch(
             DOWN,
             batch * cdiv(height * (stride // 16), THREADS),
             (THREADS, 1),
@@ -81,18 +81,18 @@ def _arguments(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[tuple[
 
 
 def open_resize(gpu: _C.Gpu, overlap: bool = False) -> CudaResize | str:
-    """The kernels in the context of ``gpu``, or why they are not there.
+    """The kernels in the context of ``gpu``, or the reason why they cannot be used.
 
-    Raises `_C.DriverError` where the driver fails for a reason that is not the image's.
+    Raises `_C.DriverError` if the driver fails for a reason other than the binary.
     """
     from vitrail import _C
 
-    image = cuda_binary("resize")
-    if image is None:
+    binary = cuda_binary("resize")
+    if binary is None:
         return "no CUDA binary was built"
     try:
-        return CudaResize(gpu, image, overlap)
+        return CudaResize(gpu, binary, overlap)
     except _C.DriverError as error:
         if error.code not in REFUSED:
             raise
-        return f"the driver refuses the {image}: {error}"
+        return f"the driver refuses the {binary}: {error}"

@@ -12,9 +12,9 @@ NAME, FOLDER = "vitrail._C", Path(__file__).parents[1]
 
 
 def load_extension() -> ModuleType:
-    """`vitrail._C`. Raises ImportError with the reason in words, ready to be shown.
+    """`vitrail._C`. Raises ImportError with a reason that can be shown to users.
 
-    An extension of another version would be handed records that it cannot read.
+    An extension of another version is refused: it might not read this version's records.
     """
     try:
         extension = importlib.import_module(NAME)
@@ -33,7 +33,7 @@ def load_extension() -> ModuleType:
 
 
 def _absent() -> str:
-    others = [file.name for file in FOLDER.glob("_C.*.so")]
-    if others:
-        return f"{NAME} was built for another Python: {', '.join(sorted(others))}"
+    builds = sorted(file.name for file in FOLDER.glob("_C.*.so"))
+    if builds:
+        return f"{NAME} was built for another Python: {', '.join(builds)}"
     return f"{NAME} is not built (vitrail {__version__} is installed in pure Python)"

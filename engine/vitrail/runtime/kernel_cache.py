@@ -1,6 +1,6 @@
 """Compiled kernels on disk: a warm start compiles nothing and imports no compiler.
 
-    <folder>/<64 hex digits>.kernel     MAGIC, SHA-256 of the record, the record for C++
+    <folder>/<64 hex digits>.kernel     SHA-256 of the kernel binary, the binary
 
 The folder is $VITRAIL_CACHE, or else vitrail/kernels in $XDG_CACHE_HOME or ~/.cache. The name of an
 entry is the SHA-256 of everything that determines the record, so an entry is never out of date. Two
@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from vitrail.plan.lowering import IMAGE_MAGIC, image_record
+from vitrail.plan.kernel_binary import KERNEL_MAGIC, compile_binary
 from vitrail.plan.record import string
 from vitrail_kernels import Call
 from vitrail_kernels.toolchain import code_settings, triton_build
 
 VARIABLE = "VITRAIL_CACHE"
 """Names the folder. If it is set to the empty string, there is no cache."""
-MAGIC = b"vitrail kernel 1\n"
+DIGEST_BYTES = 32
 MAX_ENTRIES = 4096
 MAX_ENTRY_BYTES = 16 << 20
 
@@ -36,12 +36,14 @@ _warned: set[tuple[Path, bool]] = set()
 
 
 def kernel_record(key: str, call: Call, arch: int) -> bytes:
-    """`image_record` of ``call``, whose `image_key` is ``key``: from the folder, else compiled and
-    kept there. Raises VitrailError if it does not compile."""
+    """The kernel binary of ``call``, whose `kernel_key` is ``key``.
+
+    Read from the folder, else compiled and kept there. Raises VitrailError if it does not compile.
+    """
     path = _path(key)
     record = None if path is None else _read(path, key)
     if record is None:
-        record = image_record(key, call, arch)
+        record = compile_binary(key, call, arch)
         if path is not None:
             _write(path, record)
     return record
@@ -69,7 +71,7 @@ def _path(key: str) -> Path | None:
     root = folder()
     if root is None or os.environ.get("TRITON_ALWAYS_COMPILE") == "1":
         return None
-    content = MAGIC, key, triton_build(), code_settings()
+    content = KERNEL_MAGIC, key, triton_build(), code_settings()
     return root / f"{hashlib.sha256(repr(content).encode()).hexdigest()}.kernel"
 
 
@@ -83,16 +85,16 @@ def _read(path: Path, key: str) -> bytes | None:
     except OSError as error:
         _warn(path.parent, error)
         return None
-    head, record = raw[: len(MAGIC) + 32], raw[len(MAGIC) + 32 :]
-    intact = head == MAGIC + hashlib.sha256(record).digest()
-    return record if intact and record.startswith(IMAGE_MAGIC + string(key)) else None
+    digest, record = raw[:DIGEST_BYTES], raw[DIGEST_BYTES:]
+    intact = digest == hashlib.sha256(record).digest()
+    return record if intact and record.startswith(KERNEL_MAGIC + string(key)) else None
 
 
 def _write(path: Path, record: bytes) -> None:
     try:
         _prepare(path.parent)
         with _draft(path) as file:
-            file.write(MAGIC + hashlib.sha256(record).digest() + record)
+            file.write(hashlib.sha256(record).digest() + record)
         _prune(path.parent)
     except OSError as error:
         _warn(path.parent, error)

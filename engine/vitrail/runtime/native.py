@@ -1,7 +1,7 @@
-"""Hands whole plans to C++: one call a forward, with the kernels and the bits of the Triton runner.
+"""Runs plans in C++ with one call per forward. Kernels and bits are those of the Triton runner.
 
-A plan becomes a `Program` for the GPU, and with a size of images one program serves any batch. C++
-packs and launches it (csrc/executor.hpp); memory is PyTorch's, in the order of the current stream.
+A plan is lowered to a `NativePlan` once, for an image size and any batch. C++ packs its parameters
+and launches it (csrc/executor.hpp). PyTorch allocates the memory, in order of the current stream.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vitrail.errors import (
     OutOfMemoryError,
     VitrailError,
 )
-from vitrail.exported.folder import Exported
-from vitrail.plan.lowering import Program, lower
+from vitrail.exported.folder import ExportFolder
+from vitrail.plan.lowering import NativePlan, lower
 from vitrail.plan.plan import Buffer, Plan
 from vitrail.runtime.cuda_resize import CudaResize, open_resize
 from vitrail.runtime.extension import load_extension
@@ -42,7 +42,7 @@ try:
     load_extension()
 except ImportError as error:
     MISSING: ImportError | None = error
-    """Why there is no extension, in words."""
+    """The reason why the extension cannot be used."""
 else:
     from vitrail import _C
 
@@ -50,37 +50,36 @@ else:
 
 DRIVER = "libcuda.so.1"
 OVERLAP = "VITRAIL_OVERLAP"
-"""Set to 1: each kernel is launched before the one before it has ended (sm_90 and later)."""
+"""If set to 1, a kernel may start before the previous one has ended (sm_90 and later)."""
 
-PROGRAMS, SIZES = 64, 256
+MAX_PLANS, MAX_SIZES = 64, 256
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 STICKY = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
-"""CUresults after which a context gives nothing but errors: faults of a kernel or of the memory."""
-
+"""CUresults after which every later call of the context fails: faults of a kernel or of memory."""
 
 Size = tuple[int, int, int]
-"""Sequences, tokens in all, tokens of the longest."""
+"""Number of sequences, tokens of all sequences, tokens of the longest sequence."""
 
 
-class _Sized(NamedTuple):
-    """What calls of one size share, besides the kernels that are loaded for it."""
+class _SizeEntry(NamedTuple):
+    """Facts that all calls of one size share. Their kernels are loaded."""
 
     capacity: Size
-    arena: tuple[int]
+    arena_shape: tuple[int]
     shapes: tuple[tuple[int, ...], ...]
 
 
-class _Ready(NamedTuple):
-    """A program whose executable C++ holds. ``plan`` is kept so that its id stays its own."""
+class _CachedPlan(NamedTuple):
+    """A native plan and its C++ executable. Holding ``plan`` keeps its id from being reused."""
 
     plan: Plan
-    program: Program
+    native: NativePlan
     executable: _C.Executable
-    external: tuple[Buffer, ...]
-    sizes: dict[Size, _Sized]
+    externals: tuple[Buffer, ...]
+    sizes: dict[Size, _SizeEntry]
 
 
-def _check_without_tma(exported: Exported, arch: int) -> None:
+def _check_without_tma(exported: ExportFolder, arch: int) -> None:
     if WITHOUT_TMA not in exported.builds[arch]:
         raise InputError(
             f"{TMA}=0: got {exported.folder}, whose kernels for sm_{arch} use TMA; export it again "
@@ -91,9 +90,9 @@ def _check_without_tma(exported: Exported, arch: int) -> None:
 class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
-    ``driver``: the NVIDIA driver's library. ``exported``: a folder whose programs, kernels and
-    position tables are taken where it has them; without triton it takes no others. Raises
-    RuntimeError where the extension is missing, DeviceError where the driver refuses.
+    ``driver``: the NVIDIA driver's library. ``exported``: a folder whose plans, kernels and
+    position tables are used instead of new ones; without triton there can be no new ones. Raises
+    RuntimeError if the extension is missing, DeviceError if the driver refuses.
     """
 
     name = "native"
@@ -104,7 +103,7 @@ class NativeRunner(TritonRunner):
         dtype: torch.dtype,
         device: torch.device,
         driver: str = DRIVER,
-        exported: Exported | None = None,
+        exported: ExportFolder | None = None,
     ) -> None:
         if MISSING is not None:
             raise RuntimeError(f"native backend: {MISSING}") from MISSING
@@ -124,7 +123,7 @@ class NativeRunner(TritonRunner):
         tables = {} if exported is None else exported.tables
         self._tables = {kind: table.to(self.device) for kind, table in tables.items()}
         self._overlap = os.environ.get(OVERLAP) == "1"
-        self._programs: OrderedDict[tuple[Any, ...], _Ready] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], _CachedPlan] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
         self._cuda_resize: CudaResize | str | None = None
@@ -134,13 +133,13 @@ class NativeRunner(TritonRunner):
     def resizer(self) -> str:
         kernels = self._resize_by()
         if isinstance(kernels, CudaResize):
-            return str(kernels.image)
+            return str(kernels.binary)
         if NO_TRITON is not None:
             raise InputError(f"resize: got 'device', but {kernels}, and {NO_TRITON}")
         return f"Triton kernels, since {kernels}"
 
     def _resize_by(self) -> CudaResize | str:
-        """The CUDA kernels, looked for once, or why Triton's serve."""
+        """The CUDA kernels, or the reason why Triton's kernels are used. Looked up once."""
         with self._compiling:
             if self._cuda_resize is None:
                 try:
@@ -179,84 +178,84 @@ class NativeRunner(TritonRunner):
     def _compute_table(self, plan: Plan) -> Tensor:
         try:
             return super()._compute_table(plan)
-        finally:  # the table is kept: its program must not push out those of other image sizes
+        finally:  # only the table is needed again; the plan must not displace other cached plans
             with self._lock:
-                self._programs.pop((id(plan), None), None)
+                self._plans.pop((id(plan), None), None)
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
     ) -> dict[str, Tensor]:
-        """As `Runner.run`. Raises DeviceError where the driver fails, naming the launch."""
+        """As `Runner.run`. Raises DeviceError if the driver fails, naming the launch."""
         refuse_lost_threads()
         with default_modes(), self._on_device():
-            ready, size = self._ready(plan, inputs), (batch, tokens, longest)
+            cached, size = self._cached_plan(plan, inputs), (batch, tokens, longest)
             try:
-                return self._outputs(ready, inputs, size)
+                return self._outputs(cached, inputs, size)
             except OutOfMemoryError:
-                # the driver lacks what PyTorch may hold in its cache, and does not ask for
+                # PyTorch's cache may hold the memory; the driver cannot ask PyTorch to free it
                 if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
                     raise
                 torch.cuda.empty_cache()
-            return self._outputs(ready, inputs, size)
+            return self._outputs(cached, inputs, size)
 
     def _outputs(
-        self, ready: _Ready, inputs: Mapping[str, Tensor], size: Size
+        self, cached: _CachedPlan, inputs: Mapping[str, Tensor], size: Size
     ) -> dict[str, Tensor]:
-        sized = ready.sizes.get(size) or self._sized(ready, size)
-        held: dict[str, Tensor] = {}
-        for buffer, shape in zip(ready.external, sized.shapes, strict=True):
-            if buffer.name in ready.plan.inputs:
-                held[buffer.name] = self._input(buffer, inputs[buffer.name], shape)
+        entry = cached.sizes.get(size) or self._size_entry(cached, size)
+        tensors: dict[str, Tensor] = {}
+        for buffer, shape in zip(cached.externals, entry.shapes, strict=True):
+            if buffer.name in cached.plan.inputs:
+                tensors[buffer.name] = self._input(buffer, inputs[buffer.name], shape)
             else:
-                held[buffer.name] = self._empty(shape, self._dtypes[buffer.dtype])
+                tensors[buffer.name] = self._empty(shape, self._dtypes[buffer.dtype])
         if size[1]:
-            self._execute(ready, held.values(), size, sized)
-        return {name: held[name] for name in ready.plan.outputs}
+            self._execute(cached, tensors.values(), size, entry)
+        return {name: tensors[name] for name in cached.plan.outputs}
 
     def _execute(
-        self, ready: _Ready, external: Iterable[Tensor], size: Size, sized: _Sized
+        self, cached: _CachedPlan, externals: Iterable[Tensor], size: Size, entry: _SizeEntry
     ) -> None:
-        arena = self._empty(sized.arena, torch.uint8)  # held until all is launched
-        addresses = [tensor.data_ptr() for tensor in external]
+        arena = self._empty(entry.arena_shape, torch.uint8)  # must live until all is launched
+        addresses = [tensor.data_ptr() for tensor in externals]
         try:
-            ready.executable.run(
-                size, sized.capacity, arena.data_ptr(), addresses, self._stream(), self._overlap
+            cached.executable.run(
+                size, entry.capacity, arena.data_ptr(), addresses, self._stream(), self._overlap
             )
         except _C.DriverError as error:
-            raise self._failed(ready.plan.name, error) from error
+            raise self._failed(cached.plan.name, error) from error
 
-    def _sized(self, ready: _Ready, size: Size) -> _Sized:
-        """For the first call of a size, for which its kernels are loaded."""
-        executable, (_, tokens, _) = ready.executable, size
+    def _size_entry(self, cached: _CachedPlan, size: Size) -> _SizeEntry:
+        """Load the kernels for a new size, and remember its facts."""
+        executable, (_, tokens, _) = cached.executable, size
         try:
             for key in executable.missing(size) if tokens else ():
-                self._load(key, ready.program)
-            executable.missing(size)  # looks at how what was loaded takes its parameters
+                self._load(key, cached.native)
+            executable.missing(size)  # checks the parameters of the kernels just loaded
         except _C.DriverError as error:
-            raise self._failed(ready.plan.name, error) from error
+            raise self._failed(cached.plan.name, error) from error
         except ValueError as error:
-            raise DeviceError(f"{ready.plan.name} on {self.device}: {error}") from error
+            raise DeviceError(f"{cached.plan.name} on {self.device}: {error}") from error
         capacity = executable.capacity(size)
-        shapes = tuple(buffer.shape(*size) for buffer in ready.external)
-        if len(ready.sizes) >= SIZES:  # texts come in more sizes than are worth keeping
-            ready.sizes.clear()
-        sized = _Sized(capacity, (executable.arena_bytes(capacity),), shapes)
-        return ready.sizes.setdefault(size, sized)
+        shapes = tuple(buffer.shape(*size) for buffer in cached.externals)
+        if len(cached.sizes) >= MAX_SIZES:  # texts have more sizes than are worth keeping
+            cached.sizes.clear()
+        entry = _SizeEntry(capacity, (executable.arena_bytes(capacity),), shapes)
+        return cached.sizes.setdefault(size, entry)
 
-    def _failed(self, what: str, error: _C.DriverError) -> DeviceError:
-        kind = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
+    def _failed(self, name: str, error: _C.DriverError) -> DeviceError:
+        error_class = OutOfMemoryError if error.code == OUT_OF_MEMORY else DeviceError
         advice = f"; {NEW_PROCESS}" if error.code in STICKY else ""
-        return kind(f"{what} on {self.device}: {error}{advice}")
+        return error_class(f"{name} on {self.device}: {error}{advice}")
 
-    def _load(self, key: str, program: Program) -> None:
+    def _load(self, key: str, plan: NativePlan) -> None:
         with self._compiling:
             arch = self.target.arch
-            record = None if self._exported is None else self._exported.image(arch, key)
-            if record is None and key not in program.calls:
-                where = self._exported.folder if self._exported is not None else "program"
-                raise CheckpointError(f"{where}: got no kernel {key} for sm_{arch}, wanted it")
+            record = None if self._exported is None else self._exported.kernel(arch, key)
+            if record is None and key not in plan.calls:
+                location = self._exported.folder if self._exported is not None else "plan"
+                raise CheckpointError(f"{location}: got no kernel {key} for sm_{arch}, wanted it")
             if record is None:
-                record = self._record(key, program.calls[key])
+                record = self._record(key, plan.calls[key])
             self._kernels.load(record)
 
     def _record(self, key: str, call: Call) -> bytes:
@@ -267,47 +266,47 @@ class NativeRunner(TritonRunner):
                 f"native backend on {self.device}: {error}; backend='torch' compiles nothing"
             ) from error
 
-    def _ready(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _Ready:
-        """The program of ``plan`` for images of this size, made at the first call."""
+    def _cached_plan(self, plan: Plan, inputs: Mapping[str, Tensor]) -> _CachedPlan:
+        """The native form of ``plan`` for images of this size, made at the first call."""
         pixels = inputs.get("pixels")
         key = (id(plan), None if pixels is None else (pixels.shape[1:], pixels.dtype))
         with self._lock:
-            found = self._programs.get(key)
-            if found is not None:
-                self._programs.move_to_end(key)
-                return found
-        program = self._program(plan, pixels)
-        executable = _C.Executable(self._kernels, program.record, self.weights.arena.data_ptr())
+            cached = self._plans.get(key)
+            if cached is not None:
+                self._plans.move_to_end(key)
+                return cached
+        native = self._native_plan(plan, pixels)
+        executable = _C.Executable(self._kernels, native.record, self.weights.arena.data_ptr())
         buffers = {buffer.name: buffer for buffer in plan.buffers}
-        external = tuple(buffers[name] for name in program.externals)
-        made = _Ready(plan, program, executable, external, {})
+        externals = tuple(buffers[name] for name in native.externals)
+        cached = _CachedPlan(plan, native, executable, externals, {})
         with self._lock:
-            self._programs[key] = made
-            while len(self._programs) > PROGRAMS:
-                self._programs.popitem(last=False)
-        return made
+            self._plans[key] = cached
+            while len(self._plans) > MAX_PLANS:
+                self._plans.popitem(last=False)
+        return cached
 
-    def _program(self, plan: Plan, pixels: Tensor | None) -> Program:
+    def _native_plan(self, plan: Plan, pixels: Tensor | None) -> NativePlan:
         if self._exported is not None:
-            stored = self._exported.program(self.target.arch, plan, pixels)
-            if stored is not None:
-                return stored
+            exported = self._exported.native_plan(self.target.arch, plan, pixels)
+            if exported is not None:
+                return exported
             self._need_triton(self._exported, plan.name)
         return lower(plan, self.target, self.dtype, self.weights, pixels)
 
-    def _need_triton(self, exported: Exported, what: str) -> None:
+    def _need_triton(self, exported: ExportFolder, subject: str) -> None:
         if NO_TRITON is not None:
             raise InputError(
-                f"{exported.folder}: got a call of {what}, which needs triton, and {NO_TRITON}; "
+                f"{exported.folder}: got a call of {subject}, which needs triton, and {NO_TRITON}; "
                 f"wanted what was exported: {exported.extent}"
             )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """``tensor`` as C++ takes it: contiguous, at a multiple of 16 bytes."""
-        if buffer.name != "pixels":  # whose size is the program's own
-            wanted = shape, self._dtypes[buffer.dtype]
-            got = tuple(tensor.shape), tensor.dtype
-            assert got == wanted, f"{buffer.name}: got {got}, wanted {wanted}"
+        if buffer.name != "pixels":  # the image size is part of the cached plan's key
+            expected = shape, self._dtypes[buffer.dtype]
+            actual = tuple(tensor.shape), tensor.dtype
+            assert actual == expected, f"{buffer.name}: got {actual}, wanted {expected}"
         assert tensor.device == self.device, f"{buffer.name}: got a tensor on {tensor.device}"
         tensor = tensor.contiguous()
         return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

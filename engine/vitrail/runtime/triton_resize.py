@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vitrail.plan.lowering import image_key, kernel_binary
+from vitrail.plan.kernel_binary import decode_binary, kernel_key
 from vitrail_kernels import Call
 from vitrail_kernels.compile import source_of
 from vitrail_kernels.launch import Target
@@ -44,10 +44,10 @@ class TritonResize:
     def _kernel(self, call: Call, record: Record) -> tuple[_C.CudaBinary, str, int, int]:
         from vitrail import _C
 
-        key = image_key(call, self._target.arch)
+        key = kernel_key(call, self._target.arch)
         if key not in self._loaded:
-            function, threads, shared, code = kernel_binary(record(key, call))
-            self._loaded[key] = _C.CudaBinary(self._gpu, code), function, threads, shared
+            function, threads, shared, cubin = decode_binary(record(key, call))
+            self._loaded[key] = _C.CudaBinary(self._gpu, cubin), function, threads, shared
         return self._loaded[key]
 
 

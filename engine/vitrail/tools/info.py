@@ -8,8 +8,8 @@ from typing import Any
 
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name
-from vitrail.exported.folder import Exported, open_exported
-from vitrail.exported.format import WEIGHTS
+from vitrail.exported.contents import WEIGHTS
+from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
@@ -55,7 +55,7 @@ def read(
     }
     if exported is not None:
         architectures = exported.architectures
-        facts["exported"] = f"from {exported.origin} for {architectures}: {exported.extent}"
+        facts["exported"] = f"from {exported.record.source} for {architectures}: {exported.extent}"
     return spec, facts
 
 
@@ -169,7 +169,7 @@ def _tokenizer_files(checkpoint: Checkpoint) -> str | None:
     return "vocab.json and merges.txt" if both else None
 
 
-def _serving(exported: Exported | None = None) -> dict[str, str]:
+def _serving(exported: ExportFolder | None = None) -> dict[str, str]:
     """The backend and device that would run the model, and the state of kernels and extension."""
     import torch
 
@@ -216,7 +216,7 @@ def _resize(backend: str, library: str | None = None) -> str:
         resize = open_resize(_C.Gpu(library or DRIVER, 0))
     except RuntimeError as error:
         return f"unknown: {error}"
-    return str(resize.image) if isinstance(resize, CudaResize) else f"Triton, since {resize}"
+    return str(resize.binary) if isinstance(resize, CudaResize) else f"Triton, since {resize}"
 
 
 def _sees_gpu() -> bool:
