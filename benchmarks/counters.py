@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from environment import ROOT, last_change, refuse_dirty
 from launches import MODELS, Repeated, launches
+from roofline import CARDS
 from suite import write
 
 import vitrail_kernels
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.report import CARDS
 
 sys.path.append(str(ROOT / "tests"))
 from emulator import Report, Site

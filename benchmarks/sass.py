@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from environment import last_change, refuse_dirty
+from main_loops import Loop, read_sass
+from roofline import CARDS, SHAPES, steps
 from suite import write
 
 import vitrail_kernels
 from vitrail_kernels.compile import KernelCode, compile_all, compilers
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.report import CARDS, SHAPES, steps
-from vitrail_kernels.sass import Loop, read_sass
 
 DEFAULT = ("ViT-B/16", "CLIP L/14", "DINOv2-B@518")
 BATCHES = (256, 64, 1)

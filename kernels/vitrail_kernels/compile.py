@@ -23,7 +23,6 @@ from vitrail_kernels.configs import config_hash
 from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
 from vitrail_kernels.private_cache import private_cache
 from vitrail_kernels.processes import in_processes
-from vitrail_kernels.sass import TENSOR_CORE, opcodes
 from vitrail_kernels.toolchain import compiler_names, compilers, first_fault, why_not_compiled
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -33,6 +32,13 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 REGISTERS, THREADS = 65_536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 """A multiprocessor's registers, threads and bytes of shared memory."""
+
+
+TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
+"""The opcodes of matrix products."""
+
+SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*[\w.]*)\s*([^;]*)")
+"""A line of nvdisasm's output with an instruction: its predicate, name and operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,12 @@ def compile_call(call: Call, arch: int) -> KernelCode:
         ptx=kernel.asm["ptx"],
         sass=sass,
     )
+
+
+def opcodes(sass: str) -> list[str]:
+    """The opcodes of nvdisasm's output in the order of the code, without their suffixes."""
+    lines = filter(None, map(SASS_LINE.match, sass.splitlines()))
+    return [line[2].partition(".")[0] for line in lines]
 
 
 def compile_all(calls: Sequence[Call], arch: int) -> list[KernelCode]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import triton
+from roofline import CARDS
 
 import shared_library
 from vitrail.plan.vision import vision_pooled
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail_kernels.launch import Target
-from vitrail_kernels.report import CARDS
 
 pytestmark = pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton
+from main_loops import ASYNC_COPY, TMA_LOAD, TMA_STORE
+from roofline import CARDS, SHAPES, Step, steps, table
 
 from vitrail_kernels.compile import (
     SHARED_LIMIT,
@@ -25,8 +27,6 @@ from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.launch import Call, Grid, Target, jit, tl
 from vitrail_kernels.ops.attention import attention_calls
 from vitrail_kernels.ops.linear import linear_calls
-from vitrail_kernels.report import CARDS, SHAPES, Step, steps, table
-from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from roofline import CARDS, SHAPES, steps
 
 from vitrail_kernels.compile import KernelCode, compile_call
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.report import CARDS, SHAPES, steps
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from roofline import CARDS, SHAPES, steps
 
 from vitrail_kernels import OPERATORS, Operator, ops
 from vitrail_kernels.configs import KernelConfig, in_force
@@ -31,7 +32,6 @@ from vitrail_kernels.ops.attention import attention_calls
 from vitrail_kernels.ops.linear import linear_calls
 from vitrail_kernels.ops.linear_config import KEY_ROWS, LinearForm, linear_key
 from vitrail_kernels.ops.patch_embed import patch_embed_calls
-from vitrail_kernels.report import CARDS, SHAPES, steps
 
 CONFIG = KernelConfig(64, 128, 32, 4, 3, registers=128)
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from main_loops import Loop, Sass, read_sass
+from roofline import CARDS, SHAPES, steps
 
-from vitrail_kernels.compile import KernelCode, compile_all, compile_call
+from vitrail_kernels.compile import KernelCode, compile_all, compile_call, opcodes
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Call, Target
 from vitrail_kernels.ops.attention import attention_calls
 from vitrail_kernels.ops.linear import linear_calls
-from vitrail_kernels.report import CARDS, SHAPES, steps
-from vitrail_kernels.sass import Loop, Sass, opcodes, read_sass
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: nothing is compiled"

@@ -273,9 +273,10 @@ def check_facts(cuda: Cuda, image: bytes) -> None:
 @compiled
 @pytest.mark.parametrize("label", ["qkv", "attention"])
 def test_the_parameters_of_a_triton_kernel_are_found(cuda: Cuda, label: str) -> None:
+    from roofline import SHAPES, steps
+
     from vitrail_kernels.compile import compile_kernel
     from vitrail_kernels.launch import Target
-    from vitrail_kernels.report import SHAPES, steps
 
     (launch,) = (one for one in steps(SHAPES["ViT-B/16"], torch.float16) if one.label == label)
     (call,) = launch.calls(Target(90, 132))

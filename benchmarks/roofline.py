@@ -1,4 +1,4 @@
-"""The machine code of a model's kernels and a roofline: `python -m vitrail_kernels.report`
+"""The machine code of a model's kernels and a roofline: `python benchmarks/roofline.py`
 
 For every launch of a model the report has registers, spills, shared memory, blocks per
 multiprocessor, tensor-core, TMA and LDGSTS instructions, FLOPs and bytes. The roofline is an
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from main_loops import ASYNC_COPY, TMA_LOAD, TMA_STORE
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS
@@ -22,7 +23,6 @@ from vitrail_kernels.compile import KernelCode, compile_all
 from vitrail_kernels.cost import Cost
 from vitrail_kernels.device.stats import stats_shape
 from vitrail_kernels.launch import Call, Target
-from vitrail_kernels.sass import ASYNC_COPY, TMA_LOAD, TMA_STORE
 
 
 class Card(NamedTuple):
@@ -213,7 +213,7 @@ def _code(call: Call, code: KernelCode) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report."""
-    parser = argparse.ArgumentParser(prog="vitrail_kernels.report", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", choices=CARDS, default=[90, 80])
     parser.add_argument("--model", nargs="*", choices=SHAPES, default=["ViT-B/16", "CLIP L/14"])
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
+from vitrail_kernels.compile import SASS_LINE, TENSOR_CORE
+
 TMA_LOAD, TMA_STORE = "UTMALDG", "UTMASTG"
 ASYNC_COPY = "LDGSTS"
 
@@ -75,11 +76,6 @@ def read_sass(text: str) -> Sass:
     return Sass(loops, Counter(line.opcode for line in graph.code(_epilogue(graph, main))))
 
 
-def opcodes(text: str) -> list[str]:
-    """The opcodes of nvdisasm's output in the order of the code, without their suffixes."""
-    return [line.opcode for line in _instructions(text)]
-
-
 # -- instructions and blocks -----------------------------------------------------------------------
 
 
@@ -99,7 +95,6 @@ class _Instruction:
 
 
 _LABEL = re.compile(r"^(\.L_\w+):")
-_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*[\w.]*)\s*([^;]*)")
 
 
 def _instructions(text: str) -> Iterator[_Instruction]:
@@ -107,7 +102,7 @@ def _instructions(text: str) -> Iterator[_Instruction]:
     for line in text.splitlines():
         if start := _LABEL.match(line):
             label = start[1]
-        elif match := _LINE.match(line):
+        elif match := SASS_LINE.match(line):
             yield _Instruction(label, (match[1] or "").strip(), match[2], match[3].strip())
             label = ""
 
