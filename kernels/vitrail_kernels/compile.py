@@ -33,7 +33,6 @@ REGISTERS, THREADS = 65_536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048,
 SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 """A multiprocessor's registers, threads and bytes of shared memory."""
 
-
 TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
 """The opcodes of matrix products."""
 

@@ -137,7 +137,7 @@ def _layernorm_kernel(
     inside = exists[:, None] & (column < WIDTH)[None, :]
     tl.store(base + offs_m[:, None] * WIDTH + column[None, :], y, mask=inside)
     if stats_ptr is not None:
-        row, wide = first_row + offs_m, y.to(tl.float32)
+        wide, row = y.to(tl.float32), first_row + offs_m
         store_stats(stats_ptr, stats_stride, wide, row, exists, 0, WIDTH, BLOCK_M, BLOCK_N)
 
 

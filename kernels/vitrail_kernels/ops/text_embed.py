@@ -78,7 +78,7 @@ def _text_embed_kernel(
     base = out_ptr + first_row.to(tl.int64) * WIDTH
     tl.store(base + offs_m[:, None] * WIDTH + column[None, :], y, mask=inside)
     if stats_ptr is not None:
-        row, wide = first_row + offs_m, y.to(tl.float32)
+        wide, row = y.to(tl.float32), first_row + offs_m
         store_stats(
             stats_ptr, stats_stride, wide, row, exists, first_column, WIDTH, BLOCK_M, BLOCK_N
         )
