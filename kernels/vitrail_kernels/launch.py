@@ -188,8 +188,7 @@ class Call:
 
 
 _LAUNCHING = threading.Lock()
-"""Without it a second thread gets a kernel that the first is still loading, without its function.
-"""
+"""Triton's loading is not thread-safe: a second thread would get a kernel without its function."""
 
 
 def launch(calls: Sequence[Call]) -> None:
@@ -243,5 +242,5 @@ def check_tensor(
 
 
 def cdiv(a: int, b: int) -> int:
-    """The quotient rounded up."""
+    """``a`` / ``b``, rounded up."""
     return -(-a // b)
