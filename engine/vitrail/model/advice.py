@@ -1,8 +1,8 @@
-"""Advice for code that takes a `Model` for a torch.nn.Module."""
+"""Methods of torch.nn.Module on a `Model`: `eval` works, others say what to do instead."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 _MOVE = "a Model stays on its device and in its dtype; vitrail.load(..., device=, dtype=) sets them"
 _TRAIN = "a Model has no parameters to train or to edit; load the checkpoint with transformers"
@@ -17,7 +17,11 @@ ADVICE = {
 
 
 class ModuleAdvice:
-    """A base of `Model`: an AttributeError for a method of torch.nn.Module says what to do."""
+    """A base of `Model`."""
+
+    def eval(self) -> Self:
+        """The model itself, which is always in evaluation mode (no dropout, no gradients)."""
+        return self
 
     if not TYPE_CHECKING:  # a type checker reports unknown attributes by itself
 

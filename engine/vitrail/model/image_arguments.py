@@ -69,11 +69,14 @@ def float_pixels(images: object) -> Tensor | None:
     return images[None] if images.dim() == 3 else images
 
 
-def required_pixels(name: str, pixels: object) -> Tensor:
-    """`float_pixels` of the argument ``name``. Raises InputError if it is of another type."""
+def required_pixels(
+    name: str, pixels: object, tower: VisionSpec, image: ImageSpec | None, wait: bool = True
+) -> Tensor:
+    """The argument ``name`` as a float tensor (B, C, H, W) that `check_pixels` has checked."""
     tensor = float_pixels(pixels)
     if tensor is None:
         raise InputError(f"{name}: wanted a float tensor (B, C, height, width)")
+    check_pixels(tensor, tower, image, wait=wait)
     return tensor
 
 

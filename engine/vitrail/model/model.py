@@ -17,13 +17,7 @@ from vitrail.model.advice import ModuleAdvice
 from vitrail.model.arguments import OnError, Resize, Size, check_device, check_options
 from vitrail.model.fingerprint import fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
-from vitrail.model.image_arguments import (
-    Images,
-    check_pixels,
-    list_images,
-    required_pixels,
-    sort_images,
-)
+from vitrail.model.image_arguments import Images, list_images, required_pixels, sort_images
 from vitrail.model.images import ImageEncoder
 from vitrail.model.labels import LabelCache
 from vitrail.model.layers import intermediate_layers
@@ -88,16 +82,13 @@ class Model(ModuleAdvice):
             f"{self.device}, {self.backend} backend>"
         )
 
-    def eval(self) -> Model:
-        """The model itself, which is always in evaluation mode (no dropout, no gradients)."""
-        return self
-
     @functools.cached_property
     def fingerprint(self) -> str:
-        """64 hex digits, equal for two models that give the same bits.
+        """64 hex digits: models with equal fingerprints give the same bits.
 
-        A hash of the weights, the spec, the tokenizer files, the dtype, the runner and the version.
-        The first use reads all weights. Raises CheckpointError if the files have changed.
+        A hash of the weights, the spec with its preprocessing, the tokenizer files, the dtype, the
+        backend and the version. The first use reads all weights. Raises CheckpointError if the
+        files have changed since loading.
         """
         return self._make_fingerprint()
 
@@ -131,8 +122,7 @@ class Model(ModuleAdvice):
         ``on_error="skip"``: return a `PreprocessResult` of the images that succeed.
 
         Raises ImageError: an image cannot be read. InputError: a wrong argument, or images that
-        come out in several sizes. CheckpointError: the checkpoint has no preprocessor
-        configuration.
+        come out in several sizes. CheckpointError: there is no preprocessor configuration.
         """
         check_options(None, size, on_error)
         encoder = self._image_encoder("preprocess")
@@ -231,9 +221,8 @@ class Model(ModuleAdvice):
         encoder = self._text_encoder("encode_text")
         check_options(batch_size, None, "raise")
         device = check_device(output_device, "output_device")
-        return encoder.encode(
-            texts, normalize=normalize, batch_size=batch_size, overflow=overflow
-        ).to(device)
+        embeddings = encoder.encode(texts, normalize, batch_size, overflow)
+        return embeddings.to(device)
 
     @default_modes()
     def classify(
@@ -313,8 +302,9 @@ class Model(ModuleAdvice):
         vision = text = None
         if pixel_values is not None:
             tower = self._image_encoder("pixel_values").tower
-            pixels = required_pixels("pixel_values", pixel_values)
-            check_pixels(pixels, tower.spec, self.spec.image, wait=False)
+            pixels = required_pixels(
+                "pixel_values", pixel_values, tower.spec, self.spec.image, wait=False
+            )
             vision = forward_vision(tower, self.spec, pixels, output_hidden_states)
         if input_ids is not None:
             text_tower = self._text_encoder("input_ids").tower
@@ -349,13 +339,11 @@ class Model(ModuleAdvice):
         Raises InputError: a wrong argument. VitrailError: an item that is not finite.
         """
         tower = self._image_encoder("get_intermediate_layers").tower
-        pixels = required_pixels("x", x)
-        check_pixels(pixels, tower.spec, self.spec.image)
+        pixels = required_pixels("x", x, tower.spec, self.spec.image)
         return intermediate_layers(tower, pixels, n, reshape, return_class_token, norm)
 
     def as_module(self, tower: Literal["image", "text"] = "image") -> ImageModule | TextModule:
-        """A tower as a torch.nn.Module, for models that are compiled by torch.compile or captured
-        into a CUDA graph; see `vitrail.model.module`.
+        """A tower as a torch.nn.Module, to compile or to capture; see `vitrail.model.module`.
 
         The text module computes every token that it is given; `encode_text` stops at the end token.
         Raises InputError if the checkpoint has no such tower.

@@ -39,7 +39,6 @@ class TextEncoder:
     def encode(
         self,
         texts: Texts,
-        *,
         normalize: bool = False,
         batch_size: int | None = None,
         overflow: Overflow = "error",
