@@ -1,4 +1,4 @@
-"""Names of the floating-point dtypes: torch's, the safetensors code, and what users also write.
+"""Names of the floating-point dtypes: torch's, the safetensors code, and users' short forms.
 
 Imports torch only inside its functions, so that a module which needs names takes no torch.
 """

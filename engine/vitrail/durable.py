@@ -49,7 +49,7 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
 
 
 def write_file(path: Path, *chunks: bytes | memoryview) -> None:
-    """Writes the chunks, one after the other, and returns once they are on the disk."""
+    """Writes the chunks in order, and returns once they are on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         end = 0

@@ -1,4 +1,4 @@
-"""The errors that users meet, and how messages show values: what was got, wanted, and where."""
+"""The errors that users meet, and how their messages show values and paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class InputError(VitrailError, ValueError):
 
 
 class DeviceError(VitrailError):
-    """The GPU or its driver failed. The message names the launch if the error came from one."""
+    """The GPU or its driver failed. The message names the launch that failed, if it was a launch."""
 
 
 class OutOfMemoryError(DeviceError):

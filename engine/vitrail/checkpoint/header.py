@@ -1,9 +1,9 @@
 """The header of a safetensors file, read strictly.
 
 The layout is the published format (https://github.com/huggingface/safetensors, README, "Format"):
-a little-endian uint64 length, a JSON header, the bytes of the tensors. Where that text is silent,
-this reader is strict: it accepts nothing that has two meanings. Imports no torch and no
-safetensors. Every refusal is a CheckpointError of a single line.
+a little-endian uint64 length, a JSON header, the bytes of the tensors. If that text leaves
+something open, this reader is strict: it accepts nothing that has two meanings. Imports no torch
+and no safetensors. Every refusal is a CheckpointError of a single line.
 """
 
 from __future__ import annotations
