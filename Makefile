@@ -31,6 +31,10 @@ ifneq ($(TEST_WORKERS),0)
 pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS)
 endif
 
+# Tests that measure time or memory: one process, after the others, and only the files that have such
+# tests, because collecting the whole suite takes longer than these tests.
+alone = OMP_NUM_THREADS=1 $(py) -m pytest $$(grep -rl --include='test_*.py' pytest.mark.machine tests)
+
 .PHONY: help demo test test-interpreted test-emulated test-slow test-all test-pillow12 test-triton36
 .PHONY: lint install bench gpu pixels-golden wheel clean
 
@@ -43,7 +47,8 @@ demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact s
 
 test: .venv/dev.stamp ## the tests that need neither a GPU nor patience
 	$(say) 'Tests (not slow, not gpu)'
-	$(pytest) -m 'not slow and not gpu and not interpreted' $(PYTEST_ARGS)
+	$(pytest) -m 'not slow and not gpu and not interpreted and not machine' $(PYTEST_ARGS)
+	$(alone) -m 'machine and not slow'
 	$(MAKE) --no-print-directory test-interpreted test-emulated
 
 test-interpreted: .venv/dev.stamp ## the kernels in Triton's interpreter, on the CPU
@@ -58,12 +63,14 @@ test-emulated: .venv/dev.stamp ## the same tests on compiled kernels, in the emu
 
 test-slow: .venv/dev.stamp ## what test-all runs and test does not
 	$(say) 'Tests (slow, not gpu)'
-	$(pytest) -m 'slow and not gpu' $(PYTEST_ARGS)
+	$(pytest) -m 'slow and not gpu and not machine' $(PYTEST_ARGS)
+	$(alone) -m 'machine and slow'
 	$(MAKE) --no-print-directory test-emulated EMULATED=80
 
 test-all: .venv/dev.stamp ## every test that needs no GPU
 	$(say) 'Tests (not gpu)'
-	$(pytest) -m 'not gpu and not interpreted' $(PYTEST_ARGS)
+	$(pytest) -m 'not gpu and not interpreted and not machine' $(PYTEST_ARGS)
+	$(alone) -m machine
 	$(MAKE) --no-print-directory test-interpreted test-emulated EMULATED='80 90'
 
 test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12

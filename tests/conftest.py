@@ -1,4 +1,4 @@
-"""What every test runs under: no network, fixed seeds, and a count of what was left out."""
+"""Settings of every test: no network, fixed seeds; and a count of the tests that did not run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ import pytest
 
 try:
     import hypothesis
-except ImportError:  # a machine for the GPU tests, which do without
+except ImportError:  # the GPU tests, which do not use it, may run without it
     hypothesis = None
 
-COUNTED = ("gpu", "interpreted", "slow")
-FOUND = "vitrail-found"
+NOT_RUN = {
+    "gpu": "they need a CUDA device",
+    "interpreted": "make test runs them apart, with TRITON_INTERPRET=1",
+    "machine": "make test runs them alone, after the others",
+    "slow": "make test-all runs them",
+}
+"""The counted marks, and why their tests may not have run."""
+COUNTS = "vitrail-counts"
+"""Where a `pytest.Config` and the output of a worker keep the number of collected tests by mark."""
 
 if hypothesis is not None:
     hypothesis.settings.register_profile("local", deadline=None)
@@ -31,7 +38,7 @@ if hypothesis is not None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors this small cost more to share out than to compute."""
+    """One torch thread: splitting tensors this small costs more than computing them."""
     import torch
 
     before = torch.get_num_threads()
@@ -42,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A `standin.Standin` of the module's own, as the driver of two multiprocessors."""
+    """The driver stand-in (`standin.Standin`) for this module, with two multiprocessors."""
     import standin
     from vitrail.runtime import native
 
@@ -53,7 +60,7 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """The same random numbers for a test, whatever ran before it."""
+    """Random numbers that do not depend on the tests before."""
     random.seed(0)
     np.random.seed(0)
     if "torch" in sys.modules:
@@ -66,47 +73,44 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m takes items away
+@pytest.hookimpl(tryfirst=True)  # before -m removes items
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    marked = {name: [i for i in items if i.get_closest_marker(name)] for name in COUNTED}
-    setattr(config, FOUND, {name: len(found) for name, found in marked.items()})
+    marked = {mark: [i for i in items if i.get_closest_marker(mark)] for mark in NOT_RUN}
+    setattr(config, COUNTS, {mark: len(tests) for mark, tests in marked.items()})
     if marked["gpu"] and not _cuda():
         for item in marked["gpu"]:
-            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
     if os.environ.get("TRITON_INTERPRET") != "1" and not os.environ.get("VITRAIL_EMULATED"):
         for item in marked["interpreted"]:
             item.add_marker(pytest.mark.skip(reason="interpreted: TRITON_INTERPRET is not 1"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under pytest-xdist the workers collect; the process that prints the summary does not."""
+    """Pass the counts to the process that prints the summary: with pytest-xdist workers collect."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output[FOUND] = getattr(session.config, FOUND, {})
+        output[COUNTS] = getattr(session.config, COUNTS, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    found = getattr(node, "workeroutput", {}).get(FOUND)
-    if found is not None:
-        setattr(node.config, FOUND, found)
+    counts = getattr(node, "workeroutput", {}).get(COUNTS)
+    if counts is not None:
+        setattr(node.config, COUNTS, counts)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """One loud line for the GPU tests, and for the slow ones, that did not run."""
+    """One loud line for each counted mark with tests that did not run."""
     ran: Counter[str] = Counter()
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
             if report.when == "call":
-                ran.update(name for name in COUNTED if name in report.keywords)
-    why = {
-        "gpu": "they need a CUDA device",
-        "interpreted": "make test runs them apart, with TRITON_INTERPRET=1",
-        "slow": "make test-all runs them",
-    }
-    for name, found in getattr(config, FOUND, {}).items():
-        if found > ran[name]:
-            line = f"{name.upper()} TESTS NOT RUN: {found - ran[name]} of {found} ({why[name]})"
-            terminalreporter.write_line(line, yellow=True, bold=True)
+                ran.update(mark for mark in NOT_RUN if mark in report.keywords)
+    for mark, count in getattr(config, COUNTS, {}).items():
+        if count > ran[mark]:
+            missing = f"{count - ran[mark]} of {count} ({NOT_RUN[mark]})"
+            terminalreporter.write_line(
+                f"{mark.upper()} TESTS NOT RUN: {missing}", yellow=True, bold=True
+            )

@@ -1,4 +1,4 @@
-"""What a piece of work costs: seconds and memory, in ways that other work nearby does not move."""
+"""Measures seconds and memory in ways that other work on the machine changes little."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ HANG_SECONDS = 60.0
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fails where the block takes more of this thread's time, and breaks into it where it hangs.
+    """Fail if the block takes more CPU time of this thread, and interrupt it if it hangs.
 
-    Ask for several times what the work takes alone: even a thread's own time doubles on a machine
-    whose cores and caches are shared.
+    Allow several times what the block takes on an idle machine: on shared cores and caches even a
+    thread's CPU time doubles.
     """
 
-    def late(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"no end after {HANG_SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     start = time.thread_time()
     try:
         yield
-        took = time.thread_time() - start
+        elapsed = time.thread_time() - start
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert took < seconds
+    assert elapsed < seconds
 
 
 def fastest(*calls: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Seconds of CPU time of the fastest of several calls, for each of ``calls``, made in turn.
+    """The least CPU time of each of ``calls`` over ``rounds``, in seconds; the calls take turns.
 
-    What two of them take compares on any machine, however slow, and however busy: on the clock of
-    a wall a long call is interrupted by other work, and the fastest of many short ones is not.
+    The ratio of two such times holds on slow and on busy machines: wall time counts interruptions,
+    CPU time does not.
     """
     seconds = [float("inf")] * len(calls)
     for _ in range(rounds):
@@ -53,14 +53,16 @@ def fastest(*calls: Callable[[], object], rounds: int = 5) -> list[float]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the children that it has waited for."""
+    """CPU time of this process and of the children that it has waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def peak_kib() -> int:
-    """Most memory this process has had resident at once. Not ``ru_maxrss``: that begins at what
-    the process that started this one had."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found, "/proc/self/status has no VmHWM"
-    return int(found[1])
+    """The peak resident memory of this process in KiB.
+
+    Not ``ru_maxrss``: that starts at the peak of the parent process.
+    """
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert match, "/proc/self/status has no VmHWM"
+    return int(match[1])

@@ -265,6 +265,7 @@ def test_importing_takes_no_torch(module: str) -> None:
     assert _python(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.machine
 def test_help_takes_little_more_than_the_library_of_its_command_line() -> None:
     command = Path(sysconfig.get_path("scripts"), "vitrail")
     assert command.exists(), "the vitrail command is not installed: make install"

@@ -20,6 +20,7 @@ def test_3000_mutated_files_are_refused_by_name_or_read_as_the_library_reads_the
     assert sum(result["hits"].values()) == 3_000
 
 
+@pytest.mark.machine
 @pytest.mark.slow
 def test_150000_mutated_files_hit_every_branch_100_times() -> None:
     result = fuzz_headers.run(150_000, seed=0)

@@ -119,6 +119,7 @@ def test_a_header_length_that_looks_like_the_start_of_a_pickle_is_a_length(tmp_p
     assert read_header(write(tmp_path / "x.safetensors", raw)).keys() == {"w"}
 
 
+@pytest.mark.machine
 def test_as_many_tensors_as_are_allowed_cost_no_more_each_than_a_tenth_of_them(
     tmp_path: Path,
 ) -> None:
@@ -330,6 +331,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_bad_weight_file_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     content, fragment = BAD_FILES[name]
@@ -390,6 +392,7 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str, float]] = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_file_made_to_cost_time_or_memory_costs_little(name: str, tmp_path: Path) -> None:
     make, fragment, mib = COSTLY[name]

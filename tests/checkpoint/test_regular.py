@@ -40,6 +40,7 @@ def special_file(kind: str, folder: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a device", "a socket"])
 @pytest.mark.parametrize("read", [read_header, read_json], ids=["header", "json"])
 def test_what_is_not_a_regular_file_is_refused_at_once(
@@ -49,6 +50,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(
         refused(lambda: read(path), str(path), f"got {kind}, wanted a regular file")
 
 
+@pytest.mark.machine
 def test_a_fifo_swapped_in_after_the_first_look_does_not_hang(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ BAD_JSON: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", BAD_JSON)
 def test_bad_json_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     content, fragment = BAD_JSON[name]
@@ -83,6 +84,7 @@ def test_depth_is_refused_whatever_the_recursion_limit(tmp_path: Path) -> None:
         sys.setrecursionlimit(before)
 
 
+@pytest.mark.machine
 def test_json_of_many_values_costs_little(tmp_path: Path) -> None:
     text = b'{"a": [' + b"[]," * 349_000 + b"[]]}"
     took, grown, outcome = measure(write(tmp_path / "a.json", text))

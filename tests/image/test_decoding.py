@@ -247,6 +247,7 @@ def test_the_file_of_a_pil_image_is_named(tmp_path: Path) -> None:
         assert refusal(image).startswith(f"PIL image {path}: ")
 
 
+@pytest.mark.machine
 def test_a_bomb_in_a_text_chunk_is_refused_at_once() -> None:
     bomb = zlib.compress(bytes(100_000_000), 9)
     profile = chunk(b"iCCP", b"name\0\0" + bomb)

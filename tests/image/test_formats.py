@@ -108,6 +108,7 @@ HUGE = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", HUGE)
 def test_a_size_over_the_limit_is_refused_from_the_header(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +177,7 @@ def test_a_jpeg_of_countless_scans_is_refused() -> None:
     assert "more than 100 scans" in refusal(many)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -62,11 +62,13 @@ def test_a_case_is_the_same_every_time_and_the_seeds_are_sound() -> None:
     assert not [one for one in found if isinstance(one, Exception)]
 
 
+@pytest.mark.machine
 def test_five_hundred_mutated_images(tmp_path: Path) -> None:
     facts = fuzz(7, 500, tmp_path)
     assert set(facts["accepted"]) == FORMATS
 
 
+@pytest.mark.machine
 @pytest.mark.slow
 def test_twenty_thousand_mutated_images(tmp_path: Path) -> None:
     facts = fuzz(0, 20_000, tmp_path)

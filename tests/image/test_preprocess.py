@@ -64,6 +64,7 @@ def test_pixels_have_the_bits_of_the_installed_processor_where_pillow_keeps_its_
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
 def test_a_thread_of_an_image_costs_only_its_crop(size: tuple[int, int]) -> None:
     image = cases.picture("thread", "L", *size)

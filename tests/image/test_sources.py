@@ -39,6 +39,7 @@ def test_files_are_closed_whatever_they_hold(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= len(open_before)
 
 
+@pytest.mark.machine
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)

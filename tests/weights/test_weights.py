@@ -831,6 +831,7 @@ print((after - before) / weights.arena.numel(), weights.arena.numel())
 """
 
 
+@pytest.mark.machine
 def test_loading_takes_little_more_memory_than_its_arena(tmp_path: Path) -> None:
     """Peak of the resident memory above what it was, over the size of the arena."""
     blocks = BlockSpec(1024, 4, 16, 4096, "gelu", 1e-6)
