@@ -26,7 +26,7 @@ class InputError(VitrailError, ValueError):
 
 
 class DeviceError(VitrailError):
-    """The GPU or its driver failed. The message names the launch that failed, if it was a launch."""
+    """The GPU or its driver failed. If a kernel launch failed, the message names it."""
 
 
 class OutOfMemoryError(DeviceError):
