@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail
-from helpers import assert_close
+from helpers import assert_close, make, save
 from vitrail.demo import demo
 from vitrail.errors import InputError
 from vitrail.model import module
@@ -52,6 +52,24 @@ def test_a_text_module_gives_what_encode_text_gives(model: Model) -> None:
     texts = ["a red square", "two green circles on blue", "a"]
     wanted = model.encode_text(texts)
     assert_close(model.as_module("text")(padded(model, texts)), wanted.double(), name="text")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_tower_without_a_projection_gives_its_pooled_token(
+    dtype: str, tmp_path: Path
+) -> None:
+    save(make("CLIPTextModel"), tmp_path)
+    model = vitrail.load(tmp_path, dtype=dtype)
+    assert model.spec.text is not None
+    assert model.spec.text.projection is None
+    text = model.as_module("text")
+    ids = torch.tensor([[1, 5, 9, model.spec.text.vocab - 1], [1, model.spec.text.vocab - 1, 3, 3]])
+    out = text(ids)
+    assert (out.dtype, out.shape) == (torch.float32, (2, model.spec.text.blocks.width))
+    pooled = model.forward(input_ids=ids).pooler_output
+    assert pooled is not None
+    assert torch.equal(out, pooled.float())
+    torch.library.opcheck(module.embed_text, (ids, text.number, out.shape[1]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -38,7 +38,10 @@ def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
     """Embeddings and status of token ids (B, T), as `embed_image`; see `TextModule.number`."""
     with default_modes():
         out = _TEXT[tower].dense(ids)
-    return out["text.embedding"], out["text.status"]
+        if "text.embedding" in out:
+            return out["text.embedding"], out["text.status"]
+        embedding = out["text.pooler"].float()  # a tower without a projection
+        return embedding, torch.isfinite(embedding).all(dim=1).logical_not().to(torch.int32)
 
 
 @embed_image.register_fake
