@@ -28,15 +28,7 @@ Features = Literal["class", "class_mean", "class_distillation"]
 """The input of a classifier: the class token; the class token and the mean of the patch tokens; the
 class token and the distillation token, each with a classifier of its own."""
 
-OutputField = Literal[
-    "last_hidden_state",
-    "pooler_output",
-    "image_embeds",
-    "text_embeds",
-    "logits",
-    "cls_logits",
-    "distillation_logits",
-]
+OutputField = Literal["last_hidden_state", "pooler_output", "image_embeds", "text_embeds", "logits"]
 
 
 def _check(*rows: tuple[bool, str, object, str]) -> None:
@@ -53,8 +45,10 @@ def _check_counts(*rows: tuple[str, object, int, int]) -> None:
         _check((holds, name, value, f"an integer from {low} to {high}"))
 
 
-def _projection_row(width: int | None) -> list[tuple[str, object, int, int]]:
-    return [] if width is None else [("projection", width, 1, MAX_WIDTH)]
+def _shapes(name: str, rows: int, *columns: int, bias: bool = True) -> dict[str, Shape]:
+    """The weight (rows, columns) and the bias (rows,) of a linear or a LayerNorm."""
+    shapes: dict[str, Shape] = {f"{name}.weight": (rows, *columns)}
+    return shapes | ({f"{name}.bias": (rows,)} if bias else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +92,16 @@ class BlockSpec:
     def tensor_shapes(self, tower: str) -> dict[str, Shape]:
         """Canonical name, such as ``vision.blocks.0.q.weight``, -> shape of every tensor."""
         c, f = self.width, self.mlp
-        block: dict[str, Shape] = {"norm1.weight": (c,), "norm1.bias": (c,)}
+        block = _shapes("norm1", c)
         for name in ("q", "k", "v"):
-            block[f"{name}.weight"] = (c, c)
-            if self.qkv_bias:
-                block[f"{name}.bias"] = (c,)
-        block |= {"out.weight": (c, c), "out.bias": (c,)}
+            block |= _shapes(name, c, c, bias=self.qkv_bias)
+        block |= _shapes("out", c, c)
         if self.layer_scale:
             block["scale1"] = (c,)
-        block |= {"norm2.weight": (c,), "norm2.bias": (c,)}
+        block |= _shapes("norm2", c)
         for name in ("gate", "up") if self.gated else ("up",):
-            block |= {f"{name}.weight": (f, c), f"{name}.bias": (f,)}
-        block |= {"down.weight": (c, f), "down.bias": (c,)}
+            block |= _shapes(name, f, c)
+        block |= _shapes("down", c, f)
         if self.layer_scale:
             block["scale2"] = (c,)
         return {
@@ -128,9 +120,8 @@ class PoolerSpec:
 
     def __post_init__(self) -> None:
         _check_counts(("pooler width", self.width, 1, MAX_WIDTH))
-        known = (*ACTIVATIONS, "tanh")
-        wanted = f"one of {known}"
-        _check((self.activation in known, "pooler activation", self.activation, wanted))
+        known, activation = (*ACTIVATIONS, "tanh"), self.activation
+        _check((activation in known, "pooler activation", activation, f"one of {known}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +158,7 @@ class VisionSpec:
             ("channels", self.channels, 1, 1024),
             ("registers", self.registers, 0, 1024),
             ("position rows", self.positions, 2, MAX_TABLE),
-            *_projection_row(self.projection),
+            ("projection", self.embedding, 1, MAX_WIDTH),
         )
         _check((not self.blocks.causal, "vision attention", "causal", "full"))
 
@@ -188,7 +179,7 @@ class VisionSpec:
     @property
     def positioned(self) -> int:
         """Tokens before the first patch that have a position: all but the registers."""
-        return 2 if self.distillation else 1
+        return 1 + self.distillation
 
     def tokens_at(self, size: tuple[int, int]) -> int:
         down, across = self.grid_at(size)
@@ -207,32 +198,23 @@ class VisionSpec:
     @property
     def embedding(self) -> int:
         """Width of the embeddings that ``encode_image`` returns."""
-        return self.projection or self.blocks.width
+        return self.blocks.width if self.projection is None else self.projection
 
     def tensor_shapes(self) -> dict[str, Shape]:
         c = self.blocks.width
-        shapes: dict[str, Shape] = {
-            "vision.class": (c,),
-            "vision.position": (self.positions, c),
-            "vision.patch.weight": (c, self.channels, *self.patch),
-        }
-        if self.patch_bias:
-            shapes["vision.patch.bias"] = (c,)
+        shapes: dict[str, Shape] = {"vision.class": (c,), "vision.position": (self.positions, c)}
+        shapes |= _shapes("vision.patch", c, self.channels, *self.patch, bias=self.patch_bias)
         if self.distillation:
             shapes["vision.distillation"] = (c,)
         if self.registers:
             shapes["vision.registers"] = (self.registers, c)
         if self.pre_norm:
-            shapes |= {"vision.pre_norm.weight": (c,), "vision.pre_norm.bias": (c,)}
-        shapes |= self.blocks.tensor_shapes("vision")
-        shapes |= {"vision.norm.weight": (c,), "vision.norm.bias": (c,)}
+            shapes |= _shapes("vision.pre_norm", c)
+        shapes |= self.blocks.tensor_shapes("vision") | _shapes("vision.norm", c)
         if self.projection is not None:
-            shapes["vision.projection.weight"] = (self.projection, c)
+            shapes |= _shapes("vision.projection", self.projection, c, bias=False)
         if self.pooler is not None:
-            shapes |= {
-                "vision.pooler.weight": (self.pooler.width, c),
-                "vision.pooler.bias": (self.pooler.width,),
-            }
+            shapes |= _shapes("vision.pooler", self.pooler.width, c)
         return shapes
 
 
@@ -254,15 +236,15 @@ class TextSpec:
         _check_counts(
             ("vocabulary size", self.vocab, 1, MAX_TABLE),
             ("context length", self.context, 1, MAX_TABLE),
-            *([] if self.eos is None else [("eos token id", self.eos, 0, self.vocab - 1)]),
-            *_projection_row(self.projection),
+            ("eos token id", 0 if self.eos is None else self.eos, 0, self.vocab - 1),
+            ("projection", self.embedding, 1, MAX_WIDTH),
         )
         _check((self.blocks.causal, "text attention", "full", "causal"))
 
     @property
     def embedding(self) -> int:
         """Width of the embeddings that ``encode_text`` returns."""
-        return self.projection or self.blocks.width
+        return self.blocks.width if self.projection is None else self.projection
 
     def tensor_shapes(self) -> dict[str, Shape]:
         c = self.blocks.width
@@ -270,10 +252,9 @@ class TextSpec:
             "text.token": (self.vocab, c),
             "text.position": (self.context, c),
         }
-        shapes |= self.blocks.tensor_shapes("text")
-        shapes |= {"text.norm.weight": (c,), "text.norm.bias": (c,)}
+        shapes |= self.blocks.tensor_shapes("text") | _shapes("text.norm", c)
         if self.projection is not None:
-            shapes["text.projection.weight"] = (self.projection, c)
+            shapes |= _shapes("text.projection", self.projection, c, bias=False)
         return shapes
 
 
@@ -292,15 +273,23 @@ class HeadSpec:
     def __post_init__(self) -> None:
         _check_counts(("labels", len(self.labels), 1, MAX_TABLE))
 
+    @property
+    def folded(self) -> bool:
+        """Whether each classifier reads a token, so that the final LayerNorm folds into it."""
+        return self.features != "class_mean"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The canonical names of the classifiers."""
+        two = self.features == "class_distillation"
+        return ("head.class", "head.distillation") if two else ("head",)
+
     def tensor_shapes(self, width: int) -> dict[str, Shape]:
-        labels = len(self.labels)
-        if self.features == "class_distillation":
-            shapes: dict[str, Shape] = {}
-            for head in ("head.class", "head.distillation"):
-                shapes |= {f"{head}.weight": (labels, width), f"{head}.bias": (labels,)}
-            return shapes
-        inputs = width if self.features == "class" else 2 * width
-        return {"head.weight": (labels, inputs), "head.bias": (labels,)}
+        inputs = width if self.folded else 2 * width
+        shapes: dict[str, Shape] = {}
+        for name in self.linears:
+            shapes |= _shapes(name, len(self.labels), inputs)
+        return shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,14 +354,14 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         vision, text, head = self.vision, self.text, self.head
-        some = vision is not None or text is not None
-        _check((some, "towers", None, "an image or a text tower"))
+        _check((bool(vision or text), "towers", None, "an image or a text tower"))
         if head is not None:
-            wanted = "an image tower under it"
-            _check((vision is not None, "classification head", head.features, wanted))
-            distilled = head.features != "class_distillation" or (vision and vision.distillation)
-            wanted = "a distillation token"
-            _check((bool(distilled), "classification head", head.features, wanted))
+            there = vision is not None
+            fits = vision is not None and len(head.linears) <= vision.positioned
+            _check(
+                (there, "classification head", head.features, "an image tower under it"),
+                (fits, "classification head", head.features, "a distillation token under it"),
+            )
         if vision is not None and text is not None:
             widths = vision.projection, text.projection
             shared = widths[0] is not None and widths[0] == widths[1]

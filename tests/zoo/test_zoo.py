@@ -31,7 +31,7 @@ from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import vit
 from vitrail.zoo.common import ACTIVATIONS
-from vitrail.zoo.hf import ARCHITECTURES, FAMILIES, SCHEMAS
+from vitrail.zoo.hf import FAMILIES, SCHEMAS
 from vitrail.zoo.rules import LISTED, expand
 
 transformers.logging.set_verbosity_error()
@@ -502,7 +502,7 @@ def _value(tensors: dict[str, torch.Tensor], source: Source) -> torch.Tensor:
     return value if source.rows is None else value[slice(*source.rows)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILY)
 @settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
 @given(data=st.data())
 def test_a_real_model_maps_whole_and_equal_in_both_dialects(

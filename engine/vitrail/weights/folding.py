@@ -18,7 +18,7 @@ from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.torch_modes import default_modes, refuse_lost_threads
-from vitrail.weights.layout import Weights, folded_heads
+from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
 from vitrail_kernels.ops.patch_embed import UINT8_UNIT
 
@@ -119,12 +119,12 @@ def _pack_tower(load: WeightLoader, spec: VisionSpec | TextSpec, tower: str) -> 
 
 
 def _pack_head(load: WeightLoader, head: HeadSpec) -> None:
-    heads = folded_heads(head)
-    if not heads:
+    if not head.folded:
         load.copy("head.weight", "head.bias")
-    for linear in heads:  # halves of two heads, which add up to their mean
+        return
+    for linear in head.linears:  # the halves of two classifiers add up to their mean
         packed = [load.packed[f"{linear}.{name}"] for name in _FOLDED]
-        _fold_norm(load, "vision.norm", linear, packed, 1 / len(heads))
+        _fold_norm(load, "vision.norm", linear, packed, 1 / len(head.linears))
 
 
 def _logit_scale(load: WeightLoader) -> float | None:

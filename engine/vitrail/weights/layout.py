@@ -20,7 +20,7 @@ PATCH_MULTIPLE = 64  # columns of a patch weight: rows of 588 numbers would not 
 
 
 class PackedTensor(NamedTuple):
-    """``dtype``: "compute" is the dtype of the model, "float32" always fp32.
+    """``dtype``: "compute" has the dtype of the model, "float32" is always fp32.
 
     ``rows_of``: it has no bytes of its own, but is rows of that tensor from ``first_row``.
     """
@@ -30,49 +30,44 @@ class PackedTensor(NamedTuple):
     rows_of: str | None = None
     first_row: int = 0
 
-
-def _vector(size: int) -> PackedTensor:
-    return PackedTensor((size,), "float32")
-
-
-def _matrix(rows: int, columns: int) -> PackedTensor:
-    return PackedTensor((rows, columns), "compute")
+    def torch_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype in a model that computes in ``compute``."""
+        return compute if self.dtype == "compute" else torch.float32
 
 
-def _affine(norm: str, width: int) -> dict[str, PackedTensor]:
-    return {f"{norm}.weight": _vector(width), f"{norm}.bias": _vector(width)}
+def _vectors(size: int, *names: str) -> dict[str, PackedTensor]:
+    return {name: PackedTensor((size,), "float32") for name in names}
 
 
-def _block_layout(spec: BlockSpec, tower: str) -> dict[str, PackedTensor]:
+def _linear(name: str, n: int, k: int, *, folded: bool = False) -> dict[str, PackedTensor]:
+    """``folded``: with the row sums that a LayerNorm in front of it needs."""
+    names = (f"{name}.bias", f"{name}.sums") if folded else (f"{name}.bias",)
+    return {f"{name}.weight": PackedTensor((n, k), "compute"), **_vectors(n, *names)}
+
+
+def _tower_layout(tower: str, spec: BlockSpec, projection: int | None) -> dict[str, PackedTensor]:
+    """The blocks, the final LayerNorm and the projection."""
     c, f = spec.width, spec.mlp
-    up = 2 * f if spec.gated else f
-    shapes = {"qkv": (3 * c, c), "out": (c, c), "up": (up, c), "down": (c, f)}
     layout: dict[str, PackedTensor] = {}
     for layer in range(spec.layers):
         block = f"{tower}.blocks.{layer}"
-        for linear, (n, k) in shapes.items():
-            layout[f"{block}.{linear}.weight"] = _matrix(n, k)
-            layout[f"{block}.{linear}.bias"] = _vector(n)
-            if linear in ("qkv", "up"):
-                layout[f"{block}.{linear}.sums"] = _vector(n)
+        layout |= _linear(f"{block}.qkv", 3 * c, c, folded=True)
+        layout |= _linear(f"{block}.out", c, c)
+        layout |= _linear(f"{block}.up", 2 * f if spec.gated else f, c, folded=True)
+        layout |= _linear(f"{block}.down", c, f)
         if spec.layer_scale:
-            layout[f"{block}.scale1"] = _vector(c)
-            layout[f"{block}.scale2"] = _vector(c)
+            layout |= _vectors(c, f"{block}.scale1", f"{block}.scale2")
     # the last block of a pooled plan takes the query rows and the key and value rows apart
     for rows, first_row, n in (("q", 0, c), ("kv", c, 2 * c)):
         for tensor in ("weight", "bias", "sums"):
             qkv = f"{block}.qkv.{tensor}"
-            whole = layout[qkv]
-            shape = (n, *whole.shape[1:])
-            layout[f"{block}.{rows}.{tensor}"] = PackedTensor(shape, whole.dtype, qkv, first_row)
-    return layout
-
-
-def _tower_end(tower: str, width: int, projection: int | None) -> dict[str, PackedTensor]:
-    layout = _affine(f"{tower}.norm", width)
+            shape = (n, *layout[qkv].shape[1:])
+            packed = PackedTensor(shape, layout[qkv].dtype, qkv, first_row)
+            layout[f"{block}.{rows}.{tensor}"] = packed
+    layout |= _vectors(c, f"{tower}.norm.weight", f"{tower}.norm.bias")
     if projection is not None:
-        layout[f"{tower}.projection.folded"] = _matrix(projection, width)
-        layout[f"{tower}.projection.bias"] = _vector(projection)
+        layout[f"{tower}.projection.folded"] = PackedTensor((projection, c), "compute")
+        layout |= _vectors(projection, f"{tower}.projection.bias")
     return layout
 
 
@@ -84,41 +79,28 @@ def vision_layout(spec: VisionSpec, head: HeadSpec | None = None) -> dict[str, P
         "vision.position": PackedTensor((1 + spec.grid[0] * spec.grid[1], c), "float32"),
         "vision.prefix": PackedTensor((spec.prefix, c), "float32"),
     }
-    for pixels in ("float", "uint8"):
-        layout[f"vision.patch.{pixels}"] = _matrix(c, k)
-        layout[f"vision.patch.{pixels}.bias"] = _vector(c)
+    for weight in ("vision.patch.float", "vision.patch.uint8"):
+        layout[weight] = PackedTensor((c, k), "compute")
+        layout |= _vectors(c, f"{weight}.bias")
     if spec.pre_norm:
-        layout |= _affine("vision.pre_norm", c)
-    layout |= _block_layout(spec.blocks, "vision")
-    layout |= _tower_end("vision", c, spec.projection)
+        layout |= _vectors(c, "vision.pre_norm.weight", "vision.pre_norm.bias")
+    layout |= _tower_layout("vision", spec.blocks, spec.projection)
     if spec.pooler is not None:
-        layout["vision.pooler.weight"] = _matrix(spec.pooler.width, c)
-        layout["vision.pooler.bias"] = _vector(spec.pooler.width)
+        layout |= _linear("vision.pooler", spec.pooler.width, c)
     if head is not None:
-        for name, shape in head.tensor_shapes(c).items():
-            layout[name] = _matrix(*shape) if len(shape) == 2 else _vector(*shape)
-        for linear in folded_heads(head):
-            layout[f"{linear}.sums"] = _vector(len(head.labels))
+        labels, inputs = head.tensor_shapes(c)[f"{head.linears[0]}.weight"]
+        for name in head.linears:
+            layout |= _linear(name, labels, inputs, folded=head.folded)
     return layout
-
-
-def folded_heads(head: HeadSpec) -> tuple[str, ...]:
-    """The classifiers that read a token of the residual stream, with LayerNorm folded in."""
-    return {
-        "class": ("head",),
-        "class_mean": (),
-        "class_distillation": ("head.class", "head.distillation"),
-    }[head.features]
 
 
 def text_layout(spec: TextSpec) -> dict[str, PackedTensor]:
     """The packed tensors of a text tower, by name."""
     c = spec.blocks.width
     return {
-        "text.token": _matrix(spec.vocab, c),
+        "text.token": PackedTensor((spec.vocab, c), "compute"),
         "text.position": PackedTensor((spec.context, c), "float32"),
-        **_block_layout(spec.blocks, "text"),
-        **_tower_end("text", c, spec.projection),
+        **_tower_layout("text", spec.blocks, spec.projection),
     }
 
 
@@ -163,8 +145,7 @@ def arena_spans(spec: ModelSpec, dtype: torch.dtype) -> tuple[dict[str, tuple[in
     total = 0
     for name, packed in packed_layout(spec).items():
         if packed.rows_of is None:
-            itemsize = dtype.itemsize if packed.dtype == "compute" else 4
-            nbytes = math.prod(packed.shape) * itemsize
+            nbytes = math.prod(packed.shape) * packed.torch_dtype(dtype).itemsize
             spans[name] = (total, total + nbytes)
             total += -(-nbytes // ALIGNMENT) * ALIGNMENT
     return spans, total
@@ -181,8 +162,7 @@ def arena_views(spec: ModelSpec, dtype: torch.dtype, arena: Tensor) -> dict[str,
     tensors: dict[str, Tensor] = {}
     for name, packed in packed_layout(spec).items():
         if packed.rows_of is None:
-            raw = arena[slice(*spans[name])]
-            tensor = raw.view(dtype if packed.dtype == "compute" else torch.float32)
+            tensor = arena[slice(*spans[name])].view(packed.torch_dtype(dtype))
             tensors[name] = tensor.view(packed.shape)
         else:
             stop = packed.first_row + packed.shape[0]

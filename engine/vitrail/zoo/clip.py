@@ -227,8 +227,15 @@ def _towers(config: Config) -> Towers:
     return vision, _text(config) if architecture.text else None
 
 
-_VISION_TYPES = ("clip", "clip_vision_model")
-_TEXT_TYPES = ("clip", "clip_text_model")
+_VISION_MODEL = Architecture(
+    ("last_hidden_state", "pooler_output"), model_types=("clip", "clip_vision_model")
+)
+_TEXT_MODEL = Architecture(
+    ("last_hidden_state", "pooler_output"),
+    vision=False,
+    text=True,
+    model_types=("clip", "clip_text_model"),
+)
 
 FAMILY = Family(
     name="clip",
@@ -244,24 +251,13 @@ FAMILY = Family(
             projection=True,
             model_types=("clip",),
         ),
-        "CLIPVisionModel": Architecture(
-            ("last_hidden_state", "pooler_output"), model_types=_VISION_TYPES
+        "CLIPVisionModel": _VISION_MODEL,
+        "CLIPVisionModelWithProjection": dataclasses.replace(
+            _VISION_MODEL, outputs=("last_hidden_state", "image_embeds"), projection=True
         ),
-        "CLIPVisionModelWithProjection": Architecture(
-            ("last_hidden_state", "image_embeds"), projection=True, model_types=_VISION_TYPES
-        ),
-        "CLIPTextModel": Architecture(
-            ("last_hidden_state", "pooler_output"),
-            vision=False,
-            text=True,
-            model_types=_TEXT_TYPES,
-        ),
-        "CLIPTextModelWithProjection": Architecture(
-            ("last_hidden_state", "text_embeds"),
-            vision=False,
-            text=True,
-            projection=True,
-            model_types=_TEXT_TYPES,
+        "CLIPTextModel": _TEXT_MODEL,
+        "CLIPTextModelWithProjection": dataclasses.replace(
+            _TEXT_MODEL, outputs=("last_hidden_state", "text_embeds"), projection=True
         ),
     },
     towers=_towers,

@@ -34,9 +34,7 @@ FAMILY = Family(
             ("logits",), features="class", mark="classifier."
         ),
         "DeiTForImageClassificationWithTeacher": Architecture(
-            ("logits", "cls_logits", "distillation_logits"),
-            features="class_distillation",
-            mark="cls_classifier.",
+            ("logits",), features="class_distillation", mark="cls_classifier."
         ),
     },
     towers=_towers,

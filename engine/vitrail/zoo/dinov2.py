@@ -11,7 +11,7 @@ from vitrail.zoo import common
 from vitrail.zoo.common import Architecture, Config, Family, Towers, block_rules
 from vitrail.zoo.fields import Fields, words
 from vitrail.zoo.preprocessor import BASE, Processor
-from vitrail.zoo.rules import Groups, copy, ignore, split
+from vitrail.zoo.rules import Groups, NameRule, copy, ignore
 from vitrail.zoo.schema import DROPOUT, Schema
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -72,10 +72,9 @@ _RULES = (
 _MLP = block_rules("vision", _STACK, {"up.*": "mlp.fc1.*", "down.*": "mlp.fc2.*"})
 # transformers 5 splits `weights_in` into two tensors
 _SWIGLU = (
-    split(
+    NameRule(
+        ("encoder.layer.{i}.mlp.weights_in.*", ""),
         ("vision.blocks.{i}.gate.*", "vision.blocks.{i}.up.*"),
-        "encoder.layer.{i}.mlp.weights_in.*",
-        "",
     ),
     copy("vision.blocks.{i}.gate.*", "", "encoder.layer.{i}.mlp.gate_proj.*"),
     copy("vision.blocks.{i}.up.*", "", "encoder.layer.{i}.mlp.up_proj.*"),

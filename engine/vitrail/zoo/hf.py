@@ -9,7 +9,7 @@ from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError, show
 from vitrail.spec import ImageSpec, ModelSpec
 from vitrail.zoo import clip, deit, dinov2, vit
-from vitrail.zoo.common import Architecture, Config, Family, read_head
+from vitrail.zoo.common import Config, Family, read_head
 from vitrail.zoo.contradictions import contradictions
 from vitrail.zoo.preprocessor import Processor, read_image_spec
 from vitrail.zoo.rules import expand, map_names
@@ -25,9 +25,6 @@ FAMILIES: tuple[Family, ...] = (
 
 SCHEMAS: Mapping[str, Schema] = {
     model_type: schema for family in FAMILIES for model_type, schema in family.schemas.items()
-}
-ARCHITECTURES: Mapping[str, Architecture] = {
-    name: architecture for family in FAMILIES for name, architecture in family.architectures.items()
 }
 PROCESSORS: Mapping[str, Processor] = {
     family.processor.name: family.processor for family in FAMILIES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -38,10 +39,6 @@ def copy(target: str, *names: str) -> NameRule:
     return NameRule(names, (target,))
 
 
-def split(targets: tuple[str, ...], *names: str) -> NameRule:
-    return NameRule(names, targets)
-
-
 def ignore(*names: str) -> NameRule:
     return NameRule(names)
 
@@ -63,11 +60,10 @@ def expand(groups: Groups) -> dict[str, NamePattern]:
     """Every stored name of every rule, by pattern."""
     patterns: dict[str, NamePattern] = {}
     for prefixes, rules in groups:
-        for prefix in prefixes:
-            for rule in rules:
-                for row in _patterns(rule, prefix):
-                    assert row.pattern not in patterns, f"two rules for {row.pattern}"
-                    patterns[row.pattern] = row
+        for prefix, rule in itertools.product(prefixes, rules):
+            for row in _patterns(rule, prefix):
+                assert row.pattern not in patterns, f"two rules for {row.pattern}"
+                patterns[row.pattern] = row
     return patterns
 
 
@@ -96,21 +92,13 @@ def squeezed(shape: Shape) -> Shape:
     return shape
 
 
-class _Report:
-    """The names that do not fit, by fault: the first of each and the number of the rest."""
-
-    def __init__(self) -> None:
-        self.faults: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, fault: str, text: str) -> None:
-        self.faults[fault].append(text)
-
-    def text(self, architecture: str) -> str:
-        clauses = []
-        for fault, texts in self.faults.items():
-            more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-            clauses.append(f"{len(texts)} {fault}: {', '.join(texts[:LISTED])}{more}")
-        return f"tensors do not fit {architecture}: {'; '.join(clauses)}"
+def _listing(faults: Mapping[str, list[str]]) -> str:
+    """The names by fault: the first of each and the number of the rest."""
+    clauses = []
+    for fault, names in faults.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        clauses.append(f"{len(names)} {fault}: {', '.join(names[:LISTED])}{more}")
+    return "; ".join(clauses)
 
 
 def map_names(
@@ -127,7 +115,7 @@ def map_names(
     CheckpointError that lists all missing, unexpected, duplicated, misshaped and wrongly typed
     names, after the sentences that ``explain`` makes of the stored shapes by canonical name.
     """
-    report = _Report()
+    faults: dict[str, list[str]] = defaultdict(list)
     stored: dict[str, list[str]] = defaultdict(list)
     entries: dict[str, TensorEntry] = {}
     sources: dict[str, Source] = {}
@@ -136,7 +124,7 @@ def map_names(
         pattern, layer = _generalize(name)
         row = patterns.get(pattern)
         if row is None:
-            report.add("unexpected", name)
+            faults["unexpected"].append(name)
             continue
         styles.update((row.prefix, row.dialect))
         targets = [target.replace("{i}", layer) for target in row.targets]
@@ -145,53 +133,55 @@ def map_names(
         if len(targets) == 1:
             entries[targets[0]] = entry
         if not all(target in shapes for target in targets):
-            report.add("unexpected", name)
+            faults["unexpected"].append(name)
             continue
         for target in targets:
             stored[target].append(name)
-        sources.update(_take(entry, targets, shapes, report))
+        sources.update(_take(entry, targets, shapes, faults))
     for target, names in stored.items():
         if len(names) > 1:
-            report.add("duplicated", f"{' and '.join(names)} (both are {target})")
-    missing = [target for target in shapes if target not in stored]
-    for name in dict.fromkeys(_spell(target, patterns, styles) for target in missing):
-        report.add("missing", name)
-    if report.faults:
+            faults["duplicated"].append(f"{' and '.join(names)} (both are {target})")
+    missing = [_spell(target, patterns, styles) for target in shapes if target not in stored]
+    if missing:
+        faults["missing"] = list(dict.fromkeys(missing))
+    if faults:
         reasons = explain({name: squeezed(entry.shape) for name, entry in entries.items()})
-        raise CheckpointError("; ".join([*reasons, report.text(architecture)]))
+        listing = f"tensors do not fit {architecture}: {_listing(faults)}"
+        raise CheckpointError("; ".join([*reasons, listing]))
     return sources
 
 
 def _take(
-    entry: TensorEntry, targets: list[str], shapes: Mapping[str, Shape], report: _Report
+    entry: TensorEntry,
+    targets: list[str],
+    shapes: Mapping[str, Shape],
+    faults: dict[str, list[str]],
 ) -> dict[str, Source]:
-    """The sources that one stored tensor is, once its dtype and shape are checked."""
+    """The sources in one stored tensor, once its dtype and shape are checked."""
     if entry.dtype not in SAFETENSORS:
         dtypes = " or ".join(SAFETENSORS)
-        report.add("of another dtype", f"{entry.name}: got {entry.dtype}, wanted {dtypes}")
-    rows, *columns = shapes[targets[0]] or (1,)
-    if len(targets) == 1:
-        shape, fits = shapes[targets[0]], squeezed(entry.shape) == squeezed(shapes[targets[0]])
-        sources = {targets[0]: Source(entry)}
-    else:
-        shape = (rows * len(targets), *columns)
+        faults["of another dtype"].append(f"{entry.name}: got {entry.dtype}, wanted {dtypes}")
+    shape = shapes[targets[0]]
+    sources = {targets[0]: Source(entry)}
+    fits = squeezed(entry.shape) == squeezed(shape)
+    if len(targets) > 1:
+        rows = shape[0]
+        shape = (rows * len(targets), *shape[1:])
         fits = entry.shape == shape
-        slices = [(start, start + rows) for start in range(0, shape[0], rows)]
         sources = {
-            target: Source(entry, rows=bounds)
-            for target, bounds in zip(targets, slices, strict=True)
+            target: Source(entry, rows=(index * rows, (index + 1) * rows))
+            for index, target in enumerate(targets)
         }
     if not fits:
-        report.add("misshaped", f"{entry.name}: got {entry.shape}, wanted {shape}")
+        faults["misshaped"].append(f"{entry.name}: got {entry.shape}, wanted {shape}")
     return sources
 
 
 def _spell(target: str, patterns: Mapping[str, NamePattern], styles: Counter[str | int]) -> str:
     """The stored name that a missing tensor would have, in the prefix and dialect of the others."""
     pattern, layer = _generalize(target)
-    rivals = [row for row in patterns.values() if pattern in row.targets]
-    best = max(
-        rivals,
-        key=lambda rival: (styles[rival.prefix], rival.dialect >= 0 and styles[rival.dialect]),
+    rivals = (row for row in patterns.values() if pattern in row.targets)
+    styled = max(
+        rivals, key=lambda row: (styles[row.prefix], row.dialect >= 0 and styles[row.dialect])
     )
-    return best.pattern.replace("{i}", layer)
+    return styled.pattern.replace("{i}", layer)
