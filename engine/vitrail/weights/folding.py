@@ -2,7 +2,7 @@
 
 Each rewrite is exact in real numbers and rounded once. The gamma and beta of a LayerNorm go into
 the linear that follows; the softmax scale and log2(e) into the query rows; the pixel normalization
-into a second patch projection for uint8 pixels; class token and its position become one row.
+into a second patch projection for uint8 pixels; class token and its position become a single row.
 LayerScale stays a column scale: folded, values of 1e-4 would make fp16 weights subnormal.
 """
 
@@ -73,8 +73,8 @@ def _pack_patch(
     plain_weight[:, :k] = weight.reshape(c, k)
     packed["vision.patch.float.bias"].copy_(bias)
     folded = packed["vision.patch.uint8"].zero_()
-    one = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
-    a, b = pixel_scale or (one, one - one)
+    unit = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
+    a, b = pixel_scale or (unit, torch.zeros_like(unit))
     folded[:, :k] = (weight * (UINT8_UNIT * a[:, None, None])).permute(0, 2, 3, 1).reshape(c, k)
     # without a scale no uint8 pixels are taken, so their weights may be anything
     for projection in (plain_weight,) if pixel_scale is None else (plain_weight, folded):

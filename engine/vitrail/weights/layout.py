@@ -126,7 +126,7 @@ class Weights:
         return self.tensors[name]
 
     def to(self, device: torch.device) -> Weights:
-        """The same weights on another device, copied as one block."""
+        """The same weights on another device, copied as a single block."""
         arena = self.arena.to(device)
         if arena is self.arena:
             return self

@@ -39,7 +39,7 @@ def _memory(raw: Tensor) -> memoryview:
 
 
 def _not_finite(values: Tensor) -> bool:
-    # one cheap sum tells; only a suspicious sum is followed by a look at every value, since the sum
+    # a cheap sum tells; only a suspicious sum is followed by a look at every value, since the sum
     # of a finite tensor may overflow
     total = values.sum(dtype=torch.float32).item()
     return not math.isfinite(total) and not bool(torch.isfinite(values).all())

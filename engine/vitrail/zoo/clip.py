@@ -1,4 +1,4 @@
-"""CLIP, whole or one tower: config keys, spec, tensor names, image processor."""
+"""CLIP, whole or a single tower: config keys, spec, tensor names, image processor."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ _TEXT_MARKS = ("text_model.", "final_layer_norm.", "embeddings.token_embedding."
 def _choose(family: Family, checkpoint: Checkpoint, model_type: str, named: str | None) -> str:
     """The named class, or the class that the tensors are if CLIPModel or none is named.
 
-    People save one tower beside the config of a whole CLIPModel. Such a tower embeds into the
+    People save a tower beside the config of a whole CLIPModel. Such a tower embeds into the
     shared space, so its projection must be there; an unnamed tower may lack it.
     """
     if named not in (None, "CLIPModel"):
@@ -141,7 +141,7 @@ def _choose(family: Family, checkpoint: Checkpoint, model_type: str, named: str 
 
 
 def _fields(config: Config, tower: Literal["text", "vision"]) -> Fields:
-    """The config of one tower: config.json itself, or its ``<tower>_config``.
+    """The config of a tower: config.json itself, or its ``<tower>_config``.
 
     A whole CLIPModel takes ``<tower>_config_dict`` first: its values, and the defaults of the keys
     that it leaves out, replace those of ``<tower>_config`` (CLIPConfig.__post_init__). The class of

@@ -129,7 +129,7 @@ def block_rules(
     """Rules for the tensors of a block, such as ``{"norm1.*": "layernorm_before.*"}``.
 
     ``stacks``: the prefix of a block in each dialect, such as ``"layers.{i}."``. A name is the same
-    in every dialect, or there is one name per dialect.
+    in every dialect, or each dialect has its own.
     """
     rules = []
     for canonical, stored in names.items():
@@ -144,7 +144,7 @@ def block_rules(
 
 
 def read_activation(fields: Fields, key: str) -> Activation:
-    """One of transformers' activations that Vitrail has too."""
+    """An activation of transformers that Vitrail has too."""
     name = fields.text(key)
     if name not in ACTIVATIONS:
         fields.refuse(key, f"one of {', '.join(ACTIVATIONS)}")
@@ -196,7 +196,7 @@ def read_vision(fields: Fields, blocks: BlockSpec) -> VisionSpec:
 
 
 def read_pooler(config: Config, fields: Fields, prefix: str) -> PoolerSpec | None:
-    """The dense pooler if the class has one and the checkpoint its tensors: the config does not
+    """The dense pooler, if the class has it and the checkpoint its tensors: config.json does not
     tell. ``prefix``: that of the tensor names inside another model."""
     names = "pooler.dense.", f"{prefix}pooler.dense."
     if not config.architecture.pooler or not any_starts(config.checkpoint.tensors, *names):

@@ -1,4 +1,4 @@
-"""The keys of config.json that the shapes of the tensors contradict, one sentence each.
+"""The keys of config.json that the shapes of the tensors contradict, a sentence each.
 
 The sentences begin the error about tensors that do not fit. A wrong number in config.json makes
 hundreds of tensors misshaped, and their list does not show the number.
@@ -35,7 +35,7 @@ def contradictions(
     """Sentences such as "config.json says hidden_size 390, the tensors are 384 wide".
 
     ``shapes``: of the stored tensors by canonical name, without leading dimensions of 1. If many
-    tensors show a number, most of them must agree: one damaged tensor is no contradiction.
+    tensors show a number, most of them must agree: a damaged tensor is no contradiction.
     """
     for tower, facts in (
         ("vision", _tower_facts(spec.vision, "vision", family, shapes) if spec.vision else ()),
@@ -130,5 +130,5 @@ def _head_fact(head: HeadSpec, config: Mapping[str, Any], shapes: Mapping[str, S
 
 
 def _side(size: tuple[int, int]) -> str:
-    """The value in config.json: one number for a square."""
+    """The value in config.json: a single number for a square."""
     return str(size[0]) if size[0] == size[1] else f"[{size[0]}, {size[1]}]"

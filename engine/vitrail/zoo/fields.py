@@ -23,7 +23,7 @@ def is_number(value: object) -> bool:
 
 
 class Fields:
-    """Values of one JSON object, with the defaults of the keys that it may leave out.
+    """Values of a JSON object, with the defaults of the keys that it may leave out.
 
     ``location`` names the object in errors, such as ``config.json (text_config)``. Every reader
     raises CheckpointError if the value has another type or lies outside its range.

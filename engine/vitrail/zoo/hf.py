@@ -27,7 +27,7 @@ SCHEMAS: Mapping[str, Schema] = {
     model_type: schema for family in FAMILIES for model_type, schema in family.schemas.items()
 }
 PROCESSORS: Mapping[str, Processor] = {
-    family.processor.name: family.processor for family in FAMILIES
+    name: family.processor for family in FAMILIES for name in family.processor.class_names
 }
 
 
@@ -39,8 +39,8 @@ def matches(checkpoint: Checkpoint) -> bool:
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The model of a Hugging Face folder, from config.json and the names of its tensors.
 
-    Vitrail matches the outputs of the class in ``architectures``; without one, the tensors tell the
-    class. Raises CheckpointError for a model type, class, key or value outside the schema.
+    Vitrail matches the outputs of the class in ``architectures``; if it names none, the tensors
+    tell the class. Raises CheckpointError for a model type, class, key or value outside the schema.
     """
     config = checkpoint.config
     refuse_code("config.json", config)
@@ -71,7 +71,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def _named_class(checkpoint: Checkpoint, family: Family, model_type: str) -> str | None:
-    """The one class that config.json names; None if it names none."""
+    """The class that config.json names, if any."""
     names = checkpoint.config.get("architectures")
     if names is None or names == []:
         return None
@@ -113,7 +113,7 @@ def _unused(spec: ModelSpec) -> tuple[str, ...]:
 def map_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Source]:
     """Canonical name -> where it is stored, for every tensor of the spec.
 
-    Raises one CheckpointError that lists every missing, unexpected, duplicated, misshaped or
+    Raises a CheckpointError that lists every missing, unexpected, duplicated, misshaped or
     wrongly typed tensor, after the keys of config.json that the tensors contradict.
     """
     family = next(family for family in FAMILIES if family.name == spec.family)

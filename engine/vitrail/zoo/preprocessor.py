@@ -46,12 +46,11 @@ class Processor:
     defaults: Mapping[str, Any]
 
     @property
-    def spellings(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """Every published spelling of its class name."""
-        return tuple(self.name + suffix for suffix in _SUFFIXES)
+        suffixes = "ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"
+        return tuple(self.name + suffix for suffix in suffixes)
 
-
-_SUFFIXES = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 
 _TYPES = ("image_processor_type", "feature_extractor_type")
 
@@ -79,12 +78,16 @@ def read_image_spec(
     processors: Mapping[str, Processor],
     channels: int,
 ) -> ImageSpec:
-    """The preprocessing of one checkpoint, for an image tower of ``channels`` channels.
+    """The preprocessing of a checkpoint, for an image tower of ``channels`` channels.
 
-    ``default``: the processor if ``config`` names none; ``processors``: those known, by name.
-    Raises CheckpointError for a class, key or value that Vitrail does not reproduce exactly.
+    ``default``: the processor if ``config`` names none; ``processors``: by class name. Raises
+    CheckpointError for a class, key or value that Vitrail does not reproduce exactly.
     """
-    processor = _named_processor(config, processors) or default
+    named = [config[key] for key in _TYPES if config.get(key) is not None]
+    if named and (not isinstance(named[0], str) or named[0] not in processors):
+        wanted = f"wanted one of {', '.join(processors)}"
+        raise CheckpointError(f"{_FILE}: image_processor_type: got {show(named[0])}, {wanted}")
+    processor = processors[named[0]] if named else default
     fields = Fields(_FILE, config, processor.defaults)
     unknown = [
         key
@@ -119,23 +122,6 @@ def read_image_spec(
 
 def _flag(fields: Fields, key: str) -> bool:
     return fields.get(key) is not None and fields.flag(key)
-
-
-def _named_processor(
-    config: Mapping[str, Any], processors: Mapping[str, Processor]
-) -> Processor | None:
-    named = [config[key] for key in _TYPES if config.get(key) is not None]
-    if not named:
-        return None
-    name = named[0]
-    known = {
-        spelling: processor for processor in processors.values() for spelling in processor.spellings
-    }
-    if not isinstance(name, str) or name not in known:
-        raise CheckpointError(
-            f"{_FILE}: image_processor_type: got {show(name)}, wanted one of {', '.join(known)}"
-        )
-    return known[name]
 
 
 def _sides(fields: Fields, key: str, square: bool) -> dict[str, int]:
@@ -186,7 +172,7 @@ def _crop(fields: Fields) -> tuple[int, int] | None:
 
 
 def _per_channel(fields: Fields, key: str, channels: int) -> tuple[float, ...]:
-    """One finite number per channel, from a list or from one number for all."""
+    """A finite number per channel, from a list or from a single number."""
     value = fields.get(key)
     values = value if isinstance(value, list) else [value] * channels
     if len(values) != channels or not all(is_number(v) and abs(v) < 1e6 for v in values):

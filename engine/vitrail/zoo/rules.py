@@ -45,7 +45,7 @@ def ignore(*names: str) -> NameRule:
 
 @dataclass(frozen=True, slots=True)
 class NamePattern:
-    """One stored name of a rule, with ``{i}`` for the layer, and the canonical names it stands for.
+    """A stored name of a rule, with ``{i}`` for the layer, and the canonical names it stands for.
 
     ``dialect`` is -1 if the name is the same in all of them.
     """
@@ -111,7 +111,7 @@ def map_names(
 ) -> dict[str, Source]:
     """Canonical name -> source for every name of ``shapes``.
 
-    ``unused`` tells if this architecture has no use for a canonical name. Raises one
+    ``unused`` tells if this architecture has no use for a canonical name. Raises a
     CheckpointError that lists all missing, unexpected, duplicated, misshaped and wrongly typed
     names, after the sentences that ``explain`` makes of the stored shapes by canonical name.
     """
@@ -157,7 +157,7 @@ def _take(
     shapes: Mapping[str, Shape],
     faults: dict[str, list[str]],
 ) -> dict[str, Source]:
-    """The sources in one stored tensor, once its dtype and shape are checked."""
+    """The sources in a stored tensor, after a check of its dtype and shape."""
     if entry.dtype not in SAFETENSORS:
         dtypes = " or ".join(SAFETENSORS)
         faults["of another dtype"].append(f"{entry.name}: got {entry.dtype}, wanted {dtypes}")

@@ -56,7 +56,7 @@ DROPOUT = frozenset({"attention_probs_dropout_prob", "hidden_dropout_prob"})
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The keys of one config class.
+    """The keys of a config class.
 
     ``defaults``: the keys that are read, with their defaults in transformers. ``inert``: keys
     without effect; ``inert_at``: keys without effect at these values.
