@@ -21,13 +21,11 @@ struct Entry {
     std::optional<std::vector<size_t>> parameters;
 };
 
-class Module {
+class Module : NonCopyable {
   public:
     // `code`: a whole cubin or fatbin, aligned as by malloc. Throws DriverError naming `purpose`.
     Module(const Gpu& gpu, const char* purpose, const void* code);
     ~Module();
-    Module(const Module&) = delete;
-    Module& operator=(const Module&) = delete;
 
     const Gpu& gpu() const { return gpu_; }
     // The context must be current. Throws DriverError naming the kernel.

@@ -76,6 +76,13 @@ struct LaunchConfig {
 
 }  // namespace cu
 
+// A base for classes that own a resource.
+struct NonCopyable {
+    NonCopyable() = default;
+    NonCopyable(const NonCopyable&) = delete;
+    NonCopyable& operator=(const NonCopyable&) = delete;
+};
+
 // A failed call of the driver. The message names the call and the driver's reason.
 class DriverError : public std::runtime_error {
   public:
@@ -102,7 +109,7 @@ struct DriverInfo {
 };
 
 // A shared library, closed with its owner.
-class Library {
+class Library : NonCopyable {
   public:
     explicit Library(const char* name) : handle_(dlopen(name, RTLD_NOW | RTLD_LOCAL)) {
         if (handle_ == nullptr) {
@@ -111,8 +118,6 @@ class Library {
         }
     }
     ~Library() { dlclose(handle_); }
-    Library(const Library&) = delete;
-    Library& operator=(const Library&) = delete;
 
     void* find(const char* name) const { return dlsym(handle_, name); }
 
@@ -196,12 +201,10 @@ class Driver {
 };
 
 // A device and its primary context, which PyTorch uses too.
-class Gpu {
+class Gpu : NonCopyable {
   public:
     explicit Gpu(const char* library = "libcuda.so.1", int ordinal = 0);
     ~Gpu();
-    Gpu(const Gpu&) = delete;
-    Gpu& operator=(const Gpu&) = delete;
 
     const Driver& driver() const { return driver_; }
     const DeviceInfo& info() const { return info_; }
@@ -217,12 +220,10 @@ class Gpu {
     void without_pools() const { pools_ = false; }
 
     // Makes the context current on this thread during the guard's lifetime.
-    class ContextGuard {
+    class ContextGuard : NonCopyable {
       public:
         explicit ContextGuard(const Gpu& gpu);
         ~ContextGuard();
-        ContextGuard(const ContextGuard&) = delete;
-        ContextGuard& operator=(const ContextGuard&) = delete;
 
       private:
         const Gpu& gpu_;
@@ -232,12 +233,10 @@ class Gpu {
     // During its lifetime, this thread may load kernels and allocate memory while another thread
     // captures a CUDA graph. Without this guard the driver refuses, and the other thread's capture
     // breaks too. The context must be current.
-    class RelaxedCapture {
+    class RelaxedCapture : NonCopyable {
       public:
         explicit RelaxedCapture(const Gpu& gpu) noexcept;
         ~RelaxedCapture();
-        RelaxedCapture(const RelaxedCapture&) = delete;
-        RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
       private:
         const Function<int*>& exchange_;

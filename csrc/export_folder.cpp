@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <exception>
+#include <filesystem>
 #include <memory>
 #include <system_error>
 #include <thread>
@@ -78,16 +79,12 @@ std::string read_file(const std::string& path) {
     return bytes;
 }
 
-// Whether a relative path stays inside its folder.
-bool is_inside(const std::string& path) {
-    if (path.empty() || path.front() == '/' || path.find('\0') != std::string::npos) return false;
-    for (size_t start = 0; start <= path.size();) {
-        const size_t end = std::min(path.find('/', start), path.size());
-        const std::string name = path.substr(start, end - start);
-        if (name.empty() || name == "." || name == "..") return false;
-        start = end + 1;
-    }
-    return true;
+// Whether a path is relative and stays inside its folder.
+bool is_inside(const std::string& name) {
+    const std::filesystem::path path(name);
+    if (path.empty() || path.is_absolute() || name.find('\0') != std::string::npos) return false;
+    const std::string first = *path.begin();
+    return path.lexically_normal().string() == name && first != "." && first != "..";
 }
 
 Digest read_digest(Reader& in) {

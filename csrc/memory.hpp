@@ -22,7 +22,7 @@ void give_back(const Gpu& gpu, Release release) noexcept {
     release(gpu.driver());
 }
 
-class Stream {
+class Stream : NonCopyable {
   public:
     explicit Stream(const Gpu& gpu) : gpu_(gpu) {
         const Gpu::ContextGuard current(gpu);
@@ -33,8 +33,6 @@ class Stream {
     ~Stream() {
         give_back(gpu_, [this](const Driver& driver) { driver.stream_destroy.call(stream_); });
     }
-    Stream(const Stream&) = delete;
-    Stream& operator=(const Stream&) = delete;
 
     const Gpu& gpu() const { return gpu_; }
     cu::Stream get() const { return stream_; }
@@ -55,7 +53,7 @@ class Stream {
 };
 
 // Device memory of a fixed size: the weights.
-class DeviceBuffer {
+class DeviceBuffer : NonCopyable {
   public:
     DeviceBuffer(const Gpu& gpu, const char* purpose, size_t bytes) : gpu_(gpu) {
         const Gpu::ContextGuard current(gpu);
@@ -65,8 +63,6 @@ class DeviceBuffer {
     ~DeviceBuffer() {
         give_back(gpu_, [this](const Driver& driver) { driver.free.call(address_); });
     }
-    DeviceBuffer(const DeviceBuffer&) = delete;
-    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
     cu::Pointer address() const { return address_; }
 
@@ -77,12 +73,10 @@ class DeviceBuffer {
 
 // Device memory that grows with `reserve` and is freed by `release`. Uses stream-ordered allocation
 // if the device supports it. The context must be current for `reserve`.
-class StreamBuffer {
+class StreamBuffer : NonCopyable {
   public:
     StreamBuffer(const Stream& stream, const char* purpose) : stream_(stream), purpose_(purpose) {}
     ~StreamBuffer() { release(); }
-    StreamBuffer(const StreamBuffer&) = delete;
-    StreamBuffer& operator=(const StreamBuffer&) = delete;
 
     cu::Pointer address() const { return address_; }
 
@@ -135,12 +129,10 @@ class StreamBuffer {
 };
 
 // Pinned host memory. No work on a stream may use it when it grows or is released.
-class PinnedBuffer {
+class PinnedBuffer : NonCopyable {
   public:
     PinnedBuffer(const Gpu& gpu, const char* purpose) : gpu_(gpu), purpose_(purpose) {}
     ~PinnedBuffer() { release(); }
-    PinnedBuffer(const PinnedBuffer&) = delete;
-    PinnedBuffer& operator=(const PinnedBuffer&) = delete;
 
     char* data() const { return static_cast<char*>(data_); }
 

@@ -13,38 +13,34 @@ constexpr size_t kMaxItems = 4096;
 struct EndpointInfo {
     const char* name;
     size_t value_bytes;  // of one channel of a pixel; 0 for texts
-    Role result;
+    BufferRole result;
 };
 constexpr std::array<EndpointInfo, kEndpointCount> kEndpoints = {{
-    {"image.uint8", sizeof(uint8_t), Role::kEmbedding},
-    {"image.float", sizeof(float), Role::kEmbedding},
-    {"scores.uint8", sizeof(uint8_t), Role::kLogits},
-    {"scores.float", sizeof(float), Role::kLogits},
-    {"text", 0, Role::kEmbedding},
+    {"image.uint8", sizeof(uint8_t), BufferRole::kEmbedding},
+    {"image.float", sizeof(float), BufferRole::kEmbedding},
+    {"scores.uint8", sizeof(uint8_t), BufferRole::kLogits},
+    {"scores.float", sizeof(float), BufferRole::kLogits},
+    {"text", 0, BufferRole::kEmbedding},
 }};
 
 // The names of the buffers in plans, by role; "" if a tower has no such buffer.
 constexpr std::array<const char*, kRoles> kImageBuffers = {
-    "cu_seqlens",       "token_rows",    "pixels",       "", "", "table",
-    "vision.embedding", "vision.status", "vision.logits", "distillation_rows"};
+    "cu_seqlens",    "token_rows",    "pixels",           "", "", "table", "vision.embedding",
+    "vision.status", "vision.logits", "distillation_rows"};
 constexpr std::array<const char*, kRoles> kTextBuffers = {
-    "cu_seqlens", "token_rows", "", "ids", "positions", "", "text.embedding", "text.status", "", ""};
+    "cu_seqlens",     "token_rows",  "", "ids", "positions", "",
+    "text.embedding", "text.status", "", ""};
+
+constexpr std::array kNoDeviceCodes = {cu::kStubLibrary,    cu::kNoDevice,
+                                       cu::kInvalidDevice,  cu::kSystemNotReady,
+                                       cu::kDriverMismatch, cu::kCompatibilityRefused};
 
 std::shared_ptr<const Gpu> open_gpu(const char* library, int ordinal) {
     try {
         return std::make_shared<const Gpu>(library != nullptr ? library : "libcuda.so.1", ordinal);
     } catch (const DriverError& error) {
-        switch (error.code()) {
-            case cu::kStubLibrary:
-            case cu::kNoDevice:
-            case cu::kInvalidDevice:
-            case cu::kSystemNotReady:
-            case cu::kDriverMismatch:
-            case cu::kCompatibilityRefused:
-                break;
-            default:
-                throw;
-        }
+        const auto& codes = kNoDeviceCodes;
+        if (std::find(codes.begin(), codes.end(), error.code()) == codes.end()) throw;
         throw NoDevice("device " + std::to_string(ordinal) + ": " + error.what());
     } catch (const std::runtime_error& error) {
         throw NoDevice(std::string("the NVIDIA driver: ") + error.what());
@@ -59,8 +55,8 @@ Endpoint::Layout Endpoint::layout(const Sizes& sizes) const {
     for (size_t i = 0; i < roles.size(); ++i) {
         const Buffer& buffer = plan.buffers[plan.externals[i]];
         size_t bytes = static_cast<size_t>(buffer.rows.at(sizes) * buffer.row_bytes);
-        if (roles[i] == Role::kTable) continue;
-        if (roles[i] == Role::kPixels) {
+        if (roles[i] == BufferRole::kTable) continue;
+        if (roles[i] == BufferRole::kPixels) {
             bytes = static_cast<size_t>(sizes.sequences) * image_bytes;
         }
         size_t& total = is_output(roles[i]) ? layout.outputs : layout.inputs;
@@ -139,7 +135,7 @@ void Model::add(const EndpointFile& file, const std::string& plan) {
         endpoint.image_bytes =
             size_t{facts.height} * facts.width * facts.channels * info->value_bytes;
         endpoint.tokens = facts.tokens;
-        endpoint.width = endpoint.result == Role::kLogits
+        endpoint.width = endpoint.result == BufferRole::kLogits
                              ? static_cast<uint32_t>(facts.labels.size())
                              : facts.embedding;
         endpoint.table = weights_->address() + static_cast<cu::Pointer>(file.table);
@@ -149,7 +145,7 @@ void Model::add(const EndpointFile& file, const std::string& plan) {
     const Plan& parsed = endpoint.executable->plan();
     for (const uint32_t number : parsed.externals) {
         const auto role = std::find(names.begin(), names.end(), parsed.buffers[number].name);
-        endpoint.roles.push_back(static_cast<Role>(role - names.begin()));
+        endpoint.roles.push_back(static_cast<BufferRole>(role - names.begin()));
     }
     const auto bytes = [&](size_t items) {
         const auto count = static_cast<int64_t>(items);
@@ -175,14 +171,16 @@ void Model::check(const Endpoint& endpoint, const EndpointFile& file) const {
     const Sizes one_item{1, endpoint.tokens, endpoint.tokens};
     std::array<int64_t, kRoles> wanted{};
     wanted.fill(-1);
-    const auto want = [&](Role role, int64_t bytes) { wanted[static_cast<size_t>(role)] = bytes; };
-    want(Role::kOffsets, 8);
-    want(Role::kRows, 4);
+    const auto want = [&](BufferRole role, int64_t bytes) {
+        wanted[static_cast<size_t>(role)] = bytes;
+    };
+    want(BufferRole::kOffsets, 8);
+    want(BufferRole::kRows, 4);
     want(endpoint.result, 4 * int64_t{endpoint.width});
-    const bool embeds = endpoint.result == Role::kEmbedding, text = endpoint.image_bytes == 0;
-    want(embeds ? Role::kStatus : Role::kDistillationRows, 4);
-    if (text) want(Role::kIds, 4 * int64_t{endpoint.tokens});
-    if (text) want(Role::kPositions, 4 * int64_t{endpoint.tokens});
+    const bool embeds = endpoint.result == BufferRole::kEmbedding, text = endpoint.image_bytes == 0;
+    want(embeds ? BufferRole::kStatus : BufferRole::kDistillationRows, 4);
+    if (text) want(BufferRole::kIds, 4 * int64_t{endpoint.tokens});
+    if (text) want(BufferRole::kPositions, 4 * int64_t{endpoint.tokens});
     size_t count = embeds ? 6 : 5;
     const auto& names = text ? kTextBuffers : kImageBuffers;
     for (const uint32_t number : plan.externals) {
@@ -190,13 +188,13 @@ void Model::check(const Endpoint& endpoint, const EndpointFile& file) const {
         const auto name = std::find(names.begin(), names.end(), buffer.name);
         const int64_t bytes = buffer.rows.at(one_item) * buffer.row_bytes;
         if (name == names.end() || buffer.name.empty()) refuse("got a buffer " + buffer.name);
-        const auto role = static_cast<Role>(name - names.begin());
+        const auto role = static_cast<BufferRole>(name - names.begin());
         bool fits = bytes == wanted[static_cast<size_t>(role)];
-        if (role == Role::kDistillationRows) ++count;
-        if (role == Role::kPixels) {  // a plan ignores pixels past the last whole patch
+        if (role == BufferRole::kDistillationRows) ++count;
+        if (role == BufferRole::kPixels) {  // a plan ignores pixels past the last whole patch
             fits = bytes > 0 && bytes <= static_cast<int64_t>(endpoint.image_bytes);
         }
-        if (role == Role::kTable) {  // ends at the next table or with the arena
+        if (role == BufferRole::kTable) {  // ends at the next table or with the arena
             const int64_t end = file.table + round_up<int64_t>(bytes, kAlignment);
             const auto begins = [&](const EndpointFile& other) { return other.table == end; };
             const auto& endpoints = folder_.build(arch_).endpoints;

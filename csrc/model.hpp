@@ -20,7 +20,7 @@ class NoDevice : public std::runtime_error {
 };
 
 // The roles of the buffers that an endpoint's caller brings, for B items.
-enum class Role : uint8_t {
+enum class BufferRole : uint8_t {
     kOffsets,    // (B + 1,) int32: the first token of each sequence, then the number of tokens
     kRows,       // (B,) int32: the token of each item that is pooled
     kPixels,     // uint8 (B, H, W, C) or float (B, C, H, W)
@@ -33,10 +33,11 @@ enum class Role : uint8_t {
     kDistillationRows,  // (B,) int32: the distillation token of each image, if a head reads it
     kCount
 };
-constexpr bool is_output(Role role) {
-    return role == Role::kEmbedding || role == Role::kStatus || role == Role::kLogits;
+constexpr bool is_output(BufferRole role) {
+    return role == BufferRole::kEmbedding || role == BufferRole::kStatus ||
+           role == BufferRole::kLogits;
 }
-constexpr size_t kRoles = static_cast<size_t>(Role::kCount);
+constexpr size_t kRoles = static_cast<size_t>(BufferRole::kCount);
 
 enum class EndpointId : uint8_t { kUint8, kFloat, kScoresUint8, kScoresFloat, kText, kCount };
 constexpr size_t kEndpointCount = static_cast<size_t>(EndpointId::kCount);
@@ -44,10 +45,10 @@ constexpr size_t kEndpointCount = static_cast<size_t>(EndpointId::kCount);
 // A plan of the model that callers can run, for example "scores.uint8".
 struct Endpoint {
     std::unique_ptr<Executable> executable;
-    std::vector<Role> roles;  // of the caller's buffers, in the plan's order
-    size_t image_bytes = 0;   // of one item's pixels; 0 for texts
-    uint32_t tokens = 0;      // of an image, or of the longest text
-    Role result = Role::kEmbedding;
+    std::vector<BufferRole> roles;  // of the caller's buffers, in the plan's order
+    size_t image_bytes = 0;         // of one item's pixels; 0 for texts
+    uint32_t tokens = 0;            // of an image, or of the longest text
+    BufferRole result = BufferRole::kEmbedding;
     uint32_t width = 0;     // numbers in an item's result
     cu::Pointer table = 0;  // the position table; 0 for texts
     size_t max_items = 1;   // per run; a larger call runs in parts

@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <map>
 
 namespace vitrail {
 
@@ -127,24 +128,21 @@ void check(const Reader& in, const Plan& plan) {
 // Sets `slots` and `externals`.
 void number_buffers(const Reader& in, Plan& plan) {
     const auto count = static_cast<int32_t>(plan.buffers.size());
-    uint32_t externals = 0;
-    for (const Buffer& buffer : plan.buffers) {
-        in.want(buffer.slot < count && buffer.slot >= -count,
-                "a buffer in a slot that does not exist");
-        if (buffer.external()) {
-            ++externals;
+    std::map<int32_t, uint32_t> externals;  // index by position
+    for (uint32_t index = 0; index < plan.buffers.size(); ++index) {
+        const int32_t slot = plan.buffers[index].slot;
+        in.want(slot < count && slot >= -count, "a buffer in a slot that does not exist");
+        if (slot >= 0) {
+            plan.slots = std::max(plan.slots, static_cast<uint32_t>(slot) + 1);
         } else {
-            plan.slots = std::max(plan.slots, static_cast<uint32_t>(buffer.slot) + 1);
+            in.want(externals.emplace(-1 - slot, index).second,
+                    "two buffers of the caller at one position");
         }
     }
-    const auto unset = static_cast<uint32_t>(count);
-    plan.externals.assign(externals, unset);
-    for (uint32_t index = 0; index < unset; ++index) {
-        if (!plan.buffers[index].external()) continue;
-        const auto position = static_cast<size_t>(-1 - plan.buffers[index].slot);
-        in.want(position < externals && plan.externals[position] == unset,
-                "two buffers of the caller at one position");
-        plan.externals[position] = index;
+    for (const auto& [position, index] : externals) {
+        in.want(position == static_cast<int32_t>(plan.externals.size()),
+                "a gap among the buffers of the caller");
+        plan.externals.push_back(index);
     }
 }
 

@@ -9,7 +9,7 @@ namespace vitrail {
 namespace {
 
 // The buffer of a role within the inputs or the outputs.
-int32_t* buffer_at(char* memory, const Endpoint::Layout& layout, Role role) {
+int32_t* buffer_at(char* memory, const Endpoint::Layout& layout, BufferRole role) {
     return reinterpret_cast<int32_t*>(memory + layout.offset[static_cast<size_t>(role)]);
 }
 
@@ -30,15 +30,15 @@ class Pixels : public Items {
 
     void write(size_t first, size_t count, const Endpoint::Layout& layout,
                char* inputs) const override {
-        int32_t* offsets = buffer_at(inputs, layout, Role::kOffsets);
-        int32_t* rows = buffer_at(inputs, layout, Role::kRows);
+        int32_t* offsets = buffer_at(inputs, layout, BufferRole::kOffsets);
+        int32_t* rows = buffer_at(inputs, layout, BufferRole::kRows);
         for (size_t i = 0; i <= count; ++i) offsets[i] = static_cast<int32_t>(i * endpoint_.tokens);
         std::copy(offsets, offsets + count, rows);  // the class token is an image's first token
-        if (layout.bytes[static_cast<size_t>(Role::kDistillationRows)] != 0) {
-            int32_t* distillation = buffer_at(inputs, layout, Role::kDistillationRows);
+        if (layout.bytes[static_cast<size_t>(BufferRole::kDistillationRows)] != 0) {
+            int32_t* distillation = buffer_at(inputs, layout, BufferRole::kDistillationRows);
             for (size_t i = 0; i < count; ++i) distillation[i] = rows[i] + 1;
         }
-        std::memcpy(buffer_at(inputs, layout, Role::kPixels),
+        std::memcpy(buffer_at(inputs, layout, BufferRole::kPixels),
                     pixels_ + first * endpoint_.image_bytes, count * endpoint_.image_bytes);
     }
 
@@ -65,10 +65,10 @@ class Texts : public Items {
 
     void write(size_t first, size_t count, const Endpoint::Layout& layout,
                char* inputs) const override {
-        int32_t* offsets = buffer_at(inputs, layout, Role::kOffsets);
-        int32_t* rows = buffer_at(inputs, layout, Role::kRows);
-        int32_t* ids = buffer_at(inputs, layout, Role::kIds);
-        int32_t* positions = buffer_at(inputs, layout, Role::kPositions);
+        int32_t* offsets = buffer_at(inputs, layout, BufferRole::kOffsets);
+        int32_t* rows = buffer_at(inputs, layout, BufferRole::kRows);
+        int32_t* ids = buffer_at(inputs, layout, BufferRole::kIds);
+        int32_t* positions = buffer_at(inputs, layout, BufferRole::kPositions);
         int32_t total = 0;
         for (size_t i = 0; i < count; ++i) {
             const int32_t length = lengths_[first + i];
@@ -167,7 +167,8 @@ void Session::run(EndpointId id, const Items& items, size_t n, float* out, int32
     if (status != nullptr) return;
     for (size_t i = 0; i < n; ++i) {
         if (statuses[i] == 0) continue;
-        const char* result = endpoint.result == Role::kLogits ? "class scores are" : "embedding is";
+        const char* result =
+            endpoint.result == BufferRole::kLogits ? "class scores are" : "embedding is";
         throw NotFinite(std::string(items.name()) + " " + std::to_string(i) + ": the " + result +
                         " not finite");
     }
@@ -183,10 +184,10 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
     const Workspace& workspace = grow(id, sizes);
     items.write(first, count, layout, host_inputs_.data());
     externals_.clear();
-    for (const Role role : endpoint.roles) {
+    for (const BufferRole role : endpoint.roles) {
         const size_t offset = layout.offset[static_cast<size_t>(role)];
         const size_t end = offset + layout.bytes[static_cast<size_t>(role)];
-        if (role == Role::kTable) {
+        if (role == BufferRole::kTable) {
             externals_.push_back(endpoint.table);
         } else if (is_output(role)) {
             externals_.push_back(outputs_.address() + offset);
@@ -206,8 +207,9 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
     const size_t width = endpoint.width;
     char* outputs = host_outputs_.data();
     std::memcpy(out, buffer_at(outputs, layout, endpoint.result), count * width * sizeof(float));
-    if (endpoint.result == Role::kEmbedding) {
-        std::memcpy(status, buffer_at(outputs, layout, Role::kStatus), count * sizeof(int32_t));
+    if (endpoint.result == BufferRole::kEmbedding) {
+        std::memcpy(status, buffer_at(outputs, layout, BufferRole::kStatus),
+                    count * sizeof(int32_t));
         return;
     }
     for (size_t i = 0; i < count; ++i) {  // no kernel checks logits

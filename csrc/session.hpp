@@ -29,12 +29,10 @@ class Items {
                        char* inputs) const = 0;
 };
 
-class Session {
+class Session : NonCopyable {
   public:
     Session(std::shared_ptr<const Model> model, bool overlap);
     ~Session() { release(); }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
 
     // `pixels`: (n, H, W, C) uint8 or (n, C, H, W) float. `out`: (n, D) embeddings or (n, labels)
     // logits, as `id` says. `status`: null, or (n,), set to 0 for each item whose result is finite.

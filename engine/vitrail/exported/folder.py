@@ -22,13 +22,7 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.regular import reading
 from vitrail.checkpoint.strict_json import read_json
 from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
-from vitrail.exported.contents import (
-    WEIGHTS,
-    exported_plans,
-    pixel_batch,
-    position_tables,
-    weights_header,
-)
+from vitrail.exported import contents
 from vitrail.exported.digest import hash_file
 from vitrail.exported.format import AGAIN, RECORD, ExportRecord, decode_record
 from vitrail.plan.lowering import NativePlan
@@ -68,7 +62,7 @@ class ExportFolder:
 
     @property
     def builds(self) -> dict[int, str]:
-        """Architecture -> identity of the runner whose bits the exported kernels give."""
+        """Identity of the runner whose bits the kernels give, by architecture."""
         return {arch: build.runner for arch, build in self.record.builds.items()}
 
     def checkpoint(self) -> Checkpoint:
@@ -121,19 +115,19 @@ class ExportFolder:
         Raises CheckpointError naming the first file that is not as it was exported.
         """
         for name in self.record.files:
-            if name != WEIGHTS:
+            if name != contents.WEIGHTS:
                 self.read(name)
-        tables, total = position_tables(self.spec, self.dtype, self.size)
-        header = weights_header(total)
+        tables, total = contents.position_tables(self.spec, self.dtype, self.size)
+        header = contents.weights_header(total)
         size = len(header) + total
         try:
             raw = torch.empty(size, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
             raise CheckpointError(f"weights: got no memory, wanted {size} bytes of it") from error
         memory: memoryview = raw.numpy().data
-        self._read_into(WEIGHTS, memory)
+        self._read_into(contents.WEIGHTS, memory)
         if bytes(memory[: len(header)]) != header:
-            location = show_path(self.folder / WEIGHTS)
+            location = show_path(self.folder / contents.WEIGHTS)
             raise refusal(location, "another header", f"one tensor of {total:,} bytes")
         arena = raw[len(header) :]
         if self.spec.vision is not None:
@@ -150,11 +144,11 @@ class ExportFolder:
         """The exported form of ``plan`` for pixels of this shape; None if there is none."""
         if arch not in self.record.builds:
             return None
-        for name, exported in exported_plans(self.spec).items():
+        for name, exported in contents.exported_plans(self.spec).items():
             if exported != plan:
                 continue
             if pixels is not None and self.spec.vision is not None and self.size is not None:
-                stored = pixel_batch(self.spec.vision, name.partition(".")[2], self.size)
+                stored = contents.pixel_batch(self.spec.vision, name.partition(".")[2], self.size)
                 if (pixels.shape[1:], pixels.dtype) != (stored.shape[1:], stored.dtype):
                     return None
             externals = tuple(buffer.name for buffer in plan.buffers if buffer.slot is None)
@@ -177,7 +171,7 @@ class ExportFolder:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the packed weights and position tables."""
-        return position_tables(self.spec, self.dtype, self.size)[1]
+        return contents.position_tables(self.spec, self.dtype, self.size)[1]
 
     @property
     def architectures(self) -> str:

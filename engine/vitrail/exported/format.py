@@ -37,13 +37,7 @@ from vitrail._version import __version__
 from vitrail.checkpoint.strict_json import parse_json
 from vitrail.dtypes import HALVES, dtype_name, named_dtype
 from vitrail.errors import CheckpointError, refusal, show
-from vitrail.exported.contents import (
-    COPIED,
-    WEIGHTS,
-    exported_plans,
-    position_tables,
-    weights_header,
-)
+from vitrail.exported import contents
 from vitrail.exported.digest import FileEntry
 from vitrail.plan.record import RecordReader, items, magic, string
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
@@ -121,13 +115,13 @@ class ExportRecord:
             for path, entry in self.files.items()
         ]
         numbers = {path: number for number, path in enumerate(self.files)}
-        tables, total = position_tables(self.spec, self.dtype, self.size)
-        arena = len(weights_header(total)), total, arena_bytes(self.spec, self.dtype)
+        tables, total = contents.position_tables(self.spec, self.dtype, self.size)
+        arena = len(contents.weights_header(total)), total, arena_bytes(self.spec, self.dtype)
         body = (
             string(__version__)
             + string(self.summary())
             + items(files)
-            + struct.pack("<IQQQ", numbers[WEIGHTS], *arena)
+            + struct.pack("<IQQQ", numbers[contents.WEIGHTS], *arena)
             + _vision(self.spec, self.size)
             + _text(self.spec)
             + items(list(self._builds(numbers, tables)))
@@ -139,7 +133,7 @@ class ExportRecord:
     ) -> Iterator[bytes]:
         for arch, build in self.builds.items():
             plans = []
-            for name in exported_plans(self.spec):
+            for name in contents.exported_plans(self.spec):
                 number = numbers[f"sm_{arch}/{name}.plan"]
                 table, _ = tables.get(name.partition(".")[2], (-1, -1))
                 plans.append(string(name) + struct.pack("<Iq", number, table))
@@ -195,15 +189,14 @@ def decode_record(raw: bytes, location: str) -> ExportRecord:
         )
     except ValueError as error:
         raise refusal(location, str(error), f"a whole record: {AGAIN}") from None
-    record = _record(summary, files, location)
-    _check_files(record, location)
+    record = _record(parse_json(summary, location), files, location)
+    _check_files(record, f"{location}: files")
     if record.encode() != raw:
         raise refusal(location, "parts that contradict each other", f"one model: {AGAIN}")
     return record
 
 
-def _record(summary: bytes, files: dict[str, FileEntry], location: str) -> ExportRecord:
-    content = parse_json(summary, location)
+def _record(content: dict[str, Any], files: dict[str, FileEntry], location: str) -> ExportRecord:
     if content.keys() != _SUMMARY_TYPES.keys():
         odd = ", ".join(map(show, sorted(content.keys() ^ _SUMMARY_TYPES.keys())))
         raise refusal(location, f"other fields ({odd})", "those of an export")
@@ -217,40 +210,38 @@ def _record(summary: bytes, files: dict[str, FileEntry], location: str) -> Expor
     if content["dtype"] not in HALVES:
         raise refusal(f"{location}: dtype", show(content["dtype"]), f"one of {HALVES}")
     return ExportRecord(
-        source=content["source"],
-        revision=content["revision"],
-        spec=spec,
-        dtype=named_dtype(content["dtype"]),
-        size=_size(content["size"], spec, location),
-        weights_hash=content["weights"],
-        logit_scale=content["logit_scale"],
-        builds=_builds(content["builds"], location),
-        files=files,
+        content["source"],
+        content["revision"],
+        spec,
+        named_dtype(content["dtype"]),
+        _size(content["size"], spec, f"{location}: size"),
+        content["weights"],
+        content["logit_scale"],
+        _builds(content["builds"], f"{location}: builds"),
+        files,
     )
 
 
 def _builds(content: Mapping[str, Any], location: str) -> dict[int, Build]:
+    if not content:
+        raise refusal(location, "none", "at least one architecture")
     for arch, build in content.items():
         valid = isinstance(build, dict) and build.keys() == set(Build._fields)
         valid = valid and all(isinstance(value, str) for value in build.values())
         if not valid or not re.fullmatch(r"[1-9][0-9]{1,2}", arch):
-            expected = "a runner and a fingerprint by architecture"
-            raise refusal(f"{location}: builds", show({arch: build}), expected)
-    if not content:
-        raise refusal(f"{location}: builds", "none", "at least one architecture")
+            raise refusal(location, show({arch: build}), "runner and fingerprint by architecture")
     return {arch: Build(**content[str(arch)]) for arch in sorted(map(int, content))}
 
 
 def _size(size: Any, spec: ModelSpec, location: str) -> tuple[int, int] | None:
-    vision = spec.vision
-    if vision is None and size is None:
+    if spec.vision is None and size is None:
         return None
-    valid = isinstance(size, list) and [type(side) for side in size] == [int, int]
-    if vision is None or not valid:
-        raise refusal(f"{location}: size", show(size), "[height, width] for an image tower")
+    if spec.vision is None or size is None or [type(side) for side in size] != [int, int]:
+        raise refusal(location, show(size), "[height, width] for an image tower")
     height, width = size
-    if any(not p <= s <= MAX_IMAGE_SIDE for s, p in zip(size, vision.patch, strict=True)):
-        raise refusal(f"{location}: size", show(size), f"at least a patch, {vision.patch}")
+    patch = spec.vision.patch
+    if not (patch[0] <= height <= MAX_IMAGE_SIDE and patch[1] <= width <= MAX_IMAGE_SIDE):
+        raise refusal(location, show(size), f"at least a patch, {patch}")
     return height, width
 
 
@@ -258,15 +249,20 @@ def _check_files(record: ExportRecord, location: str) -> None:
     """Refuses paths that no export has, and a record without a file that every export has."""
     for path in record.files:
         built = _BUILT.fullmatch(path)
-        if not (path in (WEIGHTS, *COPIED) or (built and int(built[1]) in record.builds)):
-            raise refusal(f"{location}: files", show(path), "only files of an export")
-    plans = (
-        f"sm_{arch}/{name}.plan" for arch in record.builds for name in exported_plans(record.spec)
-    )
-    for path in (WEIGHTS, *plans):
+        if not (
+            path in (contents.WEIGHTS, *contents.COPIED)
+            or (built and int(built[1]) in record.builds)
+        ):
+            raise refusal(location, show(path), "only files of an export")
+    names = contents.exported_plans(record.spec)
+    plans = (f"sm_{arch}/{name}.plan" for arch in record.builds for name in names)
+    for path in (contents.WEIGHTS, *plans):
         if path not in record.files:
-            raise refusal(f"{location}: files", f"no {path}", "it among them")
-    _, total = position_tables(record.spec, record.dtype, record.size)
-    size, expected_size = record.files[WEIGHTS].size, len(weights_header(total)) + total
-    if size != expected_size:
-        raise refusal(f"{location}: files", f"{size:,} bytes of {WEIGHTS}", f"{expected_size:,}")
+            raise refusal(location, f"no {path}", "it among them")
+    _, total = contents.position_tables(record.spec, record.dtype, record.size)
+    size, expected = (
+        record.files[contents.WEIGHTS].size,
+        len(contents.weights_header(total)) + total,
+    )
+    if size != expected:
+        raise refusal(location, f"{size:,} bytes of {contents.WEIGHTS}", f"{expected:,}")

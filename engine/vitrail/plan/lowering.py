@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vitrail_kernels import OPERATORS, Call
+from vitrail_kernels.compile import identity, source_of
+from vitrail_kernels.configs import MOST, KernelConfig
+from vitrail_kernels.launch import Target
 
 from vitrail.dtypes import dtype_name
 from vitrail.plan.kernel_binary import kernel_key
 from vitrail.plan.plan import Affine, Plan, Step
 from vitrail.plan.record import items, magic, string
 from vitrail.weights.layout import Weights
-from vitrail_kernels import OPERATORS, Call
-from vitrail_kernels.compile import identity, source_of
-from vitrail_kernels.configs import MOST, KernelConfig
-from vitrail_kernels.launch import Target
 
 INT32, INT64, FLOAT, POINTER, MAP, NULL = range(6)
 """Types of kernel arguments, as in csrc/plan.hpp."""
@@ -56,7 +56,7 @@ class SizeProbes:
     """The sizes at which every number of a launch is evaluated, to find its formula.
 
     ``length``: tokens of every sequence, for a plan over images of one size; None if lengths vary.
-    ``lengths``: the sequences of each probe. Within a probe all sequences have one length.
+    ``lengths``: the lengths of the sequences of each probe, which are equal.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -67,10 +67,9 @@ class SizeProbes:
         self.lengths = [[tokens] * batch for batch, tokens in probes]
 
     def affine(self, name: str, values: Sequence[int]) -> Affine:
-        """The formula of a number, from its value at each probe.
+        """The formula of a number, from its value at each probe. The last probe is a check.
 
-        The last probe is only a check. Raises AssertionError, naming the number, if it is not
-        affine in the sizes.
+        Raises AssertionError, with ``name``, for a number that is not affine in the sizes.
         """
         if self.length is not None:
             one_sequence, two_sequences, _ = values

@@ -31,10 +31,7 @@ def items(encoded: Sequence[bytes]) -> bytes:
 
 
 class RecordReader:
-    """Decodes a record from its first byte after ``head``.
-
-    Every method raises ValueError if the record ends early.
-    """
+    """Decodes a record that begins with ``head``. Raises ValueError if it ends early."""
 
     def __init__(self, record: bytes, head: bytes) -> None:
         self._record, self._position = record, len(head)
@@ -43,23 +40,16 @@ class RecordReader:
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
         """Numbers in a layout of `struct`."""
-        return struct.unpack(f"<{layout}", self.raw(struct.calcsize(f"<{layout}")))
-
-    def raw(self, count: int) -> bytes:
-        """``count`` bytes."""
-        start = self._position
-        self._position += count
+        layout = f"<{layout}"
+        start, self._position = self._position, self._position + struct.calcsize(layout)
         if self._position > len(self._record):
             raise ValueError(f"{len(self._record):,} bytes, which end early")
-        return self._record[start : self._position]
+        return struct.unpack_from(layout, self._record, start)
 
     def string(self) -> bytes:
-        return self.raw(*self.numbers("Q"))
+        (size,) = self.numbers("Q")
+        return bytes(self.numbers(f"{size}s")[0])
 
     def items(self, read: Callable[[], T]) -> list[T]:
         """A list; ``read`` reads one item."""
         return [read() for _ in range(*self.numbers("I"))]
-
-    def rest(self) -> bytes:
-        """All bytes after those that were read."""
-        return self._record[self._position :]

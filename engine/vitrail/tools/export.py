@@ -17,19 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from vitrail_kernels.compile import provenance
+from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
+from vitrail_kernels.processes import in_processes
 
 from vitrail.checkpoint.contents import EXPORT
 from vitrail.dtypes import HALVES, parse_dtype
 from vitrail.durable import draft_folder, write_file, writing
 from vitrail.errors import InputError, VitrailError
-from vitrail.exported.contents import (
-    COPIED,
-    WEIGHTS,
-    exported_plans,
-    pixel_batch,
-    position_tables,
-    weights_header,
-)
+from vitrail.exported import contents
 from vitrail.exported.digest import hash_file
 from vitrail.exported.format import RECORD, Build, ExportRecord
 from vitrail.model.fingerprint import fingerprint
@@ -40,9 +36,6 @@ from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.tools.workload import preprocessed_size
-from vitrail_kernels.compile import provenance
-from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
-from vitrail_kernels.processes import in_processes
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical GPU of each architecture, from NVIDIA's architecture papers: A100,
@@ -98,9 +91,7 @@ def export_model(
     with writing(out), draft_folder(out) as draft:
         export.write(draft)
         total = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
-    return Summary(
-        out, total, {arch: len(lowered.calls) for arch, lowered in export.lowered.items()}
-    )
+    return Summary(out, total, {arch: len(calls) for arch, calls in export.calls.items()})
 
 
 def _targets(architectures: Sequence[int] | None) -> list[Target]:
@@ -140,15 +131,6 @@ def _size(spec: ModelSpec, size: tuple[int, int] | None) -> tuple[int, int] | No
 # -- what goes into the folder ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _LoweredModel:
-    """The plans for one target, by name, and every kernel that they launch, by key."""
-
-    target: Target
-    plans: dict[str, NativePlan]
-    calls: dict[str, Call]
-
-
 def _compile_kernel(call: Call, arch: int) -> bytes:
     """A kernel binary. Runs in a process of its own."""
     # line information would hold source paths of this machine
@@ -163,27 +145,29 @@ class _Export:
         self, loaded: LoadedCheckpoint, dtype: torch.dtype, size: tuple[int, int] | None
     ) -> None:
         self.loaded, self.spec, self.dtype, self.size = loaded, loaded.spec, dtype, size
-        self.lowered: dict[int, _LoweredModel] = {}
-        self.kernels: dict[str, bytes] = {}
+        self.targets: dict[int, Target] = {}
+        self.plans: dict[str, NativePlan] = {}  # by path
+        self.calls: dict[int, dict[str, Call]] = {}  # by architecture and key
+        self.kernels: dict[str, bytes] = {}  # by path
 
     def lower(self, target: Target) -> None:
-        plans: dict[str, NativePlan] = {}
-        for name, plan in exported_plans(self.spec).items():
+        self.targets[target.arch], calls = target, self.calls.setdefault(target.arch, {})
+        for name, plan in contents.exported_plans(self.spec).items():
             pixels = None
             if self.spec.vision is not None and self.size is not None and name != "text":
-                pixels = pixel_batch(self.spec.vision, name.partition(".")[2], self.size)
+                pixels = contents.pixel_batch(self.spec.vision, name.partition(".")[2], self.size)
             try:
-                plans[name] = lower(plan, target, self.dtype, self.loaded.weights, pixels)
+                native = lower(plan, target, self.dtype, self.loaded.weights, pixels)
             except ValueError as error:  # a kernel does not take these arguments
                 raise InputError(f"export: {plan.name}: {error}") from error
-        calls = {key: call for plan in plans.values() for key, call in plan.calls.items()}
-        self.lowered[target.arch] = _LoweredModel(target, plans, calls)
+            self.plans[f"sm_{target.arch}/{name}.plan"] = native
+            calls |= native.calls
 
     def compile(self, progress: Progress) -> None:
-        with progress(sum(len(lowered.calls) for lowered in self.lowered.values())) as tell:
+        with progress(sum(map(len, self.calls.values()))) as tell:
             try:
-                for arch, lowered in self.lowered.items():
-                    self._compile(arch, lowered.calls, tell)
+                for arch, calls in self.calls.items():
+                    self._compile(arch, calls, tell)
             except BrokenProcessPool as error:
                 raise VitrailError(
                     "export: a compiler process was killed, by lack of memory?"
@@ -199,14 +183,14 @@ class _Export:
 
     def write(self, folder: Path) -> None:
         """Writes every file. The record follows all files that it lists, vitrail.json is last."""
-        for arch, lowered in self.lowered.items():
+        for arch in self.targets:
             (folder / f"sm_{arch}").mkdir()
-            for name, plan in lowered.plans.items():
-                write_file(folder / f"sm_{arch}/{name}.plan", plan.record)
+        for name, plan in self.plans.items():
+            write_file(folder / name, plan.record)
         for name, binary in self.kernels.items():
             write_file(folder / name, binary)
-        self._write_weights(folder / WEIGHTS)
-        for name in COPIED:
+        self._write_weights(folder / contents.WEIGHTS)
+        for name in contents.COPIED:
             path = self.loaded.checkpoint.file(name)
             if path is not None:
                 write_file(folder / name, path.read_bytes())
@@ -217,8 +201,8 @@ class _Export:
     def _record(self, folder: Path) -> ExportRecord:
         checkpoint, weights_hash = self.loaded.checkpoint, self.loaded.hash_weights()
         builds = {}
-        for arch, lowered in self.lowered.items():
-            runner = self._identity(lowered.target)
+        for arch, target in self.targets.items():
+            runner = self._identity(target)
             digest = fingerprint(checkpoint, self.spec, weights_hash, self.dtype, runner)
             builds[arch] = Build(runner, digest)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -250,7 +234,7 @@ class _Export:
 
     def _write_weights(self, path: Path) -> None:
         weights, vision = self.loaded.weights, self.spec.vision
-        spans, total = position_tables(self.spec, self.dtype, self.size)
+        spans, total = contents.position_tables(self.spec, self.dtype, self.size)
         weight_bytes = weights.arena.numel()
         tables = torch.zeros(total - weight_bytes, dtype=torch.uint8, device="cpu")
         if vision is not None and self.size is not None:
@@ -260,7 +244,9 @@ class _Export:
                 tables[start - weight_bytes : stop - weight_bytes] = table.view(-1).view(
                     torch.uint8
                 )
-        write_file(path, weights_header(total), weights.arena.numpy().data, tables.numpy().data)
+        write_file(
+            path, contents.weights_header(total), weights.arena.numpy().data, tables.numpy().data
+        )
 
 
 # -- the folder ------------------------------------------------------------------------------------
