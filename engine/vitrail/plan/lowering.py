@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vitrail_kernels import OPERATORS, Call
-from vitrail_kernels.compile import identity, source_of
-from vitrail_kernels.configs import MOST, KernelConfig
-from vitrail_kernels.launch import Target
 
 from vitrail.dtypes import dtype_name
 from vitrail.plan.kernel_binary import kernel_key
 from vitrail.plan.plan import Affine, Plan, Step
 from vitrail.plan.record import items, magic, string
 from vitrail.weights.layout import Weights
+from vitrail_kernels import OPERATORS, Call
+from vitrail_kernels.compile import identity, source_of
+from vitrail_kernels.configs import MOST, KernelConfig
+from vitrail_kernels.launch import Target
 
 INT32, INT64, FLOAT, POINTER, MAP, NULL = range(6)
 """Types of kernel arguments, as in csrc/plan.hpp."""

@@ -17,9 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from vitrail_kernels.compile import provenance
-from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
-from vitrail_kernels.processes import in_processes
 
 from vitrail.checkpoint.contents import EXPORT
 from vitrail.dtypes import HALVES, parse_dtype
@@ -36,6 +33,9 @@ from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.tools.workload import preprocessed_size
+from vitrail_kernels.compile import provenance
+from vitrail_kernels.launch import INTERPRETING, MISSING, Call, Target, interpreted
+from vitrail_kernels.processes import in_processes
 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical GPU of each architecture, from NVIDIA's architecture papers: A100,
