@@ -96,7 +96,7 @@ Digest read_digest(Reader& in) {
 File read_entry(Reader& in) {
     File file;
     file.path = in.string();
-    file.bytes = in.number<uint64_t>();
+    in.read(file.bytes);
     file.digest = read_digest(in);
     if (!is_inside(file.path)) {
         in.fail("got a path out of the folder, wanted one in it: " + file.path);
@@ -126,19 +126,18 @@ VisionFacts read_vision(Reader& in) {
 TextFacts read_text(Reader& in) {
     TextFacts facts;
     for (uint32_t* side : {&facts.vocab, &facts.context, &facts.embedding}) *side = read_side(in);
-    facts.eos = in.number<int32_t>();
+    in.read(facts.eos);
     return facts;
 }
 
 Build read_build(Reader& in) {
     Build build;
-    build.arch = in.number<uint32_t>();
+    in.read(build.arch);
     build.fingerprint = in.string();
     build.endpoints = in.list([](Reader& reader) {
         EndpointFile endpoint;
         endpoint.name = reader.string();
-        endpoint.plan = reader.number<uint32_t>();
-        endpoint.table = reader.number<int64_t>();
+        reader.read(endpoint.plan, endpoint.table);
         return endpoint;
     });
     build.kernels = in.list([](Reader& reader) { return reader.number<uint32_t>(); });
@@ -174,10 +173,7 @@ void ExportFolder::parse(Reader& in, const std::string& version) {
         refuse(summary, "got other bytes than the copy in model.vitrail");
     }
     files = in.list(read_entry);
-    weights = in.number<uint32_t>();
-    for (uint64_t* number : {&arena_offset, &arena_bytes, &weight_bytes}) {
-        *number = in.number<uint64_t>();
-    }
+    in.read(weights, arena_offset, arena_bytes, weight_bytes);
     if (in.number<uint8_t>() != 0) vision = read_vision(in);
     if (in.number<uint8_t>() != 0) text = read_text(in);
     builds = in.list(read_build);

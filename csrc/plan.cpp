@@ -12,10 +12,7 @@ constexpr int64_t kMaxNumber = int64_t{1} << 40;  // products of these fit into 
 
 Affine read_affine(Reader& in) {
     Affine affine;
-    affine.sequences = in.number<int32_t>();
-    affine.tokens = in.number<int32_t>();
-    affine.longest = in.number<int32_t>();
-    affine.constant = in.number<int64_t>();
+    in.read(affine.sequences, affine.tokens, affine.longest, affine.constant);
     in.want(affine.constant >= -kMaxNumber && affine.constant <= kMaxNumber, "a size out of range");
     return affine;
 }
@@ -24,8 +21,7 @@ Buffer read_buffer(Reader& in) {
     Buffer buffer;
     buffer.name = in.string();
     buffer.rows = read_affine(in);
-    buffer.row_bytes = in.number<int64_t>();
-    buffer.slot = in.number<int32_t>();
+    in.read(buffer.row_bytes, buffer.slot);
     in.want(buffer.row_bytes > 0 && buffer.row_bytes < kMaxNumber / 65536,
             "a row size out of range");
     in.want(buffer.external() || buffer.rows.grows(), "an arena buffer that can shrink");
@@ -43,16 +39,14 @@ Argument read_argument(Reader& in) {
             argument.integer = read_affine(in);
             break;
         case ArgumentType::kFloat:
-            argument.number = in.number<float>();
+            in.read(argument.number);
             break;
         case ArgumentType::kPointer:
         case ArgumentType::kMap:
-            argument.address.buffer = in.number<int32_t>();
-            argument.address.offset = in.number<int64_t>();
+            in.read(argument.address.buffer, argument.address.offset);
             if (argument.type == ArgumentType::kMap) {
                 argument.rows = read_affine(in);
-                argument.columns = in.number<int64_t>();
-                argument.stride = in.number<int64_t>();
+                in.read(argument.columns, argument.stride);
                 in.want(argument.columns > 0 && argument.columns < kMaxNumber &&
                             argument.stride > 0 && argument.stride < kMaxNumber,
                         "a tensor map whose size is out of range");
@@ -66,12 +60,10 @@ Argument read_argument(Reader& in) {
 
 Variant read_variant(Reader& in) {
     Variant variant;
-    variant.max_rows = in.number<int64_t>();
-    variant.kernel = in.number<uint32_t>();
+    in.read(variant.max_rows, variant.kernel);
     variant.grid.times = read_affine(in);
     variant.grid.rows = read_affine(in);
-    variant.grid.block = in.number<uint32_t>();
-    variant.grid.per_multiprocessor = in.number<uint32_t>();
+    in.read(variant.grid.block, variant.grid.per_multiprocessor);
     in.want(variant.grid.block > 0, "a grid whose blocks have no rows");
     variant.arguments = in.list(read_argument);
     uint32_t bytes = 0;
@@ -152,7 +144,7 @@ Plan Plan::parse(std::string_view bytes) {
     Reader in(bytes, "plan", kPlanMagic);
     Plan plan;
     plan.name = in.string();
-    plan.weight_bytes = in.number<uint64_t>();
+    in.read(plan.weight_bytes);
     plan.buffers = in.list(read_buffer);
     plan.kernel_keys = in.list([](Reader& reader) { return reader.string(); });
     plan.launches = in.list(read_launch);
@@ -167,15 +159,11 @@ KernelBinary KernelBinary::parse(std::string_view bytes) {
     KernelBinary binary;
     binary.key = in.string();
     binary.function = in.string();
-    binary.arch = in.number<uint32_t>();
-    binary.threads = in.number<uint32_t>();
-    binary.shared = in.number<uint32_t>();
+    in.read(binary.arch, binary.threads, binary.shared);
     binary.overlaps = in.number<uint8_t>() != 0;
     binary.boxes = in.list([](Reader& reader) {
         Box box;
-        for (uint32_t* number : {&box.type, &box.swizzle, &box.bytes, &box.rows, &box.columns}) {
-            *number = reader.number<uint32_t>();
-        }
+        reader.read(box.type, box.swizzle, box.bytes, box.rows, box.columns);
         return box;
     });
     binary.cubin = in.bytes();

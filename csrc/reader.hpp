@@ -36,6 +36,12 @@ class Reader {
         return value;
     }
 
+    // Reads several numbers, each of its own type.
+    template <typename... Numbers>
+    void read(Numbers&... numbers) {
+        ((numbers = number<Numbers>()), ...);
+    }
+
     std::string_view bytes() { return take(number<uint64_t>()); }
     std::string string() { return std::string(bytes()); }
 
