@@ -79,14 +79,6 @@ class _CachedPlan(NamedTuple):
     sizes: dict[Size, _SizeEntry]
 
 
-def _check_without_tma(exported: ExportFolder, arch: int) -> None:
-    if WITHOUT_TMA not in exported.builds[arch]:
-        raise InputError(
-            f"{TMA}=0: got {exported.folder}, whose kernels for sm_{arch} use TMA; export it again "
-            f"with {TMA}=0, load the checkpoint itself, or unset {TMA}"
-        )
-
-
 class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
@@ -113,15 +105,18 @@ class NativeRunner(TritonRunner):
         except RuntimeError as error:
             raise DeviceError(f"native backend on {self.device}: {error}") from error
         major, minor = self._gpu.capability
-        self.target = Target(10 * major + minor, self._gpu.multiprocessors)
+        self.target = Target(arch := 10 * major + minor, self._gpu.multiprocessors)
         self._kernels = _C.Kernels(self._gpu)
-        if exported is not None and self.target.arch not in exported.builds:
-            exported = None
-        if exported is not None and self.target.without_tma:
-            _check_without_tma(exported, self.target.arch)
-        self._exported = exported
-        tables = {} if exported is None else exported.tables
-        self._tables = {kind: table.to(self.device) for kind, table in tables.items()}
+        self._exported = exported if exported is not None and arch in exported.builds else None
+        self._tables: dict[str, Tensor] = {}
+        if self._exported is not None:
+            if self.target.without_tma and WITHOUT_TMA not in self._exported.builds[arch]:
+                raise InputError(
+                    f"{TMA}=0: got {self._exported.folder}, whose kernels for sm_{arch} use TMA; "
+                    f"export it again with {TMA}=0, load the checkpoint itself, or unset {TMA}"
+                )
+            tables = self._exported.tables
+            self._tables = {name: table.to(self.device) for name, table in tables.items()}
         self._overlap = os.environ.get(OVERLAP) == "1"
         self._plans: OrderedDict[tuple[Any, ...], _CachedPlan] = OrderedDict()
         self._lock = threading.Lock()
@@ -162,9 +157,11 @@ class NativeRunner(TritonRunner):
     def identity(self) -> str:
         if self._exported is None:
             return super().identity
-        stored = self._exported.builds[self.target.arch]
-        own = stored if NO_TRITON is not None else super().identity
-        return own if own == stored else f"{stored}; plans that are not exported: {own}"
+        exported = self._exported.builds[self.target.arch]
+        compiled = exported if NO_TRITON is not None else super().identity
+        if compiled == exported:
+            return exported
+        return f"{exported}; plans that are not exported: {compiled}"
 
     def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
         """As `Runner.position_table`; an export's own table for its size."""
