@@ -40,15 +40,16 @@ class RecordReader:
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
         """Numbers in a layout of `struct`."""
-        layout = f"<{layout}"
-        start, self._position = self._position, self._position + struct.calcsize(layout)
-        if self._position > len(self._record):
-            raise ValueError(f"{len(self._record):,} bytes, which end early")
-        return struct.unpack_from(layout, self._record, start)
+        return struct.unpack(f"<{layout}", self._take(struct.calcsize(f"<{layout}")))
 
     def string(self) -> bytes:
-        (size,) = self.numbers("Q")
-        return bytes(self.numbers(f"{size}s")[0])
+        return self._take(*self.numbers("Q"))
+
+    def _take(self, count: int) -> bytes:
+        start, self._position = self._position, self._position + count
+        if self._position > len(self._record):
+            raise ValueError(f"{len(self._record):,} bytes, which end early")
+        return self._record[start : self._position]
 
     def items(self, read: Callable[[], T]) -> list[T]:
         """A list; ``read`` reads one item."""
