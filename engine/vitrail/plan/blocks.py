@@ -68,9 +68,8 @@ def add_dense_blocks(
 ) -> Buffer:
     """Every block over every token. Returns the residual stream after the last block.
 
-    The input of block i stays in a buffer of its own for each i in ``taps``, and so does the result
-    of the last block if ``taps`` has the number of blocks. Nothing is copied: the next block writes
-    to another buffer.
+    The buffer ``hidden.<i>`` keeps the stream before block i for each i in ``taps``, or the result
+    if i is the number of blocks. Nothing is copied: the next block writes to another buffer.
     """
     for layer in range(build.spec.layers):
         out = x
@@ -81,11 +80,6 @@ def add_dense_blocks(
         add_block(build, layer, x, out, kv_lens)
         x = out
     return x
-
-
-def first_stream(taps: Sequence[int]) -> str:
-    """The name of the residual stream before block 0, which is an output if ``taps`` has 0."""
-    return "hidden.0" if 0 in taps else "stream.0"
 
 
 def add_pool(

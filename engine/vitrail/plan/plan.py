@@ -29,9 +29,8 @@ class Affine(NamedTuple):
     constant: int = 0
 
     def at(self, batch: int, tokens: int, longest: int) -> int:
-        return (
-            self.sequences * batch + self.tokens * tokens + self.longest * longest + self.constant
-        )
+        variable = self.sequences * batch + self.tokens * tokens + self.longest * longest
+        return variable + self.constant
 
 
 PER_SEQUENCE = Affine(sequences=1)
@@ -161,9 +160,7 @@ class Plan:
 
         tensors = {b.name: meta(b.shape(batch, tokens, longest), b.dtype) for b in self.buffers}
         tensors |= inputs or {}
-        packed = weights or {
-            name: meta(weight.shape, weight.dtype) for name, weight in self.weights
-        }
+        packed = weights or {name: meta(w.shape, w.dtype) for name, w in self.weights}
         for step in self.steps:
             arguments = {arg: tensors[name] for arg, name in step.buffers}
             arguments |= {arg: packed[name] for arg, name in step.weights}
@@ -174,8 +171,6 @@ class Plan:
         costs = []
         for step, arguments, scalars in self.bind(lengths, compute):
             cost = OPERATORS[step.op].cost(**arguments, **scalars, lengths=lengths)
-            shapes = " ".join(
-                f"{arg}{tuple(t.shape)}".replace(" ", "") for arg, t in arguments.items()
-            )
-            costs.append(StepCost(step.label, step.op, shapes, cost.flops, cost.bytes))
+            shapes = [f"{arg}{tuple(t.shape)}".replace(" ", "") for arg, t in arguments.items()]
+            costs.append(StepCost(step.label, step.op, " ".join(shapes), cost.flops, cost.bytes))
         return costs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from vitrail.plan.blocks import add_dense_blocks, add_pool, add_pooled_blocks, first_stream
+from vitrail.plan.blocks import add_dense_blocks, add_pool, add_pooled_blocks
 from vitrail.plan.builder import CU_SEQLENS, KV_LENS, TOKEN_ROWS, Builder
 from vitrail.plan.plan import PER_TOKEN, Buffer, Plan
 from vitrail.spec import TextSpec
@@ -39,7 +39,7 @@ def text_dense(spec: TextSpec, *, taps: tuple[int, ...] = (), masked: bool = Fal
     the attention mask lets through.
     """
     build = Builder("text", spec.blocks, (*INPUTS, KV_LENS) if masked else INPUTS)
-    x = build.per_token(first_stream(taps))
+    x = build.per_token("hidden.0" if 0 in taps else "stream.0")
     build.text_embed(x, IDS, POSITIONS)
     x = add_dense_blocks(build, x, taps, KV_LENS if masked else None)
     normalized, pooler = build.per_token("last"), build.per_sequence("pooler")

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from vitrail.plan.blocks import (
-    add_block,
-    add_dense_blocks,
-    add_pool,
-    add_pooled_blocks,
-    first_stream,
-)
+from vitrail.plan.blocks import add_block, add_dense_blocks, add_pool, add_pooled_blocks
 from vitrail.plan.builder import CU_SEQLENS, DISTILLATION_ROWS, TOKEN_ROWS, Builder
 from vitrail.plan.plan import Affine, Buffer, Plan
 from vitrail.spec import HeadSpec, VisionSpec
@@ -43,7 +37,8 @@ def vision_scores(spec: VisionSpec, head: HeadSpec, *, uint8: bool) -> Plan:
     if head.features == "class":
         logits = _add_token_head(build, head, add_pooled_blocks(build, x))
     elif head.features == "class_mean":
-        normalized = _add_norm(build, add_dense_blocks(build, x))
+        normalized = build.per_token("last")
+        build.layernorm("norm", normalized, add_dense_blocks(build, x))
         logits = _add_class_mean_head(build, head, spec, normalized)
     else:
         *_, logits = _add_distilled_heads(build, head, add_dense_blocks(build, x), total=True)
@@ -70,7 +65,7 @@ def vision_dense(
     """
     if spec.norm == "pooled":
         taps = tuple(sorted({*taps, spec.blocks.layers}))
-    build, x = _embed(spec, uint8, first_stream(taps), head)
+    build, x = _embed(spec, uint8, "hidden.0" if 0 in taps else "stream.0", head)
     x = add_dense_blocks(build, x, taps)
     outputs = [build.per_token(f"hidden.{tap}") for tap in taps]
     if spec.norm == "pooled":
@@ -79,7 +74,8 @@ def vision_dense(
         if spec.projection is not None:
             outputs += add_pool(build, spec, x, TOKEN_ROWS)
         return build.finish("dense", vision_layout(spec, head), outputs)
-    normalized = _add_norm(build, x)
+    normalized = build.per_token("last")
+    build.layernorm("norm", normalized, x)
     outputs.append(normalized)
     if head is not None and head.features == "class":
         outputs.append(_add_token_head(build, head, x, TOKEN_ROWS))
@@ -136,13 +132,6 @@ def _embed(
     if spec.pre_norm:
         build.layernorm("pre_norm", x, x)
     return build, x
-
-
-def _add_norm(build: Builder, x: Buffer) -> Buffer:
-    """The final LayerNorm of every token."""
-    normalized = build.per_token("last")
-    build.layernorm("norm", normalized, x)
-    return normalized
 
 
 def _add_token_head(

@@ -37,7 +37,11 @@ def activations(
 
 
 class ArenaPool:
-    """Idle activation arenas, so that a repeated call allocates nothing."""
+    """Idle activation arenas, so that a repeated call on the CPU allocates nothing.
+
+    On a GPU the pool stays empty. PyTorch's allocator reuses memory in the order of a stream; the
+    pool would give an arena to another stream while the first still writes to it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._idle, self._lock = device, list[Tensor](), threading.Lock()
@@ -57,7 +61,8 @@ class ArenaPool:
     def give(self, arena: Tensor) -> None:
         with self._lock:
             total = sum(idle.numel() for idle in self._idle) + arena.numel()
-            if len(self._idle) < IDLE_ARENAS and arena.numel() > 0 and total <= IDLE_BYTES:
+            fits = len(self._idle) < IDLE_ARENAS and total <= IDLE_BYTES
+            if fits and arena.numel() > 0 and self._device.type == "cpu":
                 self._idle.append(arena)
 
 

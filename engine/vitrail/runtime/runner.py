@@ -20,17 +20,6 @@ from vitrail.torch_modes import default_modes, refuse_lost_threads
 from vitrail.weights.layout import Weights
 
 
-def _on(device: torch.device, weights: Weights) -> Weights:
-    """``weights`` on ``device``. Raises OutOfMemoryError if they do not fit there."""
-    try:
-        with device_errors():
-            return weights.to(device)
-    except OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"{device}: got no room for {weights.arena.numel():,} bytes of weights: {error}"
-        ) from error
-
-
 class Runner(ABC):
     """Runs plans of one model on one device, from any number of threads at once.
 
@@ -44,7 +33,14 @@ class Runner(ABC):
         if device.type == "cuda" and device.index is None:
             # name the device by number: threads may have different current devices
             device = torch.device("cuda", torch.cuda.current_device())
-        self.weights, self.dtype, self.device = _on(device, weights), dtype, device
+        self.dtype, self.device = dtype, device
+        try:
+            with device_errors():
+                self.weights = weights.to(device)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{device}: got no room for {weights.arena.numel():,} bytes of weights: {error}"
+            ) from error
         self._arenas = ArenaPool(device)
         self._position_tables = PositionTables()
         self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
@@ -116,7 +112,7 @@ class Runner(ABC):
         refuse_lost_threads()
         with default_modes(), self._on_device():
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
-            arena = self._take_arena(sum(sizes))
+            arena = self._arenas.take(sum(sizes))
             tensors = {**inputs, **activations(plan, sizes, arena, batch, tokens, self._dtypes)}
             for buffer in plan.buffers:
                 if buffer.name in plan.outputs:
@@ -126,7 +122,7 @@ class Runner(ABC):
             if batch:
                 self._stream()
                 self.run_steps(plan.steps, tensors, longest)
-            self._give_arena(arena)
+            self._arenas.give(arena)
             return {name: tensors[name] for name in plan.outputs}
 
     def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
@@ -151,14 +147,3 @@ class Runner(ABC):
             self.weights.arena.record_stream(stream)
             self._streams.add(handle)
         return handle
-
-    # On a GPU, PyTorch's allocator reuses memory in the order of a stream. The pool does not:
-    # another stream could take an arena that the first stream still writes to.
-    def _take_arena(self, nbytes: int) -> Tensor:
-        if self.device.type == "cpu":
-            return self._arenas.take(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def _give_arena(self, arena: Tensor) -> None:
-        if self.device.type == "cpu":
-            self._arenas.give(arena)
