@@ -3,7 +3,7 @@
     <folder>/<64 hex digits>.kernel     SHA-256 of the kernel binary, the binary
 
 The folder is $VITRAIL_CACHE, or else vitrail/kernels in $XDG_CACHE_HOME or ~/.cache. The name of an
-entry is the SHA-256 of everything that determines the record, so an entry is never out of date. Two
+entry is the SHA-256 of everything that determines the binary, so an entry is never out of date. Two
 processes may write an entry at once: each writes its own draft and renames it. A damaged entry is
 compiled again and replaced. The folder keeps at most `MAX_ENTRIES` entries of 30 to 150 KB. If the
 folder cannot be used, every process compiles its kernels, and one warning says so.
@@ -14,13 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from vitrail.durable import draft_files
 from vitrail.plan.kernel_binary import KERNEL_MAGIC, compile_binary
 from vitrail.plan.record import string
 from vitrail_kernels import Call
@@ -50,7 +48,7 @@ def kernel_record(key: str, call: Call, arch: int) -> bytes:
 
 
 def keep(key: str, record: bytes) -> None:
-    """Store a record that was compiled elsewhere."""
+    """Store a kernel binary that was compiled elsewhere."""
     path = _path(key)
     if path is not None:
         _write(path, record)
@@ -76,7 +74,7 @@ def _path(key: str) -> Path | None:
 
 
 def _read(path: Path, key: str) -> bytes | None:
-    """The record in ``path``; None if the file is missing or damaged."""
+    """The kernel binary in ``path``; None if the file is missing or damaged."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_ENTRY_BYTES)
@@ -93,8 +91,12 @@ def _read(path: Path, key: str) -> bytes | None:
 def _write(path: Path, record: bytes) -> None:
     try:
         _prepare(path.parent)
-        with _draft(path) as file:
-            file.write(hashlib.sha256(record).digest() + record)
+        with draft_files([path]) as drafts:
+            (draft,) = drafts
+            draft.touch(0o600, exist_ok=False)
+            # not synced: an entry that a crash cuts off is damaged and compiled again
+            draft.write_bytes(hashlib.sha256(record).digest() + record)
+            draft.replace(path)
         _prune(path.parent)
     except OSError as error:
         _warn(path.parent, error)
@@ -105,23 +107,6 @@ def _prepare(root: Path) -> None:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _warn(root, "others can write there, and what they write runs on your GPU")
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces ``path`` at the end, and is deleted after an error.
-
-    It is not synced: an entry that a crash cut off is damaged and compiled again.
-    """
-    descriptor, name = tempfile.mkstemp(".draft", f".{path.name[:16]}.", path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _prune(root: Path) -> None:

@@ -1,7 +1,7 @@
-"""The operator `resize` by its Triton kernels, launched through the driver.
+"""The operator `resize` by its Triton kernels, for the backend "native" without a CUDA binary.
 
-They serve if no CUDA binary was built. Their numbers follow from every single image, so they are no
-plan; Triton's own launcher would need a C compiler.
+They are launched through the driver, because Triton's own launcher needs a C compiler. They are not
+part of a plan, because their integer arguments depend on the size of every image.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class TritonResize:
         self._loaded: dict[str, tuple[_C.CudaBinary, str, int, int]] = {}
 
     def __call__(self, stream: int, record: Record, *tensors: Tensor) -> None:
-        """`resize_ref` on ``stream``; ``record`` gives the image of a kernel by its key. Raises
-        ValueError for another shape, dtype or layout, and `_C.DriverError`."""
+        """`resize_ref` on ``stream``; ``record`` gives the kernel binary of a call by its key.
+
+        Raises ValueError for another shape, dtype or layout; `_C.DriverError` if the driver fails.
+        """
         for call in resize_calls(self._target, *tensors):
             if call.grid.blocks == 0:
                 continue
-            image, function, threads, shared = self._kernel(call, record)
-            arguments = _arguments(call, self._target.arch)
-            blocks = call.grid.blocks
-            image.launch(function, blocks, (threads, 1), arguments, stream, False, shared)
+            binary, function, threads, shared = self._kernel(call, record)
+            arguments, blocks = _arguments(call, self._target.arch), call.grid.blocks
+            binary.launch(function, blocks, (threads, 1), arguments, stream, False, shared)
 
     def _kernel(self, call: Call, record: Record) -> tuple[_C.CudaBinary, str, int, int]:
         from vitrail import _C
@@ -52,7 +53,7 @@ class TritonResize:
 
 
 def _arguments(call: Call, arch: int) -> list[tuple[int, int]]:
-    """(value, bytes) of every parameter; Triton's two for scratch memory come last."""
+    """(value, bytes) of every parameter. The last two are for Triton's scratch memory."""
     values = []
     for name, type_name in source_of(call, arch)[0].signature.items():
         value = call.arguments[name]
