@@ -49,36 +49,32 @@ class CropTask(NamedTuple):
         return int(self.pixels.size + lines * channels)
 
 
-def _axes(image: Image.Image | Pixels, spec: ImageSpec, location: str) -> tuple[Axis, Axis]:
-    if isinstance(image, Image.Image):
-        return geometry(image.height, image.width, spec, location)
-    return geometry(image.shape[0], image.shape[1], spec, location)
-
-
-def _crop(image: Image.Image | Pixels, spec: ImageSpec, location: str) -> Pixels:
-    """If Pillow has no mode for the number of channels, each channel is resized by itself."""
-    rows, columns = _axes(image, spec, location)
-    if isinstance(image, Image.Image):
-        return crop_axes(image, rows, columns, spec.resample)
-    if image.shape[2] == 3:
-        return crop_axes(Image.fromarray(image), rows, columns, spec.resample)
-    planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(np.moveaxis(image, 2, 0))]
-    crops = [crop_axes(plane, rows, columns, spec.resample) for plane in planes]
-    return np.concatenate(crops, axis=2)
-
-
-def _cropper(
+def _decoder(
     spec: ImageSpec, channels: int, size: tuple[int, int] | None, sixteen_bit: SixteenBit
-) -> Callable[[PixelInput], Pixels]:
-    """The function that decodes and crops an image. Raises InputError for wrong arguments."""
+) -> Callable[[PixelInput], tuple[str, Image.Image | Pixels, Axis, Axis]]:
+    """A function: image -> its name for messages, the decoded image, rows and columns."""
     check_arguments(channels, sixteen_bit)
     sized = spec_at(spec, size)
 
-    def crop(image: PixelInput) -> Pixels:
+    def decode(image: PixelInput) -> tuple[str, Image.Image | Pixels, Axis, Axis]:
         location, opened = open_image(image, channels, LIMITS, sixteen_bit)
-        return _crop(opened, sized, location)
+        if isinstance(opened, Image.Image):
+            height, width = opened.height, opened.width
+        else:
+            height, width = opened.shape[:2]
+        return location, opened, *geometry(height, width, sized, location)
 
-    return crop
+    return decode
+
+
+def _crop(image: Image.Image | Pixels, rows: Axis, columns: Axis, resample: int) -> Pixels:
+    """If Pillow has no mode for the number of channels, each channel is resized by itself."""
+    if isinstance(image, Image.Image):
+        return crop_axes(image, rows, columns, resample)
+    if image.shape[2] == 3:
+        return crop_axes(Image.fromarray(image), rows, columns, resample)
+    planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(np.moveaxis(image, 2, 0))]
+    return np.concatenate([crop_axes(plane, rows, columns, resample) for plane in planes], axis=2)
 
 
 def preprocess_uint8(
@@ -95,7 +91,8 @@ def preprocess_uint8(
     `spec_at` does. Returns uint8 (h, w, channels) for each image, or the ImageError or InputError
     of an image that cannot be used. Raises InputError only for arguments that no image could meet.
     """
-    return _map(_cropper(spec, channels, size, sixteen_bit), images)
+    decode = _decoder(spec, channels, size, sixteen_bit)
+    return _map(lambda image: _crop(*decode(image)[1:], spec.resample), images)
 
 
 def preprocess_float(
@@ -107,9 +104,9 @@ def preprocess_float(
     sixteen_bit: SixteenBit = "scale",
 ) -> list[Floats | VitrailError]:
     """`preprocess_uint8` followed by `normalize`: float32 (channels, h, w) for each image."""
-    crop = _cropper(spec, channels, size, sixteen_bit)
+    decode = _decoder(spec, channels, size, sixteen_bit)
     value_table(spec, channels)  # raises here if the mean has another number of channels
-    return _map(lambda image: normalize(crop(image), spec), images)
+    return _map(lambda image: normalize(_crop(*decode(image)[1:], spec.resample), spec), images)
 
 
 def decode_crop_tasks(
@@ -126,17 +123,15 @@ def decode_crop_tasks(
     No further image is begun once the tasks hold ``stop_bytes`` of device memory. An image that
     the operator does not take is cropped here; its task leaves every pixel as it is.
     """
-    check_arguments(channels, sixteen_bit)
-    sized = spec_at(spec, size)
+    decode = _decoder(spec, channels, size, sixteen_bit)
 
     def work(image: PixelInput) -> CropTask:
-        location, opened = open_image(image, channels, LIMITS, sixteen_bit)
-        rows, columns = _axes(opened, sized, location)
+        location, opened, rows, columns = decode(image)
         if _operator_takes(rows, columns, channels):
-            return CropTask(as_array(location, opened), rows, columns, sized.resample)
-        crop = _crop(opened, sized, location)
+            return CropTask(as_array(location, opened), rows, columns, spec.resample)
+        crop = _crop(opened, rows, columns, spec.resample)
         rows, columns = (Axis(side, side, 0, side, 0, side) for side in crop.shape[:2])
-        return CropTask(crop, rows, columns, sized.resample)
+        return CropTask(crop, rows, columns, spec.resample)
 
     return _map_first(work, images, stop_bytes)
 
