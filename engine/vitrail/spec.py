@@ -78,10 +78,10 @@ class BlockSpec:
             ("mlp", self.mlp, 1, 16 * MAX_WIDTH),
         )
         divides, eps = self.width % self.heads == 0, self.eps
-        known = self.activation in ACTIVATIONS
+        activation = self.activation
         _check(
             (divides, "heads", self.heads, f"a divisor of the width {self.width}"),
-            (known, "activation", self.activation, f"one of {ACTIVATIONS}"),
+            (activation in ACTIVATIONS, "activation", activation, f"one of {ACTIVATIONS}"),
             (math.isfinite(eps) and 0 < eps < 1, "layer norm eps", eps, "a number in (0, 1)"),
         )
 
@@ -120,8 +120,8 @@ class PoolerSpec:
 
     def __post_init__(self) -> None:
         _check_counts(("pooler width", self.width, 1, MAX_WIDTH))
-        known, activation = (*ACTIVATIONS, "tanh"), self.activation
-        _check((activation in known, "pooler activation", activation, f"one of {known}"))
+        allowed, activation = (*ACTIVATIONS, "tanh"), self.activation
+        _check((activation in allowed, "pooler activation", activation, f"one of {allowed}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +314,8 @@ class ImageSpec:
         _check_counts(("resample", self.resample, 0, 5))
         if self.resize is not None:
             mode, *sides = self.resize
-            known = (mode, len(sides)) in (("shortest", 1), ("exact", 2))
-            _check((known, "resize", self.resize, "('shortest', edge) or ('exact', height, width)"))
+            valid = (mode, len(sides)) in (("shortest", 1), ("exact", 2))
+            _check((valid, "resize", self.resize, "('shortest', edge) or ('exact', height, width)"))
             _check_counts(*(("resize", side, 1, MAX_IMAGE_SIDE) for side in sides))
         if self.crop is not None:
             _check((len(self.crop) == 2, "crop size", self.crop, "(height, width)"))
@@ -356,18 +356,22 @@ class ModelSpec:
         vision, text, head = self.vision, self.text, self.head
         _check((bool(vision or text), "towers", None, "an image or a text tower"))
         if head is not None:
-            there = vision is not None
             fits = vision is not None and len(head.linears) <= vision.positioned
             _check(
-                (there, "classification head", head.features, "an image tower under it"),
+                (
+                    vision is not None,
+                    "classification head",
+                    head.features,
+                    "an image tower under it",
+                ),
                 (fits, "classification head", head.features, "a distillation token under it"),
             )
         if vision is not None and text is not None:
             widths = vision.projection, text.projection
             shared = widths[0] is not None and widths[0] == widths[1]
             _check((shared, "projections", widths, "one width for both towers"))
-        total, wanted = self.parameters, f"at most {MAX_PARAMETERS} in all"
-        _check((total <= MAX_PARAMETERS, "parameters", total, wanted))
+        total, limit = self.parameters, f"at most {MAX_PARAMETERS} in all"
+        _check((total <= MAX_PARAMETERS, "parameters", total, limit))
 
     @property
     def contrastive(self) -> bool:

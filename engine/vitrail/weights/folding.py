@@ -89,15 +89,11 @@ def _pack_patch(
 def _pack_vision(
     load: WeightLoader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tensor] | None
 ) -> None:
-    prefix = load.packed["vision.prefix"]
+    prefix, positions = load.packed["vision.prefix"], load.read("vision.position")
+    load.packed["vision.position"].copy_(positions[spec.positioned - 1 :])
+    prefix[0] = load.read("vision.class") + positions[0]
     if spec.distillation:
-        positions = load.read("vision.position")
-        load.packed["vision.position"].copy_(positions[1:])
-        prefix[0] = load.read("vision.class") + positions[0]
         prefix[1] = load.read("vision.distillation") + positions[1]
-    else:
-        load.copy("vision.position")
-        prefix[0] = load.read("vision.class") + load.packed["vision.position"][0]
     if spec.registers:
         prefix[spec.positioned :] = load.read("vision.registers")
     _pack_patch(load, spec, pixel_scale)

@@ -31,10 +31,10 @@ def _format_of(checkpoint: Checkpoint) -> Format:
     """The format of a checkpoint; CheckpointError if none or several match."""
     matching = [candidate for candidate in FORMATS if candidate.matches(checkpoint)]
     if len(matching) != 1:
-        got = " and ".join(candidate.name for candidate in matching) or "no known format"
-        known = ", ".join(candidate.name for candidate in FORMATS)
+        names = " and ".join(candidate.name for candidate in matching) or "no known format"
+        formats = ", ".join(candidate.name for candidate in FORMATS)
         raise CheckpointError(
-            f"config.json: got {got}, wanted one of: {known} (a config.json with model_type)"
+            f"config.json: got {names}, wanted one of: {formats} (a config.json with model_type)"
         )
     return matching[0]
 

@@ -167,10 +167,11 @@ def _nested(top: Mapping[str, Any], key: str, tower: str) -> Mapping[str, Any] |
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json: {key}: got {show(values)}, wanted an object")
     _TOWER_SCHEMAS[tower].check(values, f"config.json ({key})")
-    wanted = f"clip_{tower}_model"
-    if values.get("model_type", wanted) != wanted:
+    model_type = f"clip_{tower}_model"
+    stored = values.get("model_type", model_type)
+    if stored != model_type:
         raise CheckpointError(
-            f"config.json ({key}): model_type: got {show(values['model_type'])}, wanted {wanted!r}"
+            f"config.json ({key}): model_type: got {show(stored)}, wanted {model_type!r}"
         )
     return values
 

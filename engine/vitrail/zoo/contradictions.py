@@ -111,8 +111,8 @@ def _image_facts(
     if positions is not None and min(patch) > 0:
         patches = positions - spec.positioned
         side = math.isqrt(max(patches, 0))
-        own = spec.image[0] // patch[0] * (spec.image[1] // patch[1])
-        if side * side == patches and patches not in (0, own):
+        configured = spec.image[0] // patch[0] * (spec.image[1] // patch[1])
+        if side * side == patches and patches not in (0, configured):
             image = _side((side * patch[0], side * patch[1]))
             yield Fact("image_size", _side(spec.image), image, "the position table is for {}")
     if spec.registers:

@@ -101,8 +101,8 @@ def _vision(fields: Fields) -> VisionSpec:
     )
     vision = common.read_vision(fields, blocks)
     if vision.grid[0] != vision.grid[1]:
-        wanted = f"as many patches down as across: DINOv2 reads {vision.grid} as a square"
-        fields.refuse("image_size", wanted)
+        square = f"as many patches down as across: DINOv2 reads {vision.grid} as a square"
+        fields.refuse("image_size", square)
     return vision
 
 

@@ -75,14 +75,14 @@ def _named_class(checkpoint: Checkpoint, family: Family, model_type: str) -> str
     names = checkpoint.config.get("architectures")
     if names is None or names == []:
         return None
-    known = [
+    allowed = [
         name
         for name, architecture in family.architectures.items()
         if not architecture.model_types or model_type in architecture.model_types
     ]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in allowed:
         raise CheckpointError(
-            f"config.json: architectures: got {show(names)}, wanted one of {', '.join(known)}"
+            f"config.json: architectures: got {show(names)}, wanted one of {', '.join(allowed)}"
         )
     name: str = names[0]
     return name

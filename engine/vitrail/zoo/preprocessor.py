@@ -85,8 +85,8 @@ def read_image_spec(
     """
     named = [config[key] for key in _TYPES if config.get(key) is not None]
     if named and (not isinstance(named[0], str) or named[0] not in processors):
-        wanted = f"wanted one of {', '.join(processors)}"
-        raise CheckpointError(f"{_FILE}: image_processor_type: got {show(named[0])}, {wanted}")
+        choices = f"wanted one of {', '.join(processors)}"
+        raise CheckpointError(f"{_FILE}: image_processor_type: got {show(named[0])}, {choices}")
     processor = processors[named[0]] if named else default
     fields = Fields(_FILE, config, processor.defaults)
     unknown = [

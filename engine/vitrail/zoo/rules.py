@@ -96,8 +96,8 @@ def _listing(faults: Mapping[str, list[str]]) -> str:
     """The names by fault: the first of each and the number of the rest."""
     clauses = []
     for fault, names in faults.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        clauses.append(f"{len(names)} {fault}: {', '.join(names[:LISTED])}{more}")
+        rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        clauses.append(f"{len(names)} {fault}: {', '.join(names[:LISTED])}{rest}")
     return "; ".join(clauses)
 
 
