@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -289,7 +291,7 @@ def cases(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
     if not isinstance(vision.get("patch_size"), list) and "patch_size" in vision:
         sides = st.integers(vision["patch_size"], 3 * vision["image_size"])
         size = draw(st.one_of(st.none(), st.tuples(sides, sides)))
-    if architecture in ("ViTModel", "DeiTModel"):
+    if "add_pooling_layer" in inspect.signature(getattr(transformers, architecture)).parameters:
         config["add_pooling_layer"] = draw(st.booleans())
         config["pooler_output_size"] = draw(st.sampled_from((None, 11)))
         config["pooler_act"] = draw(st.sampled_from(("tanh", "gelu")))

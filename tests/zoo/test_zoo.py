@@ -405,8 +405,10 @@ DINOV2 = {
     "use_swiglu_ffn": st.booleans(),
 }
 TEXT = {"vocab_size": st.integers(5, 30), "max_position_embeddings": st.integers(1, 9)}
+VIT_KEYS = {**TINY, **IMAGE, **PLAIN, "qkv_bias": st.booleans()}
 SAMPLES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "vit": {**TINY, **IMAGE, **PLAIN, "qkv_bias": st.booleans()},
+    "vit": VIT_KEYS,
+    "deit": VIT_KEYS,
     "dinov2": {**TINY, **IMAGE, **DINOV2, "use_mask_token": st.booleans()},
     "dinov2_with_registers": {
         **TINY,
@@ -414,21 +416,22 @@ SAMPLES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         **DINOV2,
         "num_register_tokens": st.integers(1, 5),
     },
-    "clip_vision": {**TINY, **IMAGE, **PLAIN, **PROJECTED},
-    "clip_text": {**TINY, **TEXT, **PLAIN, **PROJECTED},
+    "clip_vision_model": {**TINY, **IMAGE, **PLAIN, **PROJECTED},
+    "clip_text_model": {**TINY, **TEXT, **PLAIN, **PROJECTED},
 }
+"""Random arguments of a config class, by model type."""
 
 
 @st.composite
-def drawn(draw: st.DrawFn, sample: str) -> dict[str, Any]:
-    """Random arguments of one config class."""
-    values = {key: draw(strategy) for key, strategy in SAMPLES[sample].items()}
-    if sample == "clip_text":
+def drawn(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
+    """`SAMPLES`, and the keys that depend on others."""
+    values = {key: draw(strategy) for key, strategy in SAMPLES[model_type].items()}
+    if model_type == "clip_text_model":
         values["eos_token_id"] = draw(st.integers(0, values["vocab_size"] - 1))
         return values
     patch = draw(st.integers(1, 5))
     values |= {"patch_size": patch, "image_size": patch * draw(st.integers(1, 4))}
-    if sample == "vit":
+    if SAMPLES[model_type] is VIT_KEYS:
         across = draw(st.integers(1, 4))
         values["image_size"] = draw(
             st.sampled_from([values["image_size"], [values["image_size"], patch * across]])
@@ -450,27 +453,17 @@ def _perturbed(model: torch.nn.Module) -> torch.nn.Module:
 @st.composite
 def models(draw: st.DrawFn, architecture: str) -> Any:
     """A tiny random model of one transformers class, with a random config."""
-    family = FAMILY[architecture].name
     cls = getattr(transformers, architecture)
     labels = {"num_labels": draw(st.integers(1, 5))} if "Classification" in architecture else {}
-    if family in ("vit", "deit"):
-        config = getattr(transformers, architecture).config_class(**draw(drawn("vit")), **labels)
-    elif family == "dinov2":
-        config = transformers.Dinov2Config(**draw(drawn("dinov2")), **labels)
-    elif family == "dinov2_with_registers":
-        values = draw(drawn("dinov2_with_registers"))
-        config = transformers.Dinov2WithRegistersConfig(**values, **labels)
-    elif architecture == "CLIPModel":
+    if architecture == "CLIPModel":
         config = transformers.CLIPConfig(
-            text_config=draw(drawn("clip_text")),
-            vision_config=draw(drawn("clip_vision")),
+            text_config=draw(drawn("clip_text_model")),
+            vision_config=draw(drawn("clip_vision_model")),
             projection_dim=draw(st.integers(1, 20)),
         )
-    elif "Vision" in architecture:
-        config = transformers.CLIPVisionConfig(**draw(drawn("clip_vision")))
     else:
-        config = transformers.CLIPTextConfig(**draw(drawn("clip_text")))
-    if architecture in ("ViTModel", "DeiTModel"):
+        config = cls.config_class(**draw(drawn(cls.config_class.model_type)), **labels)
+    if "add_pooling_layer" in inspect.signature(cls).parameters:
         return _perturbed(cls(config, add_pooling_layer=draw(st.booleans())))
     return _perturbed(cls(config))
 
