@@ -10,7 +10,7 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.errors import CheckpointError, show
 from vitrail.spec import MAX_TABLE, MAX_WIDTH, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import common
-from vitrail.zoo.common import Architecture, Config, Family, Towers, any_starts, block_rules
+from vitrail.zoo.common import Architecture, Config, Family, any_starts, block_rules
 from vitrail.zoo.fields import Fields, is_integer
 from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, copy, ignore
@@ -104,8 +104,6 @@ def _rules(spec: ModelSpec) -> Groups:
     return ((vision, _VISION_RULES), (text, _TEXT_RULES), (("",), _TOP_RULES))
 
 
-# -- the class -------------------------------------------------------------------------------------
-
 _VISION_MARKS = (
     "vision_model.",
     "pre_layrnorm.",
@@ -135,9 +133,6 @@ def _choose(family: Family, checkpoint: Checkpoint, model_type: str, named: str 
     tower, projection = ("Vision", "visual_projection.") if vision else ("Text", "text_projection.")
     projected = named is not None or any_starts(names, projection)
     return f"CLIP{tower}Model" + ("WithProjection" if projected else "")
-
-
-# -- the towers ------------------------------------------------------------------------------------
 
 
 def _fields(config: Config, tower: Literal["text", "vision"]) -> Fields:
@@ -222,12 +217,6 @@ def _eos(fields: Fields, vocab: int) -> int | None:
     return None if value == 2 else int(value)
 
 
-def _towers(config: Config) -> Towers:
-    architecture = config.architecture
-    vision = _vision(config) if architecture.vision else None
-    return vision, _text(config) if architecture.text else None
-
-
 _VISION_MODEL = Architecture(
     ("last_hidden_state", "pooler_output"), model_types=("clip", "clip_vision_model")
 )
@@ -261,7 +250,8 @@ FAMILY = Family(
             _TEXT_MODEL, outputs=("last_hidden_state", "text_embeds"), projection=True
         ),
     },
-    towers=_towers,
+    vision=_vision,
+    text=_text,
     rules=_rules,
     processor=Processor("CLIP", BASE),  # CLIPImageProcessorPil
     choose=_choose,

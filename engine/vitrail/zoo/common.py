@@ -46,8 +46,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 HEAD = (copy("head.*", "classifier.*"),)
 
-Towers = tuple[VisionSpec | None, TextSpec | None]
-
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -100,7 +98,7 @@ class Family:
     """A row of the registry: everything that Vitrail knows of a model family.
 
     ``schemas``: the keys of config.json by model type. ``architectures``: its transformers classes,
-    the base model first. ``towers`` reads the specs of the towers. ``rules``: the tensor names.
+    the base model first. ``vision`` and ``text`` read the towers. ``rules``: the tensor names.
     ``processor``: the default image processor. ``mlp_key``: the config key of the MLP's width.
     ``choose`` tells the class of a checkpoint from its named class, or from its tensors.
     """
@@ -108,14 +106,12 @@ class Family:
     name: str
     schemas: Mapping[str, Schema]
     architectures: Mapping[str, Architecture]
-    towers: Callable[[Config], Towers]
+    vision: Callable[[Config], VisionSpec]
     rules: Callable[[ModelSpec], Groups]
     processor: Processor
+    text: Callable[[Config], TextSpec] | None = None
     mlp_key: str = "intermediate_size"
     choose: Callable[[Family, Checkpoint, str, str | None], str] = marked_class
-
-
-# -- tensor names ----------------------------------------------------------------------------------
 
 
 def any_starts(names: Mapping[str, object], *prefixes: str) -> bool:
@@ -138,9 +134,6 @@ def block_rules(
         full = (prefix + name for prefix, name in zip(prefixes, spellings, strict=True))
         rules.append(copy(f"{tower}.blocks.{{i}}.{canonical}", *full))
     return tuple(rules)
-
-
-# -- keys of config.json ---------------------------------------------------------------------------
 
 
 def read_activation(fields: Fields, key: str) -> Activation:
@@ -205,9 +198,6 @@ def read_pooler(config: Config, fields: Fields, prefix: str) -> PoolerSpec | Non
     if fields.get("pooler_output_size") is not None:
         width = fields.count("pooler_output_size", 1, MAX_WIDTH)
     return PoolerSpec(width, "tanh" if tanh else read_activation(fields, "pooler_act"))
-
-
-# -- the classifier --------------------------------------------------------------------------------
 
 
 def read_head(checkpoint: Checkpoint, architecture: Architecture) -> HeadSpec | None:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
-from vitrail.spec import ModelSpec
 from vitrail.zoo import vit
-from vitrail.zoo.common import HEAD, Architecture, Config, Family, Towers
+from vitrail.zoo.common import HEAD, Architecture, Family
 from vitrail.zoo.preprocessor import BASE, Processor
-from vitrail.zoo.rules import Groups, copy
+from vitrail.zoo.rules import copy
 
 _RULES = (*vit.RULES, copy("vision.distillation", "embeddings.distillation_token"))
 _TEACHER_HEADS = (
     copy("head.class.*", "cls_classifier.*"),
     copy("head.distillation.*", "distillation_classifier.*"),
 )
-
-
-def _towers(config: Config) -> Towers:
-    return dataclasses.replace(vit.read_vision(config, "deit."), distillation=True), None
-
-
-def _rules(spec: ModelSpec) -> Groups:
-    return ((("", "deit."), _RULES), (("",), (*HEAD, *_TEACHER_HEADS)))
 
 
 FAMILY = Family(
@@ -37,8 +28,8 @@ FAMILY = Family(
             ("logits",), features="class_distillation", mark="cls_classifier."
         ),
     },
-    towers=_towers,
-    rules=_rules,
+    vision=lambda config: replace(vit.read_vision(config, "deit."), distillation=True),
+    rules=lambda _: ((("", "deit."), _RULES), (("",), (*HEAD, *_TEACHER_HEADS))),
     # DeiTImageProcessorPil
     processor=Processor(
         "DeiT",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from vitrail.spec import ModelSpec, VisionSpec
 from vitrail.zoo import common
-from vitrail.zoo.common import Architecture, Config, Family, Towers, block_rules
+from vitrail.zoo.common import Architecture, Config, Family, block_rules
 from vitrail.zoo.fields import Fields, words
 from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, NameRule, copy, ignore
@@ -31,19 +32,6 @@ _INERT = DROPOUT | words(
     _out_features _out_indices apply_layernorm drop_path_rate layerscale_value out_features
     out_indices reshape_hidden_states stage_names use_mask_token
     """
-)
-
-# Dinov2Config
-_SCHEMA = Schema(
-    {**_DEFAULTS, "patch_size": 14},
-    _INERT,
-    {"interpolate_antialias": (False,), "interpolate_offset": (0,)},
-)
-# Dinov2WithRegistersConfig
-_SCHEMA_WITH_REGISTERS = Schema(
-    {**_DEFAULTS, "patch_size": 16, "num_register_tokens": 4},
-    _INERT,
-    {"interpolate_antialias": (True,), "interpolate_offset": (0,)},
 )
 
 _STACK = ("encoder.layer.{i}.",)
@@ -90,7 +78,8 @@ def _mlp_width(fields: Fields, gated: bool) -> int:
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
-def _vision(fields: Fields) -> VisionSpec:
+def _vision(schema: Schema, antialias: bool, config: Config) -> VisionSpec:
+    fields = config.fields(schema)
     gated = fields.flag("use_swiglu_ffn")
     blocks = common.read_blocks(
         fields,
@@ -103,18 +92,12 @@ def _vision(fields: Fields) -> VisionSpec:
     if vision.grid[0] != vision.grid[1]:
         square = f"as many patches down as across: DINOv2 reads {vision.grid} as a square"
         fields.refuse("image_size", square)
-    return vision
+    return dataclasses.replace(vision, position_antialias=antialias)
 
 
-def _towers(config: Config) -> Towers:
-    return _vision(config.fields(_SCHEMA)), None
-
-
-def _towers_with_registers(config: Config) -> Towers:
-    fields = config.fields(_SCHEMA_WITH_REGISTERS)
-    registers = fields.count("num_register_tokens", 1, 1024)
-    vision = _vision(fields)
-    return dataclasses.replace(vision, registers=registers, position_antialias=True), None
+def _vision_with_registers(config: Config) -> VisionSpec:
+    registers = config.fields(_WITH_REGISTERS).count("num_register_tokens", 1, 1024)
+    return dataclasses.replace(_vision(_WITH_REGISTERS, True, config), registers=registers)
 
 
 def _rules(spec: ModelSpec) -> Groups:
@@ -123,29 +106,38 @@ def _rules(spec: ModelSpec) -> Groups:
     return ((("", f"{spec.family}."), (*_RULES, *mlp)), (("",), common.HEAD))
 
 
-_BASE_MODEL = Architecture(("last_hidden_state", "pooler_output"))
-_CLASSIFIER = Architecture(("logits",), features="class_mean", mark="classifier.")
-_PROCESSOR = Processor("Bit", BASE)  # BitImageProcessorPil
+def _family(
+    model_type: str, prefix: str, schema: Schema, vision: Callable[[Config], VisionSpec]
+) -> Family:
+    return Family(
+        name=model_type,
+        schemas={model_type: schema},
+        architectures={
+            f"{prefix}Model": Architecture(("last_hidden_state", "pooler_output")),
+            f"{prefix}ForImageClassification": Architecture(
+                ("logits",), features="class_mean", mark="classifier."
+            ),
+        },
+        vision=vision,
+        rules=_rules,
+        processor=Processor("Bit", BASE),  # BitImageProcessorPil
+        mlp_key="mlp_ratio",
+    )
 
-FAMILY = Family(
-    name="dinov2",
-    schemas={"dinov2": _SCHEMA},
-    architectures={"Dinov2Model": _BASE_MODEL, "Dinov2ForImageClassification": _CLASSIFIER},
-    towers=_towers,
-    rules=_rules,
-    processor=_PROCESSOR,
-    mlp_key="mlp_ratio",
+
+# Dinov2Config, Dinov2WithRegistersConfig
+_PLAIN = Schema(
+    {**_DEFAULTS, "patch_size": 14},
+    _INERT,
+    {"interpolate_antialias": (False,), "interpolate_offset": (0,)},
+)
+_WITH_REGISTERS = Schema(
+    {**_DEFAULTS, "patch_size": 16, "num_register_tokens": 4},
+    _INERT,
+    {"interpolate_antialias": (True,), "interpolate_offset": (0,)},
 )
 
-WITH_REGISTERS = Family(
-    name="dinov2_with_registers",
-    schemas={"dinov2_with_registers": _SCHEMA_WITH_REGISTERS},
-    architectures={
-        "Dinov2WithRegistersModel": _BASE_MODEL,
-        "Dinov2WithRegistersForImageClassification": _CLASSIFIER,
-    },
-    towers=_towers_with_registers,
-    rules=_rules,
-    processor=_PROCESSOR,
-    mlp_key="mlp_ratio",
+FAMILY = _family("dinov2", "Dinov2", _PLAIN, partial(_vision, _PLAIN, False))
+WITH_REGISTERS = _family(
+    "dinov2_with_registers", "Dinov2WithRegisters", _WITH_REGISTERS, _vision_with_registers
 )

@@ -54,15 +54,17 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     named = _named_class(checkpoint, family, model_type)
     name = family.choose(family, checkpoint, model_type, named)
     architecture = family.architectures[name]
-    vision, text = family.towers(Config(checkpoint, model_type, named, architecture))
-    features, outputs = architecture.features, architecture.outputs
+    config_of_class = Config(checkpoint, model_type, named, architecture)
+    vision = family.vision(config_of_class) if architecture.vision else None
+    text = family.text(config_of_class) if architecture.text and family.text else None
+    outputs = architecture.outputs
     if vision is not None and vision.pooler is not None:
         outputs += ("pooler_output",)
     return ModelSpec(
         family=family.name,
         architecture=name,
         outputs=outputs,
-        features=features,
+        features=architecture.features,
         vision=vision,
         text=text,
         head=read_head(checkpoint, architecture),

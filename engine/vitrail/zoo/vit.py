@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from vitrail.spec import ModelSpec, VisionSpec
+from vitrail.spec import VisionSpec
 from vitrail.zoo import common
-from vitrail.zoo.common import Architecture, Config, Family, Towers
+from vitrail.zoo.common import Architecture, Config, Family
 from vitrail.zoo.preprocessor import BASE, Processor
-from vitrail.zoo.rules import Groups, copy, ignore
+from vitrail.zoo.rules import copy, ignore
 from vitrail.zoo.schema import DROPOUT, Schema
 
 # ViTConfig
@@ -63,14 +63,6 @@ def read_vision(config: Config, prefix: str) -> VisionSpec:
     return dataclasses.replace(vision, pooler=common.read_pooler(config, fields, prefix))
 
 
-def _towers(config: Config) -> Towers:
-    return read_vision(config, "vit."), None
-
-
-def _rules(spec: ModelSpec) -> Groups:
-    return ((("", "vit."), RULES), (("",), common.HEAD))
-
-
 FAMILY = Family(
     name="vit",
     schemas={"vit": SCHEMA},
@@ -80,8 +72,8 @@ FAMILY = Family(
             ("logits",), features="class", mark="classifier."
         ),
     },
-    towers=_towers,
-    rules=_rules,
+    vision=lambda config: read_vision(config, "vit."),
+    rules=lambda _: ((("", "vit."), RULES), (("",), common.HEAD)),
     # ViTImageProcessorPil
     processor=Processor(
         "ViT",
