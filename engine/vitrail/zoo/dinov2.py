@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from vitrail.zoo.preprocessor import BASE, Processor
 from vitrail.zoo.rules import Groups, NameRule, copy, ignore
 from vitrail.zoo.schema import DROPOUT, Schema
 
-_DEFAULTS: Mapping[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -106,17 +106,28 @@ def _rules(spec: ModelSpec) -> Groups:
     return ((("", f"{spec.family}."), (*_RULES, *mlp)), (("",), common.HEAD))
 
 
+def _schema(antialias: bool, **keys: int) -> Schema:
+    fixed = {"interpolate_antialias": (antialias,), "interpolate_offset": (0,)}
+    return Schema(_DEFAULTS | keys, _INERT, fixed)
+
+
+_PLAIN = _schema(False, patch_size=14)  # Dinov2Config
+_WITH_REGISTERS = _schema(True, patch_size=16, num_register_tokens=4)  # Dinov2WithRegistersConfig
+
+
 def _family(
-    model_type: str, prefix: str, schema: Schema, vision: Callable[[Config], VisionSpec]
+    model_type: str,
+    schema: Schema,
+    vision: Callable[[Config], VisionSpec],
+    base_model: str,
+    classifier: str,
 ) -> Family:
     return Family(
         name=model_type,
         schemas={model_type: schema},
         architectures={
-            f"{prefix}Model": Architecture(("last_hidden_state", "pooler_output")),
-            f"{prefix}ForImageClassification": Architecture(
-                ("logits",), features="class_mean", mark="classifier."
-            ),
+            base_model: Architecture(("last_hidden_state", "pooler_output")),
+            classifier: Architecture(("logits",), features="class_mean", mark="classifier."),
         },
         vision=vision,
         rules=_rules,
@@ -125,19 +136,17 @@ def _family(
     )
 
 
-# Dinov2Config, Dinov2WithRegistersConfig
-_PLAIN = Schema(
-    {**_DEFAULTS, "patch_size": 14},
-    _INERT,
-    {"interpolate_antialias": (False,), "interpolate_offset": (0,)},
+FAMILY = _family(
+    "dinov2",
+    _PLAIN,
+    partial(_vision, _PLAIN, False),
+    "Dinov2Model",
+    "Dinov2ForImageClassification",
 )
-_WITH_REGISTERS = Schema(
-    {**_DEFAULTS, "patch_size": 16, "num_register_tokens": 4},
-    _INERT,
-    {"interpolate_antialias": (True,), "interpolate_offset": (0,)},
-)
-
-FAMILY = _family("dinov2", "Dinov2", _PLAIN, partial(_vision, _PLAIN, False))
 WITH_REGISTERS = _family(
-    "dinov2_with_registers", "Dinov2WithRegisters", _WITH_REGISTERS, _vision_with_registers
+    "dinov2_with_registers",
+    _WITH_REGISTERS,
+    _vision_with_registers,
+    "Dinov2WithRegistersModel",
+    "Dinov2WithRegistersForImageClassification",
 )
