@@ -216,7 +216,7 @@ def _start_job(out: Path, job: dict[str, Any]) -> None:
     if changed:
         changes = "; ".join(f"{key}: then {former.get(key)}, now {job[key]}" for key in changed)
         raise InputError(
-            f"{out}: was begun with other inputs or options ({changes}). Use those, another "
+            f"{out}: was started with other inputs or options ({changes}). Use those, another "
             "folder, or --overwrite to start from scratch"
         )
 

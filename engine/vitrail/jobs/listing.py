@@ -48,14 +48,14 @@ Source = str | TarMember
 
 
 @dataclass(slots=True)
-class Listing:
+class ImageListing:
     """The images, and how many files of each unread extension were skipped."""
 
     sources: list[Source] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(inputs: Sequence[str], lists: Sequence[str] = ()) -> Listing:
+def find_images(inputs: Sequence[str], lists: Sequence[str] = ()) -> ImageListing:
     """The images of ``inputs`` in order (files, folders, patterns, tars), then those of ``lists``.
 
     A file may have any name. A folder is searched recursively, except for links to folders and
@@ -69,7 +69,7 @@ def find_images(inputs: Sequence[str], lists: Sequence[str] = ()) -> Listing:
 
     Raises InputError if an input does not exist or cannot be listed, or if there is no image.
     """
-    listing = Listing()
+    listing = ImageListing()
     listed: set[str] = set()
     missing = [name for name in inputs if not (os.path.lexists(name) or glob.has_magic(name))]
     if missing:
