@@ -89,7 +89,7 @@ def _runs() -> dict[str, Callable[[], Any]]:
     """The cases, and the tokenizer alone."""
     import torch
 
-    from vitrail.model.labels import LabelCache
+    from vitrail.model.texts import LabelCache
 
     torch.set_num_threads(1)
     model, captions = _model(), _captions(CAPTIONS)

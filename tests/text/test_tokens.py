@@ -19,7 +19,7 @@ from vitrail.model.batches import one_behind
 from vitrail.model.texts import CPU_TEXT_BYTES
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_pooled
-from vitrail.runtime.native import SIZES
+from vitrail.runtime.native import MAX_SIZES
 from vitrail.runtime.towers import TextTower
 from vitrail.spec import BlockSpec, TextSpec
 from vitrail.text.tokens import TokenIds
@@ -148,7 +148,7 @@ def test_100000_captions_take_a_plan_call_a_batch_and_keep_their_order(
     # as few as the arena allows, and one more for each length, where a call ends early
     fewest = lengths.sum() / (whole * text.context)
     assert fewest <= len(made) <= fewest + len(set(lengths.tolist()))
-    assert len(set(made)) < SIZES, "more sizes than the native runner keeps"
+    assert len(set(made)) < MAX_SIZES, "more sizes than the native runner keeps"
 
 
 def test_1000_labels_take_one_plan_call_and_none_once_they_are_known(model: vitrail.Model) -> None:

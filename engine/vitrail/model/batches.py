@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,21 +16,13 @@ ACTIVATION_BYTES = 256 << 20
 """Bytes of activations in a batch, unless the caller names a batch size."""
 
 
-class Sliceable(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, half: slice, /) -> Any: ...
-
-
-Items = TypeVar("Items", bound=Sliceable)
 Result = TypeVar("Result")
 
 
-def in_halves(compute: Callable[[Items], Result], items: Items) -> Iterator[tuple[Items, Result]]:
+def in_halves(compute: Callable[[Any], Result], items: Any) -> Iterator[tuple[Any, Result]]:
     """Yield ``items`` and ``compute(items)``; when memory runs out, the same for each half.
 
-    Halves are halved again, down to single items. Raises OutOfMemoryError (or PyTorch's) if memory
-    has no room for a single item.
+    ``items`` has a length and slices. Halves are halved again, down to single items.
     """
     try:
         result = compute(items)

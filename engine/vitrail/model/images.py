@@ -15,10 +15,9 @@ from vitrail.image import preprocess
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.geometry import spec_at
 from vitrail.image.sources import PixelInput
-from vitrail.model.arguments import Size
+from vitrail.model.arguments import Size, check_pixels
 from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
 from vitrail.model.crops import CropBatch, device_batch, host_batch
-from vitrail.model.image_arguments import check_pixels
 from vitrail.model.layers import first_bad_block
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import VisionTower
@@ -184,9 +183,8 @@ class ImageEncoder:
         try:
             while True:
                 following = start + batch.taken
-                ahead = None
-                if following < len(images):
-                    ahead = pool.submit(self._crops, images[following : following + step], size)
+                waiting = images[following : following + step]
+                ahead = pool.submit(self._crops, waiting, size) if waiting else None
                 yield start, batch
                 if ahead is None:
                     return

@@ -13,18 +13,16 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 from vitrail.image.decoding import SixteenBit
+from vitrail.model import arguments
 from vitrail.model.advice import ModuleAdvice
-from vitrail.model.arguments import OnError, Resize, Size, check_device, check_options
+from vitrail.model.arguments import Images, OnError, Resize, Size, Texts, list_images, sort_images
 from vitrail.model.fingerprint import fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
-from vitrail.model.image_arguments import Images, list_images, required_pixels, sort_images
 from vitrail.model.images import ImageEncoder
-from vitrail.model.labels import LabelCache
 from vitrail.model.layers import intermediate_layers
 from vitrail.model.module import ImageModule, TextModule
 from vitrail.model.outputs import Classification, EncodeResult, Output, PreprocessResult
-from vitrail.model.text_arguments import Texts, check_id_tensor, check_strings, mask_lengths
-from vitrail.model.texts import TextEncoder
+from vitrail.model.texts import LabelCache, TextEncoder
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec
@@ -124,7 +122,7 @@ class Model(ModuleAdvice):
         Raises ImageError: an image cannot be read. InputError: a wrong argument, or images that
         come out in several sizes. CheckpointError: there is no preprocessor configuration.
         """
-        check_options(None, size, on_error)
+        arguments.check_options(None, size, on_error)
         encoder = self._image_encoder("preprocess")
         pixels, result = encoder.preprocess(list_images(images), size, strict=on_error == "raise")
         if on_error == "raise":
@@ -190,8 +188,8 @@ class Model(ModuleAdvice):
         Raises ImageError: an image cannot be read. InputError: a wrong argument. VitrailError: an
         embedding is not finite. CheckpointError: there is no preprocessor configuration.
         """
-        check_options(batch_size, size, on_error)
-        device = check_device(output_device, "output_device")
+        arguments.check_options(batch_size, size, on_error)
+        device = arguments.check_device(output_device, "output_device")
         encoder = self._image_encoder("encode_image")
         result = encoder.encode(sort_images(images), batch_size, size, on_error == "raise")
         embeddings = result.stacked(encoder.tower.spec.embedding, normalize=normalize).to(device)
@@ -219,8 +217,8 @@ class Model(ModuleAdvice):
         VitrailError: an embedding is not finite.
         """
         encoder = self._text_encoder("encode_text")
-        check_options(batch_size, None, "raise")
-        device = check_device(output_device, "output_device")
+        arguments.check_options(batch_size, None, "raise")
+        device = arguments.check_device(output_device, "output_device")
         embeddings = encoder.encode(texts, normalize, batch_size, overflow)
         return embeddings.to(device)
 
@@ -246,7 +244,7 @@ class Model(ModuleAdvice):
         Without ``labels``: the classification head of the checkpoint. ``on_error="skip"``: the
         result tells which images it has rows for. For the rest see `encode_image`.
         """
-        check_options(batch_size, size, on_error)
+        arguments.check_options(batch_size, size, on_error)
         label_embeddings, scale = None, self._logit_scale
         if labels is None:
             if self.spec.head is None:
@@ -261,8 +259,8 @@ class Model(ModuleAdvice):
                 "labels with; leave labels out to use the checkpoint's own head"
             )
         else:
-            names, scores = check_strings("labels", labels), "softmax"
-            templates = check_strings("templates", templates)
+            names, scores = arguments.check_strings("labels", labels), "softmax"
+            templates = arguments.check_strings("templates", templates)
             label_embeddings = self._labels.embeddings(names, templates, overflow)
         strict, encoder = on_error == "raise", self._image_encoder("classify")
         if label_embeddings is None or scale is None:
@@ -302,14 +300,16 @@ class Model(ModuleAdvice):
         vision = text = None
         if pixel_values is not None:
             tower = self._image_encoder("pixel_values").tower
-            pixels = required_pixels(
+            pixels = arguments.required_pixels(
                 "pixel_values", pixel_values, tower.spec, self.spec.image, wait=False
             )
             vision = forward_vision(tower, self.spec, pixels, output_hidden_states)
         if input_ids is not None:
             text_tower = self._text_encoder("input_ids").tower
-            ids = check_id_tensor(input_ids, text_tower.spec.vocab, text_tower.spec.context)
-            kv_lens = None if attention_mask is None else mask_lengths(attention_mask, ids)
+            ids = arguments.check_id_tensor(input_ids, text_tower.spec)
+            kv_lens = None
+            if attention_mask is not None:
+                kv_lens = arguments.mask_lengths(attention_mask, ids)
             text = forward_text(text_tower, self.spec, ids, kv_lens, output_hidden_states)
         if self._logit_scale is not None:
             return forward_pair(vision, text, self._logit_scale)
@@ -339,7 +339,7 @@ class Model(ModuleAdvice):
         Raises InputError: a wrong argument. VitrailError: an item that is not finite.
         """
         tower = self._image_encoder("get_intermediate_layers").tower
-        pixels = required_pixels("x", x, tower.spec, self.spec.image)
+        pixels = arguments.required_pixels("x", x, tower.spec, self.spec.image)
         return intermediate_layers(tower, pixels, n, reshape, return_class_token, norm)
 
     def as_module(self, tower: Literal["image", "text"] = "image") -> ImageModule | TextModule:

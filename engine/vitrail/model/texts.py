@@ -1,24 +1,27 @@
-"""Texts to embeddings: tokenize, sort by length, compute in batches."""
+"""Texts to embeddings: tokenize, sort by length, compute in batches; a cache for labels."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import InputError, VitrailError
+from vitrail.model.arguments import Texts, sort_texts
 from vitrail.model.batches import ACTIVATION_BYTES, in_halves, one_behind
 from vitrail.model.forward import l2_normalize
 from vitrail.model.layers import not_finite
-from vitrail.model.text_arguments import Texts, sort_texts
 from vitrail.runtime.towers import TextTower
 from vitrail.text.tokenizer import Overflow, Tokenizer, pad
 from vitrail.text.tokens import TokenIds
 
 CPU_TEXT_BYTES = 32 << 20
 """`ACTIVATION_BYTES` for texts on the CPU, which are 6 % slower if the arena exceeds its caches."""
+LABEL_SETS = 16
+"""Number of label sets whose embeddings a model keeps."""
 
 
 class TextEncoder:
@@ -54,9 +57,7 @@ class TextEncoder:
         results = (
             result
             for batch in self.tower.batches(tokens.lengths, batch_size, budget)
-            for result in in_halves(
-                lambda chosen: self.tower.embeddings(tokens.take(chosen)), batch
-            )
+            for result in in_halves(lambda half: self.tower.embeddings(tokens.take(half)), batch)
         )
         for positions, outputs in one_behind(results):
             embeddings[torch.from_numpy(positions)] = outputs["text.embedding"].cpu()
@@ -64,3 +65,39 @@ class TextEncoder:
                 text = int(positions[status.nonzero().flatten().numpy()].min())
                 raise VitrailError(f"text {text}: the embedding {not_finite(runner.dtype)}")
         return l2_normalize(embeddings) if normalize else embeddings
+
+
+class LabelCache:
+    """Embeddings of the latest label sets. May be used from many threads at once."""
+
+    def __init__(self, texts: TextEncoder) -> None:
+        self._texts, self._lock = texts, threading.Lock()
+        self._embeddings: dict[tuple[tuple[str, ...], tuple[str, ...], Overflow], Tensor] = {}
+
+    def embeddings(
+        self, labels: tuple[str, ...], templates: tuple[str, ...], overflow: Overflow
+    ) -> Tensor:
+        """(L, D) fp32 of unit length: for each label the mean over ``templates`` with the label
+        put in for ``{}``.
+
+        Raises InputError: a template without ``{}``, or a text that is too long.
+        """
+        if any("{}" not in template for template in templates):
+            raise InputError(
+                f"templates: got {templates!r}, wanted strings with {{}} for the label"
+            )
+        key = labels, templates, overflow
+        with self._lock:
+            if key in self._embeddings:
+                return self._embeddings[key]
+        texts = [template.replace("{}", label) for label in labels for template in templates]
+        by_template = self._texts.encode(texts, normalize=True, overflow=overflow).view(
+            len(labels), len(templates), -1
+        )
+        several = len(templates) > 1
+        embeddings = l2_normalize(by_template.mean(dim=1)) if several else by_template[:, 0]
+        with self._lock:
+            while len(self._embeddings) >= LABEL_SETS:
+                self._embeddings.pop(next(iter(self._embeddings)))
+            self._embeddings[key] = embeddings
+        return embeddings
