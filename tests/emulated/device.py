@@ -15,7 +15,7 @@ from standin.emulation import Emulation
 from vitrail.errors import DeviceError
 from vitrail.exported.folder import ExportFolder
 from vitrail.plan.kernel_binary import encode_binary
-from vitrail.runtime.native import NativeRunner, Size, _Ready, _Sized
+from vitrail.runtime.native import NativeRunner, Size, _CachedPlan, _SizeEntry
 from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call, Target
@@ -119,23 +119,23 @@ class EmulatedRunner(NativeRunner):
         return self._hold(super()._input(buffer, tensor, shape), buffer.name, written=True)
 
     def _execute(
-        self, ready: _Ready, external: Iterable[Tensor], size: Size, sized: _Sized
+        self, cached: _CachedPlan, external: Iterable[Tensor], size: Size, entry: _SizeEntry
     ) -> None:
         # Tensor maps describe a capacity: loads reach rows past the call's, of which nothing
         # comes (tests/interpreted/test_capacity.py): there the arena is NaN, and not tracked.
-        self._exact = sized.capacity == size
+        self._exact = entry.capacity == size
         try:
-            super()._execute(ready, external, size, sized)
+            super()._execute(cached, external, size, entry)
             self._emulated.emulation.finish()
         except (DeviceError, ValueError) as error:
             complaint = self._emulated.driver.complaint()
-            raise DeviceError(f"{ready.plan.name}: {complaint}") from error
+            raise DeviceError(f"{cached.plan.name}: {complaint}") from error
 
     def _outputs(
-        self, ready: _Ready, inputs: Mapping[str, Tensor], size: Size
+        self, cached: _CachedPlan, inputs: Mapping[str, Tensor], size: Size
     ) -> dict[str, Tensor]:
         try:
-            out = super()._outputs(ready, inputs, size)
+            out = super()._outputs(cached, inputs, size)
             for tensor in out.values():
                 self._emulated.check_written(tensor)
             return out

@@ -30,7 +30,6 @@ from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_pooled
 from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.spec import BlockSpec, VisionSpec
-from vitrail.tools.tune import _Asked
 from vitrail.tools.workload import Problem, fill, problems
 from vitrail_kernels.candidates import candidates
 from vitrail_kernels.compile import SHARED_LIMIT, compile_each, order_of_sums
@@ -156,10 +155,9 @@ def configurations(
 ) -> Iterator[tuple[str, KernelConfig]]:
     """Key and configuration of every entry of a launch's ladder; with ``tuning`` also what a tuned
     table may hold: what `vitrail tune` would try on a GPU."""
-    asked = _Asked()
-    for call in problem.calls(device.target, asked):
+    for call in problem.calls(device.target, {}):
         assert call.ladder is not None, f"{problem.op}: no ladder"
-        key = asked.names[0]
+        key = call.key
         chosen = {config for _, config in call.ladder()}
         yield from ((key, config) for config in sorted(chosen, key=repr))
         if tuning:
@@ -200,9 +198,8 @@ def test_a_tuned_table_changes_no_bit(tiny: Open, device: Device, family: str) -
     pixels, table = images(3, spec.image), dict[str, KernelConfig]()
     for batch in (3, MOST):
         for problem in problems(Sizes(family), [batch], name):  # type: ignore[arg-type]
-            asked = _Asked()
-            for call in problem.calls(device.target, asked):
-                table[asked.names[0]] = call.ladder()[-1][1] if call.ladder else call.config
+            for call in problem.calls(device.target, {}):
+                table[call.key] = call.ladder()[-1][1] if call.ladder else call.config
     plan, shapes, outputs = vision_pooled(spec, uint8=True), [], []
     for forced in ({}, table):
         model.runner.close()
