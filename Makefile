@@ -26,9 +26,10 @@ say := @printf '\n==> %s\n'
 packaging := setup.py pyproject.toml constraints.txt engine/vitrail/_version.py $(wildcard csrc/*.*)
 
 # One process with every core, or several with a core each: torch's threads would fight otherwise.
+# worksteal gives a worker consecutive tests, so that most module fixtures are made by one worker.
 pytest := $(py) -m pytest
 ifneq ($(TEST_WORKERS),0)
-pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS)
+pytest := OMP_NUM_THREADS=1 $(pytest) -n $(TEST_WORKERS) --dist worksteal
 endif
 
 # Tests that measure time or memory: one process, after the others, and only the files that have such

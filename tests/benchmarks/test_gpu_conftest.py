@@ -68,7 +68,7 @@ def test_an_illegal_access_ends_the_session_with_its_reason(tmp_path: Path) -> N
 
 
 def test_a_hang_ends_the_process_with_its_place(tmp_path: Path) -> None:
-    done = session(tmp_path, HANGS, VITRAIL_GPU_TEST_SECONDS="8")
+    done = session(tmp_path, HANGS, VITRAIL_GPU_TEST_SECONDS="3")
     assert done.returncode == 1
     assert "test_planted.py::test_hangs" in done.stderr
     assert "in test_hangs" in done.stderr

@@ -52,8 +52,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Run:
         file = tmp_path / "steps.py"
         file.write_text(program)
         monkeypatch.setattr(smoke, "STEPS", file)
-        monkeypatch.setattr(smoke, "LEAST", 1)
-        monkeypatch.setattr(smoke, "GRACE", 1)
+        monkeypatch.setattr(smoke, "LEAST", 0.5)
+        monkeypatch.setattr(smoke, "GRACE", 0.5)
         code = smoke.Smoke("cpu", tmp_path, seconds).run([smoke.Group(*group) for group in groups])
         printed = capfd.readouterr().out.splitlines()
         lines = [text[2:] for text in printed if text.startswith("@ ")]
@@ -67,13 +67,13 @@ def test_every_step_has_its_line(run: Run) -> None:
 
 
 def test_a_hang_costs_its_limit_alone(run: Run) -> None:
-    code, lines = run([(["a", "hang", "b"], 3), (["c"], 60)])
+    code, lines = run([(["a", "hang", "b"], 2), (["c"], 60)])
     assert lines.pop("hang").startswith("HANGS: killed at its limit")
     assert (code, lines) == (1, {"a": "right", "b": "right", "c": "right"})
 
 
 def test_after_two_that_took_all_their_time_the_rest_is_left_out(run: Run) -> None:
-    code, lines = run([(["hang"], 2), (["slow"], 2), (["c"], 60), (["d"], 60)])
+    code, lines = run([(["hang"], 1), (["slow"], 1), (["c"], 60), (["d"], 60)])
     assert lines["slow"] == "SLOW: interrupted at its limit"
     assert lines["left out"] == "(two steps hung) c, d"
     assert (code, lines.keys()) == (smoke.STOPPED, {"hang", "slow", "left out"})
@@ -93,7 +93,7 @@ def test_a_lost_device_is_not_shared(run: Run) -> None:
 
 
 def test_the_end_of_all_time_is_no_hang_of_the_step_that_meets_it(run: Run) -> None:
-    code, lines = run([(["a", "slow"], 300), (["c"], 60)], seconds=4)
+    code, lines = run([(["a", "slow"], 300), (["c"], 60)], seconds=2)
     assert lines["slow"] == "CUT: the time of all steps is up"
     assert lines["left out"] == "(time is up) c"
     assert code == 1

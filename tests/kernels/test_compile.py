@@ -35,7 +35,9 @@ pytestmark = pytest.mark.skipif(
 MMA = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 PRODUCTS = {"patch_embed", "linear", "attention", "pool"}
 FULL, OTHERS = (80, 90), (86, 89, 100, 120)
-QUICK = ("ViT-B/16", "CLIP-B text")
+QUICK = (("ViT-B/16", 80), ("ViT-B/16", 90), ("CLIP-B text", 90))
+"""The models and architectures that `make test` compiles; the others are slow."""
+SLOWER_80 = (pytest.param(80, marks=pytest.mark.slow), 90)
 # the ptxas of triton 3.6 keeps one value of 8 bytes in local memory in some kernels, however few
 # registers they take
 STACK = 8 if triton.__version__.startswith("3.6.") else 0
@@ -133,17 +135,20 @@ def compiled(
         yield launch, call, code
 
 
-MODELS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+MODELS = [
+    pytest.param(name, arch, marks=[] if (name, arch) in QUICK else pytest.mark.slow)
+    for name in SHAPES
+    for arch in FULL
+]
 
 
-@pytest.mark.parametrize("arch", FULL)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "arch"), MODELS)
 def test_every_kernel_of_a_model(name: str, arch: int) -> None:
     for launch, call, code in compiled(name, arch, HALF):
         check(launch, call, code)
 
 
-@pytest.mark.parametrize("arch", FULL)
+@pytest.mark.parametrize("arch", SLOWER_80)
 def test_a_batch_of_one_and_bf16(arch: int) -> None:
     for launch, call, code in compiled("ViT-B/16", arch, BRAIN, 1):
         check(launch, call, code)
@@ -175,8 +180,16 @@ def test_the_other_architectures_in_full(name: str, arch: int) -> None:
 # -- one order of sums -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", FULL)
-@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        (BRAIN, 80),
+        (HALF, 90),
+        pytest.param(HALF, 80, marks=pytest.mark.slow),
+        pytest.param(BRAIN, 90, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_all_tiles_of_linear_add_in_one_order(arch: int, dtype: torch.dtype) -> None:
     """On a GPU the bits of a row then depend on neither the tile nor the batch."""
     result = []
@@ -349,7 +362,7 @@ def test_the_report_counts_what_a_plan_counts() -> None:
     assert sum(launch.times for launch in every) == len(plan.steps)
 
 
-@pytest.mark.parametrize("arch", FULL)
+@pytest.mark.parametrize("arch", SLOWER_80)
 def test_heads_and_poolers(arch: int) -> None:
     """What only dense plans launch: scores in fp32, tanh, masks, LayerNorm by itself; and what is
     launched outside of plans."""

@@ -52,6 +52,19 @@ def per_value(call: Call, code: KernelCode) -> dict[str, float]:
     return {name: code.instructions[name] / values for name in ("FFMA", "FADD")}
 
 
+def cases(names: list[tuple[str, str]], *quick: tuple[int, int]) -> list[Any]:
+    """Each name for sm_80 and sm_90; slow unless ``quick`` has its number and architecture."""
+    return [
+        pytest.param(*name, arch, marks=[] if (number, arch) in quick else pytest.mark.slow)
+        for number, name in enumerate(names)
+        for arch in (80, 90)
+    ]
+
+
+RESIDUAL = [("ViT-B/16", "out"), ("DINOv2-B@518", "out"), ("DINOv2-B@518", "down")]
+NORM = [("ViT-B/16", "qkv"), ("ViT-B/16", "up"), ("CLIP-B text", "up")]
+
+
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -59,15 +72,7 @@ def per_value(call: Call, code: KernelCode) -> dict[str, float]:
         pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("model", "label"),
-    [
-        ("ViT-B/16", "out"),
-        ("DINOv2-B@518", "out"),
-        ("DINOv2-B@518", "down"),
-    ],
-)
+@pytest.mark.parametrize(("model", "label", "arch"), cases(RESIDUAL, (0, 80), (2, 90)))
 def test_tiles_with_a_residual_have_one_arithmetic(
     model: str, label: str, arch: int, dtype: torch.dtype
 ) -> None:
@@ -83,10 +88,7 @@ def test_tiles_with_a_residual_have_one_arithmetic(
     assert all(count == first for count in counts.values()), counts
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("model", "label"), [("ViT-B/16", "qkv"), ("ViT-B/16", "up"), ("CLIP-B text", "up")]
-)
+@pytest.mark.parametrize(("model", "label", "arch"), cases(NORM, (0, 80), (1, 90), (2, 90)))
 def test_tiles_with_a_norm_fuse_what_they_say(model: str, label: str, arch: int) -> None:
     """LayerNorm, bias and activation: sums a row come on top, so that only the kinds are equal."""
     for call in tiles(model, label, arch, torch.float16):
