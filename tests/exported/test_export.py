@@ -832,7 +832,7 @@ def test_a_header_that_says_something_else_is_refused_under_its_own_digest(copy:
 def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None:
     shutil.move(copy / "tokenizer.json", tmp_path / "tokenizer.json")
     (copy / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
-    refused(copy, "got a link out of the folder")
+    refused(copy, r"tokenizer\.json: got a symlink to .*/tokenizer\.json")
 
 
 def test_a_folder_is_an_export_or_a_checkpoint(clip: Path, copy: Path) -> None:

@@ -17,6 +17,7 @@ from vitrail.checkpoint.contents import (
     PREPROCESSOR,
     SINGLE,
     TOKENIZER_CONFIG,
+    inside,
 )
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.regular import reading
@@ -69,7 +70,7 @@ class ExportFolder:
         """The tokenizer and image processor files, as a checkpoint without tensors."""
 
         def optional(name: str) -> dict[str, Any] | None:
-            return read_json(self._path(name)) if name in self.record.files else None
+            return read_json(inside(self.folder, name)) if name in self.record.files else None
 
         return Checkpoint(
             folder=self.folder,
@@ -80,14 +81,6 @@ class ExportFolder:
             tokenizer_config=optional(TOKENIZER_CONFIG),
             tensors={},
         )
-
-    def _path(self, name: str) -> Path:
-        """The path of a file. Raises CheckpointError for a link out of the folder."""
-        root = Path(os.path.realpath(self.folder))
-        path = self.folder / name
-        if not Path(os.path.realpath(path)).is_relative_to(root):
-            raise refusal(show_path(path), "a link out of the folder", "a file of the export")
-        return path
 
     def read(self, name: str) -> bytes:
         """A file other than the weights.
@@ -103,7 +96,7 @@ class ExportFolder:
         return bytes(raw)
 
     def _read_into(self, name: str, out: memoryview) -> None:
-        path, exported = self._path(name), self.record.files[name].digest.hex()[:16]
+        path, exported = inside(self.folder, name), self.record.files[name].digest.hex()[:16]
         entry = hash_file(path, out)
         if entry != self.record.files[name]:
             digest = f"the digest {entry.digest.hex()[:16]}..."
