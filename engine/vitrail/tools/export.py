@@ -1,8 +1,8 @@
 """`vitrail export`: writes a checkpoint's weights, plans and compiled kernels into one folder.
 
 The folder loads without the checkpoint and without triton; libvitrail (csrc/vitrail.h) loads it
-without Python. `vitrail.exported.format` describes it. The files go into a draft folder that is
-renamed at the end, vitrail.json is written last, so a killed export leaves no folder that loads.
+without Python. `vitrail.exported.format` describes it. The files go into a draft folder, which is
+renamed at the end, and vitrail.json is written last: a killed export leaves no folder that loads.
 Exporting needs no GPU.
 """
 
@@ -230,7 +230,7 @@ class _Export:
         vision, size = self.spec.vision, self.size
         if vision is None or size is None or vision.grid_at(size) == vision.grid:
             return kernels
-        return f"{kernels}; the reference's positions at {size[0]}x{size[1]}"
+        return f"{kernels}; PyTorch's positions at {size[0]}x{size[1]}"
 
     def _write_weights(self, path: Path) -> None:
         weights, vision = self.loaded.weights, self.spec.vision
