@@ -131,7 +131,7 @@ class VisionSpec:
     ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: how the position
     table is resized to another grid (bicubic, align_corners=False, fp32). ``norm``: the final
     LayerNorm is applied to every token ("tokens") or to the pooled token alone ("pooled": CLIP).
-    ``distillation``: there is a distillation token, which has a position, as registers have not.
+    ``distillation``: there is a distillation token. Unlike registers, it has a position.
     """
 
     blocks: BlockSpec
@@ -262,7 +262,7 @@ class TextSpec:
 class HeadSpec:
     """A linear classifier over the normalized tokens, or the mean of two classifiers.
 
-    ``scores`` makes probabilities of the logits: "softmax"; "sigmoid" if labels do not exclude each
+    ``scores`` turns logits into probabilities: "softmax"; "sigmoid" if labels do not exclude each
     other; "none" for a regression.
     """
 
