@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,24 +16,6 @@ from vitrail.spec import ModelSpec
 from vitrail.weights.layout import ALIGNMENT, arena_spans, arena_views
 
 CHUNK_BYTES = 4 << 20  # small enough that a chunk is still in cache when it is rewritten
-
-
-def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """An arena, not yet written, and a view of it for every packed tensor."""
-    spans, total = arena_spans(spec, dtype)
-    try:
-        arena = torch.empty(total, dtype=torch.uint8, device="cpu")
-    except RuntimeError as error:
-        raise CheckpointError(f"weights: got no memory, wanted {total} bytes of it") from error
-    for _, stop in spans.values():
-        arena[stop : -(-stop // ALIGNMENT) * ALIGNMENT] = 0  # the bytes of an arena are repeatable
-    return arena, arena_views(spec, dtype, arena)
-
-
-def _memory(raw: Tensor) -> memoryview:
-    """The bytes of a uint8 tensor, to read into."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = raw.numpy()
-    return array.data
 
 
 def _not_finite(values: Tensor) -> bool:
@@ -57,7 +37,14 @@ class WeightLoader:
         dtype: torch.dtype,
     ) -> None:
         self.shapes, self.sources, self.reader = spec.tensor_shapes(), sources, reader
-        self.arena, self.packed = _allocate(spec, dtype)
+        spans, total = arena_spans(spec, dtype)
+        try:
+            self.arena = torch.empty(total, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            raise CheckpointError(f"weights: got no memory, wanted {total} bytes of it") from error
+        for _, stop in spans.values():  # the bytes between tensors are repeatable too
+            self.arena[stop : -(-stop // ALIGNMENT) * ALIGNMENT] = 0
+        self.packed = arena_views(spec, dtype, self.arena)
         self._staging = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu")
 
     def _check_finite(self, name: str, values: Tensor) -> None:
@@ -108,7 +95,7 @@ class WeightLoader:
                     self._staging = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 raw = self._staging[:nbytes]
                 chunk = raw.view(dtype).view(stop - start, columns)
-            self.reader.read_into(source.entry, offset + start * row_bytes, _memory(raw))
+            self.reader.read_into(source.entry, offset + start * row_bytes, raw.numpy().data)
             chunk = chunk.float()
             self._check_finite(name, chunk)
             yield start, chunk
@@ -116,7 +103,7 @@ class WeightLoader:
     def _transposed(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         entry = self.sources[name].entry
         raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
-        self.reader.read_into(entry, 0, _memory(raw))
+        self.reader.read_into(entry, 0, raw.numpy().data)
         values = raw.view(dtype).view(columns, rows).float()
         self._check_finite(name, values)
         return values.t()
