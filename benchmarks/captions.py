@@ -69,8 +69,10 @@ def _model() -> Any:
                 return super()._empty(shape, dtype)
             return torch.zeros(shape, dtype=dtype)
 
-        def table(self, spec: VisionSpec, target: tuple[int, int], kind: str) -> Tensor:
-            return torch.zeros(1 + target[0] * target[1], spec.blocks.width)
+        def position_table(
+            self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str
+        ) -> Tensor:
+            return torch.zeros(1 + grid[0] * grid[1], spec.blocks.width)
 
     texts.CPU_TEXT_BYTES = texts.ACTIVATION_BYTES  # batches of a GPU
     checkpoint, spec, _, digest = loading.read_model(demo.bundled(), torch.float16)

@@ -22,6 +22,7 @@ captions: Any = importlib.import_module("captions")
 table: Any = importlib.import_module("table")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shared_library.compiler() is None, reason="no C++ compiler here")
 @pytest.mark.skipif(native.MISSING is not None, reason="vitrail._C is not built")
 @pytest.mark.skipif(MISSING is not None or interpreted(), reason="nothing is compiled")

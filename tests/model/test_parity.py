@@ -315,7 +315,7 @@ def cases(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_field_and_embedding_equals_transformers(architecture: str) -> None:
     @given(case=cases(architecture))
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=40, **QUICK)
     def check(case: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model = make(architecture, seed=case["seed"], **case["config"])

@@ -178,14 +178,24 @@ def check_run(
     return {(found.name, found.shared) for found in launched}
 
 
-@pytest.mark.parametrize("family", ["vit", "clip", "dinov2"])
+@pytest.mark.parametrize(
+    ("family", "pixel_formats"),
+    [
+        pytest.param("vit", ("uint8", "float"), id="vit"),
+        pytest.param("clip", ("uint8",), id="clip"),
+        pytest.param("dinov2", ("uint8",), id="dinov2"),
+        pytest.param("clip", ("float",), id="clip-float", marks=pytest.mark.slow),
+        pytest.param("dinov2", ("float",), id="dinov2-float", marks=pytest.mark.slow),
+    ],
+)
 def test_every_launch_of_an_image_plan_is_the_operators_own(
-    driver: standin.Standin, tmp_path: Path, family: str
+    driver: standin.Standin, tmp_path: Path, family: str, pixel_formats: tuple[str, ...]
 ) -> None:
     runner, spec, head = open_native(driver, tmp_path, family), VISION[family], HEADS.get(family)
     tokens = spec.tokens_at(spec.image)
     seen: dict[int, set[tuple[str, int]]] = {}
-    for uint8 in (True, False):
+    for pixel_format in pixel_formats:
+        uint8 = pixel_format == "uint8"
         walked = [
             vision_pooled(spec, uint8=uint8),
             vision_dense(spec, head, uint8=uint8, taps=(0, 1)),
