@@ -19,6 +19,7 @@ from runtime.test_runner import (
     check,
     images,
     linear,
+    logits_of,
     norm,
     normalized,
     read,
@@ -58,6 +59,8 @@ def formula(
         return streams
     if plan.name == "vision.pooled":
         return embedding
+    if plan.name == "vision.scores":
+        return lambda t: logits_of(vision_outputs(spec, head, t, pixels))
     return lambda t: vision_outputs(spec, head, t, pixels)[name]
 
 
