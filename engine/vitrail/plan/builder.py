@@ -191,6 +191,7 @@ class Builder:
             tuple((weight, layout[weight]) for weight in names),
             self._inputs,
             tuple(buffer.name for buffer in outputs),
+            tuple(buffer.name for buffer in outputs if buffer.rows == PER_TOKEN),
         )
 
 

@@ -89,7 +89,8 @@ class StepCost(NamedTuple):
 class Plan:
     """Steps in order and the buffers they use.
 
-    The caller provides the ``inputs`` and receives the ``outputs``.
+    The caller provides the ``inputs`` and receives the ``outputs``, of which ``token_outputs`` have
+    a row for each token.
     """
 
     name: str
@@ -98,11 +99,7 @@ class Plan:
     weights: tuple[tuple[str, PackedTensor], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-
-    def token_outputs(self) -> set[str]:
-        """The outputs that have a row for every token."""
-        per_token = {buffer.name for buffer in self.buffers if buffer.rows == PER_TOKEN}
-        return per_token.intersection(self.outputs)
+    token_outputs: tuple[str, ...]
 
     def slot_bytes(self, batch: int, tokens: int, compute_bytes: int) -> list[int]:
         """Bytes of every slot of the arena, each rounded up to 256."""

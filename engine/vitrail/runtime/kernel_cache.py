@@ -42,8 +42,7 @@ def kernel_record(key: str, call: Call, arch: int) -> bytes:
     record = None if path is None else _read(path, key)
     if record is None:
         record = compile_binary(key, call, arch)
-        if path is not None:
-            _write(path, record)
+        keep(key, record)
     return record
 
 
@@ -90,7 +89,9 @@ def _read(path: Path, key: str) -> bytes | None:
 
 def _write(path: Path, record: bytes) -> None:
     try:
-        _prepare(path.parent)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            _warn(path.parent, "others can write there, and what they write runs on your GPU")
         with draft_files([path]) as drafts:
             (draft,) = drafts
             draft.touch(0o600, exist_ok=False)
@@ -100,13 +101,6 @@ def _write(path: Path, record: bytes) -> None:
         _prune(path.parent)
     except OSError as error:
         _warn(path.parent, error)
-
-
-def _prepare(root: Path) -> None:
-    """Make the folder, accessible to its owner only; warn if others can write to it."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        _warn(root, "others can write there, and what they write runs on your GPU")
 
 
 def _prune(root: Path) -> None:

@@ -20,26 +20,15 @@ from vitrail.text.tokens import Ints, TokenIds
 MAX_BATCH = 4096
 
 
-def _largest_batch(plan: Plan, tokens: int, itemsize: int, max_bytes: int) -> int:
-    """The largest power of two of sequences whose activations fit ``max_bytes``."""
-    batch = 1
-    while (
-        batch < MAX_BATCH and plan.arena_bytes(2 * batch, 2 * batch * tokens, itemsize) <= max_bytes
-    ):
-        batch *= 2
-    return batch
-
-
 # cached: the search takes longer than the host's part of a forward of one item
 @functools.lru_cache(maxsize=256)
-def _max_images(spec: VisionSpec, size: tuple[int, int], itemsize: int, max_bytes: int) -> int:
-    plan = vision_pooled(spec, uint8=True)
-    return _largest_batch(plan, spec.tokens_at(size), itemsize, max_bytes)
-
-
-@functools.lru_cache(maxsize=256)
-def _max_texts(spec: TextSpec, itemsize: int, max_bytes: int) -> int:
-    return _largest_batch(text_pooled(spec), spec.context, itemsize, max_bytes)
+def _max_batch(spec: VisionSpec | TextSpec, length: int, itemsize: int, max_bytes: int) -> int:
+    """A power of two: how many sequences of ``length`` tokens fit ``max_bytes`` of activations."""
+    plan = text_pooled(spec) if isinstance(spec, TextSpec) else vision_pooled(spec, uint8=True)
+    batch = 2
+    while batch <= MAX_BATCH and plan.arena_bytes(batch, batch * length, itemsize) <= max_bytes:
+        batch *= 2
+    return batch // 2
 
 
 def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
@@ -56,15 +45,15 @@ def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Te
     return {name: packed[starts[name] : starts[name] + len(arrays[name])] for name in arrays}
 
 
-def _by_sequence(
-    plan: Plan, outputs: Mapping[str, Tensor], batch: int, length: int
+def _run_equal(
+    runner: Runner, plan: Plan, inputs: Mapping[str, Tensor], length: int
 ) -> dict[str, Tensor]:
-    """``outputs`` of ``plan`` with a dimension for the sequences: (B T, C) becomes (B, T, C)."""
-    per_token = plan.token_outputs()
-    return {
-        name: tensor.view(batch, length, tensor.shape[1]) if name in per_token else tensor
-        for name, tensor in outputs.items()
-    }
+    """Runs sequences of ``length`` tokens each; tokens of the outputs are shaped (B, T, C)."""
+    batch = len(inputs["token_rows"])
+    outputs = runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
+    for name in plan.token_outputs:
+        outputs[name] = outputs[name].view(batch, length, outputs[name].shape[1])
+    return outputs
 
 
 class VisionTower:
@@ -91,17 +80,18 @@ class VisionTower:
     def dense(self, pixels: Tensor, taps: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """The outputs of `vision_dense`; tokens are (B, T, C)."""
         plan = vision_dense(self.spec, self.head, uint8=_is_uint8(pixels), taps=taps)
-        return self._run_dense(plan, pixels)
+        return self._run(plan, pixels)
 
     def layers(self, pixels: Tensor, taps: tuple[int, ...], norm: bool) -> list[Tensor]:
         """The residual stream (B, T, C) after each block of ``taps``, with ``norm`` normalized."""
         plan = vision_layers(self.spec, tuple(sorted(set(taps))), norm, _is_uint8(pixels))
-        outputs = self._run_dense(plan, pixels)
+        outputs = self._run(plan, pixels)
         return [outputs[f"vision.layer.{tap}"] for tap in taps]
 
     def max_batch(self, size: tuple[int, int], max_bytes: int) -> int:
         """How many images of ``size`` fit ``max_bytes`` of activations in one call."""
-        return _max_images(self.spec, tuple(size), self.runner.dtype.itemsize, max_bytes)
+        itemsize = self.runner.dtype.itemsize
+        return _max_batch(self.spec, self.spec.tokens_at(size), itemsize, max_bytes)
 
     def _run(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
         device, size = self.runner.device, self.image_size(pixels)
@@ -116,11 +106,7 @@ class VisionTower:
         }
         if DISTILLATION_ROWS.name in plan.inputs:
             inputs[DISTILLATION_ROWS.name] = starts[:-1] + 1
-        return self.runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
-
-    def _run_dense(self, plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
-        length = self.spec.tokens_at(self.image_size(pixels))
-        return _by_sequence(plan, self._run(plan, pixels), len(pixels), length)
+        return _run_equal(self.runner, plan, inputs, length)
 
 
 def _is_uint8(pixels: Tensor) -> bool:
@@ -177,19 +163,18 @@ class TextTower:
         if kv_lens is not None:
             inputs["kv_lens"] = kv_lens.to(device, torch.int32)
         plan = text_dense(self.spec, taps=taps, masked=kv_lens is not None)
-        outputs = self.runner.run(plan, inputs, batch=batch, tokens=batch * length, longest=length)
-        return _by_sequence(plan, outputs, batch, length)
+        return _run_equal(self.runner, plan, inputs, length)
 
     def batches(self, lengths: Ints, batch_size: int | None, max_bytes: int) -> Iterator[Ints]:
         """The indices of the texts of each call, the shortest texts first.
 
-        ``lengths`` (N,): tokens of each text. A call has ``batch_size`` texts. Without it, a call
-        has as many texts as fit ``max_bytes`` of activations if all were as long as the longest.
+        ``lengths`` (N,): tokens of each text. A call has ``batch_size`` texts, or as many as have,
+        padded to the longest of the call, no more tokens than the texts of full length whose
+        activations fit ``max_bytes``.
         """
-        order = np.argsort(lengths, kind="stable")
-        max_tokens = (
-            _max_texts(self.spec, self.runner.dtype.itemsize, max_bytes) * self.spec.context
-        )
+        order, context = np.argsort(lengths, kind="stable"), self.spec.context
+        itemsize = self.runner.dtype.itemsize
+        max_tokens = context * _max_batch(self.spec, context, itemsize, max_bytes)
         start = 0
         while start < len(order):
             count = batch_size
