@@ -44,14 +44,10 @@ class HostCrops:
     """Crops that the host has made."""
 
     def __init__(self, size: Size) -> None:
-        self.size, self.members, self._crops = size, list[int](), list[Pixels]()
-
-    def add(self, member: int, crop: Pixels) -> None:
-        self.members.append(member)
-        self._crops.append(crop)
+        self.size, self.members, self.crops = size, list[int](), list[Pixels]()
 
     def __getitem__(self, members: slice) -> Tensor:
-        return torch.from_numpy(np.stack(self._crops[members]))
+        return torch.from_numpy(np.stack(self.crops[members]))
 
 
 def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
@@ -63,7 +59,9 @@ def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
             errors[member] = crop
         else:
             size = crop.shape[0], crop.shape[1]
-            groups.setdefault(size, HostCrops(size)).add(member, crop)
+            group = groups.setdefault(size, HostCrops(size))
+            group.members.append(member)
+            group.crops.append(crop)
     return CropBatch(len(results), errors, list(groups.values()))
 
 

@@ -22,10 +22,7 @@ def fingerprint(
     runner: str,
     sixteen_bit: SixteenBit = "scale",
 ) -> str:
-    """64 hex digits, equal for two models that give the same bits; see `Model.fingerprint`.
-
-    ``weights``: the hash of the weights; ``runner``: `Runner.identity`.
-    """
+    """See `Model.fingerprint`. ``weights``: their hash; ``runner``: `Runner.identity`."""
     tokenizer = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name in TOKENIZER_FILES

@@ -24,10 +24,7 @@ _NUMBERS = itertools.count()
 
 @torch.library.custom_op("vitrail::embed_image", mutates_args=())
 def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, ``width``) fp32 and status (B,) int32 of ``pixels``.
-
-    ``tower``: the `ImageModule.number` of the tower, because an operator takes no Python object.
-    """
+    """Embeddings (B, ``width``) fp32 and status (B,) int32; ``tower``: `ImageModule.number`."""
     with default_modes():
         out = _VISION[tower].embeddings(pixels)
     return out["vision.embedding"], out["vision.status"]
@@ -35,7 +32,7 @@ def embed_image(pixels: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("vitrail::embed_text", mutates_args=())
 def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
-    """Embeddings and status of token ids (B, T), as `embed_image`; see `TextModule.number`."""
+    """The same for token ids (B, T); ``tower``: `TextModule.number`."""
     with default_modes():
         out = _TEXT[tower].dense(ids)
         if "text.embedding" in out:

@@ -60,7 +60,11 @@ def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
         pad = _special(checkpoint, "pad_token")
         return Tokenizer(backend, spec, None if pad is None else backend.token_to_id(pad))
     except CheckpointError as error:
-        raise CheckpointError(f"{show_path(path)}: {error}") from None
+        raise _error(path, str(error)) from None
+
+
+def _error(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{show_path(path)}: {problem}")
 
 
 def _surround(backend: tokenizers.Tokenizer, checkpoint: Checkpoint) -> None:
@@ -93,21 +97,17 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{show_path(path)}: not a usable tokenizer: {error}") from error
+        raise _error(path, f"not a usable tokenizer: {error}") from error
     if getattr(backend.model, "dropout", None):
-        raise CheckpointError(
-            f"{show_path(path)}: BPE dropout {backend.model.dropout}, wanted none"
-        )
+        raise _error(path, f"BPE dropout {backend.model.dropout}, wanted none")
     return backend
 
 
 def _from_vocab(checkpoint: Checkpoint, vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     class_name = (checkpoint.tokenizer_config or {}).get("tokenizer_class")
     if class_name not in CLIP_CLASSES:
-        raise CheckpointError(
-            f"{show_path(vocab)}: tokenizer_class {class_name!r} without a tokenizer.json, "
-            f"wanted one of {CLIP_CLASSES}"
-        )
+        problem = f"tokenizer_class {class_name!r} without a tokenizer.json"
+        raise _error(vocab, f"{problem}, wanted one of {CLIP_CLASSES}")
     try:
         model = models.BPE(
             vocab=_read_vocab(vocab),
@@ -119,9 +119,7 @@ def _from_vocab(checkpoint: Checkpoint, vocab: Path, merges: Path) -> tokenizers
     except CheckpointError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(
-            f"{show_path(merges)}: merges do not fit {vocab.name}: {error}"
-        ) from error
+        raise _error(merges, f"merges do not fit {vocab.name}: {error}") from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -140,11 +138,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, checkpoint: Checkpoint, vocab: Pa
     """Add the tokens that are matched before splitting: listed tokens, then special tokens."""
     for token_id, token in sorted(_added_tokens(checkpoint, vocab).items()):
         backend.add_tokens([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise CheckpointError(
-                f"{show_path(vocab)}: added token {token.content!r} gets the id "
-                f"{backend.token_to_id(token.content)}, wanted {token_id}"
-            )
+        actual_id = backend.token_to_id(token.content)
+        if actual_id != token_id:
+            problem = f"added token {token.content!r} gets the id {actual_id}, wanted {token_id}"
+            raise _error(vocab, problem)
     keys = ("bos_token", "eos_token", "unk_token", "pad_token")
     names = {BOS, EOS, *filter(None, (_special(checkpoint, key) for key in keys))}
     names = {name for name in names if backend.token_to_id(name) is not None}
@@ -162,7 +159,7 @@ def _added_tokens(checkpoint: Checkpoint, vocab: Path) -> dict[int, AddedToken]:
             flags = {key: bool(fields[key]) for key in FLAGS if key in fields}
             tokens[int(token_id)] = AddedToken(fields["content"], **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{show_path(vocab)}: malformed added tokens: {error!r}") from None
+        raise _error(vocab, f"malformed added tokens: {error!r}") from None
     return tokens
 
 
@@ -170,9 +167,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     vocab: dict[str, int] = read_json(path, MAX_VOCAB_BYTES)
     for token, value in vocab.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-            raise CheckpointError(
-                f"{show_path(path)}: token {token!r} has id {value!r}, wanted 0 or more"
-            )
+            raise _error(path, f"token {token!r} has id {value!r}, wanted 0 or more")
     return vocab
 
 
@@ -180,15 +175,13 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{show_path(path)}: not UTF-8: {error}") from None
+        raise _error(path, f"not UTF-8: {error}") from None
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#version"):
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2:
-            raise CheckpointError(
-                f"{show_path(path)}: line {number} is {line!r}, wanted two tokens"
-            )
+            raise _error(path, f"line {number} is {line!r}, wanted two tokens")
         merges.append((pair[0], pair[1]))
     return merges

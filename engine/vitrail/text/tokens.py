@@ -68,13 +68,6 @@ class TokenIds:
         index = np.arange(starts[-1]) + np.repeat(self.starts[texts] - starts[:-1], lengths)
         return TokenIds(self.ids[index], starts)
 
-    def cut(self, lengths: Ints) -> TokenIds:
-        """The first ``lengths`` (N,) ids of each text."""
-        if np.array_equal(lengths, self.lengths):
-            return self
-        keep = self.positions < np.repeat(lengths, self.lengths)
-        return TokenIds(self.ids[keep], _starts(lengths))
-
     def cut_at_end(self, eos: int | None) -> TokenIds:
         """Each text up to its first ``eos``, or if that is None, up to its first highest id.
 
@@ -89,7 +82,11 @@ class TokenIds:
             raise InputError(
                 f"text {text}: got no end token ({eos}) among its {self.lengths[text]} ids"
             )
-        return self.cut(first_ends + 1 - self.starts[:-1])
+        lengths = first_ends + 1 - self.starts[:-1]
+        if np.array_equal(lengths, self.lengths):
+            return self
+        keep = self.positions < np.repeat(lengths, self.lengths)
+        return TokenIds(self.ids[keep], _starts(lengths))
 
 
 def _starts(lengths: Ints) -> Ints:
