@@ -24,7 +24,7 @@ KV_LENS = Buffer("kv_lens", PER_SEQUENCE, None, "int32")
 
 
 class Builder:
-    """Collects the steps of one plan of a tower. `vitrail_kernels.ops` documents the operators.
+    """Collects the steps of a plan. `vitrail_kernels.ops` documents the operators.
 
     ``name``: of a step within the tower, for example "blocks.3.qkv". ``weights``: the full name
     that the weights of a step share, which is the step's unless given.

@@ -62,7 +62,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operator call. ``buffers`` and ``weights``: (argument, name) pairs."""
+    """An operator call. ``buffers`` and ``weights``: (argument, name) pairs."""
 
     op: str
     label: str
@@ -76,7 +76,7 @@ class Step:
 
 
 class StepCost(NamedTuple):
-    """The cost of one step: FLOPs of its matrix products, bytes read and written once."""
+    """The cost of a step: FLOPs of its matrix products, bytes read and written once."""
 
     label: str
     op: str
@@ -113,7 +113,7 @@ class Plan:
         return [sizes[slot] for slot in sorted(sizes)]
 
     def arena_bytes(self, batch: int, tokens: int, compute_bytes: int = 4) -> int:
-        """Bytes of activations that one call needs besides its inputs and outputs."""
+        """Bytes of activations that a call needs besides its inputs and outputs."""
         return sum(self.slot_bytes(batch, tokens, compute_bytes))
 
     def dump(self, lengths: Sequence[int], compute: str = "float32") -> str:

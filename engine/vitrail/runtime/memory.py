@@ -54,7 +54,7 @@ class ArenaPool:
                 smallest = min(large_enough, key=Tensor.numel)
                 self._idle = [arena for arena in self._idle if arena is not smallest]
                 return smallest
-            if self._idle:  # all are too small: free one before a larger one is allocated
+            if self._idle:  # all are too small: free an arena before allocating a larger
                 self._idle.pop(0)
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 

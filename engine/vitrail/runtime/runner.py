@@ -1,4 +1,4 @@
-"""`Runner`: runs the steps of a plan in order. A subclass says how one step is run."""
+"""`Runner`: runs the steps of a plan in order. A subclass runs a single step."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vitrail.weights.layout import Weights
 
 
 class Runner(ABC):
-    """Runs plans of one model on one device, from any number of threads at once.
+    """Runs plans of a model on a device, from any number of threads at once.
 
     ``name``: the backend. ``identity``: everything besides the weights that the bits of a result
-    depend on.
+    depend on. Raises OutOfMemoryError if the device has no room for the weights.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Runner(ABC):
 
     @abstractmethod
     def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
-        """One step of a plan; ``arguments``: its buffers and weights by argument."""
+        """Run a step of a plan. ``arguments``: its buffers and weights by argument."""
 
     def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
         """(T, C) fp32: the summand of every token besides its pixels, for ``grid`` patches down and
@@ -126,7 +126,7 @@ class Runner(ABC):
             return {name: tensors[name] for name in plan.outputs}
 
     def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
-        """Every step in order; ``tensors``: the buffers by name."""
+        """Run every step in order. ``tensors``: the buffers by name."""
         for step in steps:
             arguments = {arg: tensors[name] for arg, name in step.buffers}
             arguments |= {arg: self.weights[name] for arg, name in step.weights}

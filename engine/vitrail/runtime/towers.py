@@ -20,7 +20,7 @@ from vitrail.text.tokens import Ints, TokenIds
 MAX_BATCH = 4096
 
 
-# cached: the search takes longer than the host's part of a forward of one item
+# cached: the search takes longer than the host's part of a forward of a single item
 @functools.lru_cache(maxsize=256)
 def _max_batch(spec: VisionSpec | TextSpec, length: int, itemsize: int, max_bytes: int) -> int:
     """A power of two: how many sequences of ``length`` tokens fit ``max_bytes`` of activations."""
@@ -32,8 +32,10 @@ def _max_batch(spec: VisionSpec | TextSpec, length: int, itemsize: int, max_byte
 
 
 def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
-    """The arrays as int32 tensors on ``device``, by one copy: they are slices of one tensor. Each
-    starts at a multiple of 16 bytes, as kernels need it."""
+    """The arrays as int32 slices of a tensor on ``device``, for a single copy.
+
+    Each slice starts at a multiple of 16 bytes, as kernels need it.
+    """
     starts, size = {}, 0
     for name, array in arrays.items():
         starts[name] = size
@@ -89,7 +91,7 @@ class VisionTower:
         return [outputs[f"vision.layer.{tap}"] for tap in taps]
 
     def max_batch(self, size: tuple[int, int], max_bytes: int) -> int:
-        """How many images of ``size`` fit ``max_bytes`` of activations in one call."""
+        """How many images of ``size`` fit ``max_bytes`` of activations in a call."""
         itemsize = self.runner.dtype.itemsize
         return _max_batch(self.spec, self.spec.tokens_at(size), itemsize, max_bytes)
 
