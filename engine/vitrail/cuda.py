@@ -1,4 +1,4 @@
-"""PyTorch's CUDA: why it does not start, and its errors as Vitrail's."""
+"""The reasons why PyTorch's CUDA does not start, and PyTorch's GPU errors as Vitrail's errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NEW_PROCESS = "no call in this process can use the GPU any more: start a new one
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """PyTorch's errors of a GPU are raised as OutOfMemoryError or DeviceError.
+    """Raises PyTorch's GPU errors as Vitrail's OutOfMemoryError or DeviceError.
 
-    A kernel runs long after its launch. PyTorch reports its fault at the next copy or
+    A kernel may run long after its launch. PyTorch reports the kernel's fault at the next copy or
     synchronization, which may belong to another call.
     """
     try:
@@ -31,14 +31,14 @@ def device_errors() -> Iterator[None]:
         if not isinstance(error, torch.AcceleratorError) and not from_cuda:
             raise
         if "captur" not in message:  # if the capture of a CUDA graph fails, the GPU still works
-            message = f"{message}, of this call's work or of earlier; {NEW_PROCESS}"
+            message = f"{message}, caused by this call or an earlier call; {NEW_PROCESS}"
         raise DeviceError(message) from error
 
 
 def why_no_cuda() -> str | None:
-    """Why PyTorch cannot use a GPU here; None if it can, or if there may be no GPU.
+    """Why PyTorch cannot use a GPU here; None if it can, or if it counts no GPU.
 
-    Starts CUDA if PyTorch counts GPUs but does not call CUDA available.
+    Starts CUDA if PyTorch counts GPUs but reports that CUDA is not available.
     """
     if torch.version.cuda is None and torch.version.hip is None:
         return (
@@ -57,8 +57,8 @@ def why_no_cuda() -> str | None:
 def cuda_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, such as (9, 0). Starts CUDA.
 
-    Raises InputError with PyTorch's words if CUDA does not start, for example because the driver is
-    too old for this PyTorch.
+    Raises InputError with PyTorch's message if CUDA does not start, for example because the driver
+    is too old for this PyTorch.
     """
     try:
         return torch.cuda.get_device_capability(device)

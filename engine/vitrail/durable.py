@@ -1,7 +1,7 @@
 """Durable writes: a file or folder gets its name only when it is complete and on the disk.
 
-Every writer takes the same steps: write a draft beside the target, sync the draft, rename it, sync
-the folder that holds the names. A process that is killed leaves a draft, never half a target.
+Every writer takes the same steps: write a draft beside the target, sync the draft, rename it to the
+target, sync the folder of the target. A process that is killed leaves a draft, never half a target.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def publish(drafts: Mapping[Path, Path]) -> None:
 
 
 def put_file(path: Path, data: bytes) -> tuple[int, str]:
-    """Writes a file, or nothing; returns its length in bytes and its SHA-256.
+    """Writes the whole file or nothing; returns its length in bytes and its SHA-256.
 
     Raises OSError if the file cannot be written or reads back differently.
     """
@@ -82,7 +82,7 @@ def put_file(path: Path, data: bytes) -> tuple[int, str]:
 
 @contextmanager
 def draft_files(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Yields draft -> target, for `publish`; deletes the drafts that were not published."""
+    """Yields a dictionary draft -> target, for `publish`; then deletes unpublished drafts."""
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     drafts = {path.with_name(f".{path.name}.{mark}.tmp"): path for path in targets}
     try:
@@ -96,7 +96,7 @@ def draft_files(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 def draft_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder that replaces ``target`` at the end, or is deleted after an error.
 
-    Write its files with `write_file`. An error while renaming gives the former folder back.
+    Write its files with `write_file`. If renaming fails, the former folder gets its name back.
     """
     draft = Path(tempfile.mkdtemp(".partial", f".{target.name}.", target.parent))
     former = draft.with_suffix(".old")

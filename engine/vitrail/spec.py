@@ -128,8 +128,8 @@ class PoolerSpec:
 class VisionSpec:
     """An image tower. Tokens of a sequence: class, distillation, registers, patches row by row.
 
-    ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: how the position
-    table is resized to another grid (bicubic, align_corners=False, fp32). ``norm``: the final
+    ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: whether the
+    bicubic resizing of the position table to another patch grid antialiases. ``norm``: the final
     LayerNorm is applied to every token ("tokens") or to the pooled token alone ("pooled": CLIP).
     ``distillation``: there is a distillation token. Unlike registers, it has a position.
     """
@@ -222,8 +222,8 @@ class VisionSpec:
 class TextSpec:
     """A text tower: embedding, causal blocks, final LayerNorm, pooled at a single token.
 
-    ``eos`` is the id whose first occurrence is pooled. None means the original CLIP rule (and
-    transformers' for configs with ``eos_token_id == 2``): the first occurrence of the highest id.
+    ``eos`` is the id whose first occurrence is pooled. If it is None, the first occurrence of the
+    highest id is pooled: the rule of OpenAI's CLIP, and of transformers if ``eos_token_id`` is 2.
     """
 
     blocks: BlockSpec
@@ -275,7 +275,7 @@ class HeadSpec:
 
     @property
     def folded(self) -> bool:
-        """Whether each classifier reads a token, so that the final LayerNorm folds into it."""
+        """Whether each classifier reads a single token, so that LayerNorm folds into it."""
         return self.features != "class_mean"
 
     @property
@@ -294,12 +294,12 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """From a decoded image to pixels, as the image processor of the model family does it.
+    """The steps by which the family's image processor turns a decoded image into pixels.
 
     ``resize``: None, ("shortest", edge) or ("exact", height, width). ``resample`` is Pillow's code
     (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming). ``crop``: None or the central
-    (height, width), padded with zeros if the image is smaller. Then ``x * rescale`` and
-    ``(x - mean) / std`` per channel; None leaves the step out.
+    (height, width), padded with zeros if the image is smaller. The last steps are ``x * rescale``
+    and ``(x - mean) / std`` per channel; None skips the step.
     """
 
     convert_rgb: bool
@@ -336,11 +336,12 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything that a checkpoint says of itself.
+    """The complete description of a checkpoint's model.
 
     ``architecture``: the transformers class whose outputs Vitrail matches. ``outputs``: the fields
-    of its output, inside a CLIPModel those of each tower. ``features``: the input of its
-    classifier, and its logits if there are no labels; None for a class without a classifier.
+    of that class's output; for a CLIPModel, the fields of both towers' outputs. ``features``: the
+    input of the class's classifier, which `forward` returns as logits if the checkpoint has no
+    labels; None for a class without a classifier.
     """
 
     family: str
@@ -375,7 +376,7 @@ class ModelSpec:
 
     @property
     def contrastive(self) -> bool:
-        """Whether two towers embed into a shared space, compared under a learned temperature."""
+        """Whether two towers embed into a shared space, with a learned temperature (CLIP)."""
         return self.vision is not None and self.text is not None
 
     def tensor_shapes(self) -> dict[str, Shape]:

@@ -16,10 +16,10 @@ _first_process: list[int] = []
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast, for this thread only.
+    """Turns gradients, inference mode and autocast off, for this thread only.
 
-    Results have the same bits in every mode of the caller. PyTorch's errors of a GPU are raised as
-    `device_errors` says.
+    So results have the same bits in every mode of the caller. PyTorch's GPU errors are raised as
+    Vitrail's errors (`device_errors`).
     """
     with ExitStack() as stack:
         stack.enter_context(device_errors())
@@ -35,7 +35,7 @@ def default_modes() -> Iterator[None]:
 def refuse_lost_threads() -> None:
     """Raise VitrailError in a process that was forked after Vitrail had computed.
 
-    PyTorch's CPU operators would wait there forever, for threads of the parent process.
+    In such a process PyTorch's CPU operators would wait forever for threads of the parent process.
     """
     process = os.getpid()
     if not _first_process:

@@ -17,17 +17,18 @@ from vitrail.text.tokens import TokenIds
 Overflow = Literal["error", "warn", "truncate"]
 
 MAX_CHARACTERS = 1_000_000
-"""Per text. Such a text takes about two seconds and 200 MB; 77 tokens need a few hundred."""
+"""The limit of a text. Such a text takes about two seconds and 200 MB. A text of 77 tokens has a
+few hundred characters."""
 CHUNK = 512
-"""Texts per call of the tokenizers library. It keeps about 1 KiB for each text, which then stays in
-a core's cache (18 us a caption; 21 us with chunks of 4,096)."""
+"""Texts per call of the tokenizers library. The library keeps about 1 KiB for each text; the memory
+of a chunk fits a core's cache (18 us per caption; 21 us with chunks of 4,096)."""
 
 
 class Tokenizer:
     """Token ids of texts, at most ``spec.context`` each. Any number of threads may call it.
 
-    ``pad_id`` fills a padded row after EOS. It is the id that the checkpoint names, or EOS if that
-    id has no embedding, or if a tower that pools at the highest id would pool at it.
+    ``pad_id`` fills a padded row after EOS. It is the checkpoint's padding id. It is EOS if that id
+    has no embedding, or if the tower pools at the highest id and that id is above EOS.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ def _checked(texts: Sequence[str]) -> list[str]:
 
 
 def _pooled_end(backend: tokenizers.Tokenizer, spec: TextSpec) -> int:
-    """The id that every text ends in. Raises CheckpointError unless the tower pools there."""
+    """The id that ends every text. Raises CheckpointError unless the tower pools at it."""
     empty = backend.encode("").ids
     end = max(empty) if spec.eos is None else spec.eos
     if empty[-1] != end:

@@ -1,9 +1,10 @@
 """Canonical tensors -> exact rewrites -> one packed arena in the compute dtype.
 
-Each rewrite is exact in real numbers and rounded once. The gamma and beta of a LayerNorm go into
-the linear that follows; the softmax scale and log2(e) into the query rows; the pixel normalization
-into a second patch projection for uint8 pixels; class token and its position become a single row.
-LayerScale stays a column scale: folded, values of 1e-4 would make fp16 weights subnormal.
+Each rewrite is exact in real numbers, and its result is rounded once. The gamma and beta of a
+LayerNorm go into the linear that follows; the softmax scale and log2(e) into the query rows; the
+pixel normalization into a second patch projection for uint8 pixels; the class token and its
+position become a single row. LayerScale stays a column scale: its values of about 1e-4 would make
+fp16 weights subnormal.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _FOLDED = ("weight", "bias", "sums")
 def _fold_norm(
     load: WeightLoader, norm: str, linear: str, packed: Iterable[Tensor], factor: float = 1.0
 ) -> None:
-    """LN(x) W^T + b with the gamma and beta of LN folded: W' = W gamma f, b' = (b + W beta) f.
+    """Fold gamma and beta of LN into LN(x) W^T + b: W' = W gamma f, b' = (b + W beta) f.
 
-    ``packed``: the destinations of W' and b', and of the row sums of the rounded W' if a kernel
-    takes the mean out by them.
+    f is ``factor``. ``packed``: the destinations of W' and b', and of the row sums of the rounded
+    W' if a kernel subtracts the mean by them.
     """
     weight, bias, *sums = packed
     gamma, beta = (load.read(f"{norm}.{name}").double() for name in ("weight", "bias"))
@@ -63,7 +64,10 @@ def _pack_block(load: WeightLoader, spec: BlockSpec, block: str) -> None:
 def _pack_patch(
     load: WeightLoader, spec: VisionSpec, pixel_scale: tuple[Tensor, Tensor] | None
 ) -> None:
-    """The projection for floats, and the projection for uint8 with x = a * uint8 + b folded in."""
+    """Pack the projection for float pixels, and that for uint8 pixels with x = a u + b folded in.
+
+    u is the uint8 value; ``pixel_scale`` is (a, b).
+    """
     c, k, packed = spec.blocks.width, spec.patch_values, load.packed
     weight = load.read("vision.patch.weight").double()
     bias = torch.zeros(c, dtype=torch.float64, device="cpu")
@@ -76,11 +80,11 @@ def _pack_patch(
     unit = torch.ones(spec.channels, dtype=torch.float64, device="cpu")
     a, b = pixel_scale or (unit, torch.zeros_like(unit))
     folded[:, :k] = (weight * (UINT8_UNIT * a[:, None, None])).permute(0, 2, 3, 1).reshape(c, k)
-    # without a scale no uint8 pixels are taken, so their weights may be anything
+    # without a scale the model takes no uint8 pixels, so the weights for them are not checked
     for projection in (plain_weight,) if pixel_scale is None else (plain_weight, folded):
         load.check_rounded("vision.patch.weight", projection)
-    # the bias comes from the rounded weights, so that it does not add the rounding again:
-    # sum W (a u + b) = sum W' (u + b / a) / unit
+    # the bias comes from the rounded weights, so that the rounding error of a weight is multiplied
+    # by a u + b, not by a u: sum W (a u + b) = sum W' (u + b / a) / unit
     rounded = folded[:, :k].double().view(c, *spec.patch, spec.channels)
     shift = (rounded * (b / a / UINT8_UNIT)).sum(dim=(1, 2, 3))
     packed["vision.patch.uint8.bias"].copy_(bias + shift)
@@ -124,7 +128,7 @@ def _pack_head(load: WeightLoader, head: HeadSpec) -> None:
 
 
 def _logit_scale(load: WeightLoader) -> float | None:
-    """The temperature of a CLIP, which is stored as its logarithm."""
+    """The temperature of a CLIP checkpoint, which stores its logarithm; None without a value."""
     if "logit_scale" not in load.shapes:
         return None
     stored = load.read("logit_scale")
@@ -146,7 +150,7 @@ def load_weights(
 ) -> Weights:
     """Read every canonical tensor once and pack it on the CPU.
 
-    ``sources``: canonical name -> where it is stored, complete (see `vitrail.zoo.map_tensors`).
+    ``sources``: the stored tensor of every canonical name (see `vitrail.zoo.map_tensors`).
     ``pixel_scale``: (a, b), each (channels,), with normalized pixel = a * uint8 + b. Resident
     memory grows by the arena and one chunk. Raises CheckpointError if a file changed, ends early or
     holds a weight that is not finite.

@@ -1,6 +1,6 @@
 """The arena: every packed tensor of a model, its shape, its dtype and its bytes.
 
-Names are canonical (`spec.py`), or those of tensors that `folding` makes of canonical tensors.
+A name is canonical (`spec.py`), or belongs to a tensor that `folding` computes from canonical ones.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from torch import Tensor
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
 
 ALIGNMENT = 256
-PATCH_MULTIPLE = 64  # columns of a patch weight: rows of 588 numbers would not be 16-byte aligned
+PATCH_MULTIPLE = 64
+"""The columns of a patch weight are padded to a multiple of this. Rows of 588 numbers, for example,
+would not be aligned to 16 bytes."""
 
 
 class PackedTensor(NamedTuple):
     """``dtype``: "compute" has the dtype of the model, "float32" is always fp32.
 
-    ``rows_of``: it has no bytes of its own, but is rows of that tensor from ``first_row``.
+    ``rows_of``: the tensor of which this tensor is a view, from ``first_row``; None if this tensor
+    has bytes of its own.
     """
 
     shape: Shape
@@ -40,7 +43,7 @@ def _vectors(size: int, *names: str) -> dict[str, PackedTensor]:
 
 
 def _linear(name: str, n: int, k: int, *, folded: bool = False) -> dict[str, PackedTensor]:
-    """``folded``: with the row sums that a LayerNorm in front of it needs."""
+    """Weight and bias; if a LayerNorm is ``folded`` into them, also the weight's row sums."""
     names = (f"{name}.bias", f"{name}.sums") if folded else (f"{name}.bias",)
     return {f"{name}.weight": PackedTensor((n, k), "compute"), **_vectors(n, *names)}
 
@@ -57,7 +60,7 @@ def _tower_layout(tower: str, spec: BlockSpec, projection: int | None) -> dict[s
         layout |= _linear(f"{block}.down", c, f)
         if spec.layer_scale:
             layout |= _vectors(c, f"{block}.scale1", f"{block}.scale2")
-    # the last block of a pooled plan takes the query rows and the key and value rows apart
+    # the last block of a pooled plan computes queries apart from keys and values
     for rows, first_row, n in (("q", 0, c), ("kv", c, 2 * c)):
         for tensor in ("weight", "bias", "sums"):
             qkv = f"{block}.qkv.{tensor}"
@@ -116,7 +119,10 @@ def packed_layout(spec: ModelSpec) -> dict[str, PackedTensor]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Packed tensors by name, views of ``arena`` (bytes); ``logit_scale`` is the factor itself."""
+    """Packed tensors by name, as views of ``arena`` (uint8).
+
+    ``logit_scale`` is the factor of the cosines, not its logarithm; None for a single tower.
+    """
 
     tensors: Mapping[str, Tensor]
     arena: Tensor
@@ -139,8 +145,8 @@ class Weights:
 
 
 def arena_spans(spec: ModelSpec, dtype: torch.dtype) -> tuple[dict[str, tuple[int, int]], int]:
-    """First and last byte in the arena of every tensor with bytes of its own, and the arena's
-    bytes."""
+    """The span (start, stop) in the arena of every tensor with bytes of its own, and the arena's
+    number of bytes."""
     spans: dict[str, tuple[int, int]] = {}
     total = 0
     for name, packed in packed_layout(spec).items():
@@ -157,7 +163,7 @@ def arena_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def arena_views(spec: ModelSpec, dtype: torch.dtype, arena: Tensor) -> dict[str, Tensor]:
-    """Every packed tensor as a view of ``arena``, `arena_bytes` of uint8."""
+    """Every packed tensor as a view of ``arena``, a uint8 tensor of `arena_bytes` bytes."""
     spans, _ = arena_spans(spec, dtype)
     tensors: dict[str, Tensor] = {}
     for name, packed in packed_layout(spec).items():

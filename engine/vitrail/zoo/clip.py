@@ -114,10 +114,10 @@ _TEXT_MARKS = ("text_model.", "final_layer_norm.", "embeddings.token_embedding."
 
 
 def _choose(family: Family, checkpoint: Checkpoint, model_type: str, named: str | None) -> str:
-    """The named class, or the class that the tensors are if CLIPModel or none is named.
+    """The class that config.json names; for CLIPModel or no name, the class that fits the tensors.
 
-    People save a tower beside the config of a whole CLIPModel. Such a tower embeds into the
-    shared space, so its projection must be there; an unnamed tower may lack it.
+    Some checkpoints hold a single tower beside the config of a whole CLIPModel. Such a tower embeds
+    into the shared space, so it must have a projection. If no class is named, it may lack it.
     """
     if named not in (None, "CLIPModel"):
         return str(named)
@@ -172,7 +172,7 @@ def _nested(top: Mapping[str, Any], key: str, tower: str) -> Mapping[str, Any] |
 
 
 def _projection(config: Config, fields: Fields) -> int | None:
-    """Width of the shared space. CLIPModel has its own key, a lone tower that of its config."""
+    """Width of the shared space, from CLIPModel's own key or from the config of a lone tower."""
     if not config.architecture.projection:
         return None
     if config.named == "CLIPModel":
@@ -208,7 +208,7 @@ def _text(config: Config) -> TextSpec:
 
 
 def _eos(fields: Fields, vocab: int) -> int | None:
-    """The id that is pooled; None for the legacy 2, for which CLIPTextModel pools the highest."""
+    """The id that is pooled; None for the legacy id 2: CLIPTextModel then pools the highest id."""
     value = fields.get("eos_token_id")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]

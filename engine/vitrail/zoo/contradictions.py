@@ -1,7 +1,7 @@
-"""The keys of config.json that the shapes of the tensors contradict, a sentence each.
+"""A sentence for each key of config.json that the shapes of the tensors contradict.
 
 The sentences begin the error about tensors that do not fit. A wrong number in config.json makes
-hundreds of tensors misshaped, and their list does not show the number.
+hundreds of tensors misshaped, and their list does not show which number is wrong.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from vitrail.zoo.common import Family
 
 
 class Fact(NamedTuple):
-    """A key of config.json, its value there, and the value in the tensors (None: not visible).
+    """A key of config.json, its value there, and the tensors' value (None: they do not show it).
 
-    ``sentence``: about the tensors, with ``{}`` for their value. ``note``: follows the key's value.
+    ``sentence`` describes the tensors, with ``{}`` for the value. ``note`` follows the key's value.
     """
 
     key: str
@@ -34,8 +34,9 @@ def contradictions(
 ) -> Iterator[str]:
     """Sentences such as "config.json says hidden_size 390, the tensors are 384 wide".
 
-    ``shapes``: of the stored tensors by canonical name, without leading dimensions of 1. If many
-    tensors show a number, most of them must agree: a damaged tensor is no contradiction.
+    ``shapes``: shapes of the stored tensors by canonical name, without leading dimensions of 1. If
+    several tensors show a number, the most common number counts: a single damaged tensor is no
+    contradiction.
     """
     for tower, facts in (
         ("vision", _tower_facts(spec.vision, "vision", family, shapes) if spec.vision else ()),
@@ -80,7 +81,7 @@ def _tower_facts(
     yield Fact(
         "num_hidden_layers", blocks.layers, len(layers) or None, "the tensors have {} layers"
     )
-    if width == blocks.width:  # a ratio follows from the width
+    if width == blocks.width:  # mlp_ratio is relative to the width
         mlp = _size(shapes, rf"{tower}\.blocks\.\d+\.down\.weight", -1)
         note = "" if family.mlp_key == "intermediate_size" else f" (MLPs {blocks.mlp} wide)"
         yield Fact(family.mlp_key, blocks.mlp, mlp, "the tensors' MLPs are {} wide", note)

@@ -1,4 +1,4 @@
-"""Stored tensor names -> canonical names, by table. Complete or refuse."""
+"""Stored tensor names -> canonical names, by table: all names are mapped, or it is an error."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class NameRule:
     """A row of a name table: stored names, and the canonical names that they stand for.
 
-    ``names``: one per dialect, oldest first ("" if a dialect has none; a single name serves every
-    dialect). ``{i}`` is a layer, a final ``*`` is both ``weight`` and ``bias``. The rows of the
-    tensor are split evenly over the targets; without a target it is ignored.
+    ``names``: one for each dialect, that is the names of a transformers version, oldest first (""
+    if a dialect has no such name; a single name serves every dialect). ``{i}`` stands for a layer
+    number, a final ``*`` for both ``weight`` and ``bias``. The rows of the tensor are split evenly
+    over the targets; a tensor without targets is ignored.
     """
 
     names: tuple[str, ...]
@@ -32,7 +33,7 @@ class NameRule:
 
 
 Groups = tuple[tuple[tuple[str, ...], tuple[NameRule, ...]], ...]
-"""(prefixes, rules): every rule counts under each of the prefixes."""
+"""(prefixes, rules): every rule applies under each of the prefixes."""
 
 
 def copy(target: str, *names: str) -> NameRule:
@@ -47,7 +48,7 @@ def ignore(*names: str) -> NameRule:
 class NamePattern:
     """A stored name of a rule, with ``{i}`` for the layer, and the canonical names it stands for.
 
-    ``dialect`` is -1 if the name is the same in all of them.
+    ``dialect`` is -1 if the name is the same in all dialects.
     """
 
     pattern: str
@@ -78,7 +79,7 @@ def _patterns(rule: NameRule, prefix: str) -> Iterable[NamePattern]:
 
 
 def _generalize(name: str) -> tuple[str, str]:
-    """The pattern of a stored name and its layer number ("" without one)."""
+    """The pattern of a stored name and its layer number ("" if the name has no number)."""
     layer = _LAYER.search(name)
     if layer is None:
         return name, ""
@@ -86,14 +87,14 @@ def _generalize(name: str) -> tuple[str, str]:
 
 
 def squeezed(shape: Shape) -> Shape:
-    """Leading dimensions of 1 do not count: (1, 1, C) is (C,), (1, N, C) is (N, C)."""
+    """``shape`` without leading dimensions of 1: (1, 1, C) gives (C,), (1, N, C) gives (N, C)."""
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape
 
 
 def _listing(faults: Mapping[str, list[str]]) -> str:
-    """The names by fault: the first of each and the number of the rest."""
+    """A clause for each fault: its first `LISTED` names, and the number of the others."""
     clauses = []
     for fault, names in faults.items():
         rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
@@ -111,9 +112,10 @@ def map_names(
 ) -> dict[str, Source]:
     """Canonical name -> source for every name of ``shapes``.
 
-    ``unused`` tells if this architecture has no use for a canonical name. Raises a
+    ``unused`` tells whether this architecture has no use for a canonical name. Raises a
     CheckpointError that lists all missing, unexpected, duplicated, misshaped and wrongly typed
-    names, after the sentences that ``explain`` makes of the stored shapes by canonical name.
+    names. The list follows the sentences that ``explain`` gives for the stored shapes by canonical
+    name.
     """
     faults: dict[str, list[str]] = defaultdict(list)
     stored: dict[str, list[str]] = defaultdict(list)
@@ -157,7 +159,7 @@ def _take(
     shapes: Mapping[str, Shape],
     faults: dict[str, list[str]],
 ) -> dict[str, Source]:
-    """The sources in a stored tensor, after a check of its dtype and shape."""
+    """The source of each target in a stored tensor; a wrong dtype or shape goes to ``faults``."""
     if entry.dtype not in SAFETENSORS:
         dtypes = " or ".join(SAFETENSORS)
         faults["of another dtype"].append(f"{entry.name}: got {entry.dtype}, wanted {dtypes}")
