@@ -75,17 +75,17 @@ def test_the_stub_names_what_the_module_has(extension: ModuleType) -> None:
         if isinstance(node, ast.ClassDef):
             members = {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
             inherited = dir(getattr(extension, node.name).__base__)
-            found = _public(dir(getattr(extension, node.name))) - _public(inherited)
-            assert members - {"__init__"} == found, node.name
+            attributes = _public(dir(getattr(extension, node.name))) - _public(inherited)
+            assert members - {"__init__"} == attributes, node.name
 
 
 def test_the_stub_has_the_signatures_of_the_module(extension: ModuleType) -> None:
     for node in ast.parse(STUB.read_text()).body:
         if isinstance(node, ast.FunctionDef):
             assert node.returns is not None, node.name
-            wanted = f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}"
-            (got, *_) = getattr(extension, node.name).__doc__.splitlines()
-            assert got.replace("vitrail._C.", "") == wanted
+            expected = f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}"
+            (signature, *_) = getattr(extension, node.name).__doc__.splitlines()
+            assert signature.replace("vitrail._C.", "") == expected
 
 
 def test_the_extension_was_built_from_this_version(extension: ModuleType) -> None:

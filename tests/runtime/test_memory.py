@@ -73,9 +73,9 @@ def test_texts_have_the_bits_of_batches_that_fit(small: Model, model: Model) -> 
 
 def test_scores_too(small: Model, model: Model) -> None:
     images = [torch.randint(256, (64, 64, 3), dtype=torch.uint8) for _ in range(4)]
-    found = small.classify(images, labels=TEXTS)
-    wanted = model.classify(images, labels=TEXTS, batch_size=2)
-    torch.testing.assert_close(found.logits, wanted.logits)
+    classified = small.classify(images, labels=TEXTS)
+    expected = model.classify(images, labels=TEXTS, batch_size=2)
+    torch.testing.assert_close(classified.logits, expected.logits)
 
 
 def test_an_item_that_does_not_fit_alone_is_an_error(small: Model) -> None:

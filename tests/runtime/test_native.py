@@ -83,8 +83,8 @@ class Expected:
     def calls(self) -> Iterator[tuple[Call, Mapping[int, str]]]:
         meta = self.runner.weights.to(torch.device("meta"))
         compute = str(self.runner.dtype).removeprefix("torch.")
-        given = {} if self.pixels is None else {"pixels": self.pixels.to("meta")}
-        for launch, tensors, scalars in self.plan.bind(self.lengths, compute, given, meta.tensors):
+        inputs = {} if self.pixels is None else {"pixels": self.pixels.to("meta")}
+        for launch, tensors, scalars in self.plan.bind(self.lengths, compute, inputs, meta.tensors):
             names = dict((*launch.buffers, *launch.weights))
             for call in OPERATORS[launch.op].calls(Target(90, SMS), **tensors, **scalars):
                 if call.grid.blocks:
@@ -114,47 +114,49 @@ class Places:
 
 
 def check_launch(
-    found: standin.Launch, call: Call, names: Mapping[int, str], places: Places
+    launch: standin.Launch, call: Call, names: Mapping[int, str], places: Places
 ) -> None:
     kernel = compile_kernel(call, 90)
-    assert found.name == kernel.metadata.name
-    assert found.grid == (call.grid.blocks, 1, 1)
-    assert found.block == (32 * call.config.warps, 1, 1)
-    assert found.shared == kernel.metadata.shared
+    assert launch.name == kernel.metadata.name
+    assert launch.grid == (call.grid.blocks, 1, 1)
+    assert launch.block == (32 * call.config.warps, 1, 1)
+    assert launch.shared == kernel.metadata.shared
     blocks = min(32, 2048 // (32 * call.config.warps))  # as many as its threads allow
-    asked = math.ceil(100 * blocks * (found.shared + 1024) / 233_472)
-    assert found.carveout == (min(100, asked) if found.shared else -1)
+    asked = math.ceil(100 * blocks * (launch.shared + 1024) / 233_472)
+    assert launch.carveout == (min(100, asked) if launch.shared else -1)
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     source, _, _ = source_of(call, 90)
-    left = list(found.parameters)
+    parameters = list(launch.parameters)
     boxes = list(kernel.metadata.tensordesc_meta or ())
-    for name, kind in source.signature.items():
-        if kind == "constexpr":
+    for name, type_name in source.signature.items():
+        if type_name == "constexpr":
             continue
         value: Any = call.arguments[name]
-        got = left.pop(0)
-        if kind.startswith("tensordesc"):
-            assert got.map is not None, name
+        parameter = parameters.pop(0)
+        if type_name.startswith("tensordesc"):
+            assert parameter.map is not None, name
             box = boxes.pop(0)
-            places.check(names[id(value.base)], got.map.base)
+            places.check(names[id(value.base)], parameter.map.base)
             rows, columns = value.shape
-            assert got.map.dims[0] == columns, name
-            assert rows <= got.map.dims[1] <= rows * 9 / 8 + 1, name
-            assert got.map.strides == (columns * value.base.element_size(),)
-            assert got.map.box == tuple(reversed(box["block_size"]))
-            assert got.map.swizzle == box["swizzle"]
-            assert got.map.type == TMA_DTYPE_DEVICE_TO_HOST[box["elem_type"]]
-            shape = [left.pop(0) for _ in range(4)]
-            assert [part.size for part in shape] == [4, 4, 8, 8]
-            assert [part.value for part in shape] == [rows, columns, columns, 1]
-        elif kind.startswith("*"):
-            places.check(names[id(value)], got.value)
-        elif kind == "fp32":
-            assert got.raw == struct.pack("<f", value), name
+            assert parameter.map.dims[0] == columns, name
+            assert rows <= parameter.map.dims[1] <= rows * 9 / 8 + 1, name
+            assert parameter.map.strides == (columns * value.base.element_size(),)
+            assert parameter.map.box == tuple(reversed(box["block_size"]))
+            assert parameter.map.swizzle == box["swizzle"]
+            assert parameter.map.type == TMA_DTYPE_DEVICE_TO_HOST[box["elem_type"]]
+            shape = [parameters.pop(0) for _ in range(4)]
+            assert [number.size for number in shape] == [4, 4, 8, 8]
+            assert [number.value for number in shape] == [rows, columns, columns, 1]
+        elif type_name.startswith("*"):
+            places.check(names[id(value)], parameter.value)
+        elif type_name == "fp32":
+            assert parameter.raw == struct.pack("<f", value), name
         else:
-            assert (got.size, got.value) == ({"i32": 4, "i64": 8}[kind], value), name
-    assert [part.value for part in left] == [0, 0]  # scratch
+            assert (parameter.size, parameter.value) == ({"i32": 4, "i64": 8}[type_name], value), (
+                name
+            )
+    assert [number.value for number in parameters] == [0, 0]  # scratch
 
 
 def check_run(
@@ -162,20 +164,20 @@ def check_run(
     runner: NativeRunner,
     plan: Plan,
     lengths: Sequence[int],
-    known: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> set[tuple[str, int]]:
     """Every launch since the last reset but that of a position table; returns the kernels by name
     and block's bytes."""
-    expected = list(Expected(plan, runner, lengths, known.get("pixels")).calls())
+    expected = list(Expected(plan, runner, lengths, tensors.get("pixels")).calls())
     launched = [launch for launch in driver.launched() if launch.name != POSITION]
     assert len(launched) == len(expected)
-    places = Places(runner, plan, known)
-    for found, (call, names) in zip(launched, expected, strict=True):
-        check_launch(found, call, names, places)
+    places = Places(runner, plan, tensors)
+    for launch, (call, names) in zip(launched, expected, strict=True):
+        check_launch(launch, call, names, places)
     places.apart(plan.slot_bytes(len(lengths), sum(lengths), 2))
     driver.reset()
     driver.record(True)
-    return {(found.name, found.shared) for found in launched}
+    return {(launch.name, launch.shared) for launch in launched}
 
 
 @pytest.mark.parametrize(
@@ -315,18 +317,18 @@ def test_a_result_follows_from_inputs_weights_and_sizes(
     driver: standin.Standin, text: NativeRunner
 ) -> None:
     plan = text_pooled(TEXT)
-    one, other = ids_of([5, 9]), ids_of([5, 9])
-    other[0][:2] = one[0][:2] + 1
+    texts, other_texts = ids_of([5, 9]), ids_of([5, 9])
+    other_texts[0][:2] = texts[0][:2] + 1
 
     def result(ids: list[Tensor]) -> int:
         return digest(read(text, plan, ids, [len(row) - 1 for row in ids])["text.embedding"])
 
-    first = result(one)
-    assert result(one) == first
-    assert result(other) != first
-    assert result([*one, one[0]]) != first
+    expected = result(texts)
+    assert result(texts) == expected
+    assert result(other_texts) != expected
+    assert result([*texts, texts[0]]) != expected
     text.weights["text.position"].view(-1)[:2] += 1
-    assert result(one) != first
+    assert result(texts) != expected
 
 
 def test_threads_in_flight_at_once_get_what_each_gets_alone(
@@ -342,8 +344,8 @@ def test_threads_in_flight_at_once_get_what_each_gets_alone(
 
     alone = [result(ids) for ids in batches]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(result, batches * 50))
-    assert found == alone * 50
+        results = list(pool.map(result, batches * 50))
+    assert results == alone * 50
 
 
 def test_every_call_is_in_its_own_arena(
@@ -394,24 +396,24 @@ def test_a_failed_launch_is_named_and_the_runner_works_afterwards(
     driver: standin.Standin, text: NativeRunner
 ) -> None:
     plan, ids = text_pooled(TEXT), ids_of([5, 9])
-    wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
+    expected = digest(read(text, plan, ids, [4, 8])["text.embedding"])
     names = [launch.label for launch in plan.steps]
     for number, name in enumerate(names, 1):
         driver.fail_launch(number, 701)  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: not sticky
         with pytest.raises(DeviceError, match=f"^text.pooled on cpu: {name}: cuLaunchKernelEx"):
             read(text, plan, ids, [4, 8])
-        assert digest(read(text, plan, ids, [4, 8])["text.embedding"]) == wanted
+        assert digest(read(text, plan, ids, [4, 8])["text.embedding"]) == expected
 
 
 def test_a_lost_device_is_an_error_every_time(driver: standin.Standin, text: NativeRunner) -> None:
     plan, ids = text_pooled(TEXT), ids_of([5, 9])
-    wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
+    expected = digest(read(text, plan, ids, [4, 8])["text.embedding"])
     driver.fail_launch(3, STICKY)
     for _ in range(3):
         with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
             read(text, plan, ids, [4, 8])
     driver.reset()
-    assert digest(read(text, plan, ids, [4, 8])["text.embedding"]) == wanted
+    assert digest(read(text, plan, ids, [4, 8])["text.embedding"]) == expected
 
 
 def test_any_call_that_fails_is_a_typed_error(
@@ -421,12 +423,12 @@ def test_any_call_that_fails_is_a_typed_error(
     plan, ids = text_pooled(TEXT), ids_of([5, 9])
     program = native.lower(plan, text.target, text.dtype, text.weights)
     monkeypatch.setattr(native, "lower", lambda *_: program)  # made once: it asks no driver
-    wanted = digest(read(text, plan, ids, [4, 8])["text.embedding"])
+    expected = digest(read(text, plan, ids, [4, 8])["text.embedding"])
 
     def forward() -> int:
         fresh = Runner(text.weights, text.dtype, CPU, str(driver.path))
         before = driver.calls()
-        assert digest(read(fresh, plan, ids, [4, 8])["text.embedding"]) == wanted
+        assert digest(read(fresh, plan, ids, [4, 8])["text.embedding"]) == expected
         return driver.calls() - before
 
     calls, kinds, unnoticed, kept = forward(), set(), 0, []
@@ -437,12 +439,12 @@ def test_any_call_that_fails_is_a_typed_error(
         kept.append(runner)  # none is taken apart while the next one's calls are counted
         driver.fail(number, code)
         try:
-            assert digest(read(runner, plan, ids, [4, 8])["text.embedding"]) == wanted
+            assert digest(read(runner, plan, ids, [4, 8])["text.embedding"]) == expected
             unnoticed += 1  # the context's way back, which has no more to give
         except DeviceError as error:
             kinds.add((code, type(error)))
         driver.reset()
-        assert digest(read(runner, plan, ids, [4, 8])["text.embedding"]) == wanted
+        assert digest(read(runner, plan, ids, [4, 8])["text.embedding"]) == expected
     assert unnoticed <= len(plan.steps) + 1
     assert kinds == {
         (code, OutOfMemoryError if code == 2 else DeviceError) for code in (2, 46, 209, 701, 999)

@@ -22,28 +22,28 @@ THREADS, CALLS = 16, 200
 def calls(model: vitrail.Model, folder: Path) -> list[Callable[[], Any]]:
     """Calls of every kind on inputs of many sizes, bad ones among them."""
     dice = np.random.default_rng(0)
-    bad = folder / "bad.jpg"
-    bad.write_bytes(PHOTOS[0].read_bytes()[:900])
+    broken = folder / "bad.jpg"
+    broken.write_bytes(PHOTOS[0].read_bytes()[:900])
     arrays = [dice.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((32, 32), (50, 41), (33, 90))]
     pixels = torch.from_numpy(dice.normal(0, 1, (5, 3, 32, 32)).astype(np.float32))
-    other = torch.from_numpy(dice.normal(0, 1, (2, 3, 48, 64)).astype(np.float32))
+    floats = torch.from_numpy(dice.normal(0, 1, (2, 3, 48, 64)).astype(np.float32))
     texts = ["a photo of a cat", "red", "two people on the mat near the window at night"]
     data = PHOTOS[2].read_bytes()
 
     def skipped() -> Any:
-        found = model.encode_image([PHOTOS[1], bad, arrays[1]], on_error="skip")
-        return found.embeddings, found.index, dict(found.errors)
+        result = model.encode_image([PHOTOS[1], broken, arrays[1]], on_error="skip")
+        return result.embeddings, result.index, dict(result.errors)
 
     def failed() -> Any:
         with pytest.raises(vitrail.ImageError) as caught:
-            model.encode_image([bad])
+            model.encode_image([broken])
         return str(caught.value)
 
     return [
         lambda: model.encode_image(PHOTOS[:3]),
         lambda: model.encode_image([data, arrays[0], arrays[2]], normalize=True),
         lambda: model.encode_image(pixels),
-        lambda: model.encode_image(other),
+        lambda: model.encode_image(floats),
         lambda: model.encode_image(PHOTOS[3], size=(40, 64)),
         lambda: model.encode_text(texts),
         lambda: model.encode_text(texts[1]),
