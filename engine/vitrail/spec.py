@@ -129,8 +129,9 @@ class VisionSpec:
     """An image tower. Tokens of a sequence: class, distillation, registers, patches row by row.
 
     ``image`` and ``patch`` are (height, width) in pixels. ``position_antialias``: whether the
-    bicubic resizing of the position table to another patch grid antialiases. ``norm``: the final
-    LayerNorm is applied to every token ("tokens") or to the pooled token alone ("pooled": CLIP).
+    resizing of the position table to another patch grid antialiases (it is bicubic, in fp32, with
+    align_corners=False). ``norm``: the final LayerNorm is applied to every token ("tokens") or to
+    the pooled token alone ("pooled": CLIP).
     ``distillation``: there is a distillation token. Unlike registers, it has a position.
     """
 

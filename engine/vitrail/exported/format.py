@@ -66,8 +66,8 @@ _BUILT = re.compile(
 class Build(NamedTuple):
     """The export for one architecture.
 
-    ``runner``: identity of the runner whose bits the kernels give. ``fingerprint``: the model's,
-    with these kernels.
+    ``runner``: identity of the runner whose bits the kernels give. ``fingerprint``: the fingerprint
+    of the model with these kernels.
     """
 
     runner: str
@@ -169,8 +169,8 @@ def _text(spec: ModelSpec) -> bytes:
 def decode_record(raw: bytes, location: str) -> ExportRecord:
     """The record in ``raw``. Messages begin with ``location``.
 
-    Raises CheckpointError: damaged, of another format or version, or with files that an export
-    cannot have or must have.
+    Raises CheckpointError if the record is damaged or has another format or version, if it lists a
+    file that no export has, or if it lacks a file that every export has.
     """
     head = magic("export")
     if not raw.startswith(head):

@@ -1,4 +1,4 @@
-"""Crops of a batch as the image tower takes them: made on the host, or resized on the device."""
+"""Crops of a batch for the image tower: made on the host, or resized on the device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def device_batch(
 ) -> CropBatch:
     """Group decoded images by crop size, at most ``max_bytes`` of device memory per group.
 
-    An image that needs more gets a group of its own.
+    An image that alone needs more memory gets a group of its own.
     """
     errors: dict[int, VitrailError] = {}
     groups: dict[Size, list[list[tuple[int, CropTask]]]] = {}
@@ -90,7 +90,7 @@ def device_batch(
 
 
 class DeviceCrops:
-    """Decoded images that the first slice copies to the device of ``runner`` and resizes there."""
+    """Decoded images. The first slice copies all to the device of ``runner`` and resizes them."""
 
     def __init__(self, members: Sequence[tuple[int, CropTask]], runner: Runner) -> None:
         self.members = [member for member, _ in members]

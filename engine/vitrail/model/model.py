@@ -1,4 +1,4 @@
-"""`Model`: what users hold. Images and texts in; embeddings, class scores and features out."""
+"""`Model`, the users' class: images and texts in; embeddings, class scores and features out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Model(ModuleAdvice):
     Attributes: ``spec`` (`ModelSpec`: architecture, sizes, preprocessing), ``source`` (the path or
     hub id that was loaded), ``revision`` (the commit of a hub id), ``folder`` (its files),
     ``device``, ``dtype`` (of the computation), ``backend`` ("native", "triton" or "torch"),
-    ``weight_bytes`` (on the device), ``resize`` (where images are resized, and by what).
+    ``weight_bytes`` (on the device), ``resize`` (the place and the kernels that resize images).
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Model(ModuleAdvice):
     def preprocess(
         self, images: Images, *, size: Size | None = None, on_error: OnError = "raise"
     ) -> Tensor | PreprocessResult:
-        """Images to ``pixel_values`` (N, channels, H, W) float32, the processor's bit for bit.
+        """Images to ``pixel_values`` (N, channels, H, W) float32, bit for bit as the processor.
 
         ``images`` and ``size``: see `encode_image`; preprocessed floats are refused.
         ``on_error="skip"``: return a `PreprocessResult` of the images that succeed.
@@ -182,8 +182,8 @@ class Model(ModuleAdvice):
 
         ``normalize``: to unit length. ``batch_size``: images computed at once; None: as many as the
         memory budget allows. ``size`` (H, W): preprocess to this size instead of the processor's;
-        positions are interpolated. ``on_error="skip"``: return an `EncodeResult`, in which a bad
-        image costs no other.
+        positions are interpolated. ``on_error="skip"``: return an `EncodeResult` of the images that
+        succeed.
 
         Raises ImageError: an image cannot be read. InputError: a wrong argument. VitrailError: an
         embedding is not finite. CheckpointError: there is no preprocessor configuration.
@@ -239,10 +239,10 @@ class Model(ModuleAdvice):
         Zero-shot, for CLIP: each label is put into every template, for example "a photo of a cat".
         The unit-length text embeddings of a label are averaged and normalized again. Logits are
         their cosines with the image embedding, times the learned temperature. Label embeddings are
-        cached. ``overflow``: for labels that are too long, see `tokenize`.
+        cached. ``overflow`` is for labels with too many tokens, see `tokenize`.
 
         Without ``labels``: the classification head of the checkpoint. ``on_error="skip"``: the
-        result tells which images it has rows for. For the rest see `encode_image`.
+        result lists the images that it has rows for. For the other arguments see `encode_image`.
         """
         arguments.check_options(batch_size, size, on_error)
         label_embeddings, scale = None, self._logit_scale
@@ -287,11 +287,11 @@ class Model(ModuleAdvice):
         ``pixel_values`` (B, C, H, W): floats of any size from one patch up; positions are
         interpolated, and pixels beyond the last whole patch are dropped. ``input_ids`` (B, T):
         int32 or int64; a row without an end token is pooled at its first token, as in transformers.
-        ``attention_mask`` (B, T): ones, then zeros. A CLIPModel takes either input alone, too.
+        ``attention_mask`` (B, T): ones, then zeros. A CLIPModel also takes a single input.
         ``output_hidden_states``: also return the residual stream of every block.
 
-        `Output.status` tells which items are finite: the values of pixels on a GPU are not checked,
-        because that would wait for the GPU. Raises InputError for a wrong argument.
+        `Output.status` tells which items are finite. The values of pixels on a GPU are not checked,
+        because the check would wait for the GPU. Raises InputError for a wrong argument.
         """
         if pixel_values is None and input_ids is None:
             raise InputError("forward: got neither pixel_values nor input_ids")
@@ -343,7 +343,7 @@ class Model(ModuleAdvice):
         return intermediate_layers(tower, pixels, n, reshape, return_class_token, norm)
 
     def as_module(self, tower: Literal["image", "text"] = "image") -> ImageModule | TextModule:
-        """A tower as a torch.nn.Module, to compile or to capture; see `vitrail.model.module`.
+        """A tower as a torch.nn.Module, for torch.compile and CUDA graphs (`vitrail.model.module`).
 
         The text module computes every token that it is given; `encode_text` stops at the end token.
         Raises InputError if the checkpoint has no such tower.

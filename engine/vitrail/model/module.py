@@ -1,8 +1,8 @@
-"""A tower as a torch.nn.Module, for use inside models that are compiled or captured.
+"""A tower as a torch.nn.Module, for use inside torch.compile and CUDA graphs.
 
 Each tower is one custom operator. torch.compile knows the shapes of its outputs and calls it
-without a graph break. The operator never reads values on the host, so that a CUDA graph can be
-captured around it.
+without a graph break. The operator never reads a tensor's values on the host, so that a CUDA graph
+can capture it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ImageModule(nn.Module):
         if not fits or any(s < p for s, p in zip(sides, spec.patch, strict=True)):
             raise InputError(
                 f"pixels: got {tuple(pixels.shape)} of {pixels.dtype}, wanted (B, {spec.channels}, "
-                f"H, W) floats or (B, H, W, {spec.channels}) uint8 of a patch or more"
+                f"H, W) floats or (B, H, W, {spec.channels}) uint8 of at least one patch"
             )
         if not uint8 and not pixels.is_floating_point():
             raise InputError(f"pixels: got {pixels.dtype}, wanted floats or uint8")
@@ -100,7 +100,7 @@ class TextModule(nn.Module):
                 f"ids: got {tuple(ids.shape)} of {ids.dtype}, wanted (B, T) int32 or int64"
             )
         if not 1 <= ids.shape[1] <= spec.context:
-            raise InputError(f"ids: got {ids.shape[1]} a row, wanted 1 to {spec.context}")
+            raise InputError(f"ids: got {ids.shape[1]} per row, wanted 1 to {spec.context}")
         _check_device("ids", ids, self.tower.runner.device)
         return _finite(*embed_text(ids, self.number, spec.embedding))
 

@@ -1,9 +1,9 @@
 """Lowers a plan to bytes that C++ reads, and the kernel calls whose binaries it names.
 
 ``<op>_calls`` describe each kernel launch, as they do for the Triton runner. Every number of a
-launch is affine in the sizes of a call: lowering evaluates it at a few sizes, writes it as
-``sequences * B + tokens * M + longest * T + constant`` and checks the formula. csrc/plan.hpp has
-the layout, docs/runtime.md explains it.
+launch is affine in the sizes of a call: lowering evaluates the number at a few sizes, writes it as
+``sequences * B + tokens * M + longest * T + constant`` (`Affine`) and checks the formula.
+csrc/plan.hpp has the layout of the bytes, docs/runtime.md explains it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ WEIGHTS = -1
 
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """A plan for one kind of GPU.
+    """A plan that is lowered for one `Target`.
 
-    ``record``: the bytes for C++. ``calls``: every kernel it launches, by key. ``externals``: names
-    of the buffers that the caller brings, in C++'s order.
+    ``record``: the bytes for C++. ``calls``: every kernel that the plan launches, by key.
+    ``externals``: names of the buffers that the caller brings, in C++'s order.
     """
 
     record: bytes
@@ -156,7 +156,7 @@ class _LaunchWriter:
         return struct.pack("<iq", WEIGHTS, tensor.storage_offset() * tensor.element_size())
 
     def kernels(self, step: Step, bound: Sequence[_BoundStep]) -> Iterator[_Template]:
-        """The kernels of a step, which may be several."""
+        """The templates of a step's kernels; a step has one or more."""
         kernels = self.kernel_calls(step.op, bound)
         for calls in kernels:
             variants = [(MOST, calls)]
@@ -186,7 +186,7 @@ class _LaunchWriter:
     def variant(
         self, label: str, max_rows: int, calls: Sequence[Call], bound: Sequence[_BoundStep]
     ) -> _Template:
-        """A kernel in one configuration, from its calls at all probes."""
+        """The template of a kernel in one configuration, from its calls at all probes."""
         call = calls[0]
         identities = {identity(c) for c in calls}
         assert len(identities) == 1, f"{label}: got other kernels at other sizes: {identities}"
@@ -227,7 +227,7 @@ class _LaunchWriter:
             else:
                 assert type_name == "fp32", f"{argument}: got a parameter of type {type_name}"
                 yield [struct.pack("<Bf", FLOAT, values[0])]
-        for _ in range(2):  # two pointers to scratch memory, which no kernel here has
+        for _ in range(2):  # two pointers to scratch memory, which these kernels do not use
             yield [struct.pack("<B", NULL)]
 
     def tensor_map(
@@ -256,7 +256,7 @@ def _integer(type_number: int, formula: Affine) -> bytes:
 
 
 def _argument_name(argument: str, tensors: Sequence[Tensor], bound: Sequence[_BoundStep]) -> str:
-    """The operator's name of the argument that a kernel gets; equal at every probe."""
+    """The name of the operator's argument that a kernel gets; it is the same at every probe."""
     (name,) = {step.name_of(tensor) for step, tensor in zip(bound, tensors, strict=True)}
     assert name is not None, f"{argument}: got a tensor that is not an argument of the operator"
     return name

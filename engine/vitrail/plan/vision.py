@@ -13,8 +13,8 @@ from vitrail.weights.layout import vision_layout
 
 @functools.lru_cache(maxsize=256)
 def vision_table(spec: VisionSpec, grid: tuple[int, int], *, uint8: bool) -> Plan:
-    """-> ``vision.table`` (T, C) fp32: the summand of every token that does not depend on its
-    pixels, for ``grid`` patches down and across. Its size is the same for every call."""
+    """-> ``vision.table`` (T, C) fp32: the part of every token that does not depend on pixels, for
+    ``grid`` patches down and across. The table has the same size in every call."""
     build = Builder("vision", spec.blocks)
     rows = Affine(constant=spec.prefix + grid[0] * grid[1])
     table = Buffer("vision.table", rows, spec.blocks.width, "float32")
@@ -60,8 +60,8 @@ def vision_dense(
     * ``vision.last`` (M, C): the final LayerNorm of every token, if the spec has norm "tokens".
     * ``vision.pooler`` (B, C) or (B, P).
     * ``vision.embedding`` (B, D) and ``vision.status`` (B,), if the spec has a projection.
-    * ``vision.logits`` (B, labels) fp32, if there is a ``head``. If it has two classifiers,
-      ``vision.class_logits`` and ``vision.distillation_logits``, half the scores of each.
+    * ``vision.logits`` (B, labels) fp32, if there is a ``head``. A head with two classifiers gives
+      ``vision.class_logits`` and ``vision.distillation_logits`` instead: half of each one's scores.
     """
     if spec.norm == "pooled":
         taps = tuple(sorted({*taps, spec.blocks.layers}))
@@ -112,7 +112,7 @@ def vision_layers(spec: VisionSpec, taps: tuple[int, ...], norm: bool, uint8: bo
 
 
 def _patch_weight(uint8: bool) -> str:
-    """The patch projection for uint8 pixels contains their normalization."""
+    """The name of the patch projection. That for uint8 pixels contains their normalization."""
     return f"vision.patch.{'uint8' if uint8 else 'float'}"
 
 
@@ -143,15 +143,16 @@ def _add_token_head(
     out: str = "logits",
     residual: Buffer | None = None,
 ) -> Buffer:
-    """Class scores from one token of each residual stream, the final LayerNorm folded in."""
+    """Class scores from one token of each sequence; the final LayerNorm is folded in."""
     logits = build.per_sequence(out, len(head.labels), "float32")
     build.linear(name, logits, x, rows=rows, norm=True, residual=residual, weights=name)
     return logits
 
 
 def _add_distilled_heads(build: Builder, head: HeadSpec, x: Buffer, total: bool) -> list[Buffer]:
-    """Half the class scores from the class token and half those from the distillation token. With
-    ``total`` the second output is their sum, the mean of both: the weights are halved."""
+    """The scores of the class token's classifier, then of the distillation token's. The packed
+    weights halve both. With ``total`` the second output is their sum, the mean of the classifiers.
+    """
     by_class = _add_token_head(build, head, x, TOKEN_ROWS, "head.class", "class_logits")
     out, residual = ("logits", by_class) if total else ("distillation_logits", None)
     by_distillation = _add_token_head(

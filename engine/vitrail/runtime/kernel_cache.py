@@ -1,6 +1,6 @@
 """Compiled kernels on disk: a warm start compiles nothing and imports no compiler.
 
-    <folder>/<64 hex digits>.kernel     SHA-256 of the kernel binary, the binary
+    <folder>/<64 hex digits>.kernel     SHA-256 of the kernel binary, then the binary
 
 The folder is $VITRAIL_CACHE, or else vitrail/kernels in $XDG_CACHE_HOME or ~/.cache. The name of an
 entry is the SHA-256 of everything that determines the binary, so an entry is never out of date. Two
@@ -36,7 +36,8 @@ _warned: set[tuple[Path, bool]] = set()
 def kernel_record(key: str, call: Call, arch: int) -> bytes:
     """The kernel binary of ``call``, whose `kernel_key` is ``key``.
 
-    Read from the folder, else compiled and kept there. Raises VitrailError if it does not compile.
+    The function reads it from the folder. If it is not there, the function compiles the kernel and
+    stores the binary. Raises VitrailError if the kernel does not compile.
     """
     path = _path(key)
     record = None if path is None else _read(path, key)
@@ -104,7 +105,7 @@ def _write(path: Path, record: bytes) -> None:
 
 
 def _prune(root: Path) -> None:
-    """Delete the oldest quarter if there are more than `MAX_ENTRIES`."""
+    """Delete the oldest quarter of the entries if there are more than `MAX_ENTRIES`."""
     names = os.listdir(root)
     if len(names) <= MAX_ENTRIES:
         return
@@ -118,7 +119,7 @@ def _prune(root: Path) -> None:
 
 
 def _warn(root: Path, why: OSError | str) -> None:
-    """Warn once per process and folder of each problem: the folder fails, or others can write."""
+    """Warn once per process and folder of each problem: it cannot be used, or others can write."""
     unusable = isinstance(why, OSError)
     if (root, unusable) in _warned:
         return

@@ -1,7 +1,8 @@
-"""Runs plans in C++ with one call per forward. Kernels and bits are those of the Triton runner.
+"""Runs plans in C++ with one call per forward pass. Kernels and bits are the Triton runner's.
 
-A plan is lowered to a `NativePlan` once, for an image size and any batch. C++ packs its parameters
-and launches it (csrc/executor.hpp). PyTorch allocates the memory, in order of the current stream.
+A plan is lowered to a `NativePlan` once for each image size; the batch size may vary. C++ packs the
+kernels' parameters and launches them (csrc/executor.hpp). PyTorch allocates the memory, in order of
+the current stream.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ Size = tuple[int, int, int]
 
 
 class _SizeEntry(NamedTuple):
-    """Facts that all calls of one size share. Their kernels are loaded."""
+    """Facts that all calls of one size share. The kernels of these calls are loaded."""
 
     capacity: Size
     arena_shape: tuple[int]
@@ -70,7 +71,7 @@ class _SizeEntry(NamedTuple):
 
 
 class _CachedPlan(NamedTuple):
-    """A native plan and its C++ executable. Holding ``plan`` keeps its id from being reused."""
+    """A native plan and its C++ executable. ``plan`` is held so that its id is not reused."""
 
     plan: Plan
     native: NativePlan
@@ -83,8 +84,8 @@ class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
     ``driver``: the NVIDIA driver's library. ``exported``: a folder whose plans, kernels and
-    position tables are used instead of new ones; without triton there can be no new ones. Raises
-    RuntimeError if the extension is missing, DeviceError if the driver refuses.
+    position tables are used; anything else is compiled, which needs triton. Raises RuntimeError if
+    the extension is missing, DeviceError if the driver refuses the GPU.
     """
 
     name = "native"
@@ -134,7 +135,7 @@ class NativeRunner(TritonRunner):
         return f"Triton kernels, since {kernels}"
 
     def _resize_by(self) -> CudaResize | str:
-        """The CUDA kernels, or the reason why Triton's kernels are used. Looked up once."""
+        """The CUDA kernels, or the reason why Triton's kernels are used. The choice is kept."""
         with self._compiling:
             if self._cuda_resize is None:
                 try:
@@ -164,7 +165,7 @@ class NativeRunner(TritonRunner):
         return f"{exported}; plans that are not exported: {compiled}"
 
     def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
-        """As `Runner.position_table`; an export's own table for its size."""
+        """As `Runner.position_table`; for the image size of an export, the exported table."""
         if self._exported is not None:
             size = self._exported.size
             if size is not None and grid == spec.grid_at(size) and pixel_format in self._tables:
@@ -182,7 +183,7 @@ class NativeRunner(TritonRunner):
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
     ) -> dict[str, Tensor]:
-        """As `Runner.run`. Raises DeviceError if the driver fails, naming the launch."""
+        """As `Runner.run`. If the driver fails, raises DeviceError with the name of the launch."""
         refuse_lost_threads()
         with default_modes(), self._on_device():
             cached, size = self._cached_plan(plan, inputs), (batch, tokens, longest)
@@ -212,7 +213,7 @@ class NativeRunner(TritonRunner):
     def _execute(
         self, cached: _CachedPlan, externals: Iterable[Tensor], size: Size, entry: _SizeEntry
     ) -> None:
-        arena = self._empty(entry.arena_shape, torch.uint8)  # must live until all is launched
+        arena = self._empty(entry.arena_shape, torch.uint8)  # must live until the last launch
         addresses = [tensor.data_ptr() for tensor in externals]
         try:
             cached.executable.run(
@@ -222,7 +223,7 @@ class NativeRunner(TritonRunner):
             raise self._failed(cached.plan.name, error) from error
 
     def _size_entry(self, cached: _CachedPlan, size: Size) -> _SizeEntry:
-        """Load the kernels for a new size, and remember its facts."""
+        """Load the kernels for a new size, and cache the facts of the size."""
         executable, (_, tokens, _) = cached.executable, size
         try:
             for key in executable.missing(size) if tokens else ():
@@ -299,7 +300,7 @@ class NativeRunner(TritonRunner):
             )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """``tensor`` as C++ takes it: contiguous, at a multiple of 16 bytes."""
+        """``tensor`` as C++ takes it: contiguous, at an address that is a multiple of 16."""
         if buffer.name != "pixels":  # the image size is part of the cached plan's key
             expected = shape, self._dtypes[buffer.dtype]
             actual = tuple(tensor.shape), tensor.dtype

@@ -1,4 +1,4 @@
-"""An image or text tower: prepared tensors in, the outputs of a plan out."""
+"""Image and text towers: they take prepared tensors and return the outputs of a plan."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class VisionTower:
         return self._run(vision_pooled(self.spec, uint8=_is_uint8(pixels)), pixels)
 
     def scores(self, pixels: Tensor) -> Tensor:
-        """Logits (B, labels) fp32 of the classification head, which there must be."""
+        """Logits (B, labels) fp32. The tower must have a classification head."""
         assert self.head is not None, "the checkpoint has a classification head"
         plan = vision_scores(self.spec, self.head, uint8=_is_uint8(pixels))
         return self._run(plan, pixels)["vision.logits"]
@@ -85,7 +85,7 @@ class VisionTower:
         return self._run(plan, pixels)
 
     def layers(self, pixels: Tensor, taps: tuple[int, ...], norm: bool) -> list[Tensor]:
-        """The residual stream (B, T, C) after each block of ``taps``, with ``norm`` normalized."""
+        """The residual stream (B, T, C) after each block of ``taps``; normalized if ``norm``."""
         plan = vision_layers(self.spec, tuple(sorted(set(taps))), norm, _is_uint8(pixels))
         outputs = self._run(plan, pixels)
         return [outputs[f"vision.layer.{tap}"] for tap in taps]
@@ -116,7 +116,7 @@ def _is_uint8(pixels: Tensor) -> bool:
 
 
 class TextTower:
-    """A text tower. Texts are token ids, cut at the token that is pooled."""
+    """A text tower. Texts are token ids."""
 
     def __init__(self, spec: TextSpec, runner: Runner) -> None:
         self.spec, self.runner = spec, runner

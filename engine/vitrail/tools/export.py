@@ -43,7 +43,8 @@ RTX A6000, L40S, H100 SXM, B200, GeForce RTX 5090. The number decides which kern
 used for how many rows; it never changes a bit of the results."""
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-"""Called with the number of kernels; returns a function that is told how many are compiled."""
+"""Called with the number of kernels. Its context manager gives a function, which is called with the
+number of kernels compiled so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +129,11 @@ def _size(spec: ModelSpec, size: tuple[int, int] | None) -> tuple[int, int] | No
     return sides
 
 
-# -- what goes into the folder ---------------------------------------------------------------------
+# -- the contents of the folder --------------------------------------------------------------------
 
 
 def _compile_kernel(call: Call, arch: int) -> bytes:
-    """A kernel binary. Runs in a process of its own."""
+    """The kernel binary of a call. This function runs in a compiler process."""
     # line information would hold source paths of this machine
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     return kernel_record(kernel_key(call, arch), call, arch)
@@ -170,7 +171,7 @@ class _Export:
                     self._compile(arch, calls, tell)
             except BrokenProcessPool as error:
                 raise VitrailError(
-                    "export: a compiler process was killed, by lack of memory?"
+                    "export: a compiler process was killed, perhaps for lack of memory"
                 ) from error
 
     def _compile(self, arch: int, calls: Mapping[str, Call], tell: Callable[[int], None]) -> None:
@@ -223,8 +224,8 @@ class _Export:
     def _identity(self, target: Target) -> str:
         """Identity of the runners whose bits the exported kernels give (`TritonRunner.identity`).
 
-        For another patch grid than the checkpoint's, the position table is interpolated: here by
-        PyTorch, in a runner by a kernel. The results differ in the last bits of fp32.
+        For a patch grid other than the checkpoint's, the position table is interpolated: here by
+        PyTorch, in a runner by a kernel. The two tables differ in the last bits of fp32.
         """
         kernels = provenance(target)
         vision, size = self.spec.vision, self.size

@@ -33,7 +33,8 @@ MIN_GAIN = 1.02
 """A configuration must be this many times as fast as the heuristic."""
 ROUNDS = 15
 MIN_OUTPUTS = 1 << 16
-"""Outputs compared bit by bit: another order of sums changes one in hundreds or thousands."""
+"""The least number of outputs that are compared bit by bit: another order of sums changes one
+output in hundreds or thousands."""
 OTHER_BITS = "give other bits"
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -96,12 +97,12 @@ def tune(
     keep: Callable[[TuningResult], None] = lambda _: None,
     stages: Sequence[Stage] = (candidates, orders),
 ) -> list[TuningResult]:
-    """Tunes tile and pipeline first, then the order of tiles; times the first winner again there.
+    """Tunes tiles and pipelines in a first stage, then the order of tiles in a second stage.
 
-    ``say`` gets a line of progress. ``keep`` gets each result as soon as it is known, and again
-    after the second stage, so that an interrupted run leaves a table. Raises InputError if a
-    problem does not fit the GPU's memory, VitrailError if the heuristic's own kernel does not
-    compile.
+    The second stage times the winner of the first stage again. ``say`` gets a line of progress.
+    ``keep`` gets each result as soon as it is known, and again after the second stage, so that an
+    interrupted run leaves a table. Raises InputError if a problem does not fit the GPU's memory,
+    VitrailError if the heuristic's own kernel does not compile.
     """
     results: dict[str, TuningResult] = {}
     for problem in sorted(problems, key=lambda problem: -problem.tensors["out"].numel()):
@@ -126,7 +127,7 @@ def tune(
 def _fitting(
     bench: Bench, results: Mapping[str, TuningResult], stage: Stage, say: Callable[[str], None]
 ) -> dict[str, list[KernelConfig]]:
-    """For each key, the stage's configurations that compile to new kernels, and fit."""
+    """For each key, the stage's configurations that give a new kernel which passes `_unfit`."""
     attempts: list[tuple[str, KernelConfig | None, list[Call]]] = []
     for key, result in results.items():
         base = result.config or result.heuristic
@@ -213,7 +214,7 @@ def _faults(
             tensors[name].copy_(values)
         try:
             bench.launch(calls)
-        except Exception as error:  # for example, resources that only a launch finds lacking
+        except Exception as error:  # for example, a resource that only the launch finds missing
             if config is None:
                 raise
             faults[config] = f"do not run ({type(error).__name__})"
@@ -268,7 +269,8 @@ def open_table(file: Path) -> tuple[dict[str, Any], dict[str, KernelConfig]]:
 def save(file: Path, results: Sequence[TuningResult], origin: Mapping[str, Any]) -> None:
     """Writes the winners into the table ``file``, in place of its entries for their keys.
 
-    A file with the same ``origin`` belongs to this run. Another origin is kept under "earlier".
+    A file with the same ``origin`` belongs to this run. The origin of another run goes to the list
+    "earlier".
     """
     former, table = open_table(file)
     earlier = former.pop("earlier", [])

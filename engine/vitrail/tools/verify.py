@@ -1,7 +1,7 @@
 """``vitrail verify``: compares a model with transformers on a user's own images and texts.
 
-Without transformers the reference is Vitrail in float32. That shows the error of a 16-bit dtype,
-but not a fault that both runs share.
+Without transformers the reference is Vitrail in float32. This reference shows the error of a 16-bit
+dtype, but not a fault that both runs share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vitrail.tools.pixels import check_pixels, preprocess_each, read_images
 from vitrail.tools.report import Check, Report
 
 HEADROOM = 4.0
-"""A largest residual that is less than this many times below float16's maximum is noted."""
+"""The report has a note if float16's maximum is less than this many times the largest residual."""
 FLOAT16_MAX = 65504.0
 
 
@@ -133,9 +133,10 @@ def _references(
     embed: Callable[[Any, Tensor], Tensor],
     inputs: Sequence[Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Embeddings in float32, and PyTorch's own in the model's 16-bit dtype; None if there are none.
+    """Embeddings in float32, and PyTorch's in the model's 16-bit dtype; None if there are none.
 
-    The oracle computes both with ``embed``. Without it, Vitrail's ``method`` computes the first.
+    The oracle (transformers' model) computes both with ``embed``. If the oracle is None, Vitrail's
+    ``method`` computes the first.
     """
     half = model.dtype != torch.float32
     if oracle is None:
