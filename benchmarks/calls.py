@@ -108,24 +108,26 @@ class Call:
         if shown:
             print(text, flush=True)
 
-    def share(self, name: str, later: Sequence[str]) -> float:
+    def share(self, name: str, next_steps: Sequence[str]) -> float:
         """Seconds that a step may take, so that those of ``later`` have theirs."""
         if self.limit is None:
             return STEP_LIMIT
-        left = self.limit - MARGIN - (time.monotonic() - self.start)
-        whole = STEPS[name].seconds + sum(STEPS[each].seconds for each in later)
-        return min(STEP_LIMIT, left * STEPS[name].seconds / whole, left)
+        seconds_left = self.limit - MARGIN - (time.monotonic() - self.start)
+        total = STEPS[name].seconds + sum(STEPS[step].seconds for step in next_steps)
+        return min(STEP_LIMIT, seconds_left * STEPS[name].seconds / total, seconds_left)
 
     def run(self, names: Sequence[str]) -> int:
         """Every step in turn; 1 if one failed or is not finished."""
         codes = []
         for number, name in enumerate(names):
             passed = STATE / f"{name}.ok"
-            later = [each for each in names[number + 1 :] if not (STATE / f"{each}.ok").exists()]
+            next_steps = [
+                step for step in names[number + 1 :] if not (STATE / f"{step}.ok").exists()
+            ]
             if passed.exists():
                 self.notes[name] = f"ok, earlier ({passed.read_text()})"
                 continue
-            seconds = self.share(name, later)
+            seconds = self.share(name, next_steps)
             if self.hangs >= 2:
                 self.notes[name] = "not started: two steps hung"
             elif seconds < LEAST:
@@ -141,9 +143,9 @@ class Call:
         self.say(f"\n######## {name} ({seconds:.0f} s)")
         start = time.monotonic()
         for _ in range(ATTEMPTS):
-            left = seconds - (time.monotonic() - start)
-            ended, refused = self.attempt(name, left)
-            if ended.code != LOST or left < LEAST:
+            seconds_left = seconds - (time.monotonic() - start)
+            ended, refused = self.attempt(name, seconds_left)
+            if ended.code != LOST or seconds_left < LEAST:
                 break
         took = f"{time.monotonic() - start:.0f} s"
         keep_results(self.out)
@@ -195,16 +197,16 @@ def _became(ended: Ended, took: str) -> str:
 
 def open_state(out: Path, fresh: bool) -> None:
     """Forget the state if the sources are others; bring earlier results into ``out``."""
-    mark, now = STATE / "sources", sources()
-    if fresh or not mark.exists() or mark.read_text() != now:
+    digest_file, digest = STATE / "sources", sources()
+    if fresh or not digest_file.exists() or digest_file.read_text() != digest:
         shutil.rmtree(STATE, ignore_errors=True)
         STATE.mkdir(parents=True)
-        mark.write_text(now)
-    for kept in (STATE / "results").glob("*/*.json"):
-        target = out / kept.relative_to(STATE / "results")
+        digest_file.write_text(digest)
+    for result_file in (STATE / "results").glob("*/*.json"):
+        target = out / result_file.relative_to(STATE / "results")
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(kept, target)
+            shutil.copy(result_file, target)
     for table in (ROOT / pack.FOLDER).glob("sm_*.json"):  # of a call on another machine
         (STATE / "tuned").mkdir(exist_ok=True)
         if not (STATE / "tuned" / table.name).exists():

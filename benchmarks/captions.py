@@ -100,8 +100,8 @@ def _runs() -> dict[str, Callable[[], Any]]:
     labels = [f"a {word} {number}" for number in range(LABELS // 10) for word in WORDS[:10]]
     backend = model._texts.tokenizer()._backend
 
-    def classify(new: bool) -> Any:
-        if new:
+    def classify(forget: bool) -> Any:
+        if forget:
             model._labels = LabelCache(model._texts)
         return model.classify(pixels, labels)
 
@@ -185,14 +185,14 @@ def case(name: str, checkouts: dict[str, Checkout]) -> Results:
     return results
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``captions.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="a checkout to compare with")
     parser.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
     if options.serve:
         serve()
         return 0
@@ -210,7 +210,7 @@ def main(given: Sequence[str] | None = None) -> int:
             print(f"    {label:10s} {variant.get('per_caption_us', variant)} us a caption")
     for checkout in checkouts.values():
         checkout.close()
-    if broken := {name: faults(found) for name, found in results.items() if faults(found)}:
+    if broken := {name: faults(result) for name, result in results.items() if faults(result)}:
         print(f"nothing is written: {broken}", file=sys.stderr)
         return 1
     if options.before:

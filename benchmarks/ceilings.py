@@ -102,9 +102,9 @@ def attention(device: str) -> Case:
         with sdpa_kernel([SDPBackend.MATH]):
             reference = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
             peer = F.scaled_dot_product_attention(q, k, v)
-        found, wanted, half = (x.flatten(0, 2) for x in (result[:1, :2], reference, peer))
-        own = half if device == "cuda" else None
-        tolerances().assert_close(found, wanted, own, what="model")
+        rows, expected, half = (x.flatten(0, 2) for x in (result[:1, :2], reference, peer))
+        half_peer = half if device == "cuda" else None
+        tolerances().assert_close(rows, expected, half_peer, what="model")
 
     return Case(variants, check, flops=flops)
 
@@ -123,7 +123,7 @@ def _measured(name: str, device: str, keep: Keep = lambda _: None) -> Results:
 
 def best(results: Results, rate: str) -> float:
     """The largest ``rate`` of any variant, 0 where there is none."""
-    return max((found.get(rate, 0.0) for found in results["variants"].values()), default=0.0)
+    return max((variant.get(rate, 0.0) for variant in results["variants"].values()), default=0.0)
 
 
 def ceilings(device: str, folder: Path | None = None) -> tuple[Results, dict[str, float]]:
@@ -139,9 +139,9 @@ def ceilings(device: str, folder: Path | None = None) -> tuple[Results, dict[str
     return bounds, {"tflops": best(bounds["matmul"], "tflops"), "gbs": best(bounds["copy"], "gbs")}
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``ceilings.json``."""
-    options = arguments(__doc__, list(CASES), given)
+    options = arguments(__doc__, list(CASES), argv)
     cases = {name: partial(_measured, name, options.device) for name in options.cases}
     path = results_folder(options.device) / "ceilings.json"
     return run_suite(path, cases, options.device, options.resume, options.seconds)

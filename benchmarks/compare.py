@@ -22,63 +22,69 @@ Record = dict[str, Any]
 def records(path: Path) -> dict[str, Record]:
     """The result files at ``path``, a file or a folder, by suite."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    found = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}
-    if not found:
+    by_suite = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}
+    if not by_suite:
         sys.exit(f"{path}: no result files")
-    return found if path.is_dir() else {"": next(iter(found.values()))}
+    return by_suite if path.is_dir() else {"": next(iter(by_suite.values()))}
 
 
-def device(found: Mapping[str, Record]) -> str:
+def device(by_suite: Mapping[str, Record]) -> str:
     """What the results were measured on."""
-    environments = [record["environment"] for record in found.values()]
-    return ", ".join(sorted({each.get("gpu") or each["cpu"] for each in environments}))
+    environments = [record["environment"] for record in by_suite.values()]
+    return ", ".join(
+        sorted({environment.get("gpu") or environment["cpu"] for environment in environments})
+    )
 
 
 def leaves(results: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
     """Every variant of ours by name, and what has no variants at all; ceilings are neither."""
-    for name, found in results.items():
-        if not isinstance(found, dict):
+    for name, value in results.items():
+        if not isinstance(value, dict):
             continue
         alone = OURS not in results and path[-1:] != ("variants",)
-        if {"median_ms", "wrong", "failed"} & found.keys():
+        if {"median_ms", "wrong", "failed"} & value.keys():
             if alone or name.startswith(OURS):
-                parts = [part for part in (*path, name) if part and part not in ("variants", OURS)]
-                yield ", ".join(parts), found
+                labels = [
+                    label for label in (*path, name) if label and label not in ("variants", OURS)
+                ]
+                yield ", ".join(labels), value
         else:
-            yield from leaves(found, (*path, name))
+            yield from leaves(value, (*path, name))
 
 
-def ours(found: Mapping[str, Record], ratios: bool) -> dict[str, float | str]:
+def ours(by_suite: Mapping[str, Record], ratios: bool) -> dict[str, float | str]:
     """Milliseconds of every case, or with ``ratios`` its part of the best peer's; or its fault."""
     times: dict[str, float | str] = {}
-    parts: dict[str, float | str] = {}
-    for suite, record in found.items():
+    shares: dict[str, float | str] = {}
+    for suite, record in by_suite.items():
         for name, leaf in leaves(record["results"], (suite,)):
-            faults = [f"{kind}: {leaf[kind]}" for kind in ("wrong", "failed") if kind in leaf]
+            faults = [f"{fault}: {leaf[fault]}" for fault in ("wrong", "failed") if fault in leaf]
             times[name] = faults[0] if faults else leaf["median_ms"]
         for name, result in record["results"].items():
             if "ratio" in result and {"variants", OURS} & result.keys():
-                parts[f"{suite}, {name}" if suite else name] = 1 / result["ratio"]
+                shares[f"{suite}, {name}" if suite else name] = 1 / result["ratio"]
     if not ratios:
         return times
-    return parts | {name: value for name, value in times.items() if isinstance(value, str)}
+    return shares | {name: value for name, value in times.items() if isinstance(value, str)}
 
 
-def verdict(old: float | str | None, new: float | str | None, threshold: float) -> tuple[str, bool]:
+def verdict(
+    before: float | str | None, after: float | str | None, threshold: float
+) -> tuple[str, bool]:
     """What became of one case, in words, and whether that is a regression."""
-    if isinstance(new, str):
-        return new, True
-    if new is None:
+    if isinstance(after, str):
+        return after, True
+    if after is None:
         return "missing in the new results", True
-    if old is None or isinstance(old, str):
-        return f"{new:10.4f}  new", False
-    change = 100 * (new / old - 1)
+    if before is None or isinstance(before, str):
+        return f"{after:10.4f}  new", False
+    change = 100 * (after / before - 1)
     slower = change > threshold
     mark = "  SLOWER" if slower else "  faster" if change < -threshold else ""
-    return f"{old:10.4f} -> {new:10.4f} {change:+7.1f} %{mark}", slower
+    return f"{before:10.4f} -> {after:10.4f} {change:+7.1f} %{mark}", slower
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a case and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path, help="result file, or folder of them")
@@ -87,12 +93,13 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ratios", action="store_true", help="compare with the peers, not by time: other devices"
     )
-    options = parser.parse_args(given)
-    old, new = records(options.old), records(options.new)
-    if device(old) != device(new) and not options.ratios:
-        print(f"measured on {device(old)} and on {device(new)}: times say nothing; --ratios do")
+    options = parser.parse_args(argv)
+    old_records, new_records = records(options.old), records(options.new)
+    if device(old_records) != device(new_records) and not options.ratios:
+        devices = f"{device(old_records)} and on {device(new_records)}"
+        print(f"measured on {devices}: times say nothing; --ratios do")
         return 2
-    before, after = ours(old, options.ratios), ours(new, options.ratios)
+    before, after = ours(old_records, options.ratios), ours(new_records, options.ratios)
     if not before:
         print(f"{options.old}: nothing of ours was measured")
         return 2

@@ -45,16 +45,16 @@ def revision() -> tuple[str, bool]:
     """
     head = _output("git", "rev-parse", "HEAD")
     if head is None:
-        commit, same = os.environ.get("VITRAIL_COMMIT", ""), True
+        commit, unchanged = os.environ.get("VITRAIL_COMMIT", ""), True
         if not commit and (ROOT / PACKED).exists():
             commit, _, packed = (ROOT / PACKED).read_text().strip().partition(" ")
-            same = packed == sources()
-        clean = bool(commit) and not commit.endswith("-dirty") and same
+            unchanged = packed == sources()
+        clean = bool(commit) and not commit.endswith("-dirty") and unchanged
         return commit.removesuffix("-dirty") or "unknown", not clean
     status, no_results = ("git", "status", "--porcelain"), ":!benchmarks/results"
     changed = _output(*status, "--untracked-files=no", "--", ".", no_results)
-    new = _output(*status, "--", *CODE, no_results)
-    return head, changed != "" or new != ""
+    untracked = _output(*status, "--", *CODE, no_results)
+    return head, changed != "" or untracked != ""
 
 
 def describe() -> str:

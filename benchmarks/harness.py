@@ -101,11 +101,11 @@ def interleave(
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile in milliseconds."""
     ordered = sorted(seconds)
-    last = len(ordered) - 1
+    end = len(ordered) - 1
     return {
         "median_ms": round(statistics.median(ordered) * 1e3, 5),
-        "p20_ms": round(ordered[round(0.2 * last)] * 1e3, 5),
-        "p80_ms": round(ordered[round(0.8 * last)] * 1e3, 5),
+        "p20_ms": round(ordered[round(0.2 * end)] * 1e3, 5),
+        "p80_ms": round(ordered[round(0.8 * end)] * 1e3, 5),
         "rounds": len(ordered),
     }
 

@@ -62,10 +62,10 @@ def standin_package() -> Any:
 
 def standin() -> Any:
     """A driver stand-in of this process's own, told to do nothing."""
-    found = standin_package().own(Path(tempfile.mkdtemp()), TARGET.sms)
-    found.checks(False)
-    found.compute(False)
-    return found
+    driver = standin_package().own(Path(tempfile.mkdtemp()), TARGET.sms)
+    driver.checks(False)
+    driver.compute(False)
+    return driver
 
 
 class NoLauncher:
@@ -146,25 +146,25 @@ class Forward:
         self.tokens = spec.tokens_at(spec.image)
         self.kept = list[Tensor]()  # what C++ has addresses of
         weights = weights_of(ModelSpec("vit", "ViTModel", vision=spec), device)
-        given = weights, torch.float16, self.device
+        options = weights, torch.float16, self.device
         if device == "cuda":
             self.driver = None
-            self.native, self.triton = NativeRunner(*given, DRIVER), TritonRunner(*given)
+            self.native, self.triton = NativeRunner(*options, DRIVER), TritonRunner(*options)
         else:
             self.driver = standin()
             triton_driver.set_active(NoDriver())
-            self.native = IdleNative(*given, str(self.driver.path))
-            self.triton = IdleTriton(*given)
+            self.native = IdleNative(*options, str(self.driver.path))
+            self.triton = IdleTriton(*options)
 
     @functools.cache  # noqa: B019  one object a process
     def inputs(self, batch: int) -> dict[str, Tensor]:
-        tokens, new = self.tokens, functools.partial(torch.zeros, device=self.device)
+        tokens, zeros = self.tokens, functools.partial(torch.zeros, device=self.device)
         offsets = torch.arange(
             0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=self.device
         )
         return {
-            "pixels": new(batch, *self.spec.image, self.spec.channels, dtype=torch.uint8),
-            "table": new(tokens, self.spec.blocks.width),
+            "pixels": zeros(batch, *self.spec.image, self.spec.channels, dtype=torch.uint8),
+            "table": zeros(tokens, self.spec.blocks.width),
             "cu_seqlens": offsets,
             "token_rows": offsets[:-1],
         }
@@ -188,13 +188,13 @@ class Forward:
 
         def one(batch: int) -> Run:
             size = self.size(batch)
-            held = self.inputs(batch) | {
+            buffers = self.inputs(batch) | {
                 buffer.name: native._empty(shape, native._dtypes[buffer.dtype])
                 for buffer, shape in zip(cached.externals, cached.sizes[size].shapes, strict=True)
                 if buffer.name in self.plan.outputs
             }
-            self.kept += [arena, *held.values()]
-            addresses = [held[buffer.name].data_ptr() for buffer in cached.externals]
+            self.kept += [arena, *buffers.values()]
+            addresses = [buffers[buffer.name].data_ptr() for buffer in cached.externals]
             return functools.partial(
                 cached.executable.run,
                 size,
@@ -294,11 +294,11 @@ def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
 # -- the suite -------------------------------------------------------------------------------------
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``host.json``."""
     names = [f"batch {batch}" for batch in BATCHES]
     turns, allocations = "batches 63 and 64 in turn", "allocations"
-    options = arguments(__doc__, [*names, turns, allocations], given)
+    options = arguments(__doc__, [*names, turns, allocations], argv)
     torch.set_num_threads(1)
     forward = Forward(VISION["B/16"], options.device)
     cuda = options.device == "cuda"

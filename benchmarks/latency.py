@@ -61,11 +61,11 @@ def _variants(
     return variants
 
 
-def _peers(theirs: torch.nn.Module, given: dict[str, Tensor], device: str) -> dict[str, Run]:
-    peers = {"eager": _called(theirs, given)}
+def _peers(theirs: torch.nn.Module, inputs: dict[str, Tensor], device: str) -> dict[str, Run]:
+    peers = {"eager": _called(theirs, inputs)}
     if device == "cuda":
         compiled = torch.compile(theirs, mode="reduce-overhead", dynamic=False)
-        peers["reduce-overhead"] = _called(compiled, given)
+        peers["reduce-overhead"] = _called(compiled, inputs)
     return peers
 
 
@@ -117,7 +117,7 @@ print(json.dumps([time.perf_counter() - start, begun - start, model.backend]))
 def load(spec: VisionSpec, device: str) -> Results:
     """Seconds to the first embedding, by processes of their own; the first fills the caches."""
     command = [sys.executable, "-c", FIRST, checkpoint(spec).name, device]
-    whole, started = [], []
+    totals, gpu_starts = [], []
     for number in range(1 + PROCESSES):
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode != 0:
@@ -126,20 +126,20 @@ def load(spec: VisionSpec, device: str) -> Results:
         if device == "cuda" and runner != "native":
             raise RuntimeError(f"got the {runner} runner, wanted the native one")
         if number:
-            whole.append(seconds)
-            started.append(start)
-    parts = {"gpu_start_ms": summary(started)["median_ms"]}
-    return {"variants": {OURS: {**summary(whole), **parts}}}
+            totals.append(seconds)
+            gpu_starts.append(start)
+    gpu_start = {"gpu_start_ms": summary(gpu_starts)["median_ms"]}
+    return {"variants": {OURS: {**summary(totals), **gpu_start}}}
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``latency.json``."""
     builds: dict[str, Callable[[str], Case]] = {
         "B/16": functools.partial(image_case, VISION["B/16"]),
         "B/32": functools.partial(image_case, VISION["B/32"]),
         "CLIP-B text": functools.partial(text_case, TEXT["CLIP-B text"]),
     }
-    options = arguments(__doc__, ["B/16", "load", "B/32", "CLIP-B text"], given)
+    options = arguments(__doc__, ["B/16", "load", "B/32", "CLIP-B text"], argv)
     transformers.logging.disable_progress_bar()
     cuda = options.device == "cuda"
 

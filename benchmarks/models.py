@@ -116,23 +116,23 @@ def _pick(output: Any) -> Tensor:
     return result
 
 
-def _called(function: Callable[..., Any], given: dict[str, Tensor]) -> Run:
+def _called(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Run:
     def run() -> Tensor:
         with torch.inference_mode():
-            return _pick(function(**given))
+            return _pick(function(**inputs))
 
     return run
 
 
 def _peers(
-    model: Any, given: dict[str, Tensor], modes: Sequence[str], label: str = ""
+    model: Any, inputs: dict[str, Tensor], modes: Sequence[str], label: str = ""
 ) -> dict[str, Run]:
     """PyTorch's ways to run ``model``: eager, then compiled by every mode of ``modes``."""
-    peers = {f"eager{label}": _called(model, given)}
+    peers = {f"eager{label}": _called(model, inputs)}
     for mode in modes:  # compiled at the first call
         compiled = torch.compile(model, mode=mode, dynamic=False)
         name = "compile" if mode == "default" else mode
-        peers[name + label] = _called(compiled, given)
+        peers[name + label] = _called(compiled, inputs)
     return peers
 
 
@@ -184,8 +184,8 @@ def _ours(spec: VisionSpec | TextSpec, device: str) -> vitrail.Model:
 
 def _check(reference: Tensor, peer: Tensor | None) -> Callable[[str, Tensor], None]:
     def check(name: str, result: Tensor) -> None:
-        found = result[: len(reference)]
-        tolerances().assert_close(found, reference, peer, what="model", name=name)
+        rows = result[: len(reference)]
+        tolerances().assert_close(rows, reference, peer, what="model", name=name)
 
     return check
 
@@ -215,8 +215,8 @@ def vision_case(spec: VisionSpec, batch: int, device: str) -> Case:
     tower = _ours(spec, device)._vision
     assert tower is not None, "the checkpoint has an image tower"
 
-    def embed(given: Tensor) -> Tensor:
-        return tower.embeddings(given)["vision.embedding"]
+    def embed(pixels: Tensor) -> Tensor:
+        return tower.embeddings(pixels)["vision.embedding"]
 
     variants: dict[str, Run] = {
         OURS: functools.partial(embed, pixels),
@@ -284,7 +284,7 @@ def timing(case: Case, batch: int, device: str) -> tuple[Timer, int]:
     return device_timer(max(3, min(100, round(SAMPLE_SECONDS / once))), flush=False), 11
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``models.json``."""
     builds: dict[str, tuple[Callable[[str], Case], int]] = {}
     for model, batch in MODEL_CASES:
@@ -293,7 +293,7 @@ def main(given: Sequence[str] | None = None) -> int:
         else:
             build = functools.partial(text_case, TEXT[model], batch)
         builds[f"{model}, batch {batch}"] = build, batch
-    options = arguments(__doc__, list(builds), given)
+    options = arguments(__doc__, list(builds), argv)
     transformers.logging.disable_progress_bar()
     bounds, limits = ceilings(options.device)
 

@@ -63,30 +63,30 @@ def checks(problem: Problem) -> Callable[[str, Tensor], None]:
 
 def case_of(build: Callable[[str], Problem], device: str) -> Case:
     """A problem with two sets of inputs as a case."""
-    sets = []
+    problems_by_seed = []
     for seed in range(2):
         torch.manual_seed(seed)
-        sets.append(build(device))
-    one = sets[0]
-    operator = OPERATORS[one.op]
+        problems_by_seed.append(build(device))
+    problem = problems_by_seed[0]
+    operator = OPERATORS[problem.op]
     ours = operator.launch if device == "cuda" else operator.reference
-    variants = {OURS: rotate([functools.partial(p.run, ours) for p in sets])}
-    variants |= {name: rotate([p.peers[name] for p in sets]) for name in one.peers}
-    cost = operator.cost(**one.tensors, **one.scalars, lengths=one.lengths)
+    variants = {OURS: rotate([functools.partial(p.run, ours) for p in problems_by_seed])}
+    variants |= {name: rotate([p.peers[name] for p in problems_by_seed]) for name in problem.peers}
+    cost = operator.cost(**problem.tensors, **problem.scalars, lengths=problem.lengths)
     counted = dict.fromkeys(variants, cost.flops), dict.fromkeys(variants, cost.bytes)
     late = [name for name in variants if name == "compile"]
-    return Case(variants, checks(one), frozenset({"cublas"}), late, *counted)
+    return Case(variants, checks(problem), frozenset({"cublas"}), late, *counted)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``kernels.json``."""
-    found = problems()
-    options = arguments(__doc__, list(found), given)
+    cases = problems()
+    options = arguments(__doc__, list(cases), argv)
     bounds, limits = ceilings(options.device)
     timer, rounds = timer_of(options.device), 40 if options.device == "cuda" else 3
 
     def run(name: str, keep: Keep) -> Results:
-        return measure(case_of(found[name], options.device), timer, rounds, 3, limits, keep)
+        return measure(case_of(cases[name], options.device), timer, rounds, 3, limits, keep)
 
     cases = {name: functools.partial(run, name) for name in options.cases}
     path = results_folder(options.device) / "kernels.json"

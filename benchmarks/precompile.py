@@ -157,14 +157,14 @@ def compile_suites(
     return int(failed > 0)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile, a line for each failure and one for all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all")
     parser.add_argument("--arch", type=int, default=90, help="as 90 for sm_90")
     parser.add_argument("--sms", type=int, default=132, help="multiprocessors")
     parser.add_argument("--launchers", action="store_true", help="Triton's launchers too")
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
     if unknown := set(options.suites) - SUITES.keys():
         parser.error(f"got {', '.join(sorted(unknown))}, wanted some of {', '.join(SUITES)}")
     target = Target(options.arch, options.sms)

@@ -243,7 +243,7 @@ def vision_problems(spec: VisionSpec, batch: int) -> dict[str, Callable[[str], P
     blocks, tokens = spec.blocks, spec.tokens_at(spec.image)
     m, c, f = batch * tokens, blocks.width, blocks.mlp
     added: dict[str, Any] = {"residual": True, "scale": blocks.layer_scale}
-    found: dict[str, Callable[[str], Problem]] = {
+    builders: dict[str, Callable[[str], Problem]] = {
         "patch_embed float": lambda d: patch_embed(d, spec, batch, uint8=False),
         "patch_embed uint8": lambda d: patch_embed(d, spec, batch, uint8=True),
         "qkv": lambda d: linear(d, m, 3 * c, c, norm_eps=blocks.eps),
@@ -254,22 +254,22 @@ def vision_problems(spec: VisionSpec, batch: int) -> dict[str, Callable[[str], P
         "attention_one": lambda d: attention_one(d, batch, tokens, blocks.heads, c),
     }
     if spec.pre_norm:
-        found["layernorm"] = lambda d: layernorm(d, m, c, blocks.eps)
-    return found
+        builders["layernorm"] = lambda d: layernorm(d, m, c, blocks.eps)
+    return builders
 
 
 def problems() -> dict[str, Callable[[str], Problem]]:
     """Every case by name, each a function of the device."""
-    found = {}
+    builders = {}
     for model, batches in KERNEL_BATCHES.items():
         for batch in batches:
             for name, build in vision_problems(VISION[model], batch).items():
-                found[f"{model} x {batch} {name}"] = build
+                builders[f"{model} x {batch} {name}"] = build
     for model, spec in TEXT.items():
         heads, width = spec.blocks.heads, spec.blocks.width
         for batch in (256, 1):
             name, lengths = f"{model} x {batch} attention", captions(batch)
-            found[name] = functools.partial(
+            builders[name] = functools.partial(
                 text_attention, lengths=lengths, heads=heads, width=width
             )
-    return found
+    return builders

@@ -36,12 +36,12 @@ def export(report: Path, page: Sequence[str], seconds: float) -> bytes:
     return subprocess.run(command, capture_output=True, check=True, timeout=seconds).stdout
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Profile, then export what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="for all of it")
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
     if shutil.which("ncu") is None:
         print("no ncu here")
         return 1

@@ -18,26 +18,26 @@ Record = Mapping[str, Any]
 UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s", "per_second": "/s"}
 
 
-def _rate(found: Record, *names: str) -> str:
+def _rate(variant: Record, *names: str) -> str:
     """The rate, of those named, that is the nearest to its ceiling, and how near."""
-    there = [name for name in names if name in found]
-    if not there:
+    measured = [name for name in names if name in variant]
+    if not measured:
         return ""
-    name = max(there, key=lambda each: found.get(f"{each}_of_ceiling", 0))
-    part = found.get(f"{name}_of_ceiling")
-    return f"{found[name]:8.4g} {UNITS[name]}{f' {part:4.0%}' if part else ''}"
+    name = max(measured, key=lambda rate: variant.get(f"{rate}_of_ceiling", 0))
+    share = variant.get(f"{name}_of_ceiling")
+    return f"{variant[name]:8.4g} {UNITS[name]}{f' {share:4.0%}' if share else ''}"
 
 
 def _faults(variants: Record) -> str:
     """What is wrong with ours, and which peers are wrong and have no time."""
-    said = []
-    for name, found in variants.items():
-        kind = next((kind for kind in ("wrong", "failed") if kind in found), None)
-        if kind and name.startswith(OURS):
-            said.append(f"{name} {kind.upper()}: {found[kind]}")
-        elif kind == "wrong":
-            said.append(f"{name} wrong")
-    return "; ".join(said)
+    texts = []
+    for name, variant in variants.items():
+        fault = next((fault for fault in ("wrong", "failed") if fault in variant), None)
+        if fault and name.startswith(OURS):
+            texts.append(f"{name} {fault.upper()}: {variant[fault]}")
+        elif fault == "wrong":
+            texts.append(f"{name} wrong")
+    return "; ".join(texts)
 
 
 def _timed(results: Record) -> Iterator[tuple[str, Record, Record, str]]:
@@ -70,16 +70,16 @@ def model_lines(results: Record) -> Iterator[str]:
         if "median_ms" not in ours:
             yield f"{name:24s} {faults}"
             continue
-        part = ours.get("tflops_of_ceiling")
-        said = [f"{peer} {x:.2f}x" for peer, x in result.get("ratios", {}).items()]
-        said += [
-            f"{variant.removeprefix(OURS).strip()}: {found['median_ms']:.3f} ms"
-            for variant, found in result["variants"].items()
-            if (variant == "graph" or variant.startswith(f"{OURS} ")) and "median_ms" in found
+        matmul_share = ours.get("tflops_of_ceiling")
+        texts = [f"{peer} {x:.2f}x" for peer, x in result.get("ratios", {}).items()]
+        texts += [
+            f"{variant.removeprefix(OURS).strip()}: {figures['median_ms']:.3f} ms"
+            for variant, figures in result["variants"].items()
+            if (variant == "graph" or variant.startswith(f"{OURS} ")) and "median_ms" in figures
         ]
-        items, share = _rate(ours, "per_second"), f"{part:.0%}" if part else ""
-        said += [faults] * bool(faults)
-        yield f"{name:24s} {ours['median_ms']:8.3f} {items:>11s} {share:>6s}  {', '.join(said)}"
+        items, share = _rate(ours, "per_second"), f"{matmul_share:.0%}" if matmul_share else ""
+        texts += [faults] * bool(faults)
+        yield f"{name:24s} {ours['median_ms']:8.3f} {items:>11s} {share:>6s}  {', '.join(texts)}"
 
 
 def ceiling_lines(results: Record) -> Iterator[str]:
@@ -109,12 +109,12 @@ def latency_lines(results: Record) -> Iterator[str]:
 def _each(result: Record, scale: float, form: str) -> str:
     """Every variant's median, and what is wrong."""
     variants = result.get("variants", {})
-    said = [
-        f"{name} {format(scale * found['median_ms'], form)}"
-        for name, found in variants.items()
-        if "median_ms" in found
+    texts = [
+        f"{name} {format(scale * figures['median_ms'], form)}"
+        for name, figures in variants.items()
+        if "median_ms" in figures
     ]
-    return ", ".join([*said, *filter(None, [_faults(variants)])])
+    return ", ".join([*texts, *filter(None, [_faults(variants)])])
 
 
 LINES = {
@@ -129,20 +129,20 @@ LINES = {
 def render(root: Path) -> Iterator[str]:
     """Every device's results, suite by suite."""
     for folder in sorted(path for path in root.glob("*/") if path.name != "cpu"):
-        head = ""
+        printed_heading = ""
         for suite, lines in LINES.items():
             file = folder / f"{suite}.json"
             if not file.exists():
                 continue
             record = json.loads(file.read_text())
-            found = record["environment"]
-            now = (
-                f"{found['gpu']}, driver {found['driver']}, torch {found['torch']}, triton "
-                f"{found['triton']}, commit {found['commit'][:12]}{' dirty' * found['dirty']}"
+            machine = record["environment"]
+            heading = (
+                f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, triton "
+                f"{machine['triton']}, commit {machine['commit'][:12]}{' dirty' * machine['dirty']}"
             )
-            if now != head:
-                head = now
-                yield head
+            if heading != printed_heading:
+                printed_heading = heading
+                yield printed_heading
             yield from lines(record["results"])
 
 

@@ -114,9 +114,11 @@ def model(name: str, batch: int, arch: int, dtype: torch.dtype) -> Results:
     codes = compile_all([call for _, call in every], arch)
     for (label, call), code in zip(every, codes, strict=True):
         kernel = record(call, code)
-        same = next((other for other in results if results[other] == kernel), None)
-        results[label] = {"same_as": same} if same else kernel
-        print(*lines(label, kernel) if not same else (f"{label:15s} as {same}",), sep="\n")
+        equal = next(
+            (label_before for label_before in results if results[label_before] == kernel), None
+        )
+        results[label] = {"same_as": equal} if equal else kernel
+        print(*lines(label, kernel) if not equal else (f"{label:15s} as {equal}",), sep="\n")
     return results
 
 

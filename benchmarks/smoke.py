@@ -89,19 +89,19 @@ class Smoke:
         """0, 1 if a step hangs, fails, is wrong or is left out, `STOPPED` after two hangs."""
         waiting = list(groups)
         while waiting:
-            left = self.end - time.monotonic()
-            if left < LEAST or self.hangs == 2:
+            seconds_left = self.end - time.monotonic()
+            if seconds_left < LEAST or self.hangs == 2:
                 names = [name for group in waiting for name in group.names]
-                why = "two steps hung" if self.hangs == 2 else "time is up"
-                print(line("left out", f"({why}) {', '.join(names)}"), flush=True)
+                reason = "two steps hung" if self.hangs == 2 else "time is up"
+                print(line("left out", f"({reason}) {', '.join(names)}"), flush=True)
                 return STOPPED if self.hangs == 2 else 1
             group = waiting.pop(0)
-            rest = self.run_group(group, left)
-            if rest:
-                waiting.insert(0, Group(rest, group.seconds))
+            remaining = self.run_group(group, seconds_left)
+            if remaining:
+                waiting.insert(0, Group(remaining, group.seconds))
         return int(bool(self.faults or self.hangs))
 
-    def run_group(self, group: Group, left: float) -> Sequence[str]:
+    def run_group(self, group: Group, seconds_left: float) -> Sequence[str]:
         """Run a group in a process; the steps that it did not come to."""
         printed: list[str] = []
 
@@ -112,20 +112,20 @@ class Smoke:
 
         command = [sys.executable, str(STEPS), "--device", self.device]
         command += ["--tuned", str(self.folder), "--step", *group.names]
-        ended = run_limited(command, min(group.seconds, left), take, GRACE)
+        ended = run_limited(command, min(group.seconds, seconds_left), take, GRACE)
         self.faults += sum("WRONG" in text or "FAILED" in text for text in printed)
-        rest = [n for n in group.names if not any(t.startswith(line(n, "")) for t in printed)]
-        if not rest or ended.code == LOST:
-            return rest
-        print(line(rest[0], self.verdict(ended, group.seconds <= left)), flush=True)
-        return rest[1:]
+        remaining = [n for n in group.names if not any(t.startswith(line(n, "")) for t in printed)]
+        if not remaining or ended.code == LOST:
+            return remaining
+        print(line(remaining[0], self.verdict(ended, group.seconds <= seconds_left)), flush=True)
+        return remaining[1:]
 
-    def verdict(self, ended: Ended, whole: bool) -> str:
+    def verdict(self, ended: Ended, full_time: bool) -> str:
         """Why a step has no line of its own; ``whole``: it had all of its group's time."""
         self.faults += 1
         if not ended.late:
             return f"DIED with {ended.code}"
-        if not whole:
+        if not full_time:
             return "CUT: the time of all steps is up"
         self.hangs += 1
         if not ended.hung:
