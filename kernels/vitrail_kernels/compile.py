@@ -1,4 +1,4 @@
-"""Compile kernel calls for any GPU, without having it, and read the machine code.
+"""Compile kernel calls for any GPU, even for a GPU that is not here, and read the machine code.
 
 Compiling takes the same path as a launch: Triton's binder specializes the arguments of a `Call`,
 which may be meta tensors. cuobjdump and nvdisasm, which are part of triton's wheel, print the
@@ -34,10 +34,10 @@ SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472
 """A multiprocessor's registers, threads and bytes of shared memory."""
 
 TENSOR_CORE = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
-"""The opcodes of matrix products."""
+"""The opcodes of matrix products on tensor cores."""
 
 SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*[\w.]*)\s*([^;]*)")
-"""A line of nvdisasm's output with an instruction: its predicate, name and operands."""
+"""A line of nvdisasm's output that holds an instruction: its predicate, opcode and operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def compile_all(calls: Sequence[Call], arch: int) -> list[KernelCode]:
 
 
 def compile_each(calls: Sequence[Call], arch: int) -> list[KernelCode | str]:
-    """As `compile_all`, but a call that does not compile gives its error message."""
+    """As `compile_all`, but the result of a call that does not compile is its error message."""
     pending = {identity(call): call for call in calls}
     results = in_processes(functools.partial(compile_call, arch=arch), list(pending.values()))
     codes = dict(zip(pending, results, strict=True))
@@ -214,8 +214,9 @@ WITHOUT_TMA = ", without TMA"
 
 
 def provenance(target: Target) -> str:
-    """Compiler versions, architecture and tuned table: all that decides the machine code besides
-    the sources, as part of a model's fingerprint.
+    """A string of compiler versions, architecture and tuned table, for a model's fingerprint.
+
+    Together with the sources these decide the machine code.
 
     Raises ValueError if the tuned table cannot be read.
     """

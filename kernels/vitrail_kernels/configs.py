@@ -1,9 +1,9 @@
-"""Kernel configurations: a tuned table for each architecture, and else the operator's heuristic.
+"""Kernel configurations, from an architecture's tuned table or from the operator's heuristic.
 
 ``vitrail tune`` writes the table ``sm_<arch>.json``. It holds ``provenance`` (gpu, driver,
-versions, date, command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. It is
-read from the folder that VITRAIL_TUNED names, or else from ``tuned/`` beside this file. If a key is
-missing, the operator's own heuristic decides. Nothing is timed while serving.
+versions, date, command) and ``configs``: "op|dtype|shape" -> the fields of `KernelConfig`. The
+table is read from the folder that VITRAIL_TUNED names, or else from ``tuned/`` beside this file. If
+a key is missing, the operator's own heuristic decides. Inference never times kernels.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class KernelConfig:
     """The sides of a tile (0 if the kernel has no such side), warps, pipeline stages and reason.
 
     ``registers`` limits the registers of a thread, so that ``ctas`` blocks fit a multiprocessor.
-    ``group_m`` tiles down are visited for each tile across, which helps the L2 cache. Half the
-    blocks of a persistent grid wait ``stagger`` nanoseconds once (0: no wait).
+    A kernel visits ``group_m`` tiles down, then the same rows of the next tile across; this helps
+    the L2 cache. Half the blocks of a persistent grid wait ``stagger`` nanoseconds once (0: no
+    wait).
     """
 
     block_m: int
@@ -65,7 +66,7 @@ MOST = 1 << 31
 
 
 def ladder_of(limits: Iterable[int], choose: Callable[[int], KernelConfig]) -> Ladder:
-    """``choose(rows)`` for all rows, if it changes only after the numbers in ``limits``."""
+    """The ladder of ``choose(rows)``, which must change only after the numbers in ``limits``."""
     ladder: list[tuple[int, KernelConfig]] = []
     for limit in sorted({limit for limit in limits if 0 < limit < MOST} | {MOST}):
         config = choose(limit)

@@ -86,7 +86,7 @@ class Target:
 
     @property
     def tcgen05(self) -> bool:
-        """Whether it has data center Blackwell's tensor cores, which sum outside registers."""
+        """Whether it has data center Blackwell's tensor cores, whose sums are not in registers."""
         return 100 <= self.arch < 120
 
     @property
@@ -101,7 +101,7 @@ class Target:
 
     @property
     def pdl(self) -> bool:
-        """Whether kernels call `wait_for_previous`'s instructions (dependent launch)."""
+        """Whether kernels run the instructions of `wait_for_previous` (dependent launch)."""
         return self.arch >= 90 and not interpreted()
 
 
@@ -146,8 +146,8 @@ def interpreted() -> bool:
 class Grid:
     """The blocks of a launch: times * ceil(rows / block), and at most ``limit`` unless it is None.
 
-    ``rows`` and ``times`` are affine in the numbers of sequences and tokens and in the longest
-    sequence. So the grid for any other size follows from a few calls.
+    ``rows`` and ``times`` are affine in the number of sequences, the number of tokens and the
+    length of the longest sequence. So the grids of a few calls give the grid of every other call.
     """
 
     rows: int
@@ -166,9 +166,9 @@ class Grid:
 class Call:
     """One kernel launch: every argument of ``kernel`` by name, and its configuration.
 
-    ``key`` names the configuration in a tuned table; "" if the configuration is fixed. If it
-    depends on the number of rows, ``ladder()`` lists the configurations for every number, by the
-    tuned table in force at that moment, and ``rows`` is this call's number.
+    ``key`` names the configuration in a tuned table; "" if the configuration is fixed. If the
+    configuration depends on the number of rows, ``rows`` is this call's number, and ``ladder()``
+    lists the configurations for all numbers, by the tuned table in force when it is called.
     """
 
     kernel: Any
@@ -188,11 +188,11 @@ class Call:
 
 
 _LAUNCHING = threading.Lock()
-"""Triton's loading is not thread-safe: a second thread would get a kernel without its function."""
+"""Triton loads kernels without a lock: a second thread would get a kernel that has no function."""
 
 
 def launch(calls: Sequence[Call]) -> None:
-    """Launch in order, each on the current stream of the device that holds its arguments."""
+    """Launch ``calls`` in order, each on the current stream of the device with its arguments."""
     for call in calls:
         tensor = next(a for a in call.arguments.values() if isinstance(a, Tensor))
         if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
@@ -208,8 +208,8 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 
 
 def fits_descriptor(*tensors: Tensor) -> bool:
-    """Whether tensor maps can describe them: base and row stride are multiples of 16 bytes, rows
-    are contiguous, and no tensor is empty."""
+    """Whether tensor maps can describe ``tensors``: base and row stride are multiples of 16 bytes,
+    rows are contiguous, and no tensor is empty."""
     return all(
         t.data_ptr() % 16 == 0
         and t.stride(-1) == 1

@@ -1,8 +1,8 @@
 """Work on kernel calls with one process per core.
 
 The processes are forked, which takes no time and lets them see the caller's memory. A process that
-has started CUDA cannot fork, because the driver's threads and their locks do not survive a fork. It
-starts a helper process once, which imports torch and triton and forks instead.
+has started CUDA cannot fork, because the driver's threads and their locks do not survive a fork.
+Such a process starts a helper process once. The helper imports torch and triton, and forks instead.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _R = TypeVar("_R")
 def in_processes(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
     """The result of ``work`` for each call, in order; an error message if ``work`` failed.
 
-    If CUDA has been started, ``work`` and its results are sent to another process. ``work`` must
-    then be a function of a module, or a partial of such a function, and gets calls whose tensors
-    are meta tensors. Raises BrokenProcessPool if a process is killed.
+    If this process has started CUDA, ``work`` is sent to the helper, and its results are sent back.
+    ``work`` must then be a function of a module, or a partial of such a function, and gets calls
+    whose tensors are meta tensors. Raises BrokenProcessPool if a process is killed.
     """
     if torch.cuda.is_initialized() and sys.executable:  # type: ignore[no-untyped-call]
         return _in_helper(work, calls)
@@ -43,7 +43,7 @@ def in_processes(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[
 
 
 def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
-    """As `in_processes`, forked from this process, which must not have started CUDA."""
+    """As `in_processes`, but always forks this process, which must not have started CUDA."""
     _PENDING[:] = [(work, call) for call in calls]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
@@ -54,14 +54,15 @@ def in_forks(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R |
 
 
 _PENDING: list[tuple[Callable[[Call], Any], Call]] = []
-"""The tasks of the forked processes, by number. Filled before forking: kernels do not pickle."""
+"""The tasks of the forked processes, by number. They are set before forking, because kernels cannot
+be pickled."""
 
 
 def _work_pending(number: int) -> Any:
     work, call = _PENDING[number]
     try:
         return work(call)
-    except Exception as error:  # returned as text, because Triton's errors do not pickle
+    except Exception as error:  # returned as text, because Triton's errors cannot be pickled
         return f"{call.kernel.__name__}: {type(error).__name__}: {error}"
 
 
@@ -96,7 +97,7 @@ def _layout(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _PortableCall:
-    """A `Call` that pickles."""
+    """A `Call` that can be pickled."""
 
     module: str
     name: str
@@ -169,7 +170,7 @@ def _in_helper(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R
         except (EOFError, OSError) as error:
             raise BrokenProcessPool("the process that compiles was killed") from error
         finally:
-            if not complete:  # the connection still holds results that nobody takes
+            if not complete:  # the connection still holds results that nobody reads
                 _close_helper()
 
 

@@ -83,8 +83,8 @@ def why_no_launcher() -> str | None:
 
 @functools.cache
 def triton_build() -> str:
-    """Version and size of triton's library, to tell two builds apart. A digest would read 400 MB,
-    which takes longer than loading a model."""
+    """Version and size of triton's library, to tell two builds apart. A digest would have to read
+    400 MB, which takes longer than loading a model."""
     from triton._C import libtriton
 
     return f"{triton_version()} {os.stat(libtriton.__file__).st_size}"

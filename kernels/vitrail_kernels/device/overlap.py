@@ -1,6 +1,6 @@
 """Programmatic dependent launch: the blocks of a kernel start while the previous kernel still runs.
 
-The launch must ask for it. In any other launch the instructions below do nothing.
+A launch attribute allows this. Without that attribute the instructions below do nothing.
 """
 
 from __future__ import annotations

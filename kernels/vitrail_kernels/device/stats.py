@@ -1,4 +1,4 @@
-"""Row statistics: LayerNorm's view of a row, kept beside the residual stream
+"""Row statistics for LayerNorm, kept beside the residual stream
 
     stats[c]           sum of chunk c, which is 64 columns of the row
     stats[chunks + c]  sum of squares of that chunk about its own mean

@@ -5,10 +5,10 @@
     bound     by the exponential unit at a few hundred tokens, by the tensor cores above
 
 A program takes BLOCK_M queries of a head through the key tiles of their sequence, always first to
-last. Full key tiles come first and need no mask. The remaining keys use the narrowest tile that
-holds them (16, 32 or 64), because padded keys cost as much as real keys: 197 tokens are three full
-tiles, then 5 keys. Only that tile is masked. Its padding is loaded as 0, because a hidden NaN would
-spread through 0 * NaN.
+last. Full key tiles come first and need no mask, except at a causal diagonal. The remaining keys
+use the narrowest tile that holds them (16, 32 or 64), because padded keys cost as much as real
+keys: 197 tokens are three full tiles, then 5 keys. The last tile is masked. Its padding is loaded
+as 0, because a hidden NaN would spread through 0 * NaN.
 """
 
 from __future__ import annotations
@@ -337,7 +337,10 @@ def attention_cost(
 
 
 def _column_tiles(head_dim: int) -> tuple[int, int]:
-    """Two powers of two, 16 or more (or 0), that hold a head's columns: 80 is 64 + 16."""
+    """The widths of two tiles that hold a head's columns, for example 64 and 16 for 80 columns.
+
+    Each width is a power of two and at least 16; the second may be 0.
+    """
     if head_dim > 64:
         return 64, max(16, 1 << (head_dim - 65).bit_length())
     return max(16, 1 << (head_dim - 1).bit_length()), 0
@@ -381,7 +384,9 @@ def attention_calls(
     equal_lengths: bool = False,
     config: KernelConfig | None = None,
 ) -> list[Call]:
-    """The launch of `attention_ref`. Rows past ``max_seqlen`` of a sequence are not written.
+    """The launch that computes `attention_ref`.
+
+    Rows of a sequence past ``max_seqlen`` are not written.
 
     ``config`` replaces the configuration that the sizes would get. If ``kv_lens`` is 0, a query
     sees no key and gives 0, as in the reference. float32 is for the interpreter: its machine code

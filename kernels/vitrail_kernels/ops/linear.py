@@ -6,8 +6,8 @@ FLOPs  2 M N K            bytes  M K + N K + M N (+ M N residual), in the comput
 bound  by the tensor cores from a few hundred rows on, by the read of W below that
 
 LayerNorm needs no extra pass over x: norm(x) W^T = r (x W^T - m s), where r and m come from the row
-statistics of x, and s is the row sums of the rounded W. Centering W instead of keeping m s was
-tried: the error was 4e-3 instead of 2e-4 if the mean is 20 times the deviation.
+statistics of x, and s is the row sums of the rounded W. Centering W, which makes s zero, was tried:
+the error was 4e-3 instead of 2e-4 if the mean is 20 times the deviation.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _product(
 ) -> None:
     only_adds = scale is None and activation is None and not gated
     if residual is not None and only_adds and out.dtype == x.dtype == torch.float32:
-        # No temporary, and the same order of additions whether out is the residual or not. 16-bit
-        # sums are computed below, with one rounding less.
+        # This needs no temporary, and adds in the same order whether out is the residual or not.
+        # 16-bit sums are computed below, with one rounding less.
         if bias is not None:
             torch.add(residual, bias, out=out)
         elif residual is not out:
@@ -261,7 +261,7 @@ def _linear_pointer_kernel(
 def linear_cost(
     *, out: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None = None, **arguments: object
 ) -> Cost:
-    """FLOPs of the output rows; only those rows of ``x`` and ``residual`` are read."""
+    """FLOPs of the output rows; of ``x`` and ``residual`` only the rows for them are read."""
     m, (n, k) = out.shape[0], weight.shape
     read = m * k * x.element_size()
     if residual is not None:
@@ -291,7 +291,7 @@ def linear_calls(
     gated: bool = False,
     config: KernelConfig | None = None,
 ) -> list[Call]:
-    """The launch of `linear_ref`. ``norm_eps`` needs ``x_stats`` and ``row_sums``.
+    """The launch that computes `linear_ref`. ``norm_eps`` needs ``x_stats`` and ``row_sums``.
 
     ``config`` replaces the configuration that the size would get. Raises ValueError for a shape,
     dtype or layout that the kernel does not take.

@@ -9,10 +9,11 @@ over (row, column, channel). Float pixels are (B, channels, H, W) and already no
 their weight runs over (channel, row, column). A uint8 value u enters as u / 256. This is exact in
 every dtype, and it keeps weights with 1 / 255 folded in out of fp16's subnormals.
 
-For the kernel both are planes of lines of runs, where a run is contiguous in memory, and K is
-(plane, line, run). uint8 has a single plane and runs of width * channels values. Float pixels have
-a plane for each channel and runs of width values. A tile covers tokens, with the class and register
-tokens among them. Their pixels are masked to 0, so that table and statistics need no special case.
+The kernel reads both formats as planes of lines. The values of a patch in one line are a run, which
+is contiguous in memory. K is (plane, line, value of the run). uint8 pixels have a single plane and
+runs of patch width * channels values. Float pixels have a plane for each channel and runs of patch
+width values. A tile covers tokens, with the class and register tokens among them. The pixels of
+these are masked to 0, so that table and statistics need no special case.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ UINT8_UNIT = 256
 """The uint8 value that would stand for 1."""
 
 K_MULTIPLE = 64
-"""The kernel's weight is padded with zeros to a multiple of this along K."""
+"""The weight is padded with zeros along K to a multiple of this number."""
 
 VARYING = (
     "rows",
@@ -97,7 +98,8 @@ def patch_embed_ref(
         raise ValueError(f"pixels {tuple(pixels.shape)}: got {depth} channels, wanted {channels}")
     if batch == 0:
         return
-    # the sum stays fp32 until the table is added: over uint8 pixels it is large and mostly bias
+    # the product stays fp32 until the table is added: for uint8 pixels it is large, and the bias in
+    # the table cancels most of it
     wide = torch.promote_types(weight.dtype, torch.float32)
     columns = _columns(pixels, patch).to(wide)
     if pixels.dtype == torch.uint8:
@@ -307,7 +309,8 @@ def _patch_config(
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     uint8 = pixels.dtype == torch.uint8
-    # steps of 64 if two addresses a thread cover them; other steps, and HMMA's layout, would spill
+    # 64 if two addresses per thread are enough for the loads; with shorter loads, or in HMMA's
+    # layout, 64 would spill
     deep = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
     if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
         return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
@@ -323,7 +326,7 @@ def patch_ladder(
     target: Target, key: str, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
 ) -> Ladder:
     """`_patch_config` for every number of rows."""
-    # up to this number, some multiprocessor has no tile
+    # up to this number of rows, some multiprocessor has no tile
     few = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
     choose = functools.partial(_patch_config, target, key, pixels, weight, patch, step)
     return ladder_of([few], choose)
@@ -346,7 +349,7 @@ def _strides(pixels: Tensor) -> tuple[int, int, int]:
 
 
 def _patch_grid(pixels: Tensor, patch: tuple[int, int], channels: int) -> tuple[int, int]:
-    """The patches down and across. Raises ValueError for a dtype or shape of no pixels."""
+    """The patches down and across. Raises ValueError if ``pixels`` have a wrong dtype or shape."""
     uint8 = pixels.dtype == torch.uint8
     if not uint8 and pixels.dtype not in FLOATS:
         raise ValueError(
@@ -375,7 +378,7 @@ def patch_embed_calls(
     prefix: int,
     config: KernelConfig | None = None,
 ) -> list[Call]:
-    """The launch of `patch_embed_ref`; ``weight`` is padded with zeros to a multiple of 64 columns.
+    """The launch that computes `patch_embed_ref`; ``weight`` must be padded to `K_MULTIPLE`.
 
     Lines of pixels must be contiguous; images, planes and lines may lie apart. ``config`` replaces
     the configuration that the size would get. Raises ValueError for another shape, dtype or layout,
@@ -401,7 +404,7 @@ def patch_embed_calls(
     image, plane, line = _strides(pixels)
     run = patch[1] * (channels if pixels.dtype == torch.uint8 else 1)
     size = pixels.element_size()
-    # all addresses are multiples of so many values, and the compiler may load so many at a time
+    # every address is a multiple of ``align`` values, so the compiler may load as many at a time
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
     pixel_dtype = str(pixels.dtype).removeprefix("torch.")
     key = config_key("patch_embed", weight.dtype, f"{pixel_dtype} {patch[0]}x{patch[1]} {width}")

@@ -3,10 +3,10 @@
     out = norm(x)[rows] W^T + b, status = 0 if every value is finite, else 1
     FLOPs  2 B D C      bytes  B C + D C + B D      bound  by the read of W
 
-Users get this embedding, so it has the error of fp32, whatever the mean of a row. The kernel
+Users get this embedding, so its error is that of fp32, whatever the mean of a row. The kernel
 normalizes the rows in fp32 and gives the tensor cores each value as the sum of two values in the
-compute dtype. That doubles the arithmetic, which is not the bound. The form of `linear`, which
-subtracts mean times row sum from the product, loses digits if the mean is large.
+compute dtype. The arithmetic doubles, but it is not the bound. `linear` subtracts mean times row
+sum from the product instead, which loses digits if the mean is large.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def pool_cost(*, out: Tensor, x: Tensor, weight: Tensor | None = None, **argumen
 
 
 def pool_config(target: Target, key: str, dtype: torch.dtype) -> KernelConfig:
-    """The projection's tiles; tuning may vary only ``block_n`` and ``stages``."""
+    """The configuration of the projection; tuning may vary only ``block_n`` and ``stages``."""
     why = "64 rows make it HGMMA; narrow, so that many programs read W"
     heuristic = KernelConfig(64, 32, 64, 4, 4, reason=why)
     if dtype == torch.float32:
@@ -220,8 +220,9 @@ def pool_calls(
     *,
     eps: float,
 ) -> list[Call]:
-    """The launches of `pool_ref`: two with a ``weight``, else one. A row that ``x`` does not have
-    becomes NaN, with status 1.
+    """The launches that compute `pool_ref`: two with a ``weight``, else one.
+
+    If ``rows`` names a row that ``x`` does not have, its embedding is NaN and its status 1.
 
     Raises ValueError for a shape, dtype or layout that the kernels do not take, for ``gamma`` or
     ``beta`` together with ``weight``, and for a ``bias`` without ``weight``.
