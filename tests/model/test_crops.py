@@ -96,7 +96,7 @@ def kinds(folder: Path) -> list[Any]:
     path.write_bytes(encode(photo(90, 70, seed=5), "PNG"))
     turned = Image.Exif()
     turned[0x0112] = 6
-    grey = np.asarray(photo(33, 44))[..., :1]
+    gray = np.asarray(photo(33, 44))[..., :1]
     return [
         photo(80, 60),
         b"<html>",
@@ -106,8 +106,8 @@ def kinds(folder: Path) -> list[Any]:
         cases.picture("palette", "P+alphas", 45, 34),
         encode(cases.picture("wide", "I;16", 45, 34), "PNG"),
         cases.picture("cmyk", "CMYK", 45, 34),
-        grey,
-        grey[..., 0],
+        gray,
+        gray[..., 0],
         np.asarray(photo(33, 44))[::-1, ::2],
         torch.from_numpy(np.asarray(photo(20, 30)).copy()),
         encode(photo(40, 30), "JPEG")[:500],

@@ -257,8 +257,8 @@ def test_pixels_in_any_layout_are_right_or_refused(vit: vitrail.Model, name: str
 def test_an_expanded_image_is_each_of_its_copies(vit: vitrail.Model) -> None:
     one = torch.randn(1, 3, 32, 32)
     near(vit.encode_image(one.expand(4, -1, -1, -1)), vit.encode_image(one.repeat(4, 1, 1, 1)))
-    grey = torch.randn(2, 1, 32, 32)
-    near(vit.encode_image(grey.expand(-1, 3, -1, -1)), vit.encode_image(grey.repeat(1, 3, 1, 1)))
+    gray = torch.randn(2, 1, 32, 32)
+    near(vit.encode_image(gray.expand(-1, 3, -1, -1)), vit.encode_image(gray.repeat(1, 3, 1, 1)))
 
 
 def fake() -> Tensor:
@@ -345,7 +345,7 @@ def test_inputs_are_left_as_they_were(clip: vitrail.Model) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channel_counts_are_normalised_each_by_its_own_mean(
+def test_other_channel_counts_are_normalized_each_by_its_own_mean(
     channels: int, tmp_path: Path
 ) -> None:
     model = make("ViTModel", num_channels=channels)
@@ -1467,14 +1467,14 @@ def test_no_images_are_preprocessed_to_none_of_the_processors_size(clip: vitrail
         )
 
 
-def test_sixteen_bit_greys_are_scaled_or_clipped(pair: tuple[Path, Any, Any]) -> None:
-    grey = Image.fromarray(np.full((40, 40), 1000, np.uint16))
+def test_sixteen_bit_grays_are_scaled_or_clipped(pair: tuple[Path, Any, Any]) -> None:
+    gray = Image.fromarray(np.full((40, 40), 1000, np.uint16))
     _, _, processor = pair
-    theirs = processor.image_processor([grey], return_tensors="pt").pixel_values
+    theirs = processor.image_processor([gray], return_tensors="pt").pixel_values
     clipped = vitrail.load(pair[0], sixteen_bit="clip")
     scaled = vitrail.load(pair[0])
-    assert torch.equal(clipped.preprocess(grey), theirs)
-    assert not torch.equal(scaled.preprocess(grey), theirs)
+    assert torch.equal(clipped.preprocess(gray), theirs)
+    assert not torch.equal(scaled.preprocess(gray), theirs)
     assert clipped.fingerprint != scaled.fingerprint
     with pytest.raises(InputError, match="sixteen_bit"):
         vitrail.load(pair[0], sixteen_bit="drop")  # type: ignore[arg-type]
