@@ -43,7 +43,7 @@ constexpr int kMaxThreads = 0;        // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kSharedCarveout = 9;    // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kDefaultMaxShared = 48 << 10;
-constexpr int kReservedShared = 1 << 10;         // CUDA reserves this much per block
+constexpr int kReservedShared = 1 << 10;         // bytes that CUDA reserves per block
 constexpr int kMaxBlocksPerMultiprocessor = 32;  // on current GPUs
 
 constexpr int kOverlap = 6;      // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -76,7 +76,7 @@ struct LaunchConfig {
 
 }  // namespace cu
 
-// A base for classes that own a resource.
+// The base of classes that own a resource.
 struct NonCopyable {
     NonCopyable() = default;
     NonCopyable(const NonCopyable&) = delete;
@@ -100,7 +100,7 @@ struct DeviceInfo {
 };
 
 // The driver and its devices. If `available` is false, `reason` says why, and the other fields hold
-// the answers up to the failure.
+// the values that were found before the failure.
 struct DriverInfo {
     bool available = false;
     std::string reason;
@@ -108,7 +108,7 @@ struct DriverInfo {
     std::vector<DeviceInfo> devices;
 };
 
-// A shared library, closed with its owner.
+// A shared library. The destructor closes it.
 class Library : NonCopyable {
   public:
     explicit Library(const char* name) : handle_(dlopen(name, RTLD_NOW | RTLD_LOCAL)) {
@@ -125,7 +125,8 @@ class Library : NonCopyable {
     void* handle_;
 };
 
-// A function of the driver; null in an older driver without it. The declaration must give its type.
+// A function of the driver. `call` is null if the driver is too old to have the function.
+// `Parameters` must be the function's parameters in cuda.h.
 template <typename... Parameters>
 struct Function {
     Function(const Library& library, const char* name)
@@ -136,13 +137,13 @@ struct Function {
 };
 
 class Driver {
-    const Library library_;  // initialized before the functions, which it holds
+    const Library library_;  // must be the first member: the functions are looked up in it
 
     Function<cu::Result, const char**> error_name_{library_, "cuGetErrorName"};
     Function<cu::Result, const char**> error_text_{library_, "cuGetErrorString"};
 
   public:
-    // Opens the library and looks up the functions. Does not start the driver.
+    // Opens the library and looks up the functions. It does not start the driver.
     explicit Driver(const char* library = "libcuda.so.1") : library_(library) {}
 
     // Calls `function`. Throws DriverError naming `purpose`, the function and the driver's reason.
@@ -214,8 +215,8 @@ class Gpu : NonCopyable {
     // threads allow. The driver's own choice may fit fewer blocks.
     int carveout(int threads, int shared) const;
 
-    // Whether the device has stream-ordered memory. True until an allocation fails: some virtual
-    // devices have none, and say so only then.
+    // Whether the device has stream-ordered memory. The value is true until an allocation fails:
+    // some virtual devices have no such memory, but report that only when it is allocated.
     bool pools() const { return pools_; }
     void without_pools() const { pools_ = false; }
 
@@ -250,8 +251,8 @@ class Gpu : NonCopyable {
     cu::Context context_ = nullptr;
     DeviceInfo info_;
     int multiprocessors_ = 0;
-    int threads_ = 0;  // resident on a multiprocessor at most
-    int shared_ = 0;   // bytes per multiprocessor
+    int threads_ = 0;  // the most threads that are resident on a multiprocessor
+    int shared_ = 0;   // bytes of shared memory per multiprocessor
     mutable std::atomic<bool> pools_{true};
 };
 

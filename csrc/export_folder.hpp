@@ -15,7 +15,7 @@
 namespace vitrail {
 
 constexpr std::string_view kExportMagic = "vitrail export 2\n";
-constexpr size_t kChunkBytes = size_t{4} << 20;  // of a file; one thread hashes a chunk
+constexpr size_t kChunkBytes = size_t{4} << 20;  // a thread hashes a chunk of a file at a time
 
 struct File {
     std::string path;  // relative to the folder
@@ -24,10 +24,10 @@ struct File {
 };
 
 struct VisionFacts {
-    uint32_t height = 0, width = 0, channels = 0;  // of an image
+    uint32_t height = 0, width = 0, channels = 0;  // the size of an image
     uint32_t embedding = 0;
-    uint32_t tokens = 0;              // of an image
-    std::vector<std::string> labels;  // of the classification head; empty without one
+    uint32_t tokens = 0;              // tokens of an image
+    std::vector<std::string> labels;  // labels of the classification head; empty without a head
     std::string scores;               // "softmax", "sigmoid" or "none": see vitrail.h
 };
 
@@ -47,7 +47,7 @@ struct EndpointFile {
 // The plans and kernels for one architecture, 10 * major + minor.
 struct Build {
     uint32_t arch = 0;
-    std::string fingerprint;  // of the model with these kernels
+    std::string fingerprint;  // the fingerprint of the model with these kernels
     std::vector<EndpointFile> endpoints;
     std::vector<uint32_t> kernels;  // indices into ExportFolder::files
 };
@@ -61,10 +61,10 @@ class ExportFolder {
     // Throws FormatError, naming the exported architectures, if `arch` is none of them.
     const Build& build(uint32_t arch) const;
 
-    // Reads files, given as indices into `files`, with up to 16 threads. Any of the threads calls
-    // `use` for each chunk with the position in `indices`, the chunk's offset in the file, and its
-    // bytes. Throws FormatError for a file that is missing or damaged, possibly after `use` has got
-    // some of its chunks, and rethrows what `use` throws.
+    // Reads files, given as indices into `files`, with up to 16 threads. The threads call `use` for
+    // each chunk with the position in `indices`, the chunk's offset in the file, and its bytes.
+    // Throws FormatError for a file that is missing or damaged, possibly after `use` has got some
+    // of the file's chunks. Rethrows an exception that `use` throws.
     using ChunkFn = std::function<void(size_t position, uint64_t offset, std::string_view bytes)>;
     void read(const std::vector<uint32_t>& indices, const ChunkFn& use) const;
 
@@ -78,7 +78,7 @@ class ExportFolder {
     std::string path;
     std::vector<File> files;
     uint32_t weights = 0;       // index into `files`
-    uint64_t arena_offset = 0;  // in the weights file; the arena ends with the file
+    uint64_t arena_offset = 0;  // offset in the weights file; the arena ends with the file
     uint64_t arena_bytes = 0;   // packed weights, then position tables
     uint64_t weight_bytes = 0;  // packed weights alone
     std::optional<VisionFacts> vision;

@@ -22,7 +22,7 @@ class NoDevice : public std::runtime_error {
 // The roles of the buffers that an endpoint's caller brings, for B items.
 enum class BufferRole : uint8_t {
     kOffsets,    // (B + 1,) int32: the first token of each sequence, then the number of tokens
-    kRows,       // (B,) int32: the token of each item that is pooled
+    kRows,       // (B,) int32: the pooled token of each item
     kPixels,     // uint8 (B, H, W, C) or float (B, C, H, W)
     kIds,        // (M,) int32: the ids of all texts
     kPositions,  // (M,) int32
@@ -45,15 +45,15 @@ constexpr size_t kEndpointCount = static_cast<size_t>(EndpointId::kCount);
 // A plan of the model that callers can run, for example "scores.uint8".
 struct Endpoint {
     std::unique_ptr<Executable> executable;
-    std::vector<BufferRole> roles;  // of the caller's buffers, in the plan's order
-    size_t image_bytes = 0;         // of one item's pixels; 0 for texts
-    uint32_t tokens = 0;            // of an image, or of the longest text
+    std::vector<BufferRole> roles;  // roles of the caller's buffers, in the plan's order
+    size_t image_bytes = 0;         // bytes of an image's pixels; 0 for texts
+    uint32_t tokens = 0;            // tokens of an image, or of the longest text
     BufferRole result = BufferRole::kEmbedding;
     uint32_t width = 0;     // numbers in an item's result
     cu::Pointer table = 0;  // the position table; 0 for texts
-    size_t max_items = 1;   // per run; a larger call runs in parts
+    size_t max_items = 1;   // the most items of a run; a larger call runs in parts
 
-    // Offsets of each buffer, within the inputs or within the outputs of a call.
+    // The offset of each buffer within the inputs or the outputs of a call, and its bytes.
     struct Layout {
         std::array<size_t, kRoles> offset{}, bytes{};
         size_t inputs = 0, outputs = 0;  // bytes of all inputs, of all outputs
@@ -63,9 +63,9 @@ struct Endpoint {
 
 class Model {
   public:
-    // `driver`: path of the driver's library, or null for libcuda.so.1. Throws FormatError unless
-    // the folder is an export by this version for this device's architecture, NoDevice,
-    // DriverError.
+    // `driver`: path of the driver's library, or null for libcuda.so.1. Throws NoDevice,
+    // DriverError, or FormatError unless this version exported the folder for this device's
+    // architecture.
     Model(const std::string& folder, const char* driver, int ordinal);
 
     const ExportFolder& folder() const { return folder_; }

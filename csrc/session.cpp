@@ -74,7 +74,7 @@ class Texts : public Items {
             const int32_t length = lengths_[first + i];
             const int32_t* text = ids_ + (first + i) * stride_;
             std::copy(text, text + length, ids + total);
-            for (int32_t at = 0; at < length; ++at) positions[total + at] = at;
+            for (int32_t place = 0; place < length; ++place) positions[total + place] = place;
             offsets[i] = total;
             total += length;
             rows[i] = total - 1;  // the end token is a text's last token
@@ -88,7 +88,7 @@ class Texts : public Items {
     const std::vector<int32_t>& lengths_;
 };
 
-// Number of a text's ids up to and including its end token, which is the token that is pooled.
+// The number of a text's ids up to and including its end token. The end token is pooled.
 int32_t length_to_end(const TextFacts& facts, const int32_t* ids, int64_t length, size_t index) {
     const auto refuse = [&](const std::string& why) {
         throw std::invalid_argument("text " + std::to_string(index) + ": " + why);
@@ -218,8 +218,8 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
     }
 }
 
-// Makes room for a call of `sizes`. A call that is not larger than an earlier call allocates
-// nothing.
+// Allocates the memory for a call of `sizes`. A call that is not larger than an earlier call
+// allocates nothing.
 const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes) {
     const Endpoint& endpoint = model_->endpoint(id);
     Workspace& workspace = workspaces_[static_cast<size_t>(id)];
@@ -236,7 +236,7 @@ const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes) {
         workspace = {std::make_unique<Frame>(*endpoint.executable, capacity), arena, layout.inputs,
                      layout.outputs};
     }
-    // on every call: the memory is shared between endpoints, and may have been freed
+    // on every call, because endpoints share the memory, and `release` may have freed it
     arena_.reserve(workspace.arena);
     inputs_.reserve(workspace.inputs);
     host_inputs_.reserve(workspace.inputs);

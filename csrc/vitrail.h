@@ -42,7 +42,7 @@ typedef enum vitrail_status {
 typedef struct vitrail_model vitrail_model;
 typedef struct vitrail_session vitrail_session;
 
-/* All zeros are the defaults, as is a NULL pointer to the options. */
+/* Every default is zero. A NULL pointer to the options means all defaults. */
 typedef struct vitrail_options {
     int device;         /* the driver's number of the device */
     const char* driver; /* path of the driver's library; NULL: libcuda.so.1 */
@@ -58,7 +58,7 @@ typedef struct vitrail_facts {
     const char* image_scores; /* the function from logits to probabilities: "softmax", "sigmoid" (an
                                  image may have several labels) or "none"; NULL without classes */
     uint32_t text_vocab;      /* ids are 0 to text_vocab - 1 */
-    uint32_t text_context;    /* ids of a text at most */
+    uint32_t text_context;    /* the most ids of a text */
     uint32_t text_embedding;  /* D of a text embedding */
     int32_t text_end;         /* the id that ends a text; -1: the first of the text's highest ids */
     uint32_t architecture;    /* of the device, 10 * major + minor: 90 for sm_90 */
@@ -75,12 +75,13 @@ VITRAIL_API const char* vitrail_version(void);
 VITRAIL_API const char* vitrail_error(void);
 
 /* Opens an exported folder and copies its weights to the device. Checks the digest of every file
- * that it uses. `options` may be NULL. On failure, `*model` is NULL. VITRAIL_INVALID, _BAD_FOLDER,
- * _NO_DEVICE, _DEVICE, _OUT_OF_MEMORY. */
+ * that it uses. `options` may be NULL. On failure, `*model` is NULL. Failures: VITRAIL_INVALID,
+ * _BAD_FOLDER, _NO_DEVICE, _DEVICE, _OUT_OF_MEMORY. */
 VITRAIL_API vitrail_status vitrail_load(const char* folder, const vitrail_options* options,
                                         vitrail_model** model);
 
-/* Sessions of the model stay usable; the last of them frees the weights. NULL is allowed. */
+/* Sessions of the model stay usable; freeing the last session frees the weights. `model` may be
+ * NULL. */
 VITRAIL_API void vitrail_free(vitrail_model* model);
 
 VITRAIL_API vitrail_status vitrail_model_facts(const vitrail_model* model, vitrail_facts* facts);
@@ -89,11 +90,11 @@ VITRAIL_API vitrail_status vitrail_model_facts(const vitrail_model* model, vitra
  * vitrail_free. */
 VITRAIL_API const char* vitrail_label(const vitrail_model* model, size_t index);
 
-/* On failure, `*session` is NULL. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY. */
+/* On failure, `*session` is NULL. Failures: VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY. */
 VITRAIL_API vitrail_status vitrail_session_create(const vitrail_model* model,
                                                   vitrail_session** session);
 
-/* No call of the session may be running. NULL is allowed. */
+/* No call of the session may be running. `session` may be NULL. */
 VITRAIL_API void vitrail_session_free(vitrail_session* session);
 
 /* The embed functions take any number of items, `n`, and write `embeddings` (n, D) float32, like
@@ -102,11 +103,11 @@ VITRAIL_API void vitrail_session_free(vitrail_session* session);
  * item whose embedding is finite. If `status` is NULL, an embedding that is not finite gives
  * VITRAIL_NOT_FINITE: the message names the first such item, and all embeddings are written.
  *
- * If device memory runs out, the session frees its memory and runs the items in halves. The bits
- * stay the same: an item's result does not depend on the other items. VITRAIL_OUT_OF_MEMORY means
- * that even one item does not fit. After any other failure some embeddings may be written. The
- * session stays usable unless the device is lost. VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY,
- * _NOT_FINITE. */
+ * If device memory runs out, the session frees its memory and runs half as many items at a time.
+ * The bits stay the same: an item's result does not depend on the other items.
+ * VITRAIL_OUT_OF_MEMORY means that even one item does not fit. After any other failure some
+ * embeddings may be written. The session stays usable unless the device is lost. Failures:
+ * VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY, _NOT_FINITE. */
 
 /* `pixels` (n, height, width, channels) uint8: resized and cropped, not normalized. */
 VITRAIL_API vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels,
