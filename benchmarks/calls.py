@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.sh` runs: steps with limits, in calls, with a state that calls share.
+"""The steps of `benchmarks/gpu.sh`: each has a time limit, and calls share a state.
 
 A step is a process. The state, build/gpu, holds which steps passed, their results and the tuned
 table, for the sources as they are. Nothing here opens the GPU.
@@ -23,11 +23,11 @@ from suite import LOST, UNFINISHED
 
 STATE = ROOT / "build/gpu"
 STEP_LIMIT, MARGIN, LEAST = 540, 10, 25
-"""Seconds: the most a step may take, what ending a call takes, what no step begins under."""
+"""Seconds: the limit of a step, the end of a call, and the least with which a step begins."""
 ATTEMPTS = 3
-"""How often a suite is begun that loses the device in one of its cases."""
+"""How often a suite may begin that loses the device in a case."""
 GRACE = 20
-"""Seconds that an interrupted step has to say what it knows."""
+"""Seconds that an interrupted step has to print its results."""
 
 
 class Step(NamedTuple):
@@ -94,7 +94,7 @@ UNTUNED = ("smoke", "record", "ncu")
 
 
 class Call:
-    """One call: its end, its log, how many of its steps hung, and what became of each step."""
+    """A call: its end, its log, how many of its steps hung, and the result of each step."""
 
     def __init__(self, out: Path, limit: float | None) -> None:
         self.out, self.limit, self.start = out, limit, time.monotonic()
@@ -117,7 +117,7 @@ class Call:
         return min(STEP_LIMIT, seconds_left * STEPS[name].seconds / total, seconds_left)
 
     def run(self, names: Sequence[str]) -> int:
-        """Every step in turn; 1 if one failed or is not finished."""
+        """Run every step in turn. Returns 1 if a step failed or is not finished."""
         codes = []
         for number, name in enumerate(names):
             passed = STATE / f"{name}.ok"
@@ -139,7 +139,7 @@ class Call:
         return int(any(codes))
 
     def run_step(self, name: str, seconds: float) -> int:
-        """One step: 0 if it passed or its tool is not here."""
+        """Run a step. Returns 0 if it passed or its tool is not installed."""
         self.say(f"\n######## {name} ({seconds:.0f} s)")
         start = time.monotonic()
         for _ in range(ATTEMPTS):
@@ -237,7 +237,7 @@ EXTENSION = "import vitrail._C; print('vitrail._C', vitrail._C.version())"
 
 
 def prepare(call: Call) -> int:
-    """Unpack, look at the device, and build what is not there; 0 if steps can run."""
+    """Unpack, look at the device, and build what is missing. Returns 0 if steps can run."""
     for text in pack.unpack():
         call.say(text)
     call.say(f"commit {describe()}")

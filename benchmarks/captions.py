@@ -1,8 +1,8 @@
-"""What the host spends on captions and labels: `python benchmarks/captions.py --before FOLDER`.
+"""The host's time for captions and labels: `python benchmarks/captions.py --before FOLDER`.
 
 A CLIP B/32 text tower in fp16 with the bundled tokenizer and the native runner, over a driver that
-does nothing (tests/standin): what is timed is the host's own work, in CPU time of one thread.
-"vitrail" is this checkout, "before" another one in FOLDER, with its extension built in place; each
+does nothing (tests/standin): only the host's work is timed, in CPU time of a thread.
+"vitrail" is this checkout, "before" the checkout in FOLDER, with its extension built in place; each
 runs in a process of its own, in turn. "tokenizer" is the part of the tokenizers library alone.
 Writes results/cpu/captions.json: `per_caption_us` is a caption's share of the median.
 """
@@ -26,7 +26,7 @@ from harness import OURS, Case, Results, Run, faults, measure
 from suite import line, results_folder, write
 
 CAPTIONS, LABELS, CALLS = 100_000, 1_000, 200
-"""Captions of a call, labels of a call, and calls of a sample where one is too short."""
+"""Captions of a call, labels of a call, and calls of a sample if a single call is too short."""
 ROUNDS = 7
 WORDS = ("photo", "of", "the", "red", "blue", "green", "yellow", "circle", "square", "star", "left")
 CASES = {
@@ -39,7 +39,7 @@ CASES = {
 TOKENIZER = f"{CAPTIONS:,} captions"
 """The case that is timed beside the tokenizers library alone."""
 
-# -- one checkout, in a process of its own ---------------------------------------------------------
+# -- a checkout, in a process of its own -----------------------------------------------------------
 
 
 def _captions(count: int) -> list[str]:
@@ -123,7 +123,7 @@ def _runs() -> dict[str, Callable[[], Any]]:
 def serve() -> None:
     """Run the case that each line of the input names, and print its seconds of CPU time.
 
-    All checkouts share a core: of two cores other work makes one slower than the other.
+    All checkouts share a core, because other work may slow one core more than another.
     """
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     runs = _runs()
@@ -165,7 +165,7 @@ class Checkout:
 
 
 def case(name: str, checkouts: dict[str, Checkout]) -> Results:
-    """One case of all checkouts, in turn."""
+    """A case of all checkouts, in turn."""
     variants: dict[str, Run] = {
         label: functools.partial(checkout.seconds, name) for label, checkout in checkouts.items()
     }

@@ -1,4 +1,4 @@
-"""What this device does at best: matrix products, copies, attention.
+"""The best rates of this device: matrix products, copies, attention.
 
 `python benchmarks/ceilings.py` writes ceilings.json. Random data, fp16, PyTorch's own operators.
 The other suites give every rate as a part of the first two, which are measured once for a file.
@@ -38,7 +38,7 @@ def random(device: str, *shape: int) -> Tensor:
 
 
 def with_backend(backend: SDPBackend, run: Run) -> Run:
-    """``run`` with that backend, which raises RuntimeError where it cannot serve the shapes."""
+    """``run`` with that backend. Raises RuntimeError if it does not support the shapes."""
 
     def inside() -> Tensor:
         with sdpa_kernel([backend]):
@@ -122,7 +122,7 @@ def _measured(name: str, device: str, keep: Keep = lambda _: None) -> Results:
 
 
 def best(results: Results, rate: str) -> float:
-    """The largest ``rate`` of any variant, 0 where there is none."""
+    """The largest ``rate`` of any variant, or 0."""
     return max((variant.get(rate, 0.0) for variant in results["variants"].values()), default=0.0)
 
 

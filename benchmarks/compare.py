@@ -1,8 +1,8 @@
 """Is the new result slower than the old: `python benchmarks/compare.py OLD NEW`.
 
 OLD and NEW are result files, or folders of them. Ours alone is judged; peers and ceilings show how
-alike the two machines' states were. Exit code 1 where a case of ours is slower than the old one by
-more than the threshold, is missing, wrong or failed; 2 where the files cannot be compared.
+alike the two machines' states were. Exit code 1 if a case of Vitrail is slower than the old case by
+more than the threshold, is missing, wrong or failed; 2 if the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def records(path: Path) -> dict[str, Record]:
 
 
 def device(by_suite: Mapping[str, Record]) -> str:
-    """What the results were measured on."""
+    """The devices of the results."""
     environments = [record["environment"] for record in by_suite.values()]
     return ", ".join(
         sorted({environment.get("gpu") or environment["cpu"] for environment in environments})
@@ -37,7 +37,7 @@ def device(by_suite: Mapping[str, Record]) -> str:
 
 
 def leaves(results: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
-    """Every variant of ours by name, and what has no variants at all; ceilings are neither."""
+    """Vitrail's variants by name, and results without variants; ceilings are neither."""
     for name, value in results.items():
         if not isinstance(value, dict):
             continue
@@ -71,7 +71,7 @@ def ours(by_suite: Mapping[str, Record], ratios: bool) -> dict[str, float | str]
 def verdict(
     before: float | str | None, after: float | str | None, threshold: float
 ) -> tuple[str, bool]:
-    """What became of one case, in words, and whether that is a regression."""
+    """The change of a case in words, and whether it is a regression."""
     if isinstance(after, str):
         return after, True
     if after is None:

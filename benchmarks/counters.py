@@ -1,4 +1,4 @@
-"""Counts what a model's kernels do, launch by launch: `python benchmarks/counters.py "ViT-B/16"`.
+"""Counts the work of a model's kernels by launch: `python benchmarks/counters.py "ViT-B/16"`.
 
 The kernels are compiled for ``--arch`` and run in the emulator of ``tests/emulator``; no GPU is
 needed, and no time is measured. For each launch of the pooled plan of a few images (``--images N``)
@@ -38,7 +38,7 @@ WAITS = {
     "mbarrier": r"mbarrier\.(try|test)_wait",
     "group": r"(cp\.async(\.bulk)?|wgmma)\.wait_(group|all)",
 }
-"""Instructions that wait, by what they wait for."""
+"""Instructions that wait, by the event."""
 
 Results = dict[str, Any]
 
@@ -47,7 +47,7 @@ Results = dict[str, Any]
 
 @dataclass
 class Line:
-    """Instructions of one opcode at one source line: what they count together.
+    """The sums of the counts of an opcode's instructions at a source line.
 
     ``ptx``: the first line of the PTX; ``instructions``: how many there are.
     """
@@ -73,7 +73,7 @@ class Line:
 
 @dataclass
 class Counts:
-    """What one kernel launch did. ``lines``: every site, by source line and opcode."""
+    """The counts of a kernel launch. ``lines``: every site, by source line and opcode."""
 
     kernel: str
     tile: str
@@ -87,7 +87,7 @@ class Counts:
         return {key: sum(getattr(x, key) for x in lines) for key in ("actual", "ideal", "bytes")}
 
     def waits(self) -> dict[str, int]:
-        """Waits that warps executed, by what they waited for."""
+        """Waits that warps executed, by the event."""
         counts = dict.fromkeys(WAITS, 0)
         for site in self.report.sites:
             if name := _waits_for(site):
@@ -117,7 +117,7 @@ def _waits_for(site: Site) -> str | None:
 
 
 def _memory(site: Site) -> str:
-    """What a site accesses: "shared", "global" (not by tensor maps), "tensor map" or ""."""
+    """The memory of a site: "shared", "global" (not by tensor maps), "tensor map" or ""."""
     if site.instruction_class in ("shared", "matrix move"):
         return "shared"
     if "bulk" in site.opcode:
@@ -159,7 +159,7 @@ def _excess(counts: Mapping[str, int]) -> str:
 
 
 def launch_lines(launch: Repeated, counts: Counts) -> Iterator[str]:
-    """What one launch did, in a few lines."""
+    """The counts of a launch in a few lines."""
     record, report = counts.record(), counts.report
     yield (
         f"{launch.label} x{launch.times}: {counts.kernel} {counts.tile}, {counts.blocks} blocks, "
@@ -176,7 +176,7 @@ def launch_lines(launch: Repeated, counts: Counts) -> Iterator[str]:
 
 
 def line_text(label: str, times: int, line: Line) -> str:
-    """One of the worst sites."""
+    """The line of a site."""
     unit = "wavefronts" if line.memory == "shared" else "sectors"
     more = f" and {line.instructions - 1} more" if line.instructions > 1 else ""
     return (
@@ -187,7 +187,7 @@ def line_text(label: str, times: int, line: Line) -> str:
 
 
 def count_model(name: str, arch: int, options: argparse.Namespace) -> Results:
-    """Counts and prints one model on one architecture; the result as the file holds it."""
+    """Count and print a model on an architecture. Returns the result as the file holds it."""
     spec, side = MODELS[name]
     target = Target(arch, options.sms or CARDS[arch].sms)
     images = f"{options.images} image{'s' * (options.images > 1)}"

@@ -1,7 +1,7 @@
-"""Vitrail against transformers on one CPU, in one run: `python benchmarks/cpu.py`.
+"""Vitrail against transformers on the same CPU, in the same run: `python benchmarks/cpu.py`.
 
 Every pair is checked for equal results first, then timed in turn. Models have random weights, which
-cost the same as trained ones. The record goes to benchmarks/results/cpu/<suite>.json.
+cost the same as trained weights. The record goes to benchmarks/results/cpu/<suite>.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Results = dict[str, Any]
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Refuse to time what does not agree: 1e-4 of the largest value, as for whole fp32 models."""
+    """Refuse results that differ by over 1e-4 of the largest value, as for whole fp32 models."""
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= 1e-4:
         sys.exit(f"results differ by {error:.2e} of the largest value, wanted at most 1e-4")
@@ -179,7 +179,7 @@ print(json.dumps({"arena": arena, **growth}))
 
 
 def loading(folder: Path) -> Results:
-    """CLIP B/32 to its first embedding, and what loading CLIP L/14 adds to resident memory."""
+    """CLIP B/32 to its first embedding, and the resident memory that loading CLIP L/14 adds."""
     torch.manual_seed(0)
     transformers.CLIPModel(transformers.CLIPConfig()).save_pretrained(folder / "b32")
     CLIPImageProcessorPil().save_pretrained(folder / "b32")

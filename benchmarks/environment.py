@@ -1,4 +1,4 @@
-"""What a benchmark's numbers depend on: machine, versions, commit, command; and whose they are."""
+"""The environment of a benchmark's numbers: machine, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _ptxas() -> str | None:
 
 
 def _tuned(arch: int) -> str | None:
-    """The hash of the tuned table in force for ``arch``, None without one."""
+    """The hash of the tuned table in force for ``arch``, or None."""
     from vitrail_kernels.configs import config_hash, tuned
 
     return config_hash(arch)[:16] if tuned(arch) else None
@@ -135,7 +135,7 @@ def _gpu(present: bool) -> dict[str, Any]:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers depend on: machine, versions, commit, date, command.
+    """The environment of the numbers: machine, versions, commit, date, command.
 
     The GPU's fields are None unless ``device`` is "cuda".
     """

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a GPU that may be had for minutes only; nothing is downloaded.
+# Tests and benchmarks on a GPU that is available for minutes only; downloads nothing.
 #
-#   gpu.sh pack      without a GPU, in the Python, torch and triton of the machine that has one: the
-#                    extension, CUDA binaries, kernels for an H100, Triton's launchers and the commit,
-#                    into build/pack, to be taken along (five CPU minutes)
-#   gpu.sh first     what hangs, what is wrong, how fast is each kernel and model
-#   gpu.sh second    with the tiles that won: models against torch.compile, latency, the native
+#   gpu.sh pack      without a GPU, with the Python, torch and triton of the GPU machine: writes the
+#                    extension, CUDA binaries, kernels for an H100, Triton's launchers and the commit
+#                    into build/pack, which is copied to that machine (five CPU minutes)
+#   gpu.sh first     hangs, wrong results, and the speed of each kernel and model
+#   gpu.sh second    with the fastest tiles: models against torch.compile, latency, the native
 #                    runner's bits
-#   gpu.sh STEP...   some of the steps in calls.py; without a word all of them: `make gpu`
+#   gpu.sh STEP...   these steps of calls.py; without an argument all of them: `make gpu`
 #
 # Settings, from the environment:
 #
-#   LIMIT=seconds        the call ends by then, and steps share it; else each has 9 minutes
-#   OUT=folder           takes gpu.log, gpu-table.txt, sm_90.json and <gpu>/<suite>.json, else
-#                        benchmarks/results
-#   FRESH=1              forget earlier calls. Else, while the sources stay as they are, a step that
-#                        passed is not run again and a suite goes on with its next case
+#   LIMIT=seconds        of the whole call, which the steps share (default: 9 minutes for each step)
+#   OUT=folder           of gpu.log, gpu-table.txt, sm_90.json and <gpu>/<suite>.json (default:
+#                        benchmarks/results)
+#   FRESH=1              forget earlier calls. Otherwise, while the sources are unchanged, a step that
+#                        passed is not run again and a suite continues with its next case
 #   ALLOW_DIRTY=1        measure a tree with uncommitted changes
-#   VITRAIL_COMMIT=hash  whose files these are, in a copy without git and without build/pack
-#   PYTHON=program       the Python that has torch, else python3
+#   VITRAIL_COMMIT=hash  the commit of a copy that has neither git nor build/pack
+#   PYTHON=program       the Python that has torch (default: python3)
 #
-# Exit code 0; 1 if a step failed or is not finished; 2 for a word that is no step.
+# Exit code: 0; 1 if a step failed or is not finished; 2 for an unknown step.
 set -u
 cd "$(dirname "$0")/.." || exit
 PATH=$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# no root among these: transformers would take the folder kernels/ for a package
+# without the root: transformers would import the folder kernels/ as a package
 export PYTHONPATH=$PWD/engine:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python3}" benchmarks/calls.py "$@"

@@ -1,4 +1,4 @@
-"""How a case is measured: checked first, timed in turn, a wrong one marked.
+"""Measures a case: checks it first, times its variants in turn, and marks wrong results.
 
 A variant is a callable without arguments, a timer a function of it that returns seconds: wall clock
 (`host_timer`) or device events (`device_timer`). `measure` times a `Case`.
@@ -31,7 +31,7 @@ Keep = Callable[[Results], None]
 def host_timer(
     synchronize: Run | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> Timer:
-    """Wall clock of one run until ``synchronize`` returns: latency, as a caller sees it."""
+    """The wall time of a run until ``synchronize`` returns: the latency that a caller sees."""
 
     def sample(run: Run) -> float:
         start = clock()
@@ -78,7 +78,7 @@ def tolerances() -> Any:
 
 
 def rotate(runs: Sequence[Run]) -> Run:
-    """One variant over several sets of inputs: each call takes the next set."""
+    """A variant over several sets of inputs: each call takes the next set."""
     turn = itertools.cycle(runs)
     return lambda: next(turn)()
 
@@ -121,7 +121,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], peer: str, ours: str) -> float
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed together: ``variants`` by name, `OURS` among them.
+    """Variants that are timed together: ``variants`` by name, `OURS` among them.
 
     ``check(name, result)`` raises AssertionError if a variant's first result is wrong.
     ``bounds``: variants that do less than the others, timed beside them but no peers. ``late``:
@@ -150,8 +150,8 @@ def measure(
 
     The first group is all but ``case.late``; of those each is a group with `OURS`. ``keep`` gets
     the results after each group. A wrong variant is timed, marked "wrong" with the reason, and
-    enters no ratio; one that cannot run gets "failed" with the reason. ``ratio``: ours over the
-    fastest peer. ``ceilings``: "tflops" and "gbs" of the device.
+    enters no ratio; a variant that cannot run gets "failed" with the reason. ``ratio``: ours over
+    the fastest peer. ``ceilings``: "tflops" and "gbs" of the device.
     """
     variants: dict[str, Results] = {}
     results: Results = {"variants": variants}

@@ -1,4 +1,4 @@
-"""What the host spends on a forward: `python benchmarks/host.py --device cpu` writes host.json.
+"""The host's time for a forward: `python benchmarks/host.py --device cpu` writes host.json.
 
 ViT-B/16, pooled, fp16, uint8 224 x 224. On the CPU a stand-in takes the driver's place that does
 nothing, and tensors on the CPU the device's:
@@ -6,7 +6,7 @@ nothing, and tensors on the CPU the device's:
 * "vitrail" is `NativeRunner.run`, plan and tensors in, tensors out; "vitrail C++" its one call of
   C++, bindings included.
 * "triton" is the Triton runner over the same plan up to Triton's launcher, which does nothing: no
-  parameter is packed and no tensor map made. What it really costs is more.
+  parameter is packed and no tensor map made. The real cost is higher.
 
 "allocations" are counted in a C++ program (host.cpp). With ``--device cuda`` all is real, and a
 sample is one call on an idle GPU, until it returns.
@@ -48,7 +48,7 @@ from vitrail_kernels.launch import Target, launch
 BATCHES = (1, 8, 64, 256)
 TARGET = Target(90, 132)
 CALLS, ROUNDS = 20, 100
-"""Calls of a sample on the CPU, where one is too short for the clock; and samples."""
+"""Calls of a sample on the CPU, if a single call is too short for the clock; and samples."""
 CPP = f"{OURS} C++"
 
 # -- drivers that do nothing -----------------------------------------------------------------------
@@ -69,7 +69,7 @@ def standin() -> Any:
 
 
 class NoLauncher:
-    """Where Triton's own work ends."""
+    """The end of Triton's own work."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -77,7 +77,7 @@ class NoLauncher:
 
 
 class NoDriver(GPUDriver):  # type: ignore[misc]  # triton has no types
-    """A GPU for Triton, whose binder, specialisation and cache look-up are the real ones."""
+    """A GPU for Triton, whose binder, specialization and cache look-up are the real ones."""
 
     launcher_cls = NoLauncher
     utils = SimpleNamespace(
@@ -119,7 +119,7 @@ class IdleNative(NativeRunner):
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if dtype != torch.uint8:
             return super()._empty(shape, dtype)
-        super()._empty((256,), dtype)  # what asking costs
+        super()._empty((256,), dtype)  # the cost of an allocation
         return _arena(shape[0])
 
 
@@ -128,7 +128,7 @@ def _arena(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-# -- what is timed ---------------------------------------------------------------------------------
+# -- the timed calls -------------------------------------------------------------------------------
 
 
 def weights_of(spec: ModelSpec, device: str) -> Weights:
@@ -138,13 +138,13 @@ def weights_of(spec: ModelSpec, device: str) -> Weights:
 
 
 class Forward:
-    """One plan, and both runners over it."""
+    """A plan, and both runners over it."""
 
     def __init__(self, spec: VisionSpec, device: str) -> None:
         self.spec, self.device = spec, torch.device(device)
         self.plan: Plan = vision_pooled(spec, uint8=True)
         self.tokens = spec.tokens_at(spec.image)
-        self.kept = list[Tensor]()  # what C++ has addresses of
+        self.kept = list[Tensor]()  # tensors whose addresses C++ has
         weights = weights_of(ModelSpec("vit", "ViTModel", vision=spec), device)
         options = weights, torch.float16, self.device
         if device == "cuda":
@@ -156,7 +156,7 @@ class Forward:
             self.native = IdleNative(*options, str(self.driver.path))
             self.triton = IdleTriton(*options)
 
-    @functools.cache  # noqa: B019  one object a process
+    @functools.cache  # noqa: B019  a single object a process
     def inputs(self, batch: int) -> dict[str, Tensor]:
         tokens, zeros = self.tokens, functools.partial(torch.zeros, device=self.device)
         offsets = torch.arange(
@@ -186,7 +186,7 @@ class Forward:
         largest = cached.sizes[self.size(max(batches))]
         arena = native._empty(largest.arena_shape, torch.uint8)
 
-        def one(batch: int) -> Run:
+        def run_of(batch: int) -> Run:
             size = self.size(batch)
             buffers = self.inputs(batch) | {
                 buffer.name: native._empty(shape, native._dtypes[buffer.dtype])
@@ -205,7 +205,7 @@ class Forward:
                 False,
             )
 
-        return rotate([one(batch) for batch in batches])
+        return rotate([run_of(batch) for batch in batches])
 
     def case(self, batch: int) -> Case:
         variants = {
@@ -217,7 +217,7 @@ class Forward:
         return Case(variants, lambda *_: None)
 
     def check(self, variants: Mapping[str, Run]) -> None:
-        """Ours launch what the Triton runner does: as many kernels, by the stand-in's count."""
+        """Assert that Vitrail's variants launch the kernels of the Triton runner, by count."""
         if self.driver is None:
             return
         expected = sum(1 for _ in self.calls(1))
@@ -239,10 +239,10 @@ class Forward:
 def sample(
     calls: int, clock: Callable[[], float], before: Callable[[], Any] | None = None
 ) -> Callable[[Run], float]:
-    """A timer of one call, the mean of ``calls``; ``before``: done first, and not timed."""
+    """A timer: the mean of ``calls`` calls. ``before`` runs first and is not timed."""
 
     def seconds(run: Run) -> float:
-        run()  # what ran before has left other things in the caches
+        run()  # the calls before have filled the caches with other data
         if before is not None:
             before()
         start = clock()
@@ -260,7 +260,7 @@ SOURCES = ("driver.cpp", "cubin.cpp", "plan.cpp", "executor.cpp")
 
 
 def counts(forward: Forward, batches: Sequence[int] = BATCHES) -> Results:
-    """What host.cpp says: C++'s allocations and microseconds, without Python, at each batch.
+    """The output of host.cpp: C++'s allocations and microseconds, without Python, at each batch.
 
     Built as setup.py builds the extension. Raises RuntimeError without a compiler, or with what a
     failed step says.

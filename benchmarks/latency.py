@@ -1,9 +1,10 @@
-"""One item at a time, and a process's first: `python benchmarks/latency.py` writes latency.json.
+"""The latency of an item, and of a process's first item: `python benchmarks/latency.py`.
 
-fp16, wall clock until the GPU is done. Peers are PyTorch's: eager, and compiled with
-reduce-overhead, which is a CUDA graph for this one shape. "vitrail overlap" has VITRAIL_OVERLAP=1;
-"graph" is ours in a caller's own CUDA graph. "load" is a fresh process with its kernels in Triton's
-cache, from after the imports to the first embedding, the GPU's start included.
+Writes latency.json. fp16, wall clock until the GPU is done. Peers are PyTorch's: eager, and
+compiled with reduce-overhead, which is a CUDA graph for this shape. "vitrail overlap" has
+VITRAIL_OVERLAP=1; "graph" is Vitrail in a caller's own CUDA graph. "load" is a fresh process with
+its kernels in Triton's cache, from after the imports to the first embedding, the GPU's start
+included.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _peers(theirs: torch.nn.Module, inputs: dict[str, Tensor], device: str) -> d
 
 
 def image_case(spec: VisionSpec, device: str) -> Case:
-    """Pixels of one image on the device to its embedding."""
+    """From an image's pixels on the device to its embedding."""
     torch.manual_seed(1)
     pixels = torch.randn(1, spec.channels, *spec.image, device=device)
     theirs, check = _numbers(spec, {"pixel_values": pixels}, device)
@@ -88,7 +89,7 @@ def image_case(spec: VisionSpec, device: str) -> Case:
 
 
 def text_case(spec: TextSpec, device: str) -> Case:
-    """Ids of one caption on the host to its embedding; the peers have theirs on the device."""
+    """From a caption's ids on the host to its embedding; the peers' ids are on the device."""
     ids = _ids(spec, captions(1))
     rows = torch.tensor(ids, device=device)
     theirs, check = _numbers(spec, {"input_ids": rows}, device)

@@ -1,7 +1,7 @@
 """Child processes that cannot cost more than their time: SIGINT at the limit, then SIGKILL.
 
-An interrupted Python process still prints what it knows, as pytest prints its failures; one that
-waits for a kernel that never ends takes SIGKILL, and counts as hung.
+An interrupted Python process still prints its results, as pytest prints its failures. A process
+that waits for a kernel that never ends takes SIGKILL, and counts as hung.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_limited(
 ) -> Ended:
     """Run ``command`` for at most ``seconds``; ``take`` gets each line as soon as it is written.
 
-    stdout and stderr come as one. No process of the child's group outlives this call.
+    stdout and stderr come together. No process of the child's group outlives this call.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a child would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,15 +1,15 @@
-"""Whole models against transformers in pure fp16, in one run: eager, torch.compile, max-autotune.
+"""Whole models against transformers in fp16, in the same run: eager, torch.compile, max-autotune.
 
 `python benchmarks/models.py`, or with the beginning of some cases' names; writes models.json. Ours
 and eager are timed and written before anything is compiled; max-autotune, which takes minutes,
 compiles the models of `AUTOTUNED` alone.
 
-Random weights, which cost the same as trained ones. Pixels are on the device and preprocessed:
+Random weights, which cost the same as trained weights. Pixels are on the device and preprocessed:
 float32 for ours, fp16 for the peers; "vitrail uint8" takes the bytes of a decoded image instead, as
-`encode_image` does; "graph" is a CUDA graph of ours, as max-autotune replays one of its own.
+`encode_image` does; "graph" is a CUDA graph of ours, as max-autotune replays its own.
 Captions are lists of ids for ours, packed in the time that is measured; the peers' are padded
 tensors on the device, and need no mask. Every peer returns all tokens, as its class does; ours
-returns the embedding. Batch 1 is latency with a synchronisation a call, the rest back-to-back runs.
+returns the embedding. Batch 1 is latency with a synchronization a call, the rest back-to-back runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHECKED = 64
 """Items of a batch that are compared with fp32."""
 AUTOTUNED = (("B/16", 256),)
 SAMPLE_SECONDS = 0.1
-"""About how long one sample of back-to-back runs takes."""
+"""Seconds that a sample of back-to-back runs should take."""
 
 # -- checkpoints -----------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def checkpoint(spec: VisionSpec | TextSpec) -> tempfile.TemporaryDirectory[str]:
 
 
 def _pick(output: Any) -> Tensor:
-    """What ours returns, out of what a transformers class returns."""
+    """The tensor that Vitrail returns, from the output of a transformers class."""
     for name in ("image_embeds", "text_embeds"):
         if (found := getattr(output, name, None)) is not None:
             return found  # type: ignore[no-any-return]
@@ -273,7 +273,7 @@ def text_case(spec: TextSpec, batch: int, device: str) -> Case:
 
 
 def timing(case: Case, batch: int, device: str) -> tuple[Timer, int]:
-    """Latency for one item, else as many back-to-back runs a sample as fill it; and the rounds."""
+    """The timer and the rounds: latency for an item, else back-to-back runs that fill a sample."""
     if device == "cpu":
         return host_timer(), 3
     if batch == 1:

@@ -1,4 +1,4 @@
-"""Vitrail's kernels at the shapes of real models against PyTorch's best, in one run.
+"""Vitrail's kernels at the shapes of real models against PyTorch's best, in the same run.
 
 `python benchmarks/operators.py`, or with the beginning of some cases' names; writes kernels.json.
 Peers do the same work: eager PyTorch, torch.compile of it, every backend of attention. "cublas" is

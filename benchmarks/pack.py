@@ -1,4 +1,4 @@
-"""`gpu.sh pack` builds beforehand what a call on a GPU would spend minutes on, to be taken along.
+"""`gpu.sh pack`: builds files beforehand that would take minutes of a call on a GPU.
 
 build/pack holds the extension, the CUDA binaries, the commit, and the caches of Triton and Vitrail
 with every kernel and launcher of the calls. Triton's keeps absolute paths: it is in `CACHE` on both
@@ -61,7 +61,7 @@ def pack() -> int:
 
 
 def unpack() -> Iterator[str]:
-    """Put the parts of build/pack where they belong, and say which there are."""
+    """Copy the parts of build/pack into place, and print their names."""
     folder = ROOT / FOLDER
     if not folder.exists():
         yield f"no {FOLDER}: the extension and the kernels are built here, which takes minutes"

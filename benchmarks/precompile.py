@@ -1,4 +1,4 @@
-"""Compile what the GPU calls will launch, in parallel, into Triton's cache and Vitrail's.
+"""Compile the kernels of the GPU calls, in parallel, into Triton's cache and Vitrail's.
 
 `python benchmarks/precompile.py --arch 90 --sms 132` does so for a GPU that is not here: calls are
 made of meta tensors, by the launchers' own code. ``--launchers``: Triton's own launchers too, each
@@ -137,14 +137,16 @@ def compile_with_launcher(call: Call, arch: int) -> None:
     kernel = compile_for_both(call, arch)
     from triton.backends.nvidia import driver
 
-    if hasattr(driver, "make_launcher"):  # until 3.6; later versions have one for all signatures
+    if hasattr(
+        driver, "make_launcher"
+    ):  # until 3.6; later versions have one launcher for all signatures
         driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def compile_suites(
     names: Sequence[str], target: Target, work: Callable[[Call, int], object]
 ) -> int:
-    """``work`` of the calls of these suites, each once: 1 if one does not compile, else 0."""
+    """``work`` of the calls of these suites, each once. Returns 1 if a call does not compile."""
     start, failed = time.monotonic(), 0
     each = (call for name in names for call in SUITES[name](target))
     calls = list({identity(call): call for call in each}.values())
@@ -158,7 +160,7 @@ def compile_suites(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, a line for each failure and one for all."""
+    """Compile; print a line for each failure and a last line for all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all")
     parser.add_argument("--arch", type=int, default=90, help="as 90 for sm_90")

@@ -1,4 +1,4 @@
-"""Operators with random inputs at a model's shapes, and what PyTorch has for the same work.
+"""Operators with random inputs at a model's shapes, and PyTorch functions for the same work.
 
 Everything is a function of a device; on "meta" it takes no memory, for compiling alone.
 """
@@ -26,7 +26,7 @@ from vitrail_kernels.device.stats import stats_ref, stats_shape
 
 @dataclass(frozen=True)
 class Problem:
-    """One operator with its inputs: ``peers`` do the same, ``cublas`` a part of it.
+    """An operator with its inputs: ``peers`` do the same, ``cublas`` a part of it.
 
     ``rows`` brings a peer's result into the shape of ``out``.
     """
@@ -177,7 +177,7 @@ def text_attention(device: str, lengths: Sequence[int], heads: int, width: int) 
 
 
 def attention_one(device: str, batch: int, tokens: int, heads: int, width: int) -> Problem:
-    """One query a sequence."""
+    """A query a sequence."""
     qkv = _qkv(device, batch * tokens, heads, width)
     t = {
         "out": _unwritten(device, batch, width),

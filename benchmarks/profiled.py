@@ -37,7 +37,7 @@ def export(report: Path, page: Sequence[str], seconds: float) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Profile, then export what there is."""
+    """Profile, then export the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="for all of it")

@@ -1,4 +1,4 @@
-"""A short table of what was measured on a GPU: `python benchmarks/report.py [FOLDER]`.
+"""A short table of the measurements on a GPU: `python benchmarks/report.py [FOLDER]`.
 
 Reads every result below FOLDER (``benchmarks/results``, or VITRAIL_RESULTS) but the CPU's.
 """
@@ -29,7 +29,7 @@ def _rate(variant: Record, *names: str) -> str:
 
 
 def _faults(variants: Record) -> str:
-    """What is wrong with ours, and which peers are wrong and have no time."""
+    """The faults of Vitrail's variants, and the peers that are wrong and have no time."""
     texts = []
     for name, variant in variants.items():
         fault = next((fault for fault in ("wrong", "failed") if fault in variant), None)
@@ -41,7 +41,7 @@ def _faults(variants: Record) -> str:
 
 
 def _timed(results: Record) -> Iterator[tuple[str, Record, Record, str]]:
-    """Name, result and our time of every case, and what is wrong with it."""
+    """Name, result, Vitrail's time and faults of every case."""
     for name, result in results.items():
         if name != "ceilings":
             variants = result.get("variants", {})
@@ -107,7 +107,7 @@ def latency_lines(results: Record) -> Iterator[str]:
 
 
 def _each(result: Record, scale: float, form: str) -> str:
-    """Every variant's median, and what is wrong."""
+    """Every variant's median, and the faults."""
     variants = result.get("variants", {})
     texts = [
         f"{name} {format(scale * figures['median_ms'], form)}"

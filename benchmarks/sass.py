@@ -1,6 +1,6 @@
-"""What the machine code of whole models does: `python benchmarks/sass.py "ViT-B/16"`, no GPU.
+"""The machine code of whole models: `python benchmarks/sass.py "ViT-B/16"`, no GPU.
 
-For each launch: registers, shared memory and blocks an SM; one iteration of the main loop with its
+For each launch: registers, shared memory and blocks an SM; an iteration of the main loop with its
 products, loads and waits; the instructions of the epilogue. Numbers are a warp's. ``--json FILE``
 keeps them, so that a change of a kernel is compared before and after:
 docs/performance.md ("Machine code") has the columns and the table.
@@ -27,7 +27,7 @@ from vitrail_kernels.launch import Call, Target
 DEFAULT = ("ViT-B/16", "CLIP L/14", "DINOv2-B@518")
 BATCHES = (256, 64, 1)
 OPCODES = ("FFMA", "FADD", "FMUL", "MUFU", "MOV", "IADD3", "IMAD", "LDG", "LDS", "STS", "BAR")
-"""Opcodes of an epilogue that results count one by one."""
+"""Opcodes of an epilogue that results count singly."""
 HEAD = (
     "launch          kernel, tile, stages                      regs shared blocks | products, in"
     " flight, carried    loads ahead  lead  BAR MUFU  all | epilogue  a value  MOV"
@@ -37,7 +37,7 @@ Results = dict[str, Any]
 
 
 def loop_record(loop: Loop) -> Results:
-    """One iteration as the result files hold it."""
+    """An iteration as the result files hold it."""
     return {
         "products": loop.products,
         "groups": loop.groups,
@@ -54,7 +54,7 @@ def loop_record(loop: Loop) -> Results:
 
 
 def record(call: Call, code: KernelCode) -> Results:
-    """One kernel as the result files hold it."""
+    """A kernel as the result files hold it."""
     sass, config = read_sass(code.sass), call.config
     sides = (config.block_m, config.block_n, config.block_k)
     return {
@@ -78,7 +78,7 @@ def record(call: Call, code: KernelCode) -> Results:
 
 
 def lines(label: str, kernel: Results) -> Iterator[str]:
-    """One kernel; further main loops below the first."""
+    """The lines of a kernel; further main loops below the first."""
     name = kernel["kernel"].strip("_").removesuffix("_kernel")
     form = f"{name} {kernel['tile']}, {kernel['stages']}"
     text = f"{label:15s} {form:41s} {kernel['registers']:4d} {kernel['shared']:6d} "
@@ -104,7 +104,7 @@ def lines(label: str, kernel: Results) -> Iterator[str]:
 
 
 def model(name: str, batch: int, arch: int, dtype: torch.dtype) -> Results:
-    """Prints the kernels of one model, equal ones once; their records by label."""
+    """Print the kernels of a model, equal kernels once. Returns their records by label."""
     every = [
         (launch.label if number == 0 else f"{launch.label} {number + 1}", call)
         for launch in steps(SHAPES[name], dtype, batch)
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=CARDS, default=90)
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is printed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--allow-dirty", action="store_true", help="write of an uncommitted tree")
     options = parser.parse_args(arguments)
     names = options.models or DEFAULT

@@ -1,6 +1,6 @@
 """First contact with a GPU, the safest step first: `python benchmarks/smoke.py`.
 
-Steps (`steps.py`) run in processes with a time limit, some together. Each prints one line as soon
+Steps (`steps.py`) run in processes with a time limit, some together. Each prints a line as soon
 as it ends; numbers that are wrong are timed too, and marked WRONG. A step that hangs, dies or loses
 the device costs its own line; the steps after it run in a new process. After two that took all of
 their time the rest is left out. ``--device cpu`` rehearses the same code on small cases.
@@ -134,8 +134,8 @@ class Smoke:
 
 
 def step(name: str, device: str, folder: Path) -> None:
-    """One step in this process: its line, or FAILED and the traceback. Ends the process with
-    `LOST` if nothing after it could use the device."""
+    """Run a step in this process: print its line, or FAILED and the traceback. Ends the process
+    with `LOST` if no later step could use the device."""
     from steps import run_step, synchronize
 
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The steps of a first contact with a GPU: each gives one line of text (`smoke.py` runs them).
+"""The steps of a first contact with a GPU: each gives a line of text (`smoke.py` runs them).
 
 "cuda" and "bundled RUNNER" come first; then "kernel CASE", "model CASE", "sweep CASE" and, for a
-profiler around the process, "launch CASE". A CASE is one of `problems.py`, or a model and a batch.
+profiler around the process, "launch CASE". A CASE is a name of `problems.py`, or a model and batch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def seconds_of(run: Callable[[], object], repeats: int) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device. Raises the error of whatever ran on it, if that lost the context."""
+    """Wait for the device. Raises the error of the work that lost the context."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -101,7 +101,7 @@ def bundled(runner: str, device: str) -> str:
 
 
 def kernel(name: str, device: str) -> str:
-    """One operator: its time and rate, right or WRONG, and PyTorch's times for the same work."""
+    """An operator: its time and rate, right or WRONG, and PyTorch's times for the same work."""
     torch.manual_seed(0)
     problem = problems()[name](device)
     operator = OPERATORS[problem.op]
@@ -132,7 +132,7 @@ def kernel(name: str, device: str) -> str:
 
 
 def launch_once(name: str, device: str) -> str:
-    """One launch, for a profiler around this process."""
+    """A launch, for a profiler around this process."""
     torch.manual_seed(0)
     problem = problems()[name](device)
     operator = OPERATORS[problem.op]
@@ -158,13 +158,15 @@ def sweep_calls(name: str, target: Target) -> Iterator[Sequence[Call]]:
 
 
 def sweep(name: str, device: str, folder: Path) -> str:
-    """`vitrail tune` of one case; the winner goes into the table of ``folder`` at once."""
+    """`vitrail tune` of a case; the winner goes into the table of ``folder`` at once."""
     if device == "cpu":
         return "nothing to time on a CPU"
     bench = cuda_bench()
     (result,) = tune.tune([tuning_problem(name)], bench, stages=(candidates,))
     origin = provenance(bench.device, "benchmarks/gpu.sh first")
-    origin["date"] = datetime.now(UTC).strftime("%Y-%m-%d")  # one run, however many its steps
+    origin["date"] = datetime.now(UTC).strftime(
+        "%Y-%m-%d"
+    )  # a run has a single date, however many steps
     tune.save(folder / f"sm_{bench.target.arch}.json", [result], origin)
     times = sorted((seconds, tune.brief(config)) for config, seconds in result.seconds.items())
     rest = "; ".join(f"{seconds * 1e6:.1f} {config}" for seconds, config in times)
@@ -225,7 +227,7 @@ def model(name: str, device: str) -> str:
 
 
 def run_step(name: str, device: str, folder: Path) -> str:
-    """The line of the step ``name``; tuned tables go into ``folder``. Raises whatever it raises."""
+    """The line of the step ``name``; tuned tables go into ``folder``. Raises the step's error."""
     verb, _, rest = name.partition(" ")
     if verb == "cuda":
         return cuda(device)

@@ -20,11 +20,11 @@ LOST = 70
 """Exit code of a process whose device is lost, after which nothing in it would run."""
 
 LEAST = 45.0
-"""Seconds under which no case is begun: what one takes to have its first times."""
+"""The least seconds with which a case begins: the time until its first results."""
 
 
 def write(path: Path, results: Mapping[str, Any], device: str = "cpu") -> None:
-    """Keep one suite's results beside the environment they were measured in."""
+    """Write a suite's results with the environment in which they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "environment": environment(device), "results": results}
     partial = path.with_suffix(".partial")
@@ -38,7 +38,7 @@ def results_root() -> Path:
 
 
 def results_folder(device: str) -> Path:
-    """Where a device's results are: "cpu", or the GPU's name in small letters."""
+    """The folder of a device's results: "cpu", or the GPU's name in small letters."""
     import torch
 
     name = torch.cuda.get_device_properties().name if device == "cuda" else device
@@ -46,7 +46,7 @@ def results_folder(device: str) -> Path:
 
 
 def arguments(about: str | None, names: Sequence[str], given: Sequence[str] | None) -> Any:
-    """What every suite for a GPU is told; stops at an unknown case, and at a dirty tree."""
+    """The arguments of a suite for a GPU. Exits for an unknown case, and for a dirty tree."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="only cases that begin like this")
     parser.add_argument(
@@ -72,7 +72,7 @@ def run_suite(
     clock: Callable[[], float] = time.monotonic,
     **beside: Any,
 ) -> int:
-    """Run ``cases`` into the file ``path``; 0, 1 if one of ours is at fault, `UNFINISHED`, `LOST`.
+    """Run ``cases`` into the file ``path``. Returns 0, 1 for a fault, `UNFINISHED`, `LOST`.
 
     A case gets a function that writes its results so far, marked "unfinished". ``resume``: whole
     cases that the file already holds, of the same sources and without a fault, are kept and not run
@@ -94,7 +94,7 @@ def run_suite(
 
         try:
             results[name] = run(keep)
-        except Exception as error:  # building a case failed: said in its place, the next one runs
+        except Exception as error:  # a case that cannot be built is reported; the next case runs
             results[name] = {"variants": {OURS: {"failed": first_line(error)}}}
         for variant, why in faults(results[name]).items():
             broken = True
@@ -110,8 +110,8 @@ def run_suite(
 
 
 def _earlier(path: Path, device: str) -> tuple[Results, list[str]]:
-    """Of the cases that ``path`` holds of the same sources and tuned table: whole ones without a
-    fault, and the names of those with one."""
+    """The cases in ``path`` of the same sources and tuned table: complete cases without a
+    fault, and the names of cases with a fault."""
     if not path.exists():
         return {}, []
     record: Results = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def _earlier(path: Path, device: str) -> tuple[Results, list[str]]:
 
 
 def _free(device: str) -> None:
-    """Free what a case held. Raises if the device is lost."""
+    """Free the memory of a case. Raises if the device is lost."""
     if device == "cuda":
         import torch
 
@@ -135,7 +135,7 @@ def _free(device: str) -> None:
 
 
 def line(name: str, results: Results) -> str:
-    """One case in one line: ours (or the best there is), its rate, the ratio to the best peer."""
+    """A case in a line: Vitrail's time (or the best), its rate, the ratio to the best peer."""
     variants = results.get("variants", {})
     timed = {k: v for k, v in variants.items() if "median_ms" in v}
     rates = ("tflops", "gbs", "per_second")

@@ -68,7 +68,7 @@ def _instructions(launches: Launches) -> str:
 
 
 def _cells(before: Launches, after: Launches) -> Iterable[str]:
-    """Warp instructions, wavefronts and sectors; one number where nothing changed."""
+    """Warp instructions, wavefronts and sectors; a single number if nothing changed."""
     for count in (
         _instructions,
         lambda launches: _over(launches, "shared_wavefronts"),
@@ -119,7 +119,7 @@ def _kernel(results: dict[str, Any], case: str, label: str) -> dict[str, Any]:
 
 
 def _joined(values: Sequence[str], between: str) -> str:
-    """The values in order, or one if all are equal."""
+    """The values in order, or a single value if all are equal."""
     return values[0] if len(set(values)) == 1 else between.join(values)
 
 
