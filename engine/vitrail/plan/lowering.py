@@ -105,10 +105,10 @@ class _BoundStep:
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
 
-    def form(self) -> Iterator[Hashable]:
-        """A cache key: equal for two steps that differ only in addresses.
+    def cache_key(self) -> Iterator[Hashable]:
+        """The parts of a key that is equal for two steps that differ only in addresses.
 
-        Alignment and aliasing of the arguments are part of it.
+        Alignment and aliasing of the arguments are part of the key.
         """
         numbers: dict[int, int] = {}
         for name, t in self.tensors.items():
@@ -138,12 +138,12 @@ class _LaunchWriter:
     def launches(self, bound: Sequence[Sequence[_BoundStep]]) -> Iterator[bytes]:
         """The records of all launches. ``bound``: for each probe, all steps."""
         for step, *at_probes in zip(self.plan.steps, *bound, strict=True):
-            form = step.op, *at_probes[0].form()
-            if form not in self.templates:  # the blocks of a tower differ only in addresses
-                self.templates[form] = list(self.kernels(step, at_probes))
+            cache_key = step.op, *at_probes[0].cache_key()
+            if cache_key not in self.templates:  # the blocks of a tower differ only in addresses
+                self.templates[cache_key] = list(self.kernels(step, at_probes))
             addresses = {argument: self.buffer(name) for argument, name in step.buffers}
             addresses |= {argument: self.weight(name) for argument, name in step.weights}
-            for number, template in enumerate(self.templates[form]):
+            for number, template in enumerate(self.templates[cache_key]):
                 label = step.label if number == 0 else f"{step.label}.{number}"
                 pieces = [addresses[x] if isinstance(x, str) else x for x in template]
                 yield string(label) + b"".join(pieces)

@@ -92,7 +92,7 @@ def _write(path: Path, record: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            _warn(path.parent, "others can write there, and what they write runs on your GPU")
+            _warn(path.parent, "others can write there, and their kernels run on your GPU")
         with draft_files([path]) as drafts:
             (draft,) = drafts
             draft.touch(0o600, exist_ok=False)

@@ -32,9 +32,9 @@ def _max_batch(spec: VisionSpec | TextSpec, length: int, itemsize: int, max_byte
 
 
 def _to_device(arrays: Mapping[str, Ints], device: torch.device) -> dict[str, Tensor]:
-    """The arrays as int32 slices of a tensor on ``device``, for a single copy.
+    """The arrays as int32 slices of one tensor on ``device``, so that a single copy is enough.
 
-    Each slice starts at a multiple of 16 bytes, as kernels need it.
+    Each slice starts at a multiple of 16 bytes, because kernels need that alignment.
     """
     starts, size = {}, 0
     for name, array in arrays.items():
@@ -170,9 +170,9 @@ class TextTower:
     def batches(self, lengths: Ints, batch_size: int | None, max_bytes: int) -> Iterator[Ints]:
         """The indices of the texts of each call, the shortest texts first.
 
-        ``lengths`` (N,): tokens of each text. A call has ``batch_size`` texts, or as many as have,
-        padded to the longest of the call, no more tokens than the texts of full length whose
-        activations fit ``max_bytes``.
+        ``lengths`` (N,): tokens of each text. A call has ``batch_size`` texts. If that is None, the
+        texts of a call, padded to the longest of them, have at most as many tokens as the texts of
+        full length whose activations fit ``max_bytes``.
         """
         order, context = np.argsort(lengths, kind="stable"), self.spec.context
         itemsize = self.runner.dtype.itemsize

@@ -85,7 +85,7 @@ def brief(config: KernelConfig) -> str:
     limit = "" if config.registers is None else f", {config.registers} registers"
     stagger = f", staggered {config.stagger} ns" if config.stagger else ""
     return (
-        f"{sides}, {config.warps} warps, {config.stages} stages{limit}, {config.ctas} an SM, "
+        f"{sides}, {config.warps} warps, {config.stages} stages{limit}, {config.ctas} per SM, "
         f"groups of {config.group_m}{stagger}"
     )
 

@@ -181,7 +181,7 @@ def _first_bad_block(model: Model, oracle: Any, pixels: Tensor) -> str:
     for block, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if float((a.float().cpu() - b).abs().max()) > bound * float(b.abs().max()):
             return f"; first off after {'the patches' if block == 0 else f'block {block}'}"
-    return "; no block is off, only the steps after them"
+    return "; no block is off, only a step after the last block"
 
 
 def _hidden_states(model: Model, pixels: Tensor) -> tuple[Tensor, ...]:

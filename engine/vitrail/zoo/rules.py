@@ -121,7 +121,7 @@ def map_names(
     stored: dict[str, list[str]] = defaultdict(list)
     entries: dict[str, TensorEntry] = {}
     sources: dict[str, Source] = {}
-    styles: Counter[str | int] = Counter()
+    styles: Counter[str | int] = Counter()  # the number of names by prefix, and by dialect
     for name, entry in tensors.items():
         pattern, layer = _generalize(name)
         row = patterns.get(pattern)
@@ -182,8 +182,8 @@ def _take(
 def _spell(target: str, patterns: Mapping[str, NamePattern], styles: Counter[str | int]) -> str:
     """The stored name that a missing tensor would have, in the prefix and dialect of the others."""
     pattern, layer = _generalize(target)
-    rivals = (row for row in patterns.values() if pattern in row.targets)
-    styled = max(
-        rivals, key=lambda row: (styles[row.prefix], row.dialect >= 0 and styles[row.dialect])
+    rows = (row for row in patterns.values() if pattern in row.targets)
+    likeliest = max(
+        rows, key=lambda row: (styles[row.prefix], row.dialect >= 0 and styles[row.dialect])
     )
-    return styled.pattern.replace("{i}", layer)
+    return likeliest.pattern.replace("{i}", layer)

@@ -93,9 +93,9 @@ def patch_embed_ref(
     ``stats`` (2 chunks, B T) fp32 receives the row statistics of ``out``. Raises ValueError if
     ``pixels`` do not have ``channels`` channels.
     """
-    batch, depth = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
-    if depth != channels:
-        raise ValueError(f"pixels {tuple(pixels.shape)}: got {depth} channels, wanted {channels}")
+    batch, actual = pixels.shape[0], pixels.shape[3 if pixels.dtype == torch.uint8 else 1]
+    if actual != channels:
+        raise ValueError(f"pixels {tuple(pixels.shape)}: got {actual} channels, wanted {channels}")
     if batch == 0:
         return
     # the product stays fp32 until the table is added: for uint8 pixels it is large, and the bias in
@@ -311,15 +311,15 @@ def _patch_config(
     uint8 = pixels.dtype == torch.uint8
     # 64 if two addresses per thread are enough for the loads; with shorter loads, or in HMMA's
     # layout, 64 would spill
-    deep = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
+    block_k = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
     if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
-        return KernelConfig(64, 64, deep, 4, 3, reason="few rows: as many tiles as there can be")
+        return KernelConfig(64, 64, block_k, 4, 3, reason="few rows: as many tiles as there can be")
     short_runs = target.arch == 80 and not uint8 and patch[1] % 16 != 0  # with many addresses
     if target.arch not in (80, 90) or short_runs or step == pixels.element_size():
         why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
-        return KernelConfig(64, 128, deep, 4, 3, registers=168, reason=why)
+        return KernelConfig(64, 128, block_k, 4, 3, registers=168, reason=why)
     why = "two blocks an SM: one gathers while one multiplies"
-    return KernelConfig(128, 128, deep, 8, 3, registers=128, ctas=2, reason=why)
+    return KernelConfig(128, 128, block_k, 8, 3, registers=128, ctas=2, reason=why)
 
 
 def patch_ladder(
@@ -327,9 +327,9 @@ def patch_ladder(
 ) -> Ladder:
     """`_patch_config` for every number of rows."""
     # up to this number of rows, some multiprocessor has no tile
-    few = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
+    few_rows = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
     choose = functools.partial(_patch_config, target, key, pixels, weight, patch, step)
-    return ladder_of([few], choose)
+    return ladder_of([few_rows], choose)
 
 
 def _strides(pixels: Tensor) -> tuple[int, int, int]:
