@@ -3,8 +3,6 @@
 ``vitrail.load(folder_or_hub_id)`` gives a `Model`. Nothing heavy is imported before it is needed.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from vitrail._version import __version__

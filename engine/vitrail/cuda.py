@@ -1,7 +1,5 @@
 """The reasons why PyTorch's CUDA does not start, and PyTorch's GPU errors as Vitrail's errors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ Every writer takes the same steps: write a draft beside the target, sync the dra
 target, sync the folder of the target. A process that is killed leaves a draft, never half a target.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets

@@ -1,7 +1,5 @@
 """The errors that users meet, and how their messages show values and paths."""
 
-from __future__ import annotations
-
 import reprlib
 from pathlib import Path
 

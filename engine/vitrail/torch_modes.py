@@ -1,7 +1,5 @@
 """Guards against the caller's PyTorch modes and against a lost thread pool after a fork."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -3,8 +3,6 @@
 The package needs torch and numpy. It imports without triton.
 """
 
-from __future__ import annotations
-
 from vitrail_kernels.cost import Cost
 from vitrail_kernels.launch import Call
 from vitrail_kernels.operator import Operator

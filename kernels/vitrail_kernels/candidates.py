@@ -6,8 +6,6 @@ is added in order. A candidate that spills is dropped after compiling, so a new 
 second of compiling and cannot make a result wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -5,8 +5,6 @@ which may be meta tensors. cuobjdump and nvdisasm, which are part of triton's wh
 machine code.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import subprocess

@@ -6,8 +6,6 @@ table is read from the folder that VITRAIL_TUNED names, or else from ``tuned/`` 
 a key is missing, the operator's own heuristic decides. Inference never times kernels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The cost of an operator call, counted from shapes alone: arithmetic and memory traffic."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """CUDA binaries: kernels of csrc/*.cu, compiled when the package was built with a CUDA compiler."""
 
-from __future__ import annotations
-
 import json
 from importlib.resources import files
 from typing import NamedTuple

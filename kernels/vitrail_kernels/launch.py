@@ -6,8 +6,6 @@ without having that GPU, and Triton's interpreter runs them on the CPU. This mod
 triton.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

@@ -1,7 +1,5 @@
 """The operators' common form: a reference, kernel calls and a cost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ there can choose the machine code. Kernel binaries that Vitrail keeps elsewhere,
 not come from that cache.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import threading

@@ -5,8 +5,6 @@ has started CUDA cannot fork, because the driver's threads and their locks do no
 Such a process starts a helper process once. The helper imports torch and triton, and forks instead.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import multiprocessing

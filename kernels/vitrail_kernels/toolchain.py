@@ -1,7 +1,5 @@
 """The installed triton and ptxas: their versions, the GPUs that they support, their settings."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """The files of a checkpoint folder: their names, which of them are the weights, and the index."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ Imports no torch. Whatever a checkpoint contains, the result is a ``Checkpoint``
 CheckpointError of a single line.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

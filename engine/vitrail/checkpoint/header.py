@@ -6,8 +6,6 @@ something open, this reader is strict: it accepts nothing that has two meanings.
 and no safetensors. Every refusal is a CheckpointError of a single line.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Access to the regular files of a checkpoint. Every OSError becomes a CheckpointError."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """JSON read strictly: an object with a single meaning, within limits, or a CheckpointError."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """Stored tensors: position in a file (`TensorEntry`), use by a model (`Source`), and a reader."""
 
-from __future__ import annotations
-
 import os
 import threading
 from contextlib import AbstractContextManager

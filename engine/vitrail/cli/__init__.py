@@ -5,8 +5,6 @@ Exit codes: 0: done; 1: an error, or every image failed; 2: wrong usage; 3: some
 it runs, so that ``--help`` stays quick.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

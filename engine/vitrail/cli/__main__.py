@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from vitrail.cli import main
 
 main()

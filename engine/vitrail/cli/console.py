@@ -1,7 +1,5 @@
 """Messages, progress and closing reports of the commands, on stderr."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Asks a model about rendered scenes: multiple-choice questions, and the scores of its answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ In training some colors, shapes and backgrounds have no name, and captions leave
 model learns a shape in every color, not only in the pairs of the training data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields

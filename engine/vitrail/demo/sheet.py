@@ -1,7 +1,5 @@
 """A contact sheet: titled rows of captioned pictures, as one PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What an exported folder holds, by the model's spec: plans, their pixels, and the arena."""
 
-from __future__ import annotations
-
 import json
 
 import torch

@@ -3,8 +3,6 @@
 A digest is SHA-256 over the SHA-256 of every 4 MiB of a file, so that threads can share the work.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor

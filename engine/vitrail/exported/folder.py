@@ -1,7 +1,5 @@
 """A folder that `vitrail export` wrote. Every byte is checked before it is used."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

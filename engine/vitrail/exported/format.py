@@ -21,8 +21,6 @@ The record, in the encoding of `vitrail.plan.record` (csrc/export_folder.cpp rea
 Digests reveal damage, not forgery: kernels are code, so trust a folder as you trust a program.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 Decoding is strict: five formats, sizes checked before pixels are decoded, and never half an image.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import threading

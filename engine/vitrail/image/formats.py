@@ -6,8 +6,6 @@ a decoder would walk without a limit (segments, chunks, blocks, scans) are count
 Imports no Pillow.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import zlib

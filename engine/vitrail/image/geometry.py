@@ -1,7 +1,5 @@
 """The geometry of preprocessing: how far an image is resized, and which window of it is kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from vitrail.errors import ImageError, InputError

@@ -1,7 +1,5 @@
 """Rescale and normalize uint8 pixels to float32, by a table of the 256 values of each channel."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

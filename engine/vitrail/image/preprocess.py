@@ -5,8 +5,6 @@ runs here (`preprocess_uint8`, `preprocess_float`) or on a device: a `CropTask` 
 with its resize still to be done.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait

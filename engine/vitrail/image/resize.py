@@ -7,8 +7,6 @@ stay the same: whole rows and columns between the passes, and everything outside
 pass would make over four times the pixels that are kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

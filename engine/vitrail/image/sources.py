@@ -1,7 +1,5 @@
 """The bytes of an image, from a path or an object, and the pixels of an array or tensor."""
 
-from __future__ import annotations
-
 import os
 import stat
 from dataclasses import dataclass

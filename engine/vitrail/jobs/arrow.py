@@ -1,7 +1,5 @@
 """Parquet tables of embeddings, read and written with pyarrow."""
 
-from __future__ import annotations
-
 import io
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """The input images of a job, from files, folders, patterns, lists and tars, in a fixed order."""
 
-from __future__ import annotations
-
 import glob
 import os
 import sys

@@ -1,7 +1,5 @@
 """The manifest of a job's folder, a line per committed part, and the reader that trusts it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ in ``img_emb/img_emb_00000.npy`` and ``metadata/metadata_00000.parquet`` (image_
 ``failures/failures_00000.jsonl``.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Methods of torch.nn.Module on a `Model`: `eval` works, others say what to do instead."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, Self
 
 _MOVE = "a Model stays on its device and in its dtype; vitrail.load(..., device=, dtype=) sets them"

@@ -1,7 +1,5 @@
 """What users pass, checked and sorted: options, images (floats or to decode), texts, token ids."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set

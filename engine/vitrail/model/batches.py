@@ -1,7 +1,5 @@
 """Batches of a call: halves when memory runs out, results a batch behind, rows by position."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The fingerprint of a model: a hash of everything that its results depend on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

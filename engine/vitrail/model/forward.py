@@ -1,7 +1,5 @@
 """The dense pass of a checkpoint, field by field as its transformers class gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Images to embeddings and class scores: preprocess, group by size, compute in batches."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Look into an image tower: the first block that is not finite, and tokens after chosen blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

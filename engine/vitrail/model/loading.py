@@ -1,7 +1,5 @@
 """`load`: a checkpoint or an exported folder to a `Model`."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

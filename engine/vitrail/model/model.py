@@ -1,7 +1,5 @@
 """`Model`, the users' class: images and texts in; embeddings, class scores and features out."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, overload

@@ -5,8 +5,6 @@ without a graph break. The operator never reads a tensor's values on the host, s
 can capture it.
 """
 
-from __future__ import annotations
-
 import itertools
 from weakref import WeakValueDictionary
 

@@ -1,7 +1,5 @@
 """Texts to embeddings: tokenize, sort by length, compute in batches; a cache for labels."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable, Sequence

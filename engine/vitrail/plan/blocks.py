@@ -4,8 +4,6 @@ A block is five steps. The last block of a pooled plan is six: it computes keys 
 token, and everything else of one token for each sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from vitrail.plan.builder import TOKEN_ROWS, Builder

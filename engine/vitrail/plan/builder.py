@@ -1,7 +1,5 @@
 """Builds plans: each operator has a method that appends a step. `finish` plans the memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar

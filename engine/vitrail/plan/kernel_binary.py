@@ -1,7 +1,5 @@
 """Kernel binaries: a compiled kernel with its launch parameters, as csrc/plan.hpp reads it."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import struct

@@ -6,8 +6,6 @@ launch is affine in the sizes of a call: lowering evaluates the number at a few 
 csrc/plan.hpp has the layout of the bytes, docs/runtime.md explains it.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

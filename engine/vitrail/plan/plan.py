@@ -4,8 +4,6 @@ A plan is a value. It holds no graph, no tensor and no size: the rows of a buffe
 number of sequences B and of tokens M, so one plan serves every batch and every length.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

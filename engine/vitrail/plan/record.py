@@ -4,8 +4,6 @@ A record begins with `magic`. Numbers are little-endian. Byte strings and lists 
 length.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

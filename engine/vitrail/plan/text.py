@@ -1,7 +1,5 @@
 """`TextSpec` -> the plans of a text tower. Plans are cached by their arguments."""
 
-from __future__ import annotations
-
 import functools
 
 from vitrail.plan.blocks import add_dense_blocks, add_pool, add_pooled_blocks

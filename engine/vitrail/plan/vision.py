@@ -1,7 +1,5 @@
 """`VisionSpec` -> the plans of an image tower. Plans are cached by their arguments."""
 
-from __future__ import annotations
-
 import functools
 
 from vitrail.plan.blocks import add_block, add_dense_blocks, add_pool, add_pooled_blocks

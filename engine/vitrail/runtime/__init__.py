@@ -1,7 +1,5 @@
 """Backends: each has a `Runner`, and `choose` decides which backend computes."""
 
-from __future__ import annotations
-
 import torch
 
 from vitrail.cuda import cuda_capability

@@ -1,7 +1,5 @@
 """The C++ extension, or why it cannot be used."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from types import ModuleType

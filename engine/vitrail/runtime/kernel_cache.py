@@ -9,8 +9,6 @@ compiled again and replaced. The folder keeps at most `MAX_ENTRIES` entries of 3
 folder cannot be used, every process compiles its kernels, and one warning says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

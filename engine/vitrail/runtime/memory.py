@@ -1,7 +1,5 @@
 """Memory that a runner keeps between calls: activation arenas and position tables."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import OrderedDict

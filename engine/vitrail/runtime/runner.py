@@ -1,7 +1,5 @@
 """`Runner`: runs the steps of a plan in order. A subclass runs a single step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

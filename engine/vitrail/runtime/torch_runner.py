@@ -1,7 +1,5 @@
 """The backend "torch": runs each step by its operator's PyTorch reference, on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Image and text towers: they take prepared tensors and return the outputs of a plan."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 

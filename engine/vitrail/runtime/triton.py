@@ -1,7 +1,5 @@
 """The backend "triton": launches the Triton kernels from Python, on CUDA or in the interpreter."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Strings to token ids for a text tower. BOS is the begin token of a text, EOS its end token."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args

@@ -5,8 +5,6 @@ split pattern, byte-level BPE with words that end in ``</w>``, and BOS and EOS a
 Source: OpenAI's ``simple_tokenizer.py`` and transformers' ``CLIPTokenizer``; the ids are equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

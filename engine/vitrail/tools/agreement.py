@@ -5,8 +5,6 @@ the error of PyTorch in the same dtype, and high cosines, also after the mean of
 subtracted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

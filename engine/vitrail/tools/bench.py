@@ -1,7 +1,5 @@
 """The GPU that tuning runs on: its compiler, its launcher and its clock."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

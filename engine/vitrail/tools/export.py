@@ -6,8 +6,6 @@ renamed at the end, and vitrail.json is written last: a killed export leaves no 
 Exporting needs no GPU.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool

@@ -1,7 +1,5 @@
 """The facts that ``vitrail info`` prints, from configurations and headers (not from weights)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

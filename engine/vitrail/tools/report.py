@@ -1,7 +1,5 @@
 """The report of ``vitrail verify``: named checks with their verdicts."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 

@@ -7,8 +7,6 @@ bit is rejected. The fastest of the rest wins if it is at least 2 % faster than 
 Inference never times kernels.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections import Counter

@@ -4,8 +4,6 @@ Without transformers the reference is Vitrail in float32. This reference shows t
 dtype, but not a fault that both runs share.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The operator calls of a checkpoint's plans, equal calls once, and random inputs for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -7,8 +7,6 @@ position become a single row. LayerScale stays a column scale: its values of abo
 fp16 weights subnormal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """Canonical tensors read in chunks, checked to be finite, and written to the arena."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Checkpoint formats: the format of a folder, its spec, and where its tensors are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

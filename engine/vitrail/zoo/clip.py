@@ -1,7 +1,5 @@
 """CLIP, whole or a single tower: config keys, spec, tensor names, image processor."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -4,8 +4,6 @@ The sentences begin the error about tensors that do not fit. A wrong number in c
 hundreds of tensors misshaped, and their list does not show which number is wrong.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """DeiT, a ViT with a distillation token: config keys, spec, tensor names, image processor."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from vitrail.zoo import vit

@@ -1,7 +1,5 @@
 """DINOv2, without and with registers: config keys, spec, tensor names, image processor."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """A JSON object read key by key: every value is checked when it is read, named if refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 

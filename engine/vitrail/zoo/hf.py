@@ -1,7 +1,5 @@
 """Hugging Face folders (transformers 4 and 5): the registry of families, spec and tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from vitrail.checkpoint.files import Checkpoint

@@ -5,8 +5,6 @@ Source: ``models/*/image_processing_pil_*.py``, and ``PilBackend`` and ``get_siz
 is off, and a null value must not be needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

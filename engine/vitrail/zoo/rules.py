@@ -1,7 +1,5 @@
 """Stored tensor names -> canonical names, by table: all names are mapped, or it is an error."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter, defaultdict

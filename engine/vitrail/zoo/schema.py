@@ -4,8 +4,6 @@ A family's own keys are in its file. The keys here are those that transformers 4
 config (``PretrainedConfig.to_dict``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

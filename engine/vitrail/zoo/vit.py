@@ -1,7 +1,5 @@
 """ViT (transformers' ViTModel): config keys, spec, tensor names, image processor."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from vitrail.spec import VisionSpec

@@ -1,7 +1,5 @@
 """Activations by name, in PyTorch and inside a kernel."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 A launch attribute allows this. Without that attribute the instructions below do nothing.
 """
 
-from __future__ import annotations
-
 from vitrail_kernels.launch import jit, tl
 
 

@@ -1,7 +1,5 @@
 """The configurations of `attention`: the tuned table's, else a heuristic with its reason."""
 
-from __future__ import annotations
-
 import functools
 
 from vitrail_kernels.configs import KernelConfig, Ladder, ladder_of, tuned

@@ -1,7 +1,5 @@
 """The configurations of `linear`: the tuned table's, else a heuristic with its reason."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -12,8 +12,6 @@ its size, each output is its source with weight 2^22, which is exact. An output 
 image has no sources and is 0, as transformers pads.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

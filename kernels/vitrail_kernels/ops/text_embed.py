@@ -3,8 +3,6 @@
 FLOPs  none counted       bytes  3 M C       bound  by memory
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
