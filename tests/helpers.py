@@ -1,4 +1,4 @@
-"""What tests share: the rules for numbers, and small models made by transformers."""
+"""Helpers of many tests: the rules for numbers, and small models made by transformers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ HALVES = (torch.float16, torch.bfloat16)
 
 KERNEL_RTOL = 1e-5
 KERNEL_ATOL = 1e-5
-"""Of max|R|, for one operator in fp32."""
+"""Relative to max|R|, for an operator in fp32."""
 
 
 def rounding(reference: Tensor, dtype: torch.dtype) -> float:
-    """eps(T): max|(R + 0.3 - 0.3) - R|, every step in ``dtype``; a step of T at R's magnitude."""
+    """eps(T) = max|(R + 0.3 - 0.3) - R|, computed in ``dtype``: a step of T at R's magnitude."""
     r = reference.to(dtype)
     return float(((r + 0.3 - 0.3) - r).double().abs().max()) if r.numel() else 0.0
 
@@ -50,18 +50,19 @@ def assert_close(
     what: Literal["kernel", "model", "scores"] = "kernel",
     name: str = "result",
 ) -> None:
-    """``ours`` is as near to ``reference`` (fp32 or fp64) as the rules ask; the only tolerances.
+    """Assert that ``ours`` is near ``reference`` (fp32 or fp64). No test has other tolerances.
 
     In fp32, without ``peer``: a kernel within rtol and atol of 1e-5 of max|R|, a model of 1e-4.
-    In 16 bits ``peer`` is PyTorch's own result in that dtype. A kernel: at most twice its largest
-    error and 1.25 times its root mean square, plus rounding. A model (items along the first
-    dimension; fp32 outputs of a 16-bit model too): at most twice its error at mean, 99th percentile
-    and maximum over the items, and the worst item's cosine; again without the mean of the items
-    where there are 512 of them. Scores, too few or too alike for a cosine: the errors alone.
+    In 16 bits ``peer`` is PyTorch's own result in that dtype. A kernel: at most twice the peer's
+    largest error and 1.25 times its root mean square, plus rounding. A model (items along the first
+    dimension; also fp32 outputs of a 16-bit model): at most twice the peer's error at mean, 99th
+    percentile and maximum over the items, and the worst item's cosine; if there are 512 items, also
+    after their mean is subtracted. Scores, which are too few or too alike for a cosine: only the
+    errors.
     """
     _check_comparable(ours, reference, peer, what, name)
     r = reference.detach().double()
-    y = ours.detach().double().to(r.device)  # judged where the reference is: fast for large ones
+    y = ours.detach().double().to(r.device)  # on the reference's device: fast for large tensors
     if not r.numel():
         return
     if what != "kernel":
@@ -88,15 +89,15 @@ def _check_comparable(
         assert peer.dtype in HALVES, f"{name}: PyTorch's own result is {peer.dtype}"
         allowed = (peer.dtype,) if what == "kernel" else (peer.dtype, torch.float32)
         assert ours.dtype in allowed, f"{name}: got {ours.dtype}, wanted {peer.dtype}"
-    for kind, tensor in (("got", ours), ("reference", reference), ("PyTorch", peer)):
+    for label, tensor in (("got", ours), ("reference", reference), ("PyTorch", peer)):
         if tensor is None:
             continue
         assert tensor.shape == reference.shape, (
-            f"{name}: got {tuple(ours.shape)}, {kind} {tuple(tensor.shape)}, "
+            f"{name}: got {tuple(ours.shape)}, {label} {tuple(tensor.shape)}, "
             f"reference {tuple(reference.shape)}"
         )
-        bad = int((~torch.isfinite(tensor)).sum())
-        assert bad == 0, f"{name}: {kind} holds {bad} numbers that are not finite"
+        count = int((~torch.isfinite(tensor)).sum())
+        assert count == 0, f"{name}: {label} holds {count} numbers that are not finite"
 
 
 def _assert_fp32(y: Tensor, r: Tensor, name: str) -> None:
@@ -111,10 +112,10 @@ def _assert_fp32(y: Tensor, r: Tensor, name: str) -> None:
 
 
 def _assert_kernel(y: Tensor, r: Tensor, p: Tensor, eps: float, name: str) -> None:
-    worst, wanted = float((y - r).abs().max()), 2 * float((p - r).abs().max()) + 2 * eps
-    assert worst <= wanted, f"{name}: largest error {worst:.3e}, wanted at most {wanted:.3e}"
-    rmse, wanted = _rms(y - r), 1.25 * _rms(p - r) + eps / 10
-    assert rmse <= wanted, f"{name}: rms error {rmse:.3e}, wanted at most {wanted:.3e}"
+    worst, bound = float((y - r).abs().max()), 2 * float((p - r).abs().max()) + 2 * eps
+    assert worst <= bound, f"{name}: largest error {worst:.3e}, wanted at most {bound:.3e}"
+    rmse, bound = _rms(y - r), 1.25 * _rms(p - r) + eps / 10
+    assert rmse <= bound, f"{name}: rms error {rmse:.3e}, wanted at most {bound:.3e}"
 
 
 def _rms(x: Tensor) -> float:
@@ -177,8 +178,8 @@ def make(architecture: str, *, seed: int = 0, **config: Any) -> Any:
     """A perturbed model of a transformers class: `CONFIGS` with ``config`` over it.
 
     ``vision`` and ``text`` are merged into the towers of a CLIPModel; ``add_pooling_layer`` goes to
-    the constructor of ViTModel or DeiTModel. Attention is the eager one: plain softmax, not the
-    fused function that the engine calls too.
+    the constructor of ViTModel or DeiTModel. Attention is eager: plain softmax, not the fused
+    function that the engine calls too.
     """
     cls = getattr(transformers, architecture)
     build = {key: config.pop(key) for key in ("add_pooling_layer",) if key in config}
@@ -186,20 +187,20 @@ def make(architecture: str, *, seed: int = 0, **config: Any) -> Any:
     for tower in ("vision", "text"):
         if tower in config:
             values[f"{tower}_config"] = {**values[f"{tower}_config"], **config.pop(tower)}
-    made = cls.config_class(**(values | config))
+    merged = cls.config_class(**(values | config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls._from_config(made, attn_implementation="eager", **build)
+        model = cls._from_config(merged, attn_implementation="eager", **build)
     return perturb(model, seed=seed).eval()
 
 
 def perturb(model: nn.Module, *, seed: int = 0) -> Any:
-    """Parameters no two of which are alike, nor at their initial value. Returns ``model``.
+    """Make all parameters of ``model`` differ from their initial values. Returns ``model``.
 
     Transformers starts biases at 0, gammas and LayerScale at 1, matrices so small that attention is
-    nearly uniform: swapped or dropped they would not be missed. Vectors, positions, class token,
-    registers and token tables gain noise of sd 0.2; a matrix becomes noise of sd 1/sqrt(inputs),
-    which keeps the scale of what passes through it.
+    nearly uniform: a test would not notice if they were swapped or dropped. Vectors, positions,
+    class token, registers and token tables gain noise of sd 0.2; a matrix becomes noise of sd
+    1/sqrt(inputs), which keeps the scale of activations.
     """
     dice = torch.Generator().manual_seed(seed)
     matrices = {
@@ -222,28 +223,29 @@ OUTLIERS = (32.0, 64.0, 256.0)
 def with_outliers(model: nn.Module, *, seed: int = 0) -> Any:
     """Scale a few channels 32 to 256 fold and undo it in the next weight. Returns ``model``.
 
-    The function stays the same: the factors are powers of two. What passes between LayerNorm and
-    the next matrix, and between values and the output projection, gets the massive channels that
-    trained vision transformers have.
+    The function stays the same, because the factors are powers of two. The activations between
+    LayerNorm and the next matrix, and between values and the output projection, get the massive
+    channels of trained vision transformers.
     """
     dice = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in model.modules():
-            first = [getattr(block, name) for name in _NORMS[0] if hasattr(block, name)]
-            second = [getattr(block, name) for name in _NORMS[1] if hasattr(block, name)]
-            if not first:
+            norms_before, norms_after = (
+                [getattr(block, name) for name in names if hasattr(block, name)] for names in _NORMS
+            )
+            if not norms_before:
                 continue
             *inputs, out = _projections(getattr(block, "self_attn", None) or block.attention)
-            _scale(first[0], inputs, dice)
+            _scale(norms_before[0], inputs, dice)
             _scale(inputs[2], [out], dice)
             names = ("fc1", "gate_proj", "up_proj", "weights_in")
             ups = [getattr(block.mlp, name) for name in names if hasattr(block.mlp, name)]
-            _scale(second[0], ups, dice)
+            _scale(norms_after[0], ups, dice)
     return model
 
 
 def _projections(attention: Any) -> list[nn.Linear]:
-    """Of queries, keys, values, and out again, as versions of transformers call them."""
+    """The projections to queries, keys and values, and the output projection."""
     if hasattr(attention, "q_proj"):
         out = getattr(attention, "out_proj", None) or attention.o_proj
         return [attention.q_proj, attention.k_proj, attention.v_proj, out]
@@ -252,7 +254,7 @@ def _projections(attention: Any) -> list[nn.Linear]:
 
 
 def _scale(writer: nn.Module, readers: list[Any], dice: torch.Generator) -> None:
-    """Multiply some output channels of ``writer``, and divide the readers' columns by the same."""
+    """Multiply a few output channels of ``writer``, and divide the readers' columns likewise."""
     channels = torch.randperm(writer.weight.shape[0], generator=dice)[: len(OUTLIERS)]
     for channel, factor in zip(channels.tolist(), OUTLIERS, strict=False):
         for parameter in (writer.weight, getattr(writer, "bias", None)):
@@ -272,8 +274,8 @@ def save(
 ) -> Any:
     """Write a checkpoint in ``dtype``, in files of ``shards``. Returns ``model``, in fp32 again.
 
-    The model keeps what rounding to ``dtype`` left of its weights. ``dialect``: the tensor names of
-    transformers 4, which 5 writes too unless told otherwise, or those of 5's modules.
+    The model's weights stay rounded to ``dtype``. ``dialect``: 4 for the tensor names of
+    transformers 4, which transformers 5 writes by default, or 5 for the names of its modules.
     """
     model.to(dtype).save_pretrained(
         folder, max_shard_size=shards, save_original_format=dialect == 4
@@ -283,10 +285,10 @@ def save(
 
 @contextlib.contextmanager
 def reference_numbers() -> Iterator[None]:
-    """No gradients, and no TF32 or reduced-precision sums where there is a GPU."""
+    """No gradients, and on a GPU no TF32 or reduced-precision sums."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     names = "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"
-    kept = [getattr(matmul, name) for name in (*names, "allow_tf32")], cudnn.allow_tf32
+    before = [getattr(matmul, name) for name in (*names, "allow_tf32")], cudnn.allow_tf32
     try:
         for name in (*names, "allow_tf32"):
             setattr(matmul, name, False)
@@ -294,18 +296,18 @@ def reference_numbers() -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for name, value in zip((*names, "allow_tf32"), kept[0], strict=True):
+        for name, value in zip((*names, "allow_tf32"), before[0], strict=True):
             setattr(matmul, name, value)
-        cudnn.allow_tf32 = kept[1]
+        cudnn.allow_tf32 = before[1]
 
 
 def texts_with_end(
     batch: int, length: int, *, vocab: int, eos: int, seed: int = 0, first: int = 0
 ) -> Tensor:
-    """Ids (batch, length) int64: a first end token somewhere in every row, junk after it.
+    """Ids (batch, length) int64: an end token at a random index of every row, junk after it.
 
-    ``first``: the first place the end token may take. The ids before it are below ``eos``; those
-    after it are any, the end token among them.
+    ``first``: the least index of the end token. The ids before it are below ``eos``; the ids after
+    it are arbitrary and may be the end token.
     """
     dice = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab, (batch, length), generator=dice)
@@ -316,11 +318,11 @@ def texts_with_end(
     return ids
 
 
-# -- running both ----------------------------------------------------------------------------------
+# -- running both models ---------------------------------------------------------------------------
 
 
 def outputs(model: Any, inputs: Mapping[str, Any]) -> Any:
-    """Everything the transformers class gives, hidden states too."""
+    """The output of the transformers class, with hidden states."""
     options: dict[str, Any] = {"output_hidden_states": True}
     if "pixel_values" in inputs and "Dinov2" not in type(model).__name__:
         options["interpolate_pos_encoding"] = _another_size(model, inputs["pixel_values"])
@@ -335,23 +337,24 @@ def _another_size(model: Any, pixels: Tensor) -> bool:
 
 
 def assert_same(ours: Any, theirs: Any, peer: Any = None, where: str = "") -> None:
-    """Every field of ``theirs`` is in ``ours``, within N2 (or N5 with ``peer``), and no other."""
+    """Assert that ``ours`` has the fields of ``theirs``, within N2 (or N5 with ``peer``)."""
     named = {field.name: getattr(ours, field.name) for field in dataclasses.fields(ours)}
-    got = {key: value for key, value in named.items() if value is not None and key != "status"}
-    assert set(got) == set(theirs.keys()), f"{where}: {sorted(got)}, not {sorted(theirs.keys())}"
+    fields = {key: value for key, value in named.items() if value is not None and key != "status"}
+    wanted = sorted(theirs.keys())
+    assert sorted(fields) == wanted, f"{where}: {sorted(fields)}, not {wanted}"
     for key, value in theirs.items():
-        name, other = f"{where}{key}", None if peer is None else peer[key]
+        name, peer_value = f"{where}{key}", None if peer is None else peer[key]
         if isinstance(value, Tensor):
             what = "scores" if key.startswith("logits") else "model"
-            assert_close(got[key], value, other, what=what, name=name)
+            assert_close(fields[key], value, peer_value, what=what, name=name)
         elif isinstance(value, tuple):
-            assert isinstance(got[key], tuple), name
-            assert len(got[key]) == len(value), name
-            for i, (a, b) in enumerate(zip(got[key], value, strict=True)):
-                one = None if other is None else other[i]
-                assert_close(a, b, one, what="model", name=f"{name}[{i}]")
+            assert isinstance(fields[key], tuple), name
+            assert len(fields[key]) == len(value), name
+            for i, (a, b) in enumerate(zip(fields[key], value, strict=True)):
+                peer_state = None if peer_value is None else peer_value[i]
+                assert_close(a, b, peer_state, what="model", name=f"{name}[{i}]")
         else:
-            assert_same(got[key], value, other, f"{name}.")
+            assert_same(fields[key], value, peer_value, f"{name}.")
 
 
 def arguments(
@@ -363,35 +366,35 @@ def arguments(
     length: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Pixels and ids for an architecture; a text's end token is anywhere, and junk after it."""
-    given: dict[str, Any] = {}
+    """Pixels and ids for an architecture. The ids are those of `texts_with_end`."""
+    inputs: dict[str, Any] = {}
     dice = torch.Generator().manual_seed(seed)
     if architecture in IMAGE_ARCHITECTURES:
         vision = getattr(config, "vision_config", config)
-        own = vision.image_size
-        height, width = size or (own if isinstance(own, list | tuple) else (own, own))
+        side = vision.image_size
+        height, width = size or (side if isinstance(side, list | tuple) else (side, side))
         shape = (batch, vision.num_channels, height, width)
-        given["pixel_values"] = torch.randn(shape, generator=dice)
+        inputs["pixel_values"] = torch.randn(shape, generator=dice)
     if architecture in TEXT_ARCHITECTURES:
         text = getattr(config, "text_config", config)
         legacy = text.eos_token_id == 2
-        given["input_ids"] = texts_with_end(
+        inputs["input_ids"] = texts_with_end(
             batch + 1 if architecture == "CLIPModel" else batch,
             length or text.max_position_embeddings,
             vocab=text.vocab_size,
             eos=text.vocab_size - 1 if legacy else text.eos_token_id,
             seed=seed,
         )
-    return given
+    return inputs
 
 
 def image_embedding(model: Any, pixels: Tensor) -> Tensor:
-    """What `encode_image` stands for, of each transformers class."""
+    """The tensor of each transformers class that `encode_image` returns."""
     name, inputs = type(model).__name__, {"pixel_values": pixels}
     if name == "CLIPModel":
         with reference_numbers():
-            other = _another_size(model, pixels)
-            return model.get_image_features(pixels, interpolate_pos_encoding=other).pooler_output
+            resized = _another_size(model, pixels)
+            return model.get_image_features(pixels, interpolate_pos_encoding=resized).pooler_output
     if name.startswith("CLIP"):
         out = outputs(model, inputs)
         return out.image_embeds if "WithProjection" in name else out.pooler_output
@@ -399,7 +402,7 @@ def image_embedding(model: Any, pixels: Tensor) -> Tensor:
 
 
 def text_embedding(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What `encode_text` stands for, of each transformers class."""
+    """The tensor of each transformers class that `encode_text` returns."""
     name = type(model).__name__
     with reference_numbers():
         if name == "CLIPModel":
@@ -408,7 +411,7 @@ def text_embedding(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tenso
         return out.text_embeds if "WithProjection" in name else out.pooler_output
 
 
-# -- a CLIP folder with everything in it -----------------------------------------------------------
+# -- a complete CLIP folder ------------------------------------------------------------------------
 
 _CORPUS = """
 A photo of a cat and a dog on the red mat near the window, and a picture of the sea at night.
@@ -423,7 +426,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 @functools.cache
 def small_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A trained byte-level BPE laid out as CLIP's: bytes, bytes ending a word, merges, BOS, EOS."""
+    """A trained byte-level BPE in CLIP's order: bytes, bytes ending a word, merges, BOS, EOS."""
     backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence(
