@@ -223,18 +223,18 @@ def test_the_image_processor_is_asked_before_the_feature_extractor() -> None:
     assert read_image_spec(config, "clip", 3) == _expected(ViTImageProcessorPil())
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [
-        ("vit", "ViT"),
-        ("deit", "DeiT"),
-        ("clip", "CLIP"),
-        ("dinov2", "Bit"),
-        ("dinov2_with_registers", "Bit"),
-    ],
-)
-def test_without_a_class_the_family_has_its_own(family: str, kind: str) -> None:
-    assert read_image_spec({}, family, 3) == _expected(ORACLES[kind]())
+DEFAULTS = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "clip": "CLIP",
+    "dinov2": "Bit",
+    "dinov2_with_registers": "Bit",
+}
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_without_a_class_the_family_has_its_own(family: str) -> None:
+    assert read_image_spec({}, family, 3) == _expected(ORACLES[DEFAULTS[family]]())
 
 
 def test_no_preprocessor_is_no_error() -> None:

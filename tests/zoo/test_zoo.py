@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -431,7 +432,7 @@ def drawn(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
         return values
     patch = draw(st.integers(1, 5))
     values |= {"patch_size": patch, "image_size": patch * draw(st.integers(1, 4))}
-    if SAMPLES[model_type] is VIT_KEYS:
+    if hasattr(CONFIG_CLASSES[model_type](), "pooler_act"):
         across = draw(st.integers(1, 4))
         values["image_size"] = draw(
             st.sampled_from([values["image_size"], [values["image_size"], patch * across]])
@@ -609,6 +610,17 @@ def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
     legacy = {"text_config_dict": None, "vision_config_dict": None}
     for key, default in SCHEMAS[model_type].defaults.items():
         assert (fields | legacy)[key] == default, key
+
+
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_a_config_without_keys_reads_as_the_config_class(architecture: str) -> None:
+    """A reader that takes another family's schema would take its defaults."""
+    config_class = getattr(transformers, architecture).config_class
+    config = {"model_type": config_class.model_type, "architectures": [architecture]}
+    towers = {f"{tower}_model.x": ("F32", [1]) for tower in ("text", "vision")}
+    names = towers if architecture == "CLIPModel" else {}
+    spec = zoo.read_spec(checkpoints.fake(config, names))
+    _agrees(spec, SimpleNamespace(config=config_class()))
 
 
 @pytest.mark.parametrize("model_type", SCHEMAS)
