@@ -36,7 +36,7 @@ TILES = (
     KernelConfig(128, 128, 64, 8, 3, registers=128, ctas=2, stagger=4000),
     KernelConfig(128, 256, 64, 8, 4),
 )
-"""What `linear` takes on sm_90, for few rows and many, and some that it took or may take."""
+"""Tiles of `linear` on sm_90, for few rows and many, and a few that tables had or may have."""
 
 
 class Shapes(NamedTuple):
@@ -82,7 +82,7 @@ def _narrow(blocks: BlockSpec) -> BlockSpec:
 
 
 class Work(NamedTuple):
-    """A plan, the lengths of its sequences, and the shape of its pixels where it takes any."""
+    """A plan, the lengths of its sequences, and the shape of its pixels, if it takes pixels."""
 
     plan: Plan
     lengths: tuple[int, ...]
@@ -100,7 +100,7 @@ def vision_work(
 
 
 def works(shapes: Shapes) -> Iterator[Work]:
-    """The pooled plan, and the dense one with all it can hold."""
+    """The pooled plan, and the dense plan with all its outputs."""
     spec, batch = spec_of(shapes.checkpoint), shapes.batch
     if DRY:
         batch = min(batch, 3)
@@ -123,12 +123,12 @@ def works(shapes: Shapes) -> Iterator[Work]:
     yield vision_work(spec, plan, batch, vision.image, False)
 
 
-# -- one operator call -----------------------------------------------------------------------------
+# -- an operator call ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """``given``: the inputs by argument; ``outputs``: shape and dtype of what is written.
+    """``given``: the inputs by argument; ``outputs``: shape and dtype of each output.
 
     ``alias``: the input that is written over, where the plan does so. ``rows``: of the arguments
     that have some for every token or sequence, which, and along which dimension they run.
@@ -143,7 +143,7 @@ class Case:
     lengths: tuple[int, ...]
 
     def run(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What the kernel writes, nothing outside it, and no input but ``alias`` changed."""
+        """The outputs. Asserts that nothing else was written and only ``alias`` of the inputs."""
         arguments = dict(given or self.given)
         guards = {name: Guarded(*output) for name, output in self.outputs.items()}
         if self.alias is not None:
@@ -212,7 +212,7 @@ def different(works: Sequence[Work]) -> Iterator[tuple[str, Work, Step]]:
 
 
 def case_of(work: Work, launch: Step, dtype: torch.dtype) -> Case:
-    """Random tensors for one launch."""
+    """Random tensors for a launch."""
     kinds = _kinds(dtype)
     buffers = {buffer.name: buffer for buffer in work.plan.buffers}
     weights = dict(work.plan.weights)
@@ -243,7 +243,7 @@ def case_of(work: Work, launch: Step, dtype: torch.dtype) -> Case:
 
 
 def with_statistics(case: Case, given: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Put in what a kernel needs for LayerNorm: of the rows of ``x``, and of the weight's."""
+    """Add the arguments for LayerNorm: statistics of the rows of ``x``, sums of the weight's."""
     given["x_stats"] = torch.empty(shape, dtype=torch.float32, device=DEVICE)
     stats_ref(given["x_stats"], given["x"])
     given["row_sums"] = given["weight"].double().sum(dim=1).float()

@@ -1,4 +1,4 @@
-"""What the GPU tests share: where they run, outputs with guards, and how much memory there is.
+"""Shared by the GPU tests: the device, outputs with guards, and the free memory.
 
 ``VITRAIL_GPU_TESTS_DEVICE=cpu TRITON_INTERPRET=1 pytest -m gpu tests/gpu`` is a dry run of the same
 code: tiny models, in fp16 alone, in Triton's interpreter. It tests the tests.
@@ -22,7 +22,7 @@ DRY = DEVICE != "cuda"
 HALVES = (torch.float16,) if DRY else (torch.float16, torch.bfloat16)
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 POISONS = (float("nan"), 65504.0)
-GUARD = 8  # rows: whatever is in them, the output between them begins at whole 16 bytes
+GUARD = 8  # rows; the output between them begins at a multiple of 16 bytes for any row size
 SENTINELS = {torch.int32: -0x5A5A5A5B, torch.uint8: 0xA5}
 
 gpu_alone = pytest.mark.skipif(DRY, reason="dry run: this needs streams, threads or a compiler")

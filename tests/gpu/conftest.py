@@ -1,7 +1,8 @@
 """Fixtures of the GPU tests: kernels compiled ahead by all cores, and the models.
 
-A test that loses the device ends the session, as nothing after it could run; one that takes longer
-than VITRAIL_GPU_TEST_SECONDS, if that is set, ends the process with the stacks of its threads.
+A test that loses the device ends the session, because no later test could run. A test that takes
+longer than VITRAIL_GPU_TEST_SECONDS, if that is set, ends the process with the stacks of its
+threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from gpu.common import DRY
 from gpu.models import Zoo
 
-if DRY:  # NumPy's products depend on where in a tile a row stands
+if DRY:  # NumPy's products depend on the position of a row in a tile
     from interpreted.conftest import ordered_dot  # noqa: F401
 
 
@@ -33,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def limit(config: pytest.Config) -> None:
-    """From now on the test has VITRAIL_GPU_TEST_SECONDS. A kernel that never ends holds its thread
-    where no Python signal reaches it."""
+    """Start the limit of VITRAIL_GPU_TEST_SECONDS. No Python signal reaches a thread that waits for
+    a kernel that never ends."""
     seconds = float(os.environ.get("VITRAIL_GPU_TEST_SECONDS", "0"))
     if seconds > 0:
         faulthandler.dump_traceback_later(seconds, exit=True, file=config.stash[TERMINAL])
@@ -62,10 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def kernels(request: pytest.FixtureRequest) -> None:
-    """Compile what the chosen modules launch, into Triton's cache, by a process for every core.
+    """Compile the kernels of the chosen modules into Triton's cache, with a process for every core.
 
-    One after the other, when each is first launched, would take many times as long. Whatever fails
-    here fails again in the test that needs it, and says so there.
+    Compiled at their first launches, in turn, they would take many times as long. A failure here
+    is only printed: it fails again in the test that needs the kernel.
     """
     if DRY:
         return
@@ -90,10 +91,10 @@ def zoo(kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Every kernel, with nothing compiled or loaded: for the test's time it has an empty cache."""
+    """All kernels, with empty caches during the test."""
     from triton.runtime.jit import JITFunction
 
-    found = {
+    by_id = {
         id(value): value
         for path, module in list(sys.modules.items())
         if path.startswith("vitrail_kernels.")
@@ -101,15 +102,15 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         if isinstance(value, JITFunction)
     }
     torch.cuda.synchronize()
-    for kernel in found.values():
+    for kernel in by_id.values():
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    yield list(found.values())
+    yield list(by_id.values())
     torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
-    """Memory that a test leaves is given back to the GPU, if the GPU still answers."""
+    """Free the memory that a test leaves, if the GPU still answers."""
     yield
     if DRY:
         return

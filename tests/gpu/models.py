@@ -21,7 +21,7 @@ from model.test_parity_full import CLIP_B32, CLIP_L14, DINOV2_B, VIT_B16
 HALF = torch.float16
 RUNNER = "triton" if DRY else os.environ.get("VITRAIL_GPU_TESTS_RUNNER", "auto")
 SERVES = "native" if RUNNER == "auto" else RUNNER
-"""What ``RUNNER`` comes to where the extension is built, as it is to be for these tests."""
+"""The backend that ``RUNNER`` gives if the extension is built, which these tests require."""
 
 
 class Recipe(NamedTuple):
@@ -81,7 +81,7 @@ BUNDLED = Path(vitrail.__file__).parent / "assets/clip"
 
 
 class Zoo:
-    """The models of one test session, each made when it is first asked for."""
+    """The models of a test session, each made at its first use."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -102,11 +102,11 @@ class Zoo:
         return folder, save(model, folder, dtype=dtype).to(DEVICE)
 
     def folder(self, name: str, dtype: torch.dtype = HALF, outliers: bool = False) -> Path:
-        """Where the checkpoint is, its weights rounded to ``dtype``."""
+        """The folder of the checkpoint, its weights rounded to ``dtype``."""
         return self._saved(name, dtype, outliers)[0]
 
     def theirs(self, name: str, dtype: torch.dtype = HALF, outliers: bool = False) -> Any:
-        """What the folder holds, by transformers in fp32: R. Attention is plain softmax."""
+        """The folder's model in transformers, in fp32: R. Attention is plain softmax."""
         return self._saved(name, dtype, outliers)[1]
 
     def peer(self, name: str, dtype: torch.dtype = HALF, outliers: bool = False) -> Any:

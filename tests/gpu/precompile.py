@@ -1,6 +1,6 @@
-"""Compile what GPU tests launch, before them: `python -m gpu.precompile 90 132 MODULE...`
+"""Compile the kernels of GPU tests, before them: `python -m gpu.precompile 90 132 MODULE...`
 
-Into Triton's cache for the Triton runner, and into Vitrail's for the native one.
+They go into Triton's cache for the Triton runner, and into Vitrail's for the native runner.
 
 A process of its own, because it forks one for every core and CUDA does not survive a fork: the
 architecture and its number of multiprocessors are given, nothing here asks the GPU. ``--float16``
@@ -46,7 +46,7 @@ SIDE = (224, 224)
 
 
 class Served(NamedTuple):
-    """A tower by the checkpoint that has its shapes, and what the tests send through it."""
+    """A tower, by a checkpoint with its shapes, and the inputs that tests give it."""
 
     checkpoint: str
     tower: str
@@ -76,7 +76,7 @@ MODELS = {
     "test_native": (VIT, CLIP._replace(dtypes=HALVES, batches=(1, 8, 64)), TEXT, DINO),
 }
 SMALL_ONES = ("test_small", "test_isolation", "test_batches", "test_native", "test_resize")
-"""Modules that use the small models, or the bundled one."""
+"""Modules that use the small models, or the bundled model."""
 
 
 def served_work(served: Served) -> Iterator[Work]:
@@ -102,7 +102,7 @@ def served_work(served: Served) -> Iterator[Work]:
 
 
 def small_work() -> Iterator[Work]:
-    """Of the models of two blocks and of the bundled one, everything."""
+    """All kernels of the models of two blocks and of the bundled model."""
     with tempfile.TemporaryDirectory() as folder:
         for architecture, config in SMALL.items():
             save(make(architecture, **config), Path(folder) / architecture)
@@ -154,7 +154,7 @@ def needed(
 
 
 _CALLS: list[Call] = []
-"""What the worker processes compile; filled before they fork, as kernels do not pickle."""
+"""The calls that the worker processes compile; filled before the fork: kernels do not pickle."""
 
 
 def _compile(position: int, arch: int) -> str | None:
@@ -168,7 +168,7 @@ def _compile(position: int, arch: int) -> str | None:
 
 
 def main(arch: int, sms: int, words: Sequence[str]) -> int:
-    """Compile, and say what failed. Always 0: the tests say it again where they need it."""
+    """Compile, and print failures. Returns 0 always: a test that needs a kernel fails itself."""
     start = time.monotonic()
     modules = [word for word in words if word != "--float16"]
     _CALLS[:] = needed(modules, Target(arch, sms), FP16 if "--float16" in words else HALVES)
@@ -179,8 +179,8 @@ def main(arch: int, sms: int, words: Sequence[str]) -> int:
         running = [pool.submit(_compile, i, arch) for i in range(len(_CALLS))]
         done, left = wait(running, SECONDS)
         pool.shutdown(wait=True, cancel_futures=True)
-    for one in done:
-        if (failure := one.result()) is not None:
+    for task in done:
+        if (failure := task.result()) is not None:
             print(f"FAILED to compile {failure}", file=sys.stderr)
     print(f"{len(done)} of {len(running)} kernels in {time.monotonic() - start:.0f} s", flush=True)
     if left:

@@ -1,4 +1,4 @@
-"""What this GPU computes for small launches of every operator, kept for a machine without one:
+"""Records the results of small launches of every operator, for a machine without a GPU:
 `python -m gpu.record FILE.safetensors` writes the outputs, by launch, dtype and argument.
 
 The inputs follow from a seed, on the CPU; their SHA-256 is kept beside the outputs, so that whoever
@@ -52,7 +52,7 @@ def _small_spec(checkpoint: str) -> ModelSpec:
 
 
 def small_works() -> Iterator[tuple[str, Work]]:
-    """Pooled and dense plans of a ViT, a CLIP and a DINOv2, and the pooled one of CLIP's texts."""
+    """Pooled and dense plans of a ViT, a CLIP and a DINOv2, and the pooled plan of CLIP's texts."""
     for checkpoint in ("vit-base-patch16-224", "clip-vit-large-patch14", "dinov2-small"):
         spec = _small_spec(checkpoint)
         vision = spec.vision
@@ -89,7 +89,7 @@ def digest(case: Case) -> str:
 
 
 def on_gpu(case: Case) -> dict[str, Tensor]:
-    """The outputs of one launch, on the CPU again."""
+    """The outputs of a launch, on the CPU."""
     inputs = {name: tensor.to("cuda") for name, tensor in case.given.items()}
     outputs = dataclasses.replace(case, given=inputs).run()
     return {name: tensor.cpu() for name, tensor in outputs.items()}
@@ -108,7 +108,7 @@ def by_tile(tile: KernelConfig) -> Any:
 def record(file: Path) -> int:
     """Run every case and write the file, with what there is if it is interrupted; 1 after a fault.
 
-    A launch that fails is told in a line. Nothing after one that loses the device can run.
+    A launch that fails prints a line. If it loses the device, no later launch can run.
     """
     recorded: dict[str, Tensor] = {}
     inputs: dict[str, str] = {}

@@ -30,7 +30,7 @@ def unlike(got: Tensor, wanted: Tensor) -> list[int]:
 def in_company(
     encode: Callable[[list[int]], Tensor], count: int, sizes: tuple[int, ...] = SIZES
 ) -> Iterator[str]:
-    """Where ``encode`` of some of ``count`` items gives other bits than of each alone.
+    """The differences between ``encode`` of several of ``count`` items and of each alone.
 
     Every batch is taken twice, its items at other places.
     """

@@ -1,4 +1,4 @@
-"""No item reaches another (N10), and what is not finite is said, never handed over (N11)."""
+"""No item reaches another (N10), and results that are not finite are refused (N11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What "auto" chooses on a GPU, and that every result can say what served it (N12)."""
+"""The choice of "auto" on a GPU, and the backend that results name (N12)."""
 
 from __future__ import annotations
 

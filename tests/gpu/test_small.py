@@ -1,4 +1,4 @@
-"""Small models once through every kernel, forward and back: what compute-sanitizer is to watch.
+"""Small models once through every kernel, forward and back, for compute-sanitizer.
 
 `compute-sanitizer python -m pytest tests/gpu/test_small.py`. What is compared with is computed on
 the CPU, so that the only kernels it sees are ours and those that move tensors.
