@@ -177,7 +177,7 @@ class Driver {
                                                                      "cuModuleGetFunction"};
     Function<cu::Function, int, int> function_set{library_, "cuFuncSetAttribute"};
     Function<int*, int, cu::Function> function_get{library_, "cuFuncGetAttribute"};
-    // CUDA 12.4
+    // since CUDA 12.4
     Function<cu::Function, size_t, size_t*, size_t*> function_parameter{library_,
                                                                         "cuFuncGetParamInfo"};
     Function<cu::TensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*,
@@ -197,7 +197,7 @@ class Driver {
     Function<cu::Stream*, unsigned> stream_create{library_, "cuStreamCreate"};
     Function<cu::Stream> stream_destroy{library_, "cuStreamDestroy_v2"};
     Function<cu::Stream> stream_wait{library_, "cuStreamSynchronize"};
-    // CUDA 10.1
+    // since CUDA 10.1
     Function<int*> capture_mode{library_, "cuThreadExchangeStreamCaptureMode"};
 };
 

@@ -1,7 +1,8 @@
 """Durable writes: a file or folder gets its name only when it is complete and on the disk.
 
 Every writer takes the same steps: write a draft beside the target, sync the draft, rename it to the
-target, sync the folder of the target. A process that is killed leaves a draft, never half a target.
+target, sync the folder that contains the target. A process that is killed leaves a draft, never
+half a target.
 """
 
 import hashlib

@@ -32,14 +32,14 @@ OutputField = Literal["last_hidden_state", "pooler_output", "image_embeds", "tex
 
 
 def _check(*rows: tuple[bool, str, object, str]) -> None:
-    """Rows of (condition, name, value, wanted): the first false condition is an error."""
+    """Raise CheckpointError for the first row (condition, name, ...) with a false condition."""
     for holds, name, value, wanted in rows:
         if not holds:
             raise CheckpointError(f"{name}: got {value!r}, wanted {wanted}")
 
 
 def _check_counts(*rows: tuple[str, object, int, int]) -> None:
-    """Rows of (name, value, low, high): every value is an integer from low to high."""
+    """Raise CheckpointError for the first value that is no integer from its low to its high."""
     for name, value, low, high in rows:
         holds = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
         _check((holds, name, value, f"an integer from {low} to {high}"))

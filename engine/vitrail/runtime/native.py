@@ -54,7 +54,7 @@ OVERLAP = "VITRAIL_OVERLAP"
 MAX_PLANS, MAX_SIZES = 64, 256
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 STICKY = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
-"""CUresults after which every later call of the context fails: faults of a kernel or of memory."""
+"""The CUresults after which every later call of the context fails: faults of kernels or memory."""
 
 Size = tuple[int, int, int]
 """Number of sequences, tokens of all sequences, tokens of the longest sequence."""

@@ -15,8 +15,8 @@ from vitrail.text.tokens import TokenIds
 Overflow = Literal["error", "warn", "truncate"]
 
 MAX_CHARACTERS = 1_000_000
-"""The limit of a text. Such a text takes about two seconds and 200 MB. A text of 77 tokens has a
-few hundred characters."""
+"""The longest text. It takes about two seconds and 200 MB. A text of 77 tokens has a few hundred
+characters."""
 CHUNK = 512
 """Texts per call of the tokenizers library. The library keeps about 1 KiB for each text; the memory
 of a chunk fits a core's cache (18 us per caption; 21 us with chunks of 4,096)."""
@@ -25,8 +25,8 @@ of a chunk fits a core's cache (18 us per caption; 21 us with chunks of 4,096)."
 class Tokenizer:
     """Token ids of texts, at most ``spec.context`` each. Any number of threads may call it.
 
-    ``pad_id`` fills a padded row after EOS. It is the checkpoint's padding id. It is EOS if that id
-    has no embedding, or if the tower pools at the highest id and that id is above EOS.
+    ``pad_id`` fills a padded row after EOS. It is the checkpoint's padding id, unless that id has
+    no embedding or would be pooled instead of EOS; then it is EOS.
     """
 
     def __init__(

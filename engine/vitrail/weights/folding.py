@@ -3,8 +3,8 @@
 Each rewrite is exact in real numbers, and its result is rounded once. The gamma and beta of a
 LayerNorm go into the linear that follows; the softmax scale and log2(e) into the query rows; the
 pixel normalization into a second patch projection for uint8 pixels; the class token and its
-position become a single row. LayerScale stays a column scale: its values of about 1e-4 would make
-fp16 weights subnormal.
+position become a single row. LayerScale stays a column scale, because folding its values of about
+1e-4 would make fp16 weights subnormal.
 """
 
 import math
