@@ -111,7 +111,7 @@ wheel: .venv/dev.stamp ## dist/vitrail-*.whl
 
 clean: ## remove .venv and everything built
 	rm -rf .venv .venv-pillow12 .venv-triton36 build dist *.egg-info engine/vitrail/_C.*.so
-	rm -rf kernels/vitrail_kernels/images
+	rm -rf kernels/vitrail_kernels/binaries
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find csrc engine kernels tests -name __pycache__ -prune -exec rm -rf {} +
 

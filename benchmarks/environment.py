@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("engine", "kernels", "csrc", "benchmarks")
 SUFFIXES = (".py", ".json", ".cpp", ".hpp", ".cu")
-BUILT = ("results", "images", "tuned")
+BUILT = ("results", "binaries", "tuned")
 """Folders inside `CODE` that a build, a tuning or a measurement writes."""
 SECONDS = 20
 """For nvidia-smi, or git, to answer."""

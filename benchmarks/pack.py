@@ -25,7 +25,7 @@ BUILDS = {
     "the CUDA binaries": ("setup.py", "build_cuda_binaries", "--editable-mode"),
 }
 KERNELS = ("benchmarks/precompile.py", "--launchers")
-ENGINE, IMAGES = "engine/vitrail", "kernels/vitrail_kernels/images"
+ENGINE, BINARIES = "engine/vitrail", "kernels/vitrail_kernels/binaries"
 
 
 def use_caches() -> None:
@@ -49,8 +49,8 @@ def pack() -> int:
             return 1
     for extension in (ROOT / ENGINE).glob(f"_C.{sys.implementation.cache_tag}-*.so"):
         shutil.copy(extension, folder)
-    if (ROOT / IMAGES).exists():
-        shutil.copytree(ROOT / IMAGES, folder / "images")
+    if (ROOT / BINARIES).exists():
+        shutil.copytree(ROOT / BINARIES, folder / "binaries")
     with tarfile.open(folder / ARCHIVE, "w:xz") as archive:
         archive.add(CACHE, CACHE.name)
     (ROOT / PACKED).write_text(f"{describe()} {sources()}\n")
@@ -69,8 +69,8 @@ def unpack() -> Iterator[str]:
     if (folder / "csrc").exists() and (folder / "csrc").read_text() == sources(("csrc",)):
         for extension in folder.glob("_C.*.so"):
             shutil.copy(extension, ROOT / ENGINE)
-        if (folder / "images").exists():
-            shutil.copytree(folder / "images", ROOT / IMAGES, dirs_exist_ok=True)
+        if (folder / "binaries").exists():
+            shutil.copytree(folder / "binaries", ROOT / BINARIES, dirs_exist_ok=True)
     else:
         yield f"{FOLDER} is of another csrc: its extension and CUDA binaries are not used"
     archive, mark = folder / ARCHIVE, CACHE / "unpacked"

@@ -149,7 +149,7 @@ class BuildCudaBinaries(Command):
         return [str(path) for path in (*SOURCES, *sorted(Path("csrc").glob("*.py")))]
 
     def get_outputs(self) -> list[str]:
-        built = Path(str(self.build_lib), "vitrail_kernels/images")
+        built = Path(str(self.build_lib), "vitrail_kernels/binaries")
         return [str(built / path.name) for path in sorted(self._folder().glob("*"))]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -159,5 +159,5 @@ class BuildCudaBinaries(Command):
     def _folder(self) -> Path:
         if self.editable_mode:
             build_py = self.get_finalized_command("build_py")
-            return Path(build_py.get_package_dir("vitrail_kernels"), "images")
-        return Path(str(self.build_lib), "vitrail_kernels/images")
+            return Path(build_py.get_package_dir("vitrail_kernels"), "binaries")
+        return Path(str(self.build_lib), "vitrail_kernels/binaries")

@@ -23,7 +23,7 @@ SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "engine", "kern
 DATA = {".jpg", ".json", ".md", ".py", ".pyi", ".safetensors", ".typed"}
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 KERNELS = {"vitrail_resize_across", "vitrail_resize_down"}
-IMAGES = "vitrail_kernels/images"
+BINARIES = "vitrail_kernels/binaries"
 
 # The parts of nvcc that the build asks; it fails at compiling if told so.
 COMPILER = """#!/bin/sh
@@ -75,7 +75,7 @@ def hook(name: str, tree: Path, *arguments: Path, **settings: str) -> str:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone would have: no caches, nothing built."""
     folder = tmp_path_factory.mktemp("clone")
-    left = shutil.ignore_patterns("__pycache__", "*.so", "images")
+    left = shutil.ignore_patterns("__pycache__", "*.so", "binaries")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name, **({"ignore": left} if copy is shutil.copytree else {}))
@@ -141,7 +141,7 @@ class Step:
 
     def __init__(self, tree: Path, folder: Path) -> None:
         self.tree, self.folder, self.log = tree, folder, folder / "log"
-        self.built = folder / "lib" / IMAGES
+        self.built = folder / "lib" / BINARIES
 
     def compiler(self, name: str) -> Path:
         """A compiler in a folder of its own, which is returned."""
@@ -289,7 +289,7 @@ def test_the_wheel_of_the_sdist_holds_the_packages_and_nothing_else(
 ) -> None:
     wanted = packed_sources(tree)
     if has_nvcc():
-        wanted |= {f"{IMAGES}/resize.fatbin", f"{IMAGES}/resize.json"}
+        wanted |= {f"{BINARIES}/resize.fatbin", f"{BINARIES}/resize.json"}
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if headers and shutil.which(os.environ.get("CXX", "c++")):
         wanted.add("vitrail/_C" + sysconfig.get_config_var("EXT_SUFFIX"))
@@ -327,9 +327,9 @@ def test_the_wheel_imports_without_gpu_compiler_or_toolkit(wheel: Path, tmp_path
         assert "no GPU" in native
     else:
         assert "pure Python" in native
-    if f"{IMAGES}/resize.fatbin" in built:
+    if f"{BINARIES}/resize.fatbin" in built:
         assert resize.startswith("resize: CUDA binary for sm_80")
-        assert int(size) == (site / IMAGES / "resize.fatbin").stat().st_size > 10_000
+        assert int(size) == (site / BINARIES / "resize.fatbin").stat().st_size > 10_000
     else:
         assert (resize, size) == ("resize: Triton, no CUDA binary was built", "0")
 
@@ -352,7 +352,7 @@ def test_an_editable_install_builds_in_place_and_nothing_packs_that(
     """The image of a working copy may be an old one."""
     settings = {"PATH": str(step.compiler("bin")), "CC": "false", "CXX": "false"}
     settings |= {"FAKE_LOG": str(step.log), "FAKE_KNOWS": "sm_80"}
-    in_place = step.tree / "kernels" / IMAGES
+    in_place = step.tree / "kernels" / BINARIES
     try:
         hook("build_editable", step.tree, tmp_path, **settings)
         assert json.loads((in_place / "resize.json").read_text())["architectures"] == [80]
@@ -364,4 +364,4 @@ def test_an_editable_install_builds_in_place_and_nothing_packs_that(
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
     assert names(wheel) == packed_sources(step.tree)
     with tarfile.open(sdist) as archive:
-        assert not [name for name in archive.getnames() if "/images/" in name]
+        assert not [name for name in archive.getnames() if "/binaries/" in name]

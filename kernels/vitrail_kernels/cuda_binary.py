@@ -4,7 +4,7 @@ import json
 from importlib.resources import files
 from typing import NamedTuple
 
-FOLDER = files("vitrail_kernels") / "images"
+FOLDER = files("vitrail_kernels") / "binaries"
 
 
 class CudaBinary(NamedTuple):

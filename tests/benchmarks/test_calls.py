@@ -234,12 +234,12 @@ def test_a_table_that_was_brought_along_is_in_force(gpu: Gpu) -> None:
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree without git, in which a pack is three small files."""
     tree = tmp_path / "tree"
-    for folder in (pack.ENGINE, pack.IMAGES):
+    for folder in (pack.ENGINE, pack.BINARIES):
         (tree / folder).mkdir(parents=True)
     tag = sys.implementation.cache_tag
     write = "import sys, pathlib; path = pathlib.Path(sys.argv[1]); "
     write += "path.parent.mkdir(parents=True, exist_ok=True); path.write_text('built')"
-    built = {"the extension": f"{pack.ENGINE}/_C.{tag}-x.so", "images": f"{pack.IMAGES}/a.fatbin"}
+    built = {"extension": f"{pack.ENGINE}/_C.{tag}-x.so", "binaries": f"{pack.BINARIES}/a.fatbin"}
     monkeypatch.setattr(pack, "BUILDS", {k: ("-c", write, v) for k, v in built.items()})
     monkeypatch.setattr(pack, "KERNELS", ("-c", write, str(tmp_path / "cache/key/a.cubin")))
     monkeypatch.setattr(pack, "CACHE", tmp_path / "cache")
@@ -255,14 +255,14 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_pack_is_put_where_it_belongs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pack.pack() == 0
     monkeypatch.delenv("VITRAIL_COMMIT")
-    for built in (copy / pack.ENGINE, copy / pack.IMAGES, pack.CACHE):
+    for built in (copy / pack.ENGINE, copy / pack.BINARIES, pack.CACHE):
         shutil.rmtree(built)
     (copy / pack.ENGINE).mkdir()
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
     (line,) = pack.unpack()
     assert "commit" in line
     assert len(list((copy / pack.ENGINE).glob("_C.*.so"))) == 1
-    assert (copy / pack.IMAGES / "a.fatbin").read_text() == "built"
+    assert (copy / pack.BINARIES / "a.fatbin").read_text() == "built"
     assert (pack.CACHE / "key/a.cubin").read_text() == "built"
     assert os.environ["TRITON_CACHE_DIR"] == str(pack.CACHE / "triton")
     assert os.environ["VITRAIL_CACHE"] == str(pack.CACHE / "vitrail")
