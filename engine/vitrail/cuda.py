@@ -7,7 +7,7 @@ import torch
 
 from vitrail.errors import DeviceError, InputError, OutOfMemoryError
 
-NEW_PROCESS = "no call in this process can use the GPU any more: start a new one"
+NEW_PROCESS = "no later call in this process can use the GPU: start a new one"
 """The advice after an error that CUDA keeps returning."""
 
 

@@ -74,7 +74,7 @@ def device_batch(
     """
     errors: dict[int, VitrailError] = {}
     groups: dict[Size, list[list[tuple[int, CropTask]]]] = {}
-    group_bytes: dict[Size, int] = {}  # of the last group of a size
+    group_bytes: dict[Size, int] = {}  # bytes of the last group of each size
     for member, task in enumerate(tasks):
         if isinstance(task, VitrailError):
             errors[member] = task
