@@ -115,7 +115,7 @@ class _BoundStep:
         yield tuple(self.scalars.items())
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The argument that is this tensor."""
+        """The name of the argument that is ``tensor``; None if no argument is."""
         return next((name for name, t in self.tensors.items() if t is tensor), None)
 
 
@@ -195,7 +195,8 @@ class _LaunchWriter:
             for name in ("times", "rows")
         )
         limit = 0 if call.grid.limit is None else call.config.ctas
-        assert call.grid.limit in (None, limit * self.target.sms), f"{label}: another limit"
+        known = call.grid.limit in (None, limit * self.target.sms)
+        assert known, f"{label}: got a limit of {call.grid.limit} blocks, wanted ctas for each SM"
         arguments = list(self.arguments(label, calls, bound))
         head = (
             struct.pack("<qI", max_rows, self.keys.setdefault(key, len(self.keys)))

@@ -47,8 +47,9 @@ class Tokenizer:
         A text that spells a special token, such as ``<|endoftext|>``, gets that token, and is
         pooled at its first EOS, as in transformers.
 
-        Raises InputError: not a string, a lone surrogate, over `MAX_CHARACTERS` characters, an id
-        without an embedding, or an id above EOS if the tower pools at the highest id.
+        Raises InputError for a text that is not a string, has a lone surrogate or has more than
+        `MAX_CHARACTERS` characters, for an id without an embedding, and for an id above EOS if the
+        tower pools at the highest id.
         """
         if overflow not in get_args(Overflow):
             raise InputError(f"overflow: got {overflow!r}, wanted one of {get_args(Overflow)}")

@@ -72,9 +72,9 @@ def export_model(
     ``size``: (height, width) of images; None means the size that the checkpoint's processor
     produces. ``overwrite``: replace an earlier export in ``folder`` once the new one is complete.
 
-    Raises InputError: triton is missing, an architecture, dtype or size is unknown, or the folder
-    is not empty or cannot be written; VitrailError if a kernel does not compile; CheckpointError as
-    `vitrail.load`.
+    Raises InputError if triton is missing, if an architecture, dtype or size is unknown, or if the
+    folder is not empty or cannot be written. Raises VitrailError if a kernel does not compile, and
+    CheckpointError as `vitrail.load` does.
     """
     if MISSING is not None or interpreted():
         raise InputError(f"export: it needs triton's compiler, but {MISSING or INTERPRETING}")
