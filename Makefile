@@ -1,8 +1,8 @@
-# make demo and make test need nothing but python3 (3.11 or newer) with its venv module: each makes
-# its own .venv. `make` alone lists the targets.
+# make demo and make test need only python3 (3.11 or newer) with its venv module: they make .venv.
+# `make` alone lists the targets.
 #
 #   TORCH_INDEX=url    take torch's wheel from another index (CPU only, another CUDA)
-#   PYTHON=program     the Python that .venv is made with
+#   PYTHON=program     the Python that makes .venv
 #   TEST_WORKERS=n     test processes of one thread each; 0: one process with every thread
 #   PYTEST_ARGS=...    passed on to pytest
 #   EMULATED='80 90'   architectures that make test-emulated compiles for (90; make test-slow: 80)
@@ -46,7 +46,7 @@ demo: .venv/run.stamp ## the bundled model on scenes and photos, and a contact s
 	$(say) 'vitrail demo'
 	.venv/bin/vitrail demo
 
-test: .venv/dev.stamp ## the tests that need neither a GPU nor patience
+test: .venv/dev.stamp ## the tests that need no GPU, without the slow tests
 	$(say) 'Tests (not slow, not gpu)'
 	$(pytest) -m 'not slow and not gpu and not interpreted and not machine' $(PYTEST_ARGS)
 	$(alone) -m 'machine and not slow'
@@ -62,7 +62,7 @@ test-emulated: .venv/dev.stamp ## the same tests on compiled kernels, in the emu
 	    VITRAIL_EMULATED=$$arch $(pytest) -m interpreted tests/interpreted
 	done
 
-test-slow: .venv/dev.stamp ## what test-all runs and test does not
+test-slow: .venv/dev.stamp ## the tests of test-all that test does not run
 	$(say) 'Tests (slow, not gpu)'
 	$(pytest) -m 'slow and not gpu and not machine' $(PYTEST_ARGS)
 	$(alone) -m 'machine and slow'
@@ -78,8 +78,8 @@ test-pillow12: .venv-pillow12/stamp ## the image tests under Pillow 12
 	$(say) 'Image tests under Pillow 12'
 	.venv-pillow12/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS) tests/image
 
-test-triton36: .venv-triton36/stamp ## what the kernels compile to under triton 3.6
-	$(say) 'What the kernels compile to under triton 3.6'
+test-triton36: .venv-triton36/stamp ## the tests of compiled kernels under triton 3.6
+	$(say) 'Compiled kernels under triton 3.6'
 	.venv-triton36/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/kernels/test_compile.py tests/kernels/test_sass.py \
 	    tests/benchmarks/test_calls.py::test_tritons_binding_is_compiled_without_a_driver
 
@@ -99,7 +99,7 @@ bench: .venv/dev.stamp ## the CPU benchmarks against transformers
 gpu: ## the benchmarks and tests on a GPU (benchmarks/gpu.sh)
 	@bash benchmarks/gpu.sh
 
-pixels-golden: .venv-pillow12/stamp ## make the pixel hashes anew, under Pillow 12
+pixels-golden: .venv-pillow12/stamp ## compute the pixel hashes again, under Pillow 12
 	$(say) 'Pixel hashes from transformers under Pillow 12'
 	PYTHONPATH=engine:kernels .venv-pillow12/bin/python tests/pixels/make_goldens.py
 
@@ -117,7 +117,8 @@ clean: ## remove .venv and everything built
 
 # ---- set-up
 
-# The first Python that is new enough and can make virtual environments; without one, what to type.
+# The first Python that is new enough and can make virtual environments; else the command that
+# installs it.
 .venv/bin/python:
 	@sudo=; [ "$$(id -u)" = 0 ] || sudo='sudo '
 	apt="$${sudo}apt-get update && $${sudo}apt-get install -y"
@@ -146,7 +147,7 @@ clean: ## remove .venv and everything built
 	fi >&2
 	exit 1
 
-# torch first, by its pin and alone, so that nothing after it chooses another build.
+# torch first, alone and by its pin, so that no later package chooses another build.
 .venv/torch.stamp: constraints.txt | .venv/bin/python
 	@torch=$$(grep '^torch==' constraints.txt)
 	printf '\n==> Installing %s (TORCH_INDEX=url takes other wheels)\n' "$$torch"
@@ -162,18 +163,19 @@ $(py) -c 'import vitrail._C' 2>/dev/null || {
 endef
 
 .venv/run.stamp: .venv/torch.stamp $(packaging)
-	$(say) 'Installing Vitrail and what it needs to run'
+	$(say) 'Installing Vitrail and its dependencies'
 	$(py) $(pip) --quiet install -c constraints.txt -e .
 	$(native_note)
 	touch $@
 
 .venv/dev.stamp: .venv/torch.stamp $(packaging)
-	$(say) 'Installing Vitrail and what its development needs'
+	$(say) 'Installing Vitrail and its development tools'
 	$(py) $(pip) --quiet install -c constraints.txt -e '.[dev]'
 	$(native_note)
 	touch .venv/run.stamp $@
 
-# One package laid over .venv, where everything else is found: a line of path instead of gigabytes.
+# An environment of a single package over .venv: a .pth file adds the other packages of .venv, which
+# saves gigabytes.
 define overlay
 $(say) 'Making $(@D)'
 $(py) -m venv --clear $(@D)
