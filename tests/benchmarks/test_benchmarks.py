@@ -560,7 +560,7 @@ def test_sources_are_the_code_and_nothing_else(tree: Path) -> None:
     first = environment.sources()
     (tree / "benchmarks" / "results").mkdir(parents=True)
     (tree / "benchmarks" / "results" / "a.json").write_text("{}")
-    for built in ("images/resize.json", "tuned/sm_90.json"):
+    for built in ("binaries/resize.json", "tuned/sm_90.json"):
         file = tree / "kernels/vitrail_kernels" / built
         file.parent.mkdir(parents=True)
         file.write_text("{}")

@@ -482,7 +482,7 @@ def test_three_calls_in_a_row_share_a_state(machine: Machine) -> None:
         assert (state / "mark").exists() == (number > 0)
         (state / "mark").touch()
         assert (machine.out / "nvidia-h100-claimed/ceilings.json").exists()
-        for built in ("images/resize.json", "tuned/sm_90.json"):
+        for built in ("binaries/resize.json", "tuned/sm_90.json"):
             file = machine.tree / "kernels/vitrail_kernels" / built
             file.parent.mkdir(exist_ok=True)
             file.write_text('{"provenance": {}, "configs": {}}')
