@@ -34,8 +34,8 @@ def export_clip(folder: Path) -> None:
 
 def export_vit(folder: Path) -> None:
     """An image tower without a projection, and a head over `LABELS`."""
-    labelled = {"id2label": dict(enumerate(LABELS)), "problem_type": PROBLEM}
-    _export("ViTForImageClassification", {**_TOWER, **labelled}, folder, [ARCH])
+    labeled = {"id2label": dict(enumerate(LABELS)), "problem_type": PROBLEM}
+    _export("ViTForImageClassification", {**_TOWER, **labeled}, folder, [ARCH])
 
 
 def export_dinov2(folder: Path) -> None:
@@ -47,9 +47,9 @@ def export_dinov2(folder: Path) -> None:
 
 def export_deit(folder: Path) -> None:
     """A head over the class token, and one over the distillation token."""
-    labelled = {"id2label": dict(enumerate(LABELS))}
+    labeled = {"id2label": dict(enumerate(LABELS))}
     architecture = "DeiTForImageClassificationWithTeacher"
-    _export(architecture, {**_TOWER, **labelled}, folder, [ARCH])
+    _export(architecture, {**_TOWER, **labeled}, folder, [ARCH])
 
 
 def export_two(folder: Path) -> None:

@@ -49,8 +49,8 @@ def seeds() -> dict[str, list[bytes]]:
     rgb = Image.fromarray(dice.integers(0, 256, (6, 7, 3), np.uint8)).resize((56, 48))
     alpha = rgb.copy()
     alpha.putalpha(rgb.convert("L"))
-    palette, grey = rgb.quantize(32), rgb.convert("L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette, gray = rgb.quantize(32), rgb.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6
     text = PngImagePlugin.PngInfo()
@@ -66,7 +66,7 @@ def seeds() -> dict[str, list[bytes]]:
         "JPEG": [
             saved(rgb, "JPEG"),
             saved(rgb, "JPEG", progressive=True, quality=95, exif=exif.tobytes()),
-            saved(grey, "JPEG"),
+            saved(gray, "JPEG"),
             saved(rgb.convert("CMYK"), "JPEG"),
             saved(rgb, "JPEG", icc_profile=bytes(range(256)) * 4, restart_marker_blocks=2),
         ],
@@ -76,7 +76,7 @@ def seeds() -> dict[str, list[bytes]]:
             saved(palette, "PNG", transparency=3),
             saved(deep, "PNG"),
             saved(rgb.convert("1"), "PNG"),
-            saved(grey, "PNG", icc_profile=bytes(range(256)) * 4, exif=exif.tobytes()),
+            saved(gray, "PNG", icc_profile=bytes(range(256)) * 4, exif=exif.tobytes()),
             saved(rgb, "PNG", save_all=True, append_images=frames),
         ],
         "WEBP": [
@@ -90,7 +90,7 @@ def seeds() -> dict[str, list[bytes]]:
             saved(palette, "GIF", transparency=2, interlace=0),
             saved(rgb, "GIF", save_all=True, append_images=frames),
         ],
-        "BMP": [saved(i, "BMP") for i in (rgb, alpha, palette, grey, rgb.convert("1"))],
+        "BMP": [saved(i, "BMP") for i in (rgb, alpha, palette, gray, rgb.convert("1"))],
     }
 
 

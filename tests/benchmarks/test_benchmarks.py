@@ -123,7 +123,7 @@ def test_variants_are_timed_in_turn_after_warming_up() -> None:
     assert seconds == {"slow": [3.0] * 4, "fast": [1.0] * 4}
 
 
-def test_latency_includes_the_synchronisation() -> None:
+def test_latency_includes_the_synchronization() -> None:
     clock = Clock()
     timer = harness.host_timer(synchronize=clock.work(2.0), clock=clock)
     assert timer(clock.work(0.5)) == 2.5

@@ -54,7 +54,7 @@ class Shadow {
     using Required = std::vector<std::array<u32, 3>>;  // agent, clock, clock that must be visible
     void record(Required* required) { required_ = required; }
     static bool meets(const Clocks& clocks, const Required& required);
-    // A use of an mbarrier, whose initialisation must come before.
+    // A use of an mbarrier, whose initialization must come before.
     void use_mbarrier(const Warp& warp, u32 address);
 
     u64 same_writes = 0;

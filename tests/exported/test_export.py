@@ -739,7 +739,7 @@ def test_a_rewritten_record_is_itself_no_damage(copy: Path) -> None:
     ("changes", "said"),
     {
         "version": ({"version": "0.0.1"}, "contradict each other"),
-        "no such field": ({"colour": 1}, "other fields"),
+        "no such field": ({"color": 1}, "other fields"),
         "type": ({"logit_scale": "100"}, "logit_scale: got '100'"),
         "dtype": ({"dtype": "float32"}, "dtype: got 'float32', wanted one of"),
         "no build": ({"builds": {}}, "builds: got none"),
@@ -751,7 +751,7 @@ def test_a_rewritten_record_is_itself_no_damage(copy: Path) -> None:
         "no size": ({"size": None}, "size: got None"),
         "small size": ({"size": [32, 4]}, "size: got"),
         "spec": ({"spec": {}}, "spec"),
-        "spec's fields": ({"spec": lambda spec: {**spec, "colour": 1}}, "spec: got"),
+        "spec's fields": ({"spec": lambda spec: {**spec, "color": 1}}, "spec: got"),
         "spec's default": (
             {"spec": lambda spec: {key: value for key, value in spec.items() if key != "head"}},
             "spec: got fields left out, wanted every one",

@@ -138,7 +138,7 @@ class Zoo:
 
 
 def images(count: int, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
-    """Smooth pixels of many colours and contrasts, so that embeddings differ: fp32, on the device.
+    """Smooth pixels of many colors and contrasts, so that embeddings differ: fp32, on the device.
 
     ``size``: 224 by 224 unless given; small in a dry run.
     """
@@ -148,9 +148,9 @@ def images(count: int, size: tuple[int, int] | None = None, seed: int = 0) -> Te
     def noise(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=dice, device=DEVICE)
 
-    colour, contrast = 1.5 * noise(3, 1, 1), noise(1, 1, 1).abs() + 0.3
+    color, contrast = 1.5 * noise(3, 1, 1), noise(1, 1, 1).abs() + 0.3
     shapes = F.interpolate(noise(3, 4, 4), (height, width), mode="bicubic")
-    return colour + contrast * shapes + 0.1 * noise(3, height, width)
+    return color + contrast * shapes + 0.1 * noise(3, height, width)
 
 
 def texts(model: vitrail.Model, count: int, seed: int = 0) -> list[list[int]]:

@@ -134,7 +134,7 @@ def test_every_token_has_its_bits_in_any_batch(dtype: torch.dtype, zoo: Zoo) -> 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
 def test_bytes_and_strings_of_the_bundled_model(dtype: torch.dtype) -> None:
-    """uint8 pixels, through the projection with the normalisation folded in."""
+    """uint8 pixels, through the projection with the normalization folded in."""
     model = vitrail.load(BUNDLED, device=DEVICE, dtype=dtype, backend=RUNNER)
     pool = torch.randint(256, (max(SIZES[:-1]), 56, 56, 3), dtype=torch.uint8).numpy()
     words = ["a red star", "a circle", "a blue square above a green star", "two"]

@@ -107,7 +107,7 @@ def test_a_side_stream_gives_the_same(zoo: Zoo) -> None:
 
 
 def test_streams_that_run_at_once_do_not_share_memory(zoo: Zoo) -> None:
-    """No synchronisation between calls on three streams, of other images and batches."""
+    """No synchronization between calls on three streams, of other images and batches."""
     model = zoo.ours("ViT-B/16")
     inputs = [images(count, seed=count) for count in (1, 8, 33)]
     wanted = [embedded(model, pixels) for pixels in inputs]

@@ -89,7 +89,7 @@ def test_linear_from_more_numbers() -> None:
 
 
 def test_linear_to_more_numbers() -> None:
-    """Query, key and value of normalised rows: out is (M, 3 C)."""
+    """Query, key and value of normalized rows: out is (M, 3 C)."""
     room(18 * GIB)
     n = 3 * WIDTH
     rows = past_edge(n)

@@ -67,13 +67,13 @@ def shortest(size: Size, edge: int) -> Size:
 @pytest.mark.parametrize("channels", [3] if DRY else [1, 3, 4])
 @pytest.mark.parametrize("resample", [3] if DRY else range(6))
 def test_resized_and_cropped_bytes_are_the_references(resample: int, channels: int) -> None:
-    """The centre, and windows that reach past the image."""
+    """The center, and windows that reach past the image."""
     edge, side = (12, 10) if DRY else (256, 224)
     sizes = tuple((h // 16 + 1, w // 16 + 1) for h, w in SIZES) if DRY else SIZES
     targets = tuple(shortest(size, edge) for size in sizes)
-    centre = tuple(((h - side) // 2, (w - side) // 2) for h, w in targets)
+    center = tuple(((h - side) // 2, (w - side) // 2) for h, w in targets)
     past = tuple((-20, w - side // 2) for _, w in targets)
-    for corners in (centre, past):
+    for corners in (center, past):
         assert_same_bytes(Batch(sizes, targets, corners, (side, side), resample), channels)
 
 

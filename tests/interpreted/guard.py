@@ -1,7 +1,7 @@
 """Tensors whose last byte is the last of its page, with a page after it that kills who reads it.
 
 Triton's interpreter reads raw memory: a load past the end of an input goes unseen unless nothing is
-mapped there. On a GPU such a load would read a neighbour's data, or fault.
+mapped there. On a GPU such a load would read a neighbor's data, or fault.
 """
 
 from __future__ import annotations

@@ -98,9 +98,9 @@ CASES: dict[str, dict[str, Any]] = {
     "16 by 16, a remainder": {"size": (37, 51), "patch": (16, 16), "batch": 2, "prefix": 5},
     "14 by 14": {"size": (28, 56), "patch": (14, 14), "batch": 3, "width": 72},
     "14 by 14, a remainder": {"size": (41, 45), "patch": (14, 14), "prefix": 5},
-    "14 by 14, grey": {"size": (28, 30), "patch": (14, 14), "channels": 1, "batch": 3},
+    "14 by 14, gray": {"size": (28, 30), "patch": (14, 14), "channels": 1, "batch": 3},
     "4 by 4": {"size": (33, 34), "patch": (4, 4), "width": 200},
-    "4 by 4, grey": {"size": (9, 11), "patch": (4, 4), "channels": 1, "batch": 3, "prefix": 0},
+    "4 by 4, gray": {"size": (9, 11), "patch": (4, 4), "channels": 1, "batch": 3, "prefix": 0},
     "5 by 5": {"size": (17, 13), "patch": (5, 5), "batch": 3, "prefix": 5},
     "not square": {"size": (24, 30), "patch": (8, 3), "batch": 2, "width": 128},
     "single pixels": {"size": (5, 3), "patch": (1, 1), "width": 30},
@@ -295,9 +295,9 @@ def test_a_crop_of_larger_images_is_read_in_place(uint8: bool, patch: tuple[int,
 
 def test_one_plane_for_all_channels_is_read_in_place() -> None:
     pixels, weight, table, _ = patch_case(2, (9, 9), (4, 4), uint8=False, dtype=torch.float16)
-    grey = pixels[:, :1].expand(-1, 3, -1, -1)
-    expected, _ = run(grey.contiguous(), padded(weight), table, (4, 4), 1)
-    assert same_bits(run(grey, padded(weight), table, (4, 4), 1)[0], expected)
+    gray = pixels[:, :1].expand(-1, 3, -1, -1)
+    expected, _ = run(gray.contiguous(), padded(weight), table, (4, 4), 1)
+    assert same_bits(run(gray, padded(weight), table, (4, 4), 1)[0], expected)
 
 
 def test_images_past_two_billion_bytes() -> None:

@@ -22,7 +22,7 @@ pytestmark = [
 
 TARGETS = (Target(90, 3), Target(80, 3))
 DTYPES = (torch.float16, torch.float32)
-KINDS = ("projected", "normalised")
+KINDS = ("projected", "normalized")
 Ends = dict[str, Tensor | None]
 
 
@@ -105,7 +105,7 @@ def test_the_widest_with_no_bias(dtype: torch.dtype) -> None:
 def test_a_norm_is_its_formula(width: int, extra: int, dtype: torch.dtype) -> None:
     batch = max(1, row_config(TARGETS[0], "", width).block_m + extra)
     x = (normal(batch, width) * torch.logspace(-2, 2, batch)[:, None]).to(dtype)
-    judge(x, ends_of("normalised", width, dtype), target=TARGETS[extra % 2])
+    judge(x, ends_of("normalized", width, dtype), target=TARGETS[extra % 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -194,7 +194,7 @@ def held(call: Call) -> KernelConfig:
     assert limits[0] > 0
     assert limits[-1] == 1 << 31
     configs = [config for _, config in ladder]
-    assert all(a != b for a, b in itertools.pairwise(configs)), "neighbours are equal"
+    assert all(a != b for a, b in itertools.pairwise(configs)), "neighbors are equal"
     return next(config for limit, config in ladder if call.rows <= limit)
 
 
@@ -328,7 +328,7 @@ def numbers(batch: int, tokens: int) -> list[dict[str, int]]:
 
 @pytest.mark.skipif(interpreted(), reason="interpreted: kernels have no parameters")
 def test_every_number_of_a_call_is_affine_in_sequences_and_tokens() -> None:
-    """Numbers at three neighbouring sizes lie on a line: C++ can fill them in for any size.
+    """Numbers at three neighboring sizes lie on a line: C++ can fill them in for any size.
 
     64, 65 and 66 tokens are where one tile becomes two.
     """

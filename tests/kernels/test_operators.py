@@ -103,8 +103,8 @@ PLAIN = {
 
 def explicit_norm(x: Tensor, eps: float) -> Tensor:
     mean = x.sum(1, keepdim=True) / x.shape[1]
-    centred = x - mean
-    return centred / torch.sqrt((centred * centred).sum(1, keepdim=True) / x.shape[1] + eps)
+    centered = x - mean
+    return centered / torch.sqrt((centered * centered).sum(1, keepdim=True) / x.shape[1] + eps)
 
 
 def explicit_linear(
@@ -283,7 +283,7 @@ def test_linear_at_odd_widths(n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.5])
-def test_linear_normalises_with_the_epsilon_it_is_given(eps: float, dtype: torch.dtype) -> None:
+def test_linear_normalizes_with_the_epsilon_it_is_given(eps: float, dtype: torch.dtype) -> None:
     """Rows of a standard deviation from 1e-3 to 1: the epsilon shows."""
     x = (normal(50, 64) * torch.logspace(-3, 0, 50)[:, None]).to(dtype)
     weight, bias = normal(24, 64, dtype=dtype, sd=0.1), normal(24)
@@ -843,22 +843,22 @@ def resampling(size: int, target: int, antialias: bool) -> Tensor:
     """The (target, size) fp64 matrix of a one-dimensional bicubic resize, align_corners=False.
 
     Plain: a = -0.75, four taps, borders repeated. Antialiased: a = -0.5 as in Pillow, the kernel
-    stretched where the grid shrinks, taps outside left out and the rest normalised.
+    stretched where the grid shrinks, taps outside left out and the rest normalized.
     """
     matrix, ratio = torch.zeros(target, size, dtype=torch.float64), size / target
     for row in range(target):
-        centre = (row + 0.5) * ratio
+        center = (row + 0.5) * ratio
         if not antialias:
-            first = math.floor(centre - 0.5)
+            first = math.floor(center - 0.5)
             for tap in range(first - 1, first + 3):
-                value = cubic(centre - 0.5 - tap, -0.75)
+                value = cubic(center - 0.5 - tap, -0.75)
                 matrix[row, min(max(tap, 0), size - 1)] += value
             continue
         stretch = max(ratio, 1.0)
-        low = max(int(centre - 2 * stretch + 0.5), 0)
-        high = min(int(centre + 2 * stretch + 0.5), size)
+        low = max(int(center - 2 * stretch + 0.5), 0)
+        high = min(int(center + 2 * stretch + 0.5), size)
         for tap in range(low, high):
-            matrix[row, tap] = cubic((tap - centre + 0.5) / stretch, -0.5)
+            matrix[row, tap] = cubic((tap - center + 0.5) / stretch, -0.5)
         matrix[row] /= matrix[row].sum()
     return matrix
 
@@ -1085,12 +1085,12 @@ def test_pool_without_a_projection_is_its_formula(
     for eps in (1e-12, 1e-5, 0.5):
         out, status = run_pool(x, index, affine=(gamma, beta), eps=eps)
         expected = explicit_norm(picked.double(), eps) * gamma.double() + beta.double()
-        assert_close(out, expected, name="normalised")
+        assert_close(out, expected, name="normalized")
         assert status.tolist() == [0] * len(out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("projected", [True, False], ids=["projected", "normalised"])
+@pytest.mark.parametrize("projected", [True, False], ids=["projected", "normalized"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_pool_marks_the_items_that_are_not_finite(
     value: float, projected: bool, dtype: torch.dtype

@@ -594,7 +594,7 @@ def test_intermediate_layers_equal_the_formula_of_dinov2(architecture: str, tmp_
                 assert_close(one, other, what="model", name=name)
 
 
-def test_by_default_the_last_block_normalised_without_class_token_is_given(tmp_path: Path) -> None:
+def test_by_default_the_last_block_normalized_without_class_token_is_given(tmp_path: Path) -> None:
     model = make("Dinov2WithRegistersModel")
     ours = loaded(model, tmp_path)
     pixels = arguments("Dinov2WithRegistersModel", model.config)["pixel_values"]
@@ -689,7 +689,7 @@ def test_16_bits_err_at_most_twice_as_much_as_pytorch(
 def test_images_in_16_bits_err_at_most_twice_as_much_as_pytorch(dtype: str, tmp_path: Path) -> None:
     model, processor = clip_folder(tmp_path)
     dice = torch.Generator().manual_seed(0)
-    # near the processor's mean, where the folded normalisation has the most to take away again
+    # near the processor's mean, where the folded normalization has the most to take away again
     images = torch.randint(80, 160, (agreement.CORPUS, 32, 32, 3), generator=dice).to(torch.uint8)
     pixels = processor.image_processor(list(images.numpy()), return_tensors="pt").pixel_values
     theirs = image_embedding(model, pixels)

@@ -252,7 +252,7 @@ def test_columns_past_a_patch_are_zero(tmp_path: Path, compute: torch.dtype) -> 
 def test_uint8_bias_belongs_to_the_rounded_weights(
     tmp_path: Path, family: str, compute: torch.dtype
 ) -> None:
-    """Pixels at the mean of the normalisation are zeros, and must leave nothing but the bias."""
+    """Pixels at the mean of the normalization are zeros, and must leave nothing but the bias."""
     spec = SPECS[family].vision
     assert spec is not None
     tensors, weights = loaded(tmp_path, SPECS[family], compute=compute)
@@ -269,10 +269,10 @@ def test_uint8_and_float_projections_agree(tmp_path: Path, family: str) -> None:
     assert spec is not None
     _, weights = loaded(tmp_path, SPECS[family])
     pixels = torch.randint(256, (3, *spec.image, 3), dtype=torch.uint8)
-    normalised = (pixels.double() * A + B).permute(0, 3, 1, 2)
+    normalized = (pixels.double() * A + B).permute(0, 3, 1, 2)
     folded, plain = (
         embedded(weights, spec, image, kind)
-        for image, kind in ((pixels, "uint8"), (normalised.float(), "float"))
+        for image, kind in ((pixels, "uint8"), (normalized.float(), "float"))
     )
     assert_close(folded, plain)
 
@@ -733,7 +733,7 @@ def noisy(pixels: Tensor) -> Tensor:
 
 
 def smooth(pixels: Tensor) -> Tensor:
-    """The patches' own mean colour, a little of their texture: what photos are like."""
+    """The patches' own mean color, a little of their texture: what photos are like."""
     image = pixels.double()
     mean = image.mean(dim=(1, 2), keepdim=True)
     return (mean + (image - mean) / 10).round().to(torch.uint8)
@@ -750,12 +750,12 @@ class Projection:
     pixels: Tensor
 
     @property
-    def normalised(self) -> Tensor:
+    def normalized(self) -> Tensor:
         return (self.pixels.double() * A + B).permute(0, 3, 1, 2)
 
     def plain(self, dtype: torch.dtype) -> Tensor:
-        """PyTorch's convolution of the normalised pixels."""
-        operands = (t.to(dtype) for t in (self.normalised, self.kernel, self.bias))
+        """PyTorch's convolution of the normalized pixels."""
+        operands = (t.to(dtype) for t in (self.normalized, self.kernel, self.bias))
         return F.conv2d(*operands, stride=14).flatten(1)
 
 
