@@ -1,4 +1,4 @@
-"""What surrounds a model on a GPU: compilers, caches and drivers that are missing, old or broken.
+"""The environment of a model on a GPU: compilers, caches and drivers, missing, old or broken.
 
 The driver stand-in is the GPU. Fresh processes are started only if a process's first import or its
 environment is the subject.
@@ -81,7 +81,7 @@ def open_model(driver: standin.Standin) -> Model:
 
 
 def embed(model: Model, size: tuple[int, int] = (64, 64)) -> tuple[int, ...]:
-    """Shape of the embedding of two images: what the stand-in writes there are no numbers."""
+    """Shape of the embedding of two images; the stand-in writes no meaningful numbers."""
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
     return model._image_encoder("embed").tower.embeddings(pixels)["vision.embedding"].shape
 
@@ -252,7 +252,7 @@ def test_a_folder_that_others_may_write_is_told(
         assert record(call) == b"a record"
     [file] = cache.iterdir()
     file.unlink()
-    file.mkdir()  # what fails is told all the same
+    file.mkdir()  # the error is reported all the same
     with pytest.warns(RuntimeWarning, match=f"^kernel cache: {cache}: Is a directory, so"):
         assert record(call) == b"a record"
 
@@ -288,7 +288,7 @@ def test_the_oldest_entries_go_when_there_are_too_many(
 def test_threads_that_compile_at_once_keep_their_own_triton_caches(
     cache: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What another thread compiles in the meantime goes where it would go."""
+    """Kernels that another thread compiles in the meantime go to its usual cache."""
     from triton import knobs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -303,7 +303,7 @@ def test_threads_that_compile_at_once_keep_their_own_triton_caches(
     assert knobs.cache.manager_class is before
 
 
-# -- what serves, and why the next better does not -------------------------------------------------
+# -- the backend that serves, and why the next better does not -------------------------------------
 
 GPU = torch.device("cuda", 0)
 

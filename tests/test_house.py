@@ -41,7 +41,7 @@ ORDER = (
 # These import nothing of vitrail but each other. `_C` is the C++ extension.
 FROM_ANYWHERE = {"_C", "_version", "cuda", "dtypes", "durable", "errors", "torch_modes"}
 
-# What each package may import besides the standard library and itself.
+# The imports of each package besides the standard library and itself.
 MAY_IMPORT = {
     "vitrail": {
         "huggingface_hub",
@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "vitrail_kernels": {"numpy", "torch", "triton"},
 }
 FORBIDDEN_IMPORTS = {"transformers", "timm", "open_clip", "torchvision", "pickle", "marshal"}
-ORACLES = {"transformers"}  # verify.py compares with it where it is installed
+ORACLES = {"transformers"}  # verify.py compares with it if it is installed
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load"}
 
 TEXT = {".cpp", ".cu", ".hpp", ".json", ".md", ".py", ".pyi", ".toml", ".txt", ".yaml"}
@@ -98,7 +98,7 @@ def _unit(dotted: str) -> str:
 
 
 def _text_files() -> Iterator[Path]:
-    """Every text file of the project; what make and the tools leave behind is not looked into."""
+    """Every text file of the project, without the files that make and the tools build."""
     left = re.compile(r"\.(git|venv.*|hypothesis|benchmarks)|build|dist|.*cache_*|.*\.egg-info")
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if not left.fullmatch(name)]
@@ -113,7 +113,7 @@ def _pins() -> dict[str, str]:
 
 
 def _python(code: str) -> str:
-    """What a fresh interpreter in the project's folder prints."""
+    """The output of a fresh interpreter in the project's folder."""
     paths = os.pathsep.join(str(package.parent) for package in (ENGINE, KERNELS))
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -164,21 +164,21 @@ def test_a_package_imports_only_what_it_may(path: Path) -> None:
 def test_no_source_evaluates_or_unpickles(path: Path) -> None:
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Call):
-            where = f"{path.name}:{node.lineno}"
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, where
-            assert all(keyword.arg != "allow_pickle" for keyword in node.keywords), where
+            location = f"{path.name}:{node.lineno}"
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, location
+            assert all(keyword.arg != "allow_pickle" for keyword in node.keywords), location
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_every_assert_has_a_message_and_every_broad_except_does_something(path: Path) -> None:
     for node in ast.walk(_tree(path)):
-        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        location = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Assert):
-            assert node.msg is not None, f"{where}: assert without a message"
+            assert node.msg is not None, f"{location}: assert without a message"
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"}
             empty = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
-            assert not (broad and empty), f"{where}: an error vanishes"
+            assert not (broad and empty), f"{location}: an error vanishes"
 
 
 # ---- layout
@@ -243,8 +243,8 @@ def test_every_sample_photo_has_its_credit_and_is_small() -> None:
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
-    wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
-    names = {re.split(r"[^A-Za-z0-9_-]", one)[0].replace("_", "-").lower() for one in wanted}
+    wanted = [*project["dependencies"], *(package for extra in extras for package in extra)]
+    names = {re.split(r"[^A-Za-z0-9_-]", name)[0].replace("_", "-").lower() for name in wanted}
     assert names <= _pins().keys()
 
 

@@ -1,4 +1,4 @@
-"""What is built and packed: the CUDA binaries and who decides on them, the sdist, the wheel."""
+"""Builds and packages: the CUDA binaries and their settings, the sdist, the wheel."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def has_nvcc() -> bool:
 
 
 def python(
-    *arguments: str | Path, where: Path, code: int = 0, **settings: str
+    *arguments: str | Path, folder: Path, code: int = 0, **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that sees of the environment only what is given."""
+    """Run a fresh interpreter in ``folder`` with only ``settings`` in its environment."""
     kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
     done = subprocess.run(
         [sys.executable, *arguments],
-        cwd=where,
+        cwd=folder,
         env={**kept, "OMP_NUM_THREADS": "1", **settings},
         capture_output=True,
         text=True,
@@ -63,17 +63,17 @@ def python(
 
 
 def hook(name: str, tree: Path, *arguments: Path, **settings: str) -> str:
-    """A build hook in ``tree``, as pip calls it there; what it says."""
+    """The output of a build hook in ``tree``, called as pip calls it."""
     call = f"import sys; sys.path[0] = 'csrc'; import backend; hook = backend.{name};"
     done = python(
-        "-c", f"{call} print('hook', hook(*sys.argv[1:]))", *arguments, where=tree, **settings
+        "-c", f"{call} print('hook', hook(*sys.argv[1:]))", *arguments, folder=tree, **settings
     )
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a clone would have: no caches, nothing built."""
+    """The files of a clone: no caches, nothing built."""
     folder = tmp_path_factory.mktemp("clone")
     left = shutil.ignore_patterns("__pycache__", "*.so", "binaries")
     for name in SOURCES:
@@ -152,12 +152,12 @@ class Step:
         return place
 
     def run(self, code: int = 0, knows: str = "", fails: str = "", **settings: str | Path) -> str:
-        """What the step says. PATH has what is given and nothing else."""
+        """The output of the step. PATH has only the given programs."""
         self.log.write_text("")
         given = {"PATH": self.folder / "nothing", **settings}
         done = python(
             *("setup.py", "-q", "build_cuda_binaries", "--build-lib", self.folder / "lib"),
-            where=self.tree,
+            folder=self.tree,
             code=code,
             FAKE_KNOWS=knows or " ".join(f"sm_{arch}" for arch in ARCHITECTURES),
             FAKE_FAILS=fails,
@@ -260,7 +260,7 @@ def test_a_compiler_is_fetched_only_when_asked_for_and_missing(step: Step) -> No
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the sdist, with whatever compilers are here."""
+    """The wheel of the sdist, with the compilers of this machine."""
     folder = tmp_path_factory.mktemp("wheel")
     hook("build_sdist", tree, folder)
     (sdist,) = folder.glob("*.tar.gz")
@@ -318,7 +318,7 @@ def test_the_wheel_imports_without_gpu_compiler_or_toolkit(wheel: Path, tmp_path
         print(native and native.__file__, len(image.code) if image else 0, sep="\\n")
     """
     settings = {"PATH": str(nowhere), "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
-    said = python("-c", textwrap.dedent(code), model, where=nowhere, **settings).stdout
+    said = python("-c", textwrap.dedent(code), model, folder=nowhere, **settings).stdout
     *files, resize, native, module, size = said.splitlines()
     built = names(wheel)
     assert files == [f"{site}/{name}/__init__.py" for name in ("vitrail", "vitrail_kernels")]
@@ -349,7 +349,7 @@ def test_without_any_compiler_the_wheel_is_pure_python(tree: Path, tmp_path: Pat
 def test_an_editable_install_builds_in_place_and_nothing_packs_that(
     step: Step, tmp_path: Path
 ) -> None:
-    """The image of a working copy may be an old one."""
+    """A working copy may have an old CUDA binary."""
     settings = {"PATH": str(step.compiler("bin")), "CC": "false", "CXX": "false"}
     settings |= {"FAKE_LOG": str(step.log), "FAKE_KNOWS": "sm_80"}
     in_place = step.tree / "kernels" / BINARIES

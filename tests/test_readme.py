@@ -1,4 +1,4 @@
-"""Every command and every snippet of the README does what it shows, with small random models."""
+"""Every command and snippet of the README works as shown, with small random models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
 
 
 def _cached(hub: Path, repo: str) -> Path:
-    """An empty snapshot of ``repo`` where huggingface_hub looks for downloads."""
+    """An empty snapshot of ``repo`` in the cache of huggingface_hub."""
     home = hub / f"models--{repo.replace('/', '--')}"
     revision = "0123456789abcdef0123456789abcdef01234567"
     (home / "refs").mkdir(parents=True)
