@@ -654,8 +654,15 @@ def test_no_items_give_all_fields_without_rows(architecture: str, tmp_path: Path
 # -- 16 bits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "outliers"),
+    [
+        pytest.param("float16", True, id="float16-outliers"),
+        pytest.param("bfloat16", False, id="bfloat16-plain"),
+        pytest.param("float16", False, id="float16-plain", marks=pytest.mark.slow),
+        pytest.param("bfloat16", True, id="bfloat16-outliers", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_16_bits_err_at_most_twice_as_much_as_pytorch(
     architecture: str, dtype: str, outliers: bool, tmp_path: Path
