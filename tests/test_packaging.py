@@ -309,7 +309,7 @@ def test_the_wheel_imports_without_gpu_compiler_or_toolkit(wheel: Path, tmp_path
     model = site / "vitrail/assets/clip"
     code = """
         import sys, vitrail, vitrail_kernels
-        from vitrail import info
+        from vitrail.tools import info
         from vitrail_kernels.cuda_binary import cuda_binary
         print(vitrail.__file__, vitrail_kernels.__file__, sep="\\n")
         image, facts = cuda_binary("resize"), info.read(sys.argv[1])[1]["serving"]
