@@ -5,6 +5,8 @@ kernels' parameters and launches them (csrc/executor.hpp). PyTorch allocates the
 the current stream.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections import OrderedDict

@@ -1,5 +1,7 @@
 """Activations by name, in PyTorch and inside a kernel."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -3,6 +3,8 @@
 A launch attribute allows this. Without that attribute the instructions below do nothing.
 """
 
+from __future__ import annotations
+
 from vitrail_kernels.launch import jit, tl
 
 

@@ -5,6 +5,8 @@ them idle. The hardware places a first block on every multiprocessor before it a
 to any. So the second half of the grid waits once, for about half a tile.
 """
 
+from __future__ import annotations
+
 from vitrail_kernels.launch import jit, tl
 
 TILES = 16

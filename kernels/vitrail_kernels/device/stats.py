@@ -10,6 +10,8 @@ E[x^2] - E[x]^2. Every kernel adds the chunks in order, so that the bits of a ro
 the tile.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """A tile of a matrix product: its place in the output, and the epilogue after the product."""
 
+from __future__ import annotations
+
 from vitrail_kernels.device.activations import activate
 from vitrail_kernels.device.stats import store_stats
 from vitrail_kernels.launch import jit, tl

@@ -11,6 +11,8 @@ keys: 197 tokens are three full tiles, then 5 keys. The last tile is masked. Its
 as 0, because a hidden NaN would spread through 0 * NaN.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

@@ -5,6 +5,8 @@ FLOPs  4 E sum(T) per head      bytes  M 2 C + 2 B C      bound  by the read of 
 Every slot of a key tile has its own softmax. The slots are joined at the end.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

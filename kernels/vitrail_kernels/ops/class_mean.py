@@ -3,6 +3,8 @@
 out = (x[0], mean of x[prefix:])      bytes  M C + 2 B C      bound  by memory
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -8,6 +8,8 @@ take two passes over registers. E[x^2] - E[x]^2 would read as much, and is off b
 is 1000 times the deviation.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

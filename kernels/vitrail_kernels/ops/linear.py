@@ -10,6 +10,8 @@ statistics of x, and s is the row sums of the rounded W. Centering W, which make
 the error was 4e-3 instead of 2e-4 if the mean is 20 times the deviation.
 """
 
+from __future__ import annotations
+
 import functools
 
 import torch

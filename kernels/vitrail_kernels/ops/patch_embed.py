@@ -16,6 +16,8 @@ width values. A tile covers tokens, with the class and register tokens among the
 these are masked to 0, so that table and statistics need no special case.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 

@@ -9,6 +9,8 @@ compute dtype. The arithmetic doubles, but it is not the bound. `linear` subtrac
 sum from the product instead, which loses digits if the mean is large.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -11,6 +11,8 @@ shrinks, drops taps outside the grid and normalizes the weights. All distances a
 2 h or 2 g, so that the kernel finds taps and distances in integers and rounds only the weights.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

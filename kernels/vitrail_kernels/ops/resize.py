@@ -13,6 +13,8 @@ sums has the same bits. With 255 times the largest sum of weights (Lanczos at an
 65 % of 31 bits.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -3,6 +3,8 @@
 FLOPs  none counted       bytes  3 M C       bound  by memory
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
