@@ -93,3 +93,39 @@ except RuntimeError as error:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["torch (2, 128)", "kernels: triton is not installed"]
+
+
+@pytest.mark.parametrize("package", ["triton", "vitrail._C", "pyarrow", "transformers"])
+def test_every_module_imports_without_an_optional_package(package: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    code = f"""
+import importlib
+import pkgutil
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest, **named: None if name == {package!r} else find_spec(name, *rest, **named)
+)
+import vitrail
+import vitrail_kernels
+
+for root in (vitrail, vitrail_kernels):
+    for module in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+        if module.name not in ({package!r}, "vitrail.cli.__main__"):
+            importlib.import_module(module.name)
+try:
+    importlib.import_module({package!r})
+except ImportError:
+    print("without it")
+"""
+    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels"))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["without it"]
