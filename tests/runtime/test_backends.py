@@ -95,7 +95,14 @@ except RuntimeError as error:
     assert done.stdout.splitlines() == ["torch (2, 128)", "kernels: triton is not installed"]
 
 
-@pytest.mark.parametrize("package", ["triton", "vitrail._C", "pyarrow", "transformers"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "triton",
+        "vitrail._C",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pyarrow", "transformers")),
+    ],
+)
 def test_every_module_imports_without_an_optional_package(package: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     code = f"""
