@@ -68,3 +68,19 @@ def read_range(descriptor: int, offset: int, count: int, path: Path) -> bytearra
     data = bytearray(count)
     read_exactly(descriptor, offset, memoryview(data), path)
     return data
+
+
+def read_file(path: Path, limit: int, content: str = "") -> bytearray:
+    """The bytes of a regular file. Raises CheckpointError if it has more than ``limit`` bytes.
+
+    ``content`` ends the message, for example " of JSON".
+    """
+    descriptor = open_regular(path)
+    try:
+        with reading(path):
+            size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise refusal(show_path(path), f"{size:,} bytes", f"at most {limit:,}{content}")
+        return read_range(descriptor, 0, size, path)
+    finally:
+        os.close(descriptor)

@@ -3,13 +3,12 @@
 import itertools
 import json
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vitrail.checkpoint.regular import open_regular, read_range, reading
+from vitrail.checkpoint.regular import read_file
 from vitrail.errors import CheckpointError, refusal, show, show_path
 
 MAX_JSON_BYTES = 1 << 20
@@ -27,16 +26,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most ``limit`` bytes, as strict as `parse_json`."""
-    descriptor = open_regular(path)
-    try:
-        with reading(path):
-            size = os.fstat(descriptor).st_size
-        if size > limit:
-            raise refusal(show_path(path), f"{size:,} bytes", f"at most {limit:,} bytes of JSON")
-        raw = read_range(descriptor, 0, size, path)
-    finally:
-        os.close(descriptor)
-    return parse_json(raw, show_path(path))
+    return parse_json(read_file(path, limit, " bytes of JSON"), show_path(path))
 
 
 def parse_json(raw: Raw, location: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vitrail.checkpoint.contents import (
     inside,
 )
 from vitrail.checkpoint.files import Checkpoint
-from vitrail.checkpoint.regular import reading
+from vitrail.checkpoint.regular import read_file
 from vitrail.checkpoint.strict_json import read_json
 from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.exported import contents
@@ -214,13 +214,7 @@ def open_exported(path_or_id: object, revision: str | None = None) -> ExportFold
 def _read_small(path: Path) -> bytes:
     """A file of at most `MAX_BYTES`."""
     _check_exists(path)
-    with reading(path):
-        size = os.stat(path).st_size
-    if size > MAX_BYTES:
-        raise refusal(show_path(path), f"{size:,} bytes", f"at most {MAX_BYTES:,}")
-    raw = bytearray(size)
-    hash_file(path, memoryview(raw))
-    return bytes(raw)
+    return bytes(read_file(path, MAX_BYTES))
 
 
 def _check_exists(path: Path) -> None:
