@@ -43,11 +43,8 @@ def tune(
     from vitrail.zoo import read_spec
     from vitrail_kernels.configs import VARIABLE
 
-    name, sides, batches = (
-        options.require_model(model, "MODEL"),
-        options.parse_size(size),
-        batch or BATCHES,
-    )
+    name = options.require_model(model, "MODEL")
+    sides, batches = options.parse_size(size), batch or BATCHES
     dtype = ALIASES.get(dtype, dtype)
     if dtype not in HALVES:
         raise typer.BadParameter(f"got {dtype!r}, wanted float16 or bfloat16", param_hint="--dtype")

@@ -258,9 +258,7 @@ def _check_files(record: ExportRecord, location: str) -> None:
         if path not in record.files:
             raise refusal(location, f"no {path}", "it among them")
     _, total = contents.position_tables(record.spec, record.dtype, record.size)
-    size, expected = (
-        record.files[contents.WEIGHTS].size,
-        len(contents.weights_header(total)) + total,
-    )
+    size = record.files[contents.WEIGHTS].size
+    expected = len(contents.weights_header(total)) + total
     if size != expected:
         raise refusal(location, f"{size:,} bytes of {contents.WEIGHTS}", f"{expected:,}")

@@ -54,13 +54,14 @@ def check_pixels(
     model: Model,
     names: Sequence[str],
     pictures: Sequence[Image.Image],
+    ours: Sequence[Pixels],
     transformers: ModuleType | None,
 ) -> Iterator[Check]:
+    """``ours``: the result of `preprocess_each`."""
     spec = model.spec.image
     if spec is None:
         yield Check("pixels", "note", "no preprocessor in the folder: nothing to compare")
         return
-    ours = preprocess_each(model, pictures)
     expected = [_pillow_pixels(picture, spec) for picture in pictures]
     yield _compare("Pillow", f"Pillow {PIL.__version__}", ours, expected, spec, names)
     if transformers is None:

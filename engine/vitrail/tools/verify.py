@@ -28,7 +28,7 @@ from vitrail.tools.oracle import (
     spec_faults,
     text_embedding,
 )
-from vitrail.tools.pixels import check_pixels, preprocess_each, read_images
+from vitrail.tools.pixels import Pixels, check_pixels, preprocess_each, read_images
 from vitrail.tools.report import Check, Report
 
 HEADROOM = 4.0
@@ -57,8 +57,9 @@ def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) ->
             checks.append(
                 Check("unreadable images", "note", f"{len(errors)} left out: {errors[0]}")
             )
-        checks += check_pixels(model, names, pictures, transformers)
-        checks += _check_images(model, oracle, names, pictures)
+        pixels = preprocess_each(model, pictures)
+        checks += check_pixels(model, names, pictures, pixels, transformers)
+        checks += _check_images(model, oracle, names, pictures, pixels)
     if texts:
         checks += _check_texts(model, oracle, transformers, list(texts))
     if transformers is None:
@@ -77,9 +78,13 @@ def _check_spec(model: Model, oracle: Any) -> Check:
 
 
 def _check_images(
-    model: Model, oracle: Any, names: Sequence[str], pictures: list[Image.Image]
+    model: Model,
+    oracle: Any,
+    names: Sequence[str],
+    pictures: list[Image.Image],
+    preprocessed: Sequence[Pixels],
 ) -> Iterator[Check]:
-    pixels = [torch.from_numpy(p)[None] for p in preprocess_each(model, pictures)]
+    pixels = [torch.from_numpy(image)[None] for image in preprocessed]
     ours = torch.cat([model.encode_image(p) for p in pixels])
     reference, peer = _references(model, oracle, "encode_image", image_embedding, pixels)
     if reference is not None:
