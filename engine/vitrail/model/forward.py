@@ -32,7 +32,7 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
         cls_logits=class_logits,
         distillation_logits=distillation_logits,
         image_embeds=embeds,
-        status=_status(tokens, pooled, embeds, class_logits, distillation_logits, logits),
+        status=finite_status(tokens, pooled, embeds, class_logits, distillation_logits, logits),
     )
 
 
@@ -75,7 +75,7 @@ def forward_text(
         pooler_output=_returned(spec, "pooler_output", out["text.pooler"]),
         hidden_states=_hidden(out, "text", layers) if hidden else None,
         text_embeds=embeds,
-        status=_status(out["text.last"], embeds),
+        status=finite_status(out["text.last"], embeds),
     )
 
 
@@ -116,7 +116,7 @@ def _normalized(embeds: Tensor | None) -> Tensor | None:
     return None if embeds is None else l2_normalize(embeds)
 
 
-def _status(*outputs: Tensor | None) -> Tensor:
+def finite_status(*outputs: Tensor | None) -> Tensor:
     """(B,) int32: 0 if every number of the item is finite in all outputs, else 1."""
     finite = [torch.isfinite(t).flatten(1).all(dim=1) for t in outputs if t is not None]
     return torch.stack(finite).all(dim=0).logical_not().to(torch.int32)

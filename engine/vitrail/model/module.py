@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.model.forward import finite_status
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.torch_modes import default_modes
 
@@ -36,7 +37,7 @@ def embed_text(ids: Tensor, tower: int, width: int) -> tuple[Tensor, Tensor]:
         if "text.embedding" in out:
             return out["text.embedding"], out["text.status"]
         embedding = out["text.pooler"].float()  # a tower without a projection
-        return embedding, torch.isfinite(embedding).all(dim=1).logical_not().to(torch.int32)
+        return embedding, finite_status(embedding)
 
 
 @embed_image.register_fake
