@@ -14,6 +14,7 @@ from runtime.test_runner import CPU
 from vitrail import runtime as runners
 from vitrail.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
 
 
@@ -62,37 +63,46 @@ def test_a_cpu_gets_torch_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> No
         runners.choose("triton", torch.float16, GPU)
 
 
-def test_everything_but_the_kernels_works_without_triton(tmp_path: Path) -> None:
-    """Without triton the CPU computes all the same, and a kernel names the missing package."""
-    root = Path(__file__).parents[2]
-    code = f"""
+def lines_without(package: str, code: str, folder: Path) -> list[str]:
+    """The lines that ``code`` prints in a process that finds no ``package``."""
+    blocked = f"""
 from importlib.machinery import PathFinder
 
-there = PathFinder.find_spec
+find_spec = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
-    lambda name, *rest: None if name.partition(".")[0] == "triton" else there(name, *rest)
+    lambda name, *rest, **named: None
+    if name == {package!r} or name.startswith({package + "."!r})
+    else find_spec(name, *rest, **named)
 )
+"""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
+    run = subprocess.run(
+        [sys.executable, "-c", blocked + code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_everything_but_the_kernels_works_without_triton(tmp_path: Path) -> None:
+    """Without triton the CPU computes all the same, and a kernel names the missing package."""
+    code = f"""
 import torch
 import vitrail
 from vitrail_kernels import OPERATORS
 
-model = vitrail.load({str(root / "engine/vitrail/assets/clip")!r})
+model = vitrail.load({str(ROOT / "engine/vitrail/assets/clip")!r})
 print(model.backend, tuple(model.encode_image(torch.zeros(2, 3, 56, 56)).shape))
 try:
     OPERATORS["linear"].launch(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8, 8))
 except RuntimeError as error:
     print(error)
 """
-    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels"))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["torch (2, 128)", "kernels: triton is not installed"]
+    lines = lines_without("triton", code, tmp_path)
+    assert lines == ["torch (2, 128)", "kernels: triton is not installed"]
 
 
 @pytest.mark.parametrize(
@@ -104,16 +114,10 @@ except RuntimeError as error:
     ],
 )
 def test_every_module_imports_without_an_optional_package(package: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
     code = f"""
 import importlib
 import pkgutil
-from importlib.machinery import PathFinder
 
-find_spec = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(
-    lambda name, *rest, **named: None if name == {package!r} else find_spec(name, *rest, **named)
-)
 import vitrail
 import vitrail_kernels
 
@@ -126,13 +130,4 @@ try:
 except ImportError:
     print("without it")
 """
-    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels"))
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["without it"]
+    assert lines_without(package, code, tmp_path) == ["without it"]
