@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.compile import KernelCode, compile_all
+from vitrail_kernels.configs import dtype_name
 from vitrail_kernels.cost import Cost
 from vitrail_kernels.device.stats import stats_shape
 from vitrail_kernels.launch import Call, Target
@@ -176,8 +177,7 @@ def table(name: str, arch: int, dtype: torch.dtype, batch: int | None = None) ->
     model_steps = list(steps(shape, dtype, batch))
     calls = [step.calls(target) for step in model_steps]
     codes = iter(compile_all([call for step_calls in calls for call in step_calls], arch))
-    dtype_name = str(dtype).removeprefix("torch.")
-    yield f"{name}, batch {batch or shape.batch}, {dtype_name}, sm_{arch} ({card.name})"
+    yield f"{name}, batch {batch or shape.batch}, {dtype_name(dtype)}, sm_{arch} ({card.name})"
     yield (
         "launch             x   tile          regs spills  shared blocks  tensor core  TMA LDGSTS"
         "       MFLOP        MB   best us (estimate)"

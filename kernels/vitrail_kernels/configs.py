@@ -74,9 +74,14 @@ def ladder_of(limits: Iterable[int], choose: Callable[[int], KernelConfig]) -> L
     return tuple(ladder)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without torch's prefix, for example "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def config_key(op: str, dtype: torch.dtype, shape: str) -> str:
     """The key of a configuration in a tuned table, such as "layernorm|float16|768"."""
-    return f"{op}|{str(dtype).removeprefix('torch.')}|{shape}"
+    return f"{op}|{dtype_name(dtype)}|{shape}"
 
 
 _FORCED: ContextVar[Mapping[str, KernelConfig] | None] = ContextVar("table", default=None)

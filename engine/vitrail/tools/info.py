@@ -194,7 +194,7 @@ def _serving(exported: ExportFolder | None = None) -> dict[str, str]:
         if Target(10 * major + minor, 1).without_tma:
             kernels += f", without TMA ({TMA}=0)"
     return {
-        "backend": f"{backend} on {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
+        "backend": f"{backend} on {device.type.upper()}, {dtype_name(dtype)}",
         "kernels": f"{kernels}; resize: {_resize(name)}",
         "native": _native(),
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vitrail_kernels.configs import KernelConfig, Ladder, config_key, ladder_of, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, config_key, dtype_name, ladder_of, tuned
 from vitrail_kernels.launch import Target, cdiv
 
 KEY_ROWS = (64, 256, 1024, 4096, 16384, 65536, 1 << 31)
@@ -36,7 +36,7 @@ class LinearForm:
         words += [] if self.activation is None else [self.activation]
         words += [name for name in ("scale", "residual", "stats") if getattr(self, name)]
         if self.out_dtype is not None:
-            words.append(f"to {str(self.out_dtype).removeprefix('torch.')}")
+            words.append(f"to {dtype_name(self.out_dtype)}")
         return " ".join(words)
 
     @property

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from vitrail_kernels.configs import KernelConfig, Ladder, config_key, ladder_of, tuned
+from vitrail_kernels.configs import KernelConfig, Ladder, config_key, dtype_name, ladder_of, tuned
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stats import stats_ref, stats_shape, store_stats
@@ -406,7 +406,7 @@ def patch_embed_calls(
     size = pixels.element_size()
     # every address is a multiple of ``align`` values, so the compiler may load as many at a time
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
-    pixel_dtype = str(pixels.dtype).removeprefix("torch.")
+    pixel_dtype = dtype_name(pixels.dtype)
     key = config_key("patch_embed", weight.dtype, f"{pixel_dtype} {patch[0]}x{patch[1]} {width}")
     fixed = target, key, pixels, weight, patch, align * size
     config = config or _patch_config(*fixed, rows)
