@@ -32,6 +32,7 @@ ORDER = (
     "plan",
     "exported",
     "runtime",
+    "int8",
     "model",
     "jobs",
     "tools",

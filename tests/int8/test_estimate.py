@@ -1,0 +1,110 @@
+"""The estimated speed-up of int8: figures of the model that were worked out before this code."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitrail.int8.estimate import BATCHES, block, describe, estimate
+from vitrail.spec import BlockSpec, VisionSpec
+
+LINEARS = ("qkv", "up", "down")
+
+
+def _vit(width: int, patch: int, side: int = 224, layers: int = 12) -> VisionSpec:
+    blocks = BlockSpec(width, layers, width // 64, 4 * width, "gelu", 1e-6)
+    return VisionSpec(blocks, (side, side), (patch, patch))
+
+
+VIT_B16 = _vit(768, 16)
+
+SPEEDUPS = [
+    (VIT_B16, {1: 1.12, 16: 1.33, 64: 1.37, 256: 1.38}),
+    (_vit(1024, 14, layers=24), {1: 1.23, 64: 1.43, 256: 1.43}),
+    (_vit(1280, 14, layers=32), {64: 1.47}),
+    (_vit(768, 32), {256: 1.36}),
+    (_vit(384, 16), {64: 1.19}),
+    (_vit(384, 14, 518), {64: 1.12}),
+    (_vit(768, 14, 518), {64: 1.25}),
+    (_vit(1024, 14, 518), {64: 1.31}),
+]
+"""Figures for an H100 of the prototype of this model, a script of its own."""
+
+
+@pytest.mark.parametrize(("spec", "figures"), SPEEDUPS, ids=lambda value: str(value)[:20])
+def test_speedups_are_those_of_the_prototype(spec: VisionSpec, figures: dict[int, float]) -> None:
+    for batch, speedup in figures.items():
+        assert estimate(spec, batch).speedup == pytest.approx(speedup, abs=0.0051), batch
+
+
+def test_microseconds_of_each_launch_of_vit_b16_at_batch_256() -> None:
+    float16 = {x.name: round(x.seconds * 1e6) for x in block(VIT_B16.blocks, 256, 197)}
+    assert float16 == {"qkv": 345, "attention": 110, "out": 120, "up": 497, "down": 448}
+    int8 = [(x.name, round(x.seconds * 1e6)) for x in block(VIT_B16.blocks, 256, 197, LINEARS)]
+    assert int8 == [
+        ("norm_quant", 44),
+        ("qkv", 181),
+        ("attention", 110),
+        ("out", 120),
+        ("norm_quant", 44),
+        ("up", 294),
+        ("down", 311),
+    ]
+
+
+def test_bytes_of_a_block() -> None:
+    float16 = sum(x.bytes for x in block(VIT_B16.blocks, 256, 197))
+    int8 = sum(x.bytes for x in block(VIT_B16.blocks, 256, 197, LINEARS))
+    assert (round(float16 / 1e6), round(int8 / 1e6)) == (1718, 1557)
+
+
+def test_linears_kept_in_fp16_cost_speed() -> None:
+    full = estimate(VIT_B16, 256).speedup
+    names = [f"{layer}.{name}" for layer in range(12) for name in LINEARS]
+    assert estimate(VIT_B16, 256, linears=names).speedup == full
+    no_down = estimate(VIT_B16, 256, linears=[n for n in names if "down" not in n]).speedup
+    assert no_down == pytest.approx(1.24, abs=0.0051)
+    half = estimate(VIT_B16, 256, linears=names[:18]).speedup
+    assert 1 < half < full
+    none = estimate(VIT_B16, 256, linears=[])
+    assert (none.speedup, none.worthwhile) == (1, False)
+    assert none.limits == ("too few linears are in int8",)
+
+
+def test_a_gated_mlp_has_twice_the_products_of_up() -> None:
+    plain = BlockSpec(1536, 40, 24, 4096, "silu", 1e-6)
+    gated = BlockSpec(1536, 40, 24, 4096, "silu", 1e-6, gated=True)
+    up, gated_up = (
+        next(x for x in block(spec, 64, 257, LINEARS) if x.name == "up") for spec in (plain, gated)
+    )
+    assert 1.9 < gated_up.seconds / up.seconds < 2.1
+
+
+def test_padded_columns_of_an_mlp_are_counted() -> None:
+    short, padded = (BlockSpec(1152, 27, 16, mlp, "gelu", 1e-6) for mlp in (4304, 4352))
+    assert block(short, 64, 257, LINEARS)[-1] == block(padded, 64, 257, LINEARS)[-1]
+    assert block(short, 64, 257)[-1].bytes < block(padded, 64, 257)[-1].bytes
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "words"),
+    [
+        (_vit(768, 32), 1, "more launches"),
+        (_vit(384, 14, 518), 64, "attention over 1370 tokens"),
+        (_vit(128, 8, 56), 64, "at width 128"),
+    ],
+)
+def test_a_small_speedup_comes_with_its_cause(spec: VisionSpec, batch: int, words: str) -> None:
+    row = estimate(spec, batch)
+    assert not row.worthwhile
+    assert any(words in limit for limit in row.limits)
+    assert estimate(VIT_B16, 256).limits == ()
+
+
+def test_the_description_says_that_it_is_an_estimate() -> None:
+    lines = describe(VIT_B16)
+    assert lines[0].startswith("estimate, not a measurement")
+    assert "1.12x at batch 1, 1.33x at batch 16, 1.38x at batch 256" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == ["under 1.15x at batch 1"]
+    small = describe(VIT_B16, (32, 32))
+    assert "32x32 pixels" in small[0]
+    assert len(small) <= 1 + len(BATCHES)
