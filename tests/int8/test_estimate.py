@@ -18,22 +18,22 @@ def _vit(width: int, patch: int, side: int = 224, layers: int = 12) -> VisionSpe
 VIT_B16 = _vit(768, 16)
 
 SPEEDUPS = [
-    (VIT_B16, {1: 1.12, 16: 1.33, 64: 1.37, 256: 1.38}),
-    (_vit(1024, 14, layers=24), {1: 1.23, 64: 1.43, 256: 1.43}),
-    (_vit(1280, 14, layers=32), {64: 1.47}),
-    (_vit(768, 32), {256: 1.36}),
-    (_vit(384, 16), {64: 1.19}),
-    (_vit(384, 14, 518), {64: 1.12}),
-    (_vit(768, 14, 518), {64: 1.25}),
-    (_vit(1024, 14, 518), {64: 1.31}),
+    (VIT_B16, {1: 1.123, 16: 1.334, 64: 1.366, 256: 1.377}),
+    (_vit(1024, 14, layers=24), {1: 1.227, 64: 1.425, 256: 1.431}),
+    (_vit(1280, 14, layers=32), {64: 1.466}),
+    (_vit(768, 32), {256: 1.365}),
+    (_vit(384, 16), {64: 1.193}),
+    (_vit(384, 14, 518), {64: 1.120}),
+    (_vit(768, 14, 518), {64: 1.255}),
+    (_vit(1024, 14, 518), {64: 1.313}),
 ]
 """Figures for an H100 of the prototype of this model, a script of its own."""
 
 
-@pytest.mark.parametrize(("spec", "figures"), SPEEDUPS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("spec", "figures"), SPEEDUPS)
 def test_speedups_are_those_of_the_prototype(spec: VisionSpec, figures: dict[int, float]) -> None:
     for batch, speedup in figures.items():
-        assert estimate(spec, batch).speedup == pytest.approx(speedup, abs=0.0051), batch
+        assert estimate(spec, batch).speedup == pytest.approx(speedup, abs=0.0006), batch
 
 
 def test_microseconds_of_each_launch_of_vit_b16_at_batch_256() -> None:
@@ -62,7 +62,7 @@ def test_linears_kept_in_fp16_cost_speed() -> None:
     names = [f"{layer}.{name}" for layer in range(12) for name in LINEARS]
     assert estimate(VIT_B16, 256, linears=names).speedup == full
     no_down = estimate(VIT_B16, 256, linears=[n for n in names if "down" not in n]).speedup
-    assert no_down == pytest.approx(1.24, abs=0.0051)
+    assert no_down == pytest.approx(1.240, abs=0.0006)
     half = estimate(VIT_B16, 256, linears=names[:18]).speedup
     assert 1 < half < full
     none = estimate(VIT_B16, 256, linears=[])
