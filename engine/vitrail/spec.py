@@ -51,12 +51,23 @@ def _shapes(name: str, rows: int, *columns: int, bias: bool = True) -> dict[str,
     return shapes | ({f"{name}.bias": (rows,)} if bias else {})
 
 
+def _int8_shapes(name: str, rows: int, columns: int, *, smooth: bool) -> dict[str, Shape]:
+    """The tensors of an int8 linear."""
+    shapes: dict[str, Shape] = {f"{name}.codes": (rows, columns), f"{name}.scale": (rows,)}
+    if smooth:
+        shapes[f"{name}.smooth"] = (columns,)
+    return shapes | {f"{name}.bias": (rows,)}
+
+
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
     """A stack of pre-norm transformer blocks.
 
     ``mlp`` is the width between the two MLP matrices (after gating, if ``gated``).
     ``activation`` acts on the up projection, or on the gate if ``gated`` (SwiGLU: "silu").
+    ``int8``: the linears whose weights are int8 codes, in order, for example ("0.qkv", "0.up",
+    "0.down") for those of block 0. The up projection of an int8 down projection is int8 too. Of the
+    last block only qkv may be: its other linears act on few tokens.
     """
 
     width: int
@@ -69,6 +80,7 @@ class BlockSpec:
     qkv_bias: bool = True
     layer_scale: bool = False
     causal: bool = False
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -84,31 +96,73 @@ class BlockSpec:
             (activation in ACTIVATIONS, "activation", activation, f"one of {ACTIVATIONS}"),
             (math.isfinite(eps) and 0 < eps < 1, "layer norm eps", eps, "a number in (0, 1)"),
         )
+        self._check_int8()
+
+    def _check_int8(self) -> None:
+        order = [name for name in self.int8_candidates if name in self.int8]
+        alone = [name for name in self.int8 if name.endswith(".down")]
+        alone = [name for name in alone if name.replace("down", "up") not in self.int8]
+        _check(
+            (list(self.int8) == order, "int8 linears", self.int8, "names of linears, in order"),
+            (not alone, "int8 linears", alone, "the up projection of each down projection too"),
+        )
+
+    @property
+    def int8_candidates(self) -> tuple[str, ...]:
+        """Every linear that may be int8, in order. A causal tower has none."""
+        if self.causal:
+            return ()
+        *full_blocks, last_block = range(self.layers)
+        names = [f"{block}.{name}" for block in full_blocks for name in ("qkv", "up", "down")]
+        return (*names, f"{last_block}.qkv")
+
+    def is_int8(self, layer: int, linear: str) -> bool:
+        """Whether ``linear`` ("qkv", "up" or "down") of block ``layer`` is int8."""
+        return f"{layer}.{linear}" in self.int8
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
 
     def tensor_shapes(self, tower: str) -> dict[str, Shape]:
-        """Canonical name, such as ``vision.blocks.0.q.weight``, -> shape of every tensor."""
-        c, f = self.width, self.mlp
-        block = _shapes("norm1", c)
-        for name in ("q", "k", "v"):
-            block |= _shapes(name, c, c, bias=self.qkv_bias)
-        block |= _shapes("out", c, c)
-        if self.layer_scale:
-            block["scale1"] = (c,)
-        block |= _shapes("norm2", c)
-        for name in ("gate", "up") if self.gated else ("up",):
-            block |= _shapes(name, f, c)
-        block |= _shapes("down", c, f)
-        if self.layer_scale:
-            block["scale2"] = (c,)
+        """Canonical name, such as ``vision.blocks.0.q.weight``, -> shape of every tensor.
+
+        An int8 linear has ``codes`` (N, K), a ``scale`` (N,) for each row, and a ``bias`` (N,). The
+        linears after a LayerNorm, whose gamma and beta their codes and bias contain, have the
+        factor ``smooth`` (K,) of each column of the normalized input.
+        """
         return {
             f"{tower}.blocks.{layer}.{name}": shape
             for layer in range(self.layers)
-            for name, shape in block.items()
+            for name, shape in self._block_shapes(layer).items()
         }
+
+    def _block_shapes(self, layer: int) -> dict[str, Shape]:
+        c, f = self.width, self.mlp
+        up_rows = 2 * f if self.gated else f
+        int8 = {name: self.is_int8(layer, name) for name in ("qkv", "up", "down")}
+        separate_q = layer == self.layers - 1  # a pooled plan computes it apart from keys, values
+        block: dict[str, Shape] = {}
+        if not int8["qkv"] or separate_q:
+            block |= _shapes("norm1", c)
+        for name in ("q", "k", "v"):
+            if not int8["qkv"] or (separate_q and name == "q"):
+                block |= _shapes(name, c, c, bias=self.qkv_bias)
+        if int8["qkv"]:
+            block |= _int8_shapes("qkv", 3 * c, c, smooth=True)
+        block |= _shapes("out", c, c)
+        if self.layer_scale:
+            block["scale1"] = (c,)
+        if int8["up"]:
+            block |= _int8_shapes("up", up_rows, c, smooth=True)
+        else:
+            block |= _shapes("norm2", c)
+            for name in ("gate", "up") if self.gated else ("up",):
+                block |= _shapes(name, f, c)
+        block |= _int8_shapes("down", c, f, smooth=False) if int8["down"] else _shapes("down", c, f)
+        if self.layer_scale:
+            block["scale2"] = (c,)
+        return block
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +430,18 @@ class ModelSpec:
         _check((total <= MAX_PARAMETERS, "parameters", total, limit))
 
     @property
+    def int8(self) -> bool:
+        """Whether any linear is int8."""
+        return self.vision is not None and bool(self.vision.blocks.int8)
+
+    def with_int8(self, linears: tuple[str, ...]) -> ModelSpec:
+        """The same model with these int8 linears in the image tower (`BlockSpec.int8`)."""
+        if self.vision is None:
+            raise CheckpointError(f"int8 linears: got {self.architecture}, wanted an image tower")
+        blocks = dataclasses.replace(self.vision.blocks, int8=linears)
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, blocks=blocks))
+
+    @property
     def contrastive(self) -> bool:
         """Whether two towers embed into a shared space, with a learned temperature (CLIP)."""
         return self.vision is not None and self.text is not None
@@ -395,11 +461,20 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+        """The number of parameters before any linear became int8."""
+        model = self.with_int8(()) if self.int8 else self
+        return sum(math.prod(shape) for shape in model.tensor_shapes().values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, lists and values, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain nested dictionaries, lists and values, ready for JSON.
+
+        A tower without int8 linears does not mention them.
+        """
+        values = dataclasses.asdict(self)
+        for tower in (values["vision"], values["text"]):
+            if tower is not None and not tower["blocks"]["int8"]:
+                del tower["blocks"]["int8"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSpec:

@@ -9,6 +9,7 @@ from vitrail_kernels.operator import Operator
 from vitrail_kernels.ops.attention import ATTENTION
 from vitrail_kernels.ops.attention_one import ATTENTION_ONE
 from vitrail_kernels.ops.class_mean import CLASS_MEAN
+from vitrail_kernels.ops.int8_references import INT8_OPERATORS
 from vitrail_kernels.ops.layernorm import LAYERNORM
 from vitrail_kernels.ops.linear import LINEAR
 from vitrail_kernels.ops.patch_embed import PATCH_EMBED
@@ -30,6 +31,7 @@ OPERATORS: dict[str, Operator] = {
         POOL,
         CLASS_MEAN,
         RESIZE,
+        *INT8_OPERATORS,
     )
 }
 """Every operator by its name."""

@@ -24,7 +24,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-SMALL_FILES = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *TOKENIZER_FILES)
+INT8 = "int8.json"
+INT8_WEIGHTS = "int8.safetensors"
+"""A folder that ``vitrail quantize`` wrote has both, and no other weights."""
+SMALL_FILES = (CONFIG, INT8, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *TOKENIZER_FILES)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz")
 HOW_TO_CONVERT = (
     "pickles and the like are never read; load it once with transformers and "

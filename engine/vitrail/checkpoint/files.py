@@ -29,7 +29,8 @@ class Checkpoint:
 
     ``source`` is the user's text; ``revision`` the hub commit, None for a local folder.
     ``preprocessor`` is the configuration of the image processor; it and ``tokenizer_config`` are
-    None if the folder has none. ``tensors`` maps the stored names.
+    None if the folder has none. ``tensors`` maps the stored names. ``int8`` is the record of a
+    folder that ``vitrail quantize`` wrote; None for any other folder.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Checkpoint:
     preprocessor: dict[str, Any] | None
     tokenizer_config: dict[str, Any] | None
     tensors: dict[str, TensorEntry] = field(repr=False)
+    int8: dict[str, Any] | None = field(default=None, repr=False)
 
     def file(self, name: str) -> Path | None:
         """The regular file of this name in the folder, such as "tokenizer.json"; None if absent."""
@@ -111,7 +113,7 @@ def _open(folder: Path, source: str, revision: str | None, weights: str | None) 
         expected = "a checkpoint folder as transformers saves it"
         raise refusal(show_path(folder), f"no {contents.CONFIG}", expected)
     config = read_json(contents.inside(folder, contents.CONFIG))
-    weights = weights or contents.choose_weights(names, show_path(folder))
+    weights = _weights(folder, names, weights)
 
     def optional(name: str) -> dict[str, Any] | None:
         return read_json(contents.inside(folder, name)) if name in names else None
@@ -135,7 +137,23 @@ def _open(folder: Path, source: str, revision: str | None, weights: str | None) 
             if weights == contents.INDEX
             else read_header(contents.inside(folder, weights))
         ),
+        int8=optional(contents.INT8),
     )
+
+
+def _weights(folder: Path, names: set[str], weights: str | None) -> str:
+    """The weights' file: ``weights`` if given. int8.json and int8.safetensors go together."""
+    int8, pair = contents.INT8 in names, f"{contents.INT8} and {contents.INT8_WEIGHTS}"
+    if weights is None and int8:
+        weights = contents.INT8_WEIGHTS
+    weights = weights or contents.choose_weights(names, show_path(folder))
+    if int8 != (weights == contents.INT8_WEIGHTS):
+        actual = f"the weights {show(weights)} {'with' if int8 else 'without'} {contents.INT8}"
+        raise refusal(show_path(folder), actual, f"{pair}, as vitrail quantize wrote them")
+    if int8 and weights not in names:
+        expected = f"{pair}; quantize the checkpoint again"
+        raise refusal(show_path(folder), f"no {weights}", expected)
+    return weights
 
 
 def _read_shards(folder: Path, names: set[str]) -> dict[str, TensorEntry]:

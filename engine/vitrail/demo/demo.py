@@ -20,7 +20,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from vitrail.demo.quiz import PAIRS, QUESTIONS, SIDE, Floats, judge
 from vitrail.demo.scenes import Scene, render, sample
 from vitrail.demo.sheet import Pane, Strip, contact_sheet
-from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run(load: Callable[[str], Model], name: str | None, out: Path, seed: int | N
         raise InputError(f"{out}: cannot write the contact sheet there; --sheet names another file")
     model = load(name if name is not None else str(bundled()))
     seed = Random().randrange(10_000) if seed is None else seed
-    dtype = dtype_name(model.dtype)
+    dtype = model.precision
     about = (
         f"{model.spec.architecture}, {model.spec.parameters / 1e6:.1f} M parameters, "
         f"{dtype} on {model.device}, scenes of seed {seed}"

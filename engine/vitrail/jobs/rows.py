@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vitrail._version import __version__
-from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
 from vitrail.jobs.listing import Source
 
@@ -113,7 +112,7 @@ def describe_run(model: Model, options: EmbedOptions) -> dict[str, Any]:
         "model": model.source,
         "revision": model.revision,
         "fingerprint": model.fingerprint,
-        "compute_dtype": dtype_name(model.dtype),
+        "compute_dtype": model.precision,
         "size": list(options.size) if options.size else None,
         "normalized": options.normalize,
         "width": vision.embedding,

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.cuda import cuda_capability, why_no_cuda
-from vitrail.dtypes import parse_dtype
+from vitrail.dtypes import NAMES, parse_dtype
 from vitrail.errors import InputError, VitrailError
 from vitrail.image.normalize import linear_scale
 from vitrail.image.sources import PixelInput, Readable
-from vitrail.spec import ImageSpec, TextSpec, VisionSpec
+from vitrail.spec import ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.text.tokens import TokenIds
 
 Images = PixelInput | Sequence[PixelInput]
@@ -50,11 +50,32 @@ def check_device(device: str | torch.device, name: str = "device") -> torch.devi
     return checked
 
 
+INT8 = "int8"
+
+
 def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; "auto" is float32 on the CPU and float16 on CUDA."""
-    if dtype == "auto":
+    """The dtype to compute in; "auto" is float32 on the CPU and float16 on CUDA.
+
+    So is "int8": it names the dtype of weights, which the checkpoint decides (`check_precision`).
+    """
+    if dtype in ("auto", INT8, torch.int8):
         return torch.float32 if device.type == "cpu" else torch.float16
-    return parse_dtype(dtype, auto=True)
+    return parse_dtype(dtype, (*NAMES, INT8), auto=True)
+
+
+def check_precision(dtype: str | torch.dtype, spec: ModelSpec, source: str) -> None:
+    """Refuse int8 for weights that are not int8, and any other dtype for weights that are."""
+    is_int8 = dtype in (INT8, torch.int8)
+    if spec.int8 and dtype != "auto" and not is_int8:
+        raise InputError(
+            f"dtype: got {dtype!r}, wanted 'int8': {source} no longer holds the weights that "
+            "became int8; load the checkpoint that it was made from"
+        )
+    if is_int8 and not spec.int8:
+        raise InputError(
+            f"dtype: got 'int8', but the weights of {source} are not int8; "
+            "run `vitrail quantize MODEL FOLDER` once, and load that folder"
+        )
 
 
 def check_options(batch_size: int | None, size: Size | None, on_error: OnError) -> None:

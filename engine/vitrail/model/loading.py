@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from vitrail.checkpoint import contents
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name
-from vitrail.errors import InputError
+from vitrail.errors import CheckpointError, InputError
 from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
-from vitrail.model.arguments import Resize, check_device, check_dtype
+from vitrail.model.arguments import Resize, check_device, check_dtype, check_precision
 from vitrail.model.model import Model
 from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.native import NativeRunner
@@ -54,6 +55,8 @@ def load(
     ``device``: such as "cpu" or "cuda:1"; "auto" is CUDA if there is a GPU, else the CPU.
     ``dtype``: "float32", "float16", "bfloat16", a shorter name such as "bf16" or "half", or the
     torch.dtype; "auto" is float32 on the CPU and float16 on CUDA. An exported folder has its own.
+    A folder that ``vitrail quantize`` wrote takes "auto" or "int8" alone: its other weights and its
+    activations have the dtype that "auto" is.
     ``revision``, ``local_files_only``: as in huggingface_hub.
     ``sixteen_bit``: 16-bit gray images are scaled to 8 bits, or clipped ("clip"), as transformers
     does.
@@ -83,11 +86,16 @@ def load(
     if exported is None:
         runner_class = RUNNERS[choose(backend, compute_dtype, device)]
         loaded = read_model(
-            path_or_id, compute_dtype, revision=revision, local_files_only=local_files_only
+            path_or_id,
+            compute_dtype,
+            revision=revision,
+            local_files_only=local_files_only,
+            check=functools.partial(check_precision, dtype),
         )
         serving = runner_class(loaded.weights, compute_dtype, device)
     else:
-        if dtype != "auto" and compute_dtype != exported.dtype:
+        check_precision(dtype, exported.spec, str(exported.folder))
+        if not exported.spec.int8 and dtype != "auto" and compute_dtype != exported.dtype:
             raise InputError(
                 f"dtype: got {dtype_name(compute_dtype)}, wanted {dtype_name(exported.dtype)}, in "
                 f"which {exported.folder} was exported; load the checkpoint itself, or export it "
@@ -103,19 +111,29 @@ def read_model(
     *,
     revision: str | None = None,
     local_files_only: bool = False,
+    check: Callable[[ModelSpec, str], None] = lambda spec, source: None,
 ) -> LoadedCheckpoint:
-    """Read the files of a checkpoint and pack its weights. Arguments and errors: see `load`."""
+    """Read the files of a checkpoint and pack its weights. Arguments and errors: see `load`.
+
+    ``check`` may refuse the spec and the source before any weight is read.
+    """
     checkpoint = open_checkpoint(path_or_id, revision=revision, local_files_only=local_files_only)
     spec = read_spec(checkpoint)
+    check(spec, checkpoint.source)
     sources = map_tensors(checkpoint, spec)
     scale = None
     if spec.vision is not None and spec.image is not None:
         factor, offset = linear_scale(spec.image, spec.vision.channels)
         scale = torch.from_numpy(factor), torch.from_numpy(offset)
+    make_hash = functools.cache(functools.partial(hash_weights, spec, sources))
+    # a damaged code is a number like any other, so nothing else would tell
+    if checkpoint.int8 is not None and checkpoint.int8.get("weights") != make_hash():
+        raise CheckpointError(
+            f"{checkpoint.source}: {contents.INT8_WEIGHTS}: got other tensors than those that "
+            f"{contents.INT8} was written for; quantize the checkpoint again"
+        )
     weights = load_weights(spec, sources, dtype, scale)
-    return LoadedCheckpoint(
-        checkpoint, spec, weights, functools.partial(hash_weights, spec, sources)
-    )
+    return LoadedCheckpoint(checkpoint, spec, weights, make_hash)
 
 
 def _load_exported(

@@ -34,8 +34,9 @@ class Model(ModuleAdvice):
 
     Attributes: ``spec`` (`ModelSpec`: architecture, sizes, preprocessing), ``source`` (the path or
     hub id that was loaded), ``revision`` (the commit of a hub id), ``folder`` (its files),
-    ``device``, ``dtype`` (of the computation), ``backend`` ("native", "triton" or "torch"),
-    ``weight_bytes`` (on the device), ``resize`` (the place and the kernels that resize images).
+    ``device``, ``dtype`` (of the computation), ``precision`` ("int8" if the weights are, else the
+    dtype's name), ``backend`` ("native", "triton" or "torch"), ``weight_bytes`` (on the device),
+    ``resize`` (the place and the kernels that resize images).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Model(ModuleAdvice):
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
         self.device, self.dtype, self.backend = runner.device, runner.dtype, runner.name
+        self.precision = "int8" if spec.int8 else dtype_name(runner.dtype)
         self.weight_bytes = runner.weights.arena.numel()
         self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
         identity = runner.identity
@@ -74,7 +76,7 @@ class Model(ModuleAdvice):
     def __repr__(self) -> str:
         return (
             f"<vitrail.Model {self.spec.architecture} from {str(self.source)!r}: "
-            f"{self.spec.parameters / 1e6:.1f} M parameters, {dtype_name(self.dtype)} on "
+            f"{self.spec.parameters / 1e6:.1f} M parameters, {self.precision} on "
             f"{self.device}, {self.backend} backend>"
         )
 

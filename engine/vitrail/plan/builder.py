@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vitrail.plan.plan import MAX_SEQLEN, PER_SEQUENCE, PER_TOKEN, Affine, Buffer, Plan, Step
 from vitrail.spec import BlockSpec, VisionSpec
 from vitrail.weights.layout import PackedTensor
 from vitrail_kernels.device.stats import stats_shape
+from vitrail_kernels.ops.linear_int8 import group_columns
 
 T = TypeVar("T")
 
@@ -19,6 +20,13 @@ DISTILLATION_ROWS = Buffer("distillation_rows", PER_SEQUENCE, None, "int32")
 """Input: the row of each sequence's distillation token."""
 KV_LENS = Buffer("kv_lens", PER_SEQUENCE, None, "int32")
 """Input: how many leading tokens of each sequence may be attended to."""
+
+
+class QuantizedRows(NamedTuple):
+    """Rows of int8 ``codes``, with a ``scale`` for each row, or for each row and group."""
+
+    codes: Buffer
+    scale: Buffer
 
 
 class Builder:
@@ -35,9 +43,14 @@ class Builder:
         self._steps: list[Step] = []
         self._writers: dict[str, int] = {}
 
-    def per_token(self, name: str, columns: int | None = None) -> Buffer:
+    def per_token(self, name: str, columns: int | None = None, dtype: str = "compute") -> Buffer:
         """A buffer with a row for each token, as wide as the residual stream unless given."""
-        return Buffer(f"{self.tower}.{name}", PER_TOKEN, columns or self.spec.width)
+        return Buffer(f"{self.tower}.{name}", PER_TOKEN, columns or self.spec.width, dtype)
+
+    def group_scales(self, name: str, columns: int) -> Buffer:
+        """A scale for each token and each group of ``columns`` columns of an int8 hidden layer."""
+        groups = columns // group_columns(self.spec.gated)
+        return Buffer(f"{self.tower}.{name}", PER_TOKEN, groups, "float32", transposed=True)
 
     def per_sequence(self, name: str, columns: int | None = None, dtype: str = "compute") -> Buffer:
         """As `per_token`, with a row for each sequence."""
@@ -102,6 +115,42 @@ class Builder:
         eps = self.spec.eps if norm else None
         scalars = {"norm_eps": eps, "activation": activation, "gated": gated or None}
         self._add("linear", name, buffers, parameters, scalars)
+
+    def norm_quant(self, name: str, x: Buffer, weights: str = "") -> QuantizedRows:
+        """Quantize the normalized rows of ``x`` for the int8 linear ``weights``."""
+        weights = weights or f"{self.tower}.{name}"
+        columns = x.columns or self.spec.width
+        codes = Buffer(f"{self.tower}.{name}.codes", x.rows, columns, "int8")
+        scale = Buffer(f"{self.tower}.{name}.scales", x.rows, None, "float32")
+        buffers = {"out": codes, "out_scale": scale, "x": x}
+        parameters = {"smooth": f"{weights}.smooth"}
+        self._add("norm_quant", f"{name}.norm_quant", buffers, parameters, {"eps": self.spec.eps})
+        return QuantizedRows(codes, scale)
+
+    def linear_int8(
+        self,
+        name: str,
+        out: Buffer,
+        x: QuantizedRows,
+        *,
+        out_scale: Buffer | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+    ) -> None:
+        """With ``out_scale``, ``out`` receives codes of int8."""
+        weights = f"{self.tower}.{name}"
+        buffers = {"out": out, "x": x.codes, "x_scale": x.scale, "out_scale": out_scale}
+        scalars = {"activation": activation, "gated": gated or None}
+        self._add("linear_int8", name, buffers, _int8_weights(weights), scalars)
+
+    def linear_int8_grouped(
+        self, name: str, out: Buffer, x: QuantizedRows, *, residual: Buffer, scale: str | None
+    ) -> None:
+        weights = f"{self.tower}.{name}"
+        buffers = {"out": out, "x": x.codes, "x_scale": x.scale, "residual": residual}
+        parameters = _int8_weights(weights) | {"shift": f"{weights}.shift", "scale": scale}
+        scalars = {"group": group_columns(self.spec.gated)}
+        self._add("linear_int8_grouped", name, buffers, parameters, scalars)
 
     def attention(self, name: str, out: Buffer, qkv: Buffer, kv_lens: Buffer | None = None) -> None:
         buffers = {"out": out, "qkv": qkv, "cu_seqlens": CU_SEQLENS, "kv_lens": kv_lens}
@@ -191,6 +240,12 @@ class Builder:
             tuple(buffer.name for buffer in outputs),
             tuple(buffer.name for buffer in outputs if buffer.rows == PER_TOKEN),
         )
+
+
+def _int8_weights(name: str) -> dict[str, str | None]:
+    """The weights by argument that every int8 linear has."""
+    arguments = {"weight": "codes", "weight_scale": "weight_scale", "bias": "bias"}
+    return {argument: f"{name}.{tensor}" for argument, tensor in arguments.items()}
 
 
 def _present(arguments: Mapping[str, T | None]) -> tuple[tuple[str, T], ...]:

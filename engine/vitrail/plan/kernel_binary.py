@@ -15,7 +15,13 @@ from vitrail_kernels.compile import CompileError, compile_privately, identity
 from vitrail_kernels.toolchain import compilers
 
 KERNEL_MAGIC = magic("kernel")
-TENSOR_MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+TENSOR_MAP_TYPES = {
+    torch.uint8: 0,
+    torch.int8: 0,  # copied as bytes
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}
 """CUtensorMapDataType (cuda.h)."""
 
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.([bfsu])(\d+) [^\[\],()]*(?:\[(\d+)\])?[,\n)]")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitrail.dtypes import dtype_name
 from vitrail.plan.kernel_binary import kernel_key
-from vitrail.plan.plan import Affine, Plan, Step
+from vitrail.plan.plan import ITEM_BYTES, Affine, Plan, Step
 from vitrail.plan.record import items, magic, string
 from vitrail.weights.layout import Weights
 from vitrail_kernels import OPERATORS, Call
@@ -313,8 +313,7 @@ def _tokens(plan: Plan, pixels: Tensor) -> int:
 
 
 def _buffers(plan: Plan, dtype: torch.dtype, externals: Sequence[str]) -> Iterator[bytes]:
-    item_bytes = {"compute": dtype.itemsize, "float32": 4, "int32": 4, "uint8": 1}
     for buffer in plan.buffers:
         slot = -1 - externals.index(buffer.name) if buffer.slot is None else buffer.slot
-        row_bytes = (buffer.columns or 1) * item_bytes[buffer.dtype]
+        row_bytes = (buffer.columns or 1) * ITEM_BYTES.get(buffer.dtype, dtype.itemsize)
         yield string(buffer.name) + _affine(buffer.rows) + struct.pack("<qi", row_bytes, slot)

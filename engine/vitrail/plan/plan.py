@@ -18,6 +18,10 @@ MAX_SEQLEN = "max_seqlen"
 """A scalar with this value stands for the length of the longest sequence of the call."""
 
 
+ITEM_BYTES = {"float32": 4, "int32": 4, "int8": 1, "uint8": 1}
+"""Bytes of a number, for the buffer dtypes that are the same in every model."""
+
+
 class Affine(NamedTuple):
     """``sequences * B + tokens * M + longest * T + constant``, T the length of the longest."""
 
@@ -39,9 +43,9 @@ PER_TOKEN = Affine(tokens=1)
 class Buffer:
     """(rows, columns) numbers, or (rows,) if ``columns`` is None.
 
-    ``dtype``: "compute" (the model's), "float32", "int32" or "uint8". ``slot``: the buffer's slot
-    in the activation arena; None for inputs and outputs, which lie outside it. ``transposed``: the
-    numbers are stored as (columns, rows), as row statistics are.
+    ``dtype``: "compute" (the model's), "float32", "int32", "int8" or "uint8". ``slot``: the
+    buffer's slot in the activation arena; None for inputs and outputs, which lie outside it.
+    ``transposed``: the numbers are stored as (columns, rows), as row statistics are.
     """
 
     name: str
@@ -104,7 +108,7 @@ class Plan:
         sizes: dict[int, int] = {}
         for buffer in self.buffers:
             if buffer.slot is not None:
-                itemsize = compute_bytes if buffer.dtype == "compute" else 4
+                itemsize = ITEM_BYTES.get(buffer.dtype, compute_bytes)
                 nbytes = math.prod(buffer.shape(batch, tokens)) * itemsize
                 size = -(-nbytes // 256) * 256
                 sizes[buffer.slot] = max(sizes.get(buffer.slot, 0), size)
@@ -146,7 +150,7 @@ class Plan:
         The tensors are on the meta device, one for each buffer and weight. ``inputs`` replaces
         buffers, for example by pixels in their own shape; ``weights`` replaces all weights.
         """
-        dtypes = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
+        dtypes = {name: getattr(torch, name) for name in ITEM_BYTES}
         dtypes["compute"] = getattr(torch, compute)
         batch, tokens, longest = len(lengths), sum(lengths), max(lengths, default=0)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vitrail.cuda import device_errors
+from vitrail.dtypes import named_dtype
 from vitrail.errors import OutOfMemoryError
-from vitrail.plan.plan import Plan, Step
+from vitrail.plan.plan import ITEM_BYTES, Plan, Step
 from vitrail.plan.vision import vision_table
 from vitrail.runtime.memory import ArenaPool, PositionTables, activations
 from vitrail.spec import VisionSpec
@@ -41,7 +42,7 @@ class Runner(ABC):
             ) from error
         self._arenas = ArenaPool(device)
         self._position_tables = PositionTables()
-        self._dtypes = {"compute": dtype, "float32": torch.float32, "int32": torch.int32}
+        self._dtypes = {"compute": dtype} | {name: named_dtype(name) for name in ITEM_BYTES}
         self._streams: set[int] = set()
 
     @property

@@ -83,6 +83,8 @@ def export_model(
     out = Path(folder).absolute()
     _check_output(out, overwrite)
     loaded = read_model(model, compute, revision=revision, local_files_only=local_files_only)
+    if loaded.spec.int8 and compute != torch.float16:
+        raise InputError(f"dtype: got {dtype!r} for an int8 folder, wanted 'float16'")
     export = _Export(loaded, compute, _size(loaded.spec, size))
     for target in targets:
         export.lower(target)

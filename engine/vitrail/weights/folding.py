@@ -17,6 +17,7 @@ from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.torch_modes import default_modes, refuse_lost_threads
+from vitrail.weights.int8 import pack_int8, pack_int8_down
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
 from vitrail_kernels.ops.patch_embed import UINT8_UNIT
@@ -41,22 +42,48 @@ def _fold_norm(
     bias.copy_(total * factor)
 
 
-def _pack_block(load: WeightLoader, spec: BlockSpec, block: str) -> None:
-    c, packed = spec.width, load.packed
-    scale = spec.head_dim**-0.5 * math.log2(math.e)
-    for index, (linear, factor) in enumerate((("q", scale), ("k", 1.0), ("v", 1.0))):
+def _pack_block(load: WeightLoader, spec: BlockSpec, tower: str, layer: int) -> None:
+    block, packed = f"{tower}.blocks.{layer}", load.packed
+    if spec.is_int8(layer, "qkv"):
+        pack_int8(load, f"{block}.qkv")
+        if layer == spec.layers - 1:  # a pooled plan computes its queries from these weights
+            q = [packed[f"{block}.q.{name}"] for name in _FOLDED]
+            _fold_norm(load, f"{block}.norm1", f"{block}.q", q, _query_factor(spec))
+    else:
+        _pack_qkv(load, spec, block)
+    if spec.is_int8(layer, "up"):
+        pack_int8(load, f"{block}.up")
+    else:
+        _pack_up(load, spec, block)
+    load.copy(f"{block}.out.weight", f"{block}.out.bias")
+    if spec.is_int8(layer, "down"):
+        pack_int8_down(load, spec, f"{block}.down")
+    else:
+        load.copy(f"{block}.down.weight", f"{block}.down.bias")
+    if spec.layer_scale:
+        load.copy(f"{block}.scale1", f"{block}.scale2")
+
+
+def _query_factor(spec: BlockSpec) -> float:
+    """The factor of the query rows: the softmax scale, and log2(e) for exponentials of base 2."""
+    factor: float = spec.head_dim**-0.5 * math.log2(math.e)
+    return factor
+
+
+def _pack_qkv(load: WeightLoader, spec: BlockSpec, block: str) -> None:
+    c = spec.width
+    for index, (linear, factor) in enumerate((("q", _query_factor(spec)), ("k", 1.0), ("v", 1.0))):
         rows = slice(index * c, (index + 1) * c)
-        slices = [packed[f"{block}.qkv.{name}"][rows] for name in _FOLDED]
+        slices = [load.packed[f"{block}.qkv.{name}"][rows] for name in _FOLDED]
         _fold_norm(load, f"{block}.norm1", f"{block}.{linear}", slices, factor)
-    up = [packed[f"{block}.up.{name}"] for name in _FOLDED]
+
+
+def _pack_up(load: WeightLoader, spec: BlockSpec, block: str) -> None:
+    up = [load.packed[f"{block}.up.{name}"] for name in _FOLDED]
     if spec.gated:
         _fold_norm(load, f"{block}.norm2", f"{block}.gate", [tensor[0::2] for tensor in up])
         up = [tensor[1::2] for tensor in up]
     _fold_norm(load, f"{block}.norm2", f"{block}.up", up)
-    for linear in ("out", "down"):
-        load.copy(f"{block}.{linear}.weight", f"{block}.{linear}.bias")
-    if spec.layer_scale:
-        load.copy(f"{block}.scale1", f"{block}.scale2")
 
 
 def _pack_patch(
@@ -109,7 +136,7 @@ def _pack_vision(
 def _pack_tower(load: WeightLoader, spec: VisionSpec | TextSpec, tower: str) -> None:
     """The blocks, the final LayerNorm and the projection."""
     for layer in range(spec.blocks.layers):
-        _pack_block(load, spec.blocks, f"{tower}.blocks.{layer}")
+        _pack_block(load, spec.blocks, tower, layer)
     load.copy(f"{tower}.norm.weight", f"{tower}.norm.bias")
     if spec.projection is not None:
         packed = [load.packed[f"{tower}.projection.{name}"] for name in ("folded", "bias")]

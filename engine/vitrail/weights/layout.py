@@ -6,14 +6,16 @@ A name is canonical (`spec.py`), or belongs to a tensor that `folding` computes 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vitrail.dtypes import named_dtype
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, Shape, TextSpec, VisionSpec
+from vitrail_kernels.ops.linear_int8 import group_columns
 
 ALIGNMENT = 256
 PATCH_MULTIPLE = 64
@@ -21,21 +23,25 @@ PATCH_MULTIPLE = 64
 would not be aligned to 16 bytes."""
 
 
+INT8_MULTIPLE = 128
+"""The hidden layer of an MLP in int8 is padded to a multiple of this, with weights of zero."""
+
+
 class PackedTensor(NamedTuple):
-    """``dtype``: "compute" has the dtype of the model, "float32" is always fp32.
+    """``dtype``: "compute" has the dtype of the model, "float32" and "int8" never change.
 
     ``rows_of``: the tensor of which this tensor is a view, from ``first_row``; None if this tensor
     has bytes of its own.
     """
 
     shape: Shape
-    dtype: Literal["compute", "float32"]
+    dtype: Literal["compute", "float32", "int8"]
     rows_of: str | None = None
     first_row: int = 0
 
     def torch_dtype(self, compute: torch.dtype) -> torch.dtype:
         """The dtype in a model that computes in ``compute``."""
-        return compute if self.dtype == "compute" else torch.float32
+        return compute if self.dtype == "compute" else named_dtype(self.dtype)
 
 
 def _vectors(size: int, *names: str) -> dict[str, PackedTensor]:
@@ -48,25 +54,66 @@ def _linear(name: str, n: int, k: int, *, folded: bool = False) -> dict[str, Pac
     return {f"{name}.weight": PackedTensor((n, k), "compute"), **_vectors(n, *names)}
 
 
+def _int8_linear(name: str, n: int, k: int) -> dict[str, PackedTensor]:
+    """Codes, scales and bias of an int8 linear after a LayerNorm; ``smooth`` scales its inputs."""
+    return {
+        f"{name}.codes": PackedTensor((n, k), "int8"),
+        **_vectors(n, f"{name}.weight_scale", f"{name}.bias"),
+        **_vectors(k, f"{name}.smooth"),
+    }
+
+
+def _int8_down(name: str, n: int, k: int, gated: bool) -> dict[str, PackedTensor]:
+    """As `_int8_linear`, for inputs in groups of columns that are scaled apart."""
+    return {
+        f"{name}.codes": PackedTensor((n, k), "int8"),
+        **_vectors(n, f"{name}.weight_scale", f"{name}.bias"),
+        f"{name}.shift": PackedTensor((k // group_columns(gated), n), "float32"),
+    }
+
+
+def hidden_columns(spec: BlockSpec, layer: int) -> int:
+    """The columns of the hidden layer of block ``layer``'s MLP; int8 codes fill whole groups."""
+    if not spec.is_int8(layer, "down"):
+        return spec.mlp
+    return -(-spec.mlp // INT8_MULTIPLE) * INT8_MULTIPLE
+
+
+def _rows_of(
+    layout: Mapping[str, PackedTensor], linear: str, tensors: Sequence[str], name: str, rows: slice
+) -> dict[str, PackedTensor]:
+    """Views of some rows of a linear's ``tensors``, as the linear ``name``."""
+    views = {}
+    for tensor in tensors:
+        packed = layout[f"{linear}.{tensor}"]
+        shape = (rows.stop - rows.start, *packed.shape[1:])
+        view = PackedTensor(shape, packed.dtype, f"{linear}.{tensor}", rows.start)
+        views[f"{name}.{tensor}"] = view
+    return views
+
+
 def _tower_layout(tower: str, spec: BlockSpec, projection: int | None) -> dict[str, PackedTensor]:
     """The blocks, the final LayerNorm and the projection."""
-    c, f = spec.width, spec.mlp
+    c = spec.width
     layout: dict[str, PackedTensor] = {}
     for layer in range(spec.layers):
-        block = f"{tower}.blocks.{layer}"
-        layout |= _linear(f"{block}.qkv", 3 * c, c, folded=True)
+        block, f = f"{tower}.blocks.{layer}", hidden_columns(spec, layer)
+        for name, n in (("qkv", 3 * c), ("up", 2 * f if spec.gated else f)):
+            int8, linear = spec.is_int8(layer, name), f"{block}.{name}"
+            layout |= _int8_linear(linear, n, c) if int8 else _linear(linear, n, c, folded=True)
         layout |= _linear(f"{block}.out", c, c)
-        layout |= _linear(f"{block}.up", 2 * f if spec.gated else f, c, folded=True)
-        layout |= _linear(f"{block}.down", c, f)
+        int8, linear = spec.is_int8(layer, "down"), f"{block}.down"
+        layout |= _int8_down(linear, c, f, spec.gated) if int8 else _linear(linear, c, f)
         if spec.layer_scale:
             layout |= _vectors(c, f"{block}.scale1", f"{block}.scale2")
     # the last block of a pooled plan computes queries apart from keys and values
-    for rows, first_row, n in (("q", 0, c), ("kv", c, 2 * c)):
-        for tensor in ("weight", "bias", "sums"):
-            qkv = f"{block}.qkv.{tensor}"
-            shape = (n, *layout[qkv].shape[1:])
-            packed = PackedTensor(shape, layout[qkv].dtype, qkv, first_row)
-            layout[f"{block}.{rows}.{tensor}"] = packed
+    tensors = ("weight", "bias", "sums")
+    if spec.is_int8(layer, "qkv"):  # queries stay in the compute dtype, with weights of their own
+        tensors = ("codes", "weight_scale", "bias")
+        layout |= _linear(f"{block}.q", c, c, folded=True)
+    else:
+        layout |= _rows_of(layout, f"{block}.qkv", tensors, f"{block}.q", slice(0, c))
+    layout |= _rows_of(layout, f"{block}.qkv", tensors, f"{block}.kv", slice(c, 3 * c))
     layout |= _vectors(c, f"{tower}.norm.weight", f"{tower}.norm.bias")
     if projection is not None:
         layout[f"{tower}.projection.folded"] = PackedTensor((projection, c), "compute")

@@ -47,18 +47,16 @@ class WeightLoader:
 
     def _check_finite(self, name: str, values: Tensor) -> None:
         if _not_finite(values):
-            entry = self.sources[name].entry
             raise CheckpointError(
-                f"{entry.file.name}: tensor {entry.name!r} holds NaN or infinity, "
-                "wanted finite weights"
+                f"{self.locate(name)} holds NaN or infinity, wanted finite weights"
             )
 
     def check_rounded(self, name: str, packed: Tensor) -> None:
         """Refuse weights that are finite as stored and infinite in the compute dtype."""
         if packed.dtype != torch.float32 and _not_finite(packed):
-            entry, dtype = self.sources[name].entry, dtype_name(packed.dtype)
+            dtype = dtype_name(packed.dtype)
             raise CheckpointError(
-                f"{entry.file.name}: tensor {entry.name!r} as Vitrail uses it overflows {dtype}, "
+                f"{self.locate(name)} as Vitrail uses it overflows {dtype}, "
                 "wanted finite weights; load with dtype='float32', or 'bfloat16' for float16"
             )
 
@@ -116,6 +114,18 @@ class WeightLoader:
             if rows.data_ptr() != chunk.data_ptr():
                 rows.copy_(chunk)
         return values
+
+    def read_codes(self, name: str) -> Tensor:
+        """A whole canonical tensor of int8 codes."""
+        codes = torch.empty(self.shapes[name], dtype=torch.int8, device="cpu")
+        raw = codes.view(-1).view(torch.uint8).numpy().data
+        self.reader.read_into(self.sources[name].entry, 0, raw)
+        return codes
+
+    def locate(self, name: str) -> str:
+        """The file and the stored name of a canonical tensor, for messages."""
+        entry = self.sources[name].entry
+        return f"{entry.file.name}: tensor {entry.name!r}"
 
     def copy(self, *names: str) -> None:
         """Pack canonical tensors as they are."""

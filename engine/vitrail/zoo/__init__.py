@@ -7,7 +7,7 @@ from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.tensors import Source
 from vitrail.errors import CheckpointError
 from vitrail.spec import ModelSpec
-from vitrail.zoo import hf
+from vitrail.zoo import hf, int8
 
 __all__ = ["FORMATS", "Format", "map_tensors", "read_spec"]
 
@@ -22,7 +22,10 @@ class Format:
     map_tensors: Callable[[Checkpoint, ModelSpec], dict[str, Source]]
 
 
-FORMATS = (Format("Hugging Face", hf.matches, hf.read_spec, hf.map_tensors),)
+FORMATS = (
+    Format("Hugging Face", hf.matches, hf.read_spec, hf.map_tensors),
+    Format("Vitrail int8", int8.matches, int8.read_spec, int8.map_tensors),
+)
 
 
 def _format_of(checkpoint: Checkpoint) -> Format:

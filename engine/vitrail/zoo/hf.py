@@ -30,8 +30,8 @@ PROCESSORS: Mapping[str, Processor] = {
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether transformers wrote config.json."""
-    return "model_type" in checkpoint.config
+    """Whether transformers wrote config.json and the weights."""
+    return "model_type" in checkpoint.config and checkpoint.int8 is None
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:

@@ -91,7 +91,7 @@ def squeezed(shape: Shape) -> Shape:
     return shape
 
 
-def _listing(faults: Mapping[str, list[str]]) -> str:
+def listing(faults: Mapping[str, list[str]]) -> str:
     """A clause for each fault: its first `LISTED` names, and the number of the others."""
     clauses = []
     for fault, names in faults.items():
@@ -146,8 +146,8 @@ def map_names(
         faults["missing"] = list(dict.fromkeys(missing))
     if faults:
         reasons = explain({name: squeezed(entry.shape) for name, entry in entries.items()})
-        listing = f"tensors do not fit {architecture}: {_listing(faults)}"
-        raise CheckpointError("; ".join([*reasons, listing]))
+        summary = f"tensors do not fit {architecture}: {listing(faults)}"
+        raise CheckpointError("; ".join([*reasons, summary]))
     return sources
 
 
