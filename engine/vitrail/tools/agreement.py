@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitrail.int8 import similarity
+
 MODEL_ATOL = 1e-4
 """Largest error of a model in float32, as a fraction of the reference's largest value."""
 COSINE = {torch.float16: 0.99995, torch.bfloat16: 0.9995}
@@ -53,7 +55,7 @@ def compare(
         item = int((~torch.isfinite(y)).any(dim=1).nonzero()[0])
         reason = f"item {item} holds numbers that are not finite"
         return Agreement(items, float("nan"), float("nan"), item, float("inf"), (reason,))
-    cosine = torch.nn.functional.cosine_similarity(y, r, dim=1, eps=0.0)
+    cosine = similarity.cosines(y, r)
     top = float(r.abs().max())
     error = float((y - r).abs().max())
     reasons: list[str] = []
@@ -88,7 +90,6 @@ def _low_cosines(y: Tensor, r: Tensor, cosine: Tensor, dtype: torch.dtype) -> It
     if worst < COSINE[dtype]:
         yield f"worst cosine {worst:.7f}, wanted {COSINE[dtype]}"
     if len(r) >= CORPUS and dtype == torch.float16:
-        mean = r.mean(dim=0)
-        centered = torch.nn.functional.cosine_similarity(y - mean, r - mean, dim=1, eps=0.0)
-        if float(centered.min()) < CENTERED_COSINE:
-            yield f"worst centered cosine {float(centered.min()):.7f}, wanted {CENTERED_COSINE}"
+        lowest = float(similarity.centered_cosines(y, r).min())
+        if lowest < CENTERED_COSINE:
+            yield f"worst centered cosine {lowest:.7f}, wanted {CENTERED_COSINE}"
