@@ -9,9 +9,11 @@ from vitrail_kernels.operator import Operator
 from vitrail_kernels.ops.attention import ATTENTION
 from vitrail_kernels.ops.attention_one import ATTENTION_ONE
 from vitrail_kernels.ops.class_mean import CLASS_MEAN
-from vitrail_kernels.ops.int8_references import INT8_OPERATORS
 from vitrail_kernels.ops.layernorm import LAYERNORM
 from vitrail_kernels.ops.linear import LINEAR
+from vitrail_kernels.ops.linear_int8 import LINEAR_INT8
+from vitrail_kernels.ops.linear_int8_grouped import LINEAR_INT8_GROUPED
+from vitrail_kernels.ops.norm_quant import NORM_QUANT
 from vitrail_kernels.ops.patch_embed import PATCH_EMBED
 from vitrail_kernels.ops.pool import POOL
 from vitrail_kernels.ops.position import POSITION
@@ -26,12 +28,14 @@ OPERATORS: dict[str, Operator] = {
         TEXT_EMBED,
         LAYERNORM,
         LINEAR,
+        NORM_QUANT,
+        LINEAR_INT8,
+        LINEAR_INT8_GROUPED,
         ATTENTION,
         ATTENTION_ONE,
         POOL,
         CLASS_MEAN,
         RESIZE,
-        *INT8_OPERATORS,
     )
 }
 """Every operator by its name."""

@@ -46,7 +46,8 @@ class Guarded:
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         rows, *rest = shape
-        fill = float("nan") if dtype.is_floating_point else SENTINEL
+        sentinel = SENTINEL if dtype.itemsize == 4 else -0x5B
+        fill = float("nan") if dtype.is_floating_point else sentinel
         self.whole = torch.full((rows + 2 * GUARD, *rest), fill, dtype=dtype)
         self.out = self.whole[GUARD : GUARD + rows]
         self.before = bits(self.whole).clone()
