@@ -91,6 +91,32 @@ def draft_files(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
             draft.unlink(missing_ok=True)
 
 
+def check_replaceable(target: Path, mark: str, overwrite: bool) -> None:
+    """Make the parents of ``target``, a folder that `draft_folder` may write.
+
+    Raises InputError if there is something that must stay: a file, or a folder with contents,
+    unless ``overwrite`` and it has the file ``mark``, which an earlier run has written.
+    """
+    with writing(target):
+        if not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        elif not target.is_dir() or target.is_symlink():
+            raise InputError(
+                f"{target}: got something other than a folder, wanted a folder or nothing"
+            )
+        elif any(target.iterdir()):
+            if not overwrite:
+                raise InputError(
+                    f"{target}: got a folder with something in it; wanted --overwrite"
+                )
+            if not (target / mark).is_file():
+                raise InputError(
+                    f"{target}: got a folder without {mark}, wanted one that the same command wrote"
+                )
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{target.parent}: cannot be written to")
+
+
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder that replaces ``target`` at the end, or is deleted after an error.

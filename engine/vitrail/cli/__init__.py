@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from vitrail._version import __version__
-from vitrail.cli import classify, console, demo, embed, export, info, tune, verify
+from vitrail.cli import classify, console, demo, embed, export, info, quantize, tune, verify
 from vitrail.errors import VitrailError
 
 
@@ -92,6 +92,7 @@ for command in (
     embed.embed,
     classify.classify,
     verify.verify,
+    quantize.quantize,
     tune.tune,
     export.export,
     demo.demo,

@@ -121,10 +121,6 @@ def read_model(
     spec = read_spec(checkpoint)
     check(spec, checkpoint.source)
     sources = map_tensors(checkpoint, spec)
-    scale = None
-    if spec.vision is not None and spec.image is not None:
-        factor, offset = linear_scale(spec.image, spec.vision.channels)
-        scale = torch.from_numpy(factor), torch.from_numpy(offset)
     make_hash = functools.cache(functools.partial(hash_weights, spec, sources))
     # a damaged code is a number like any other, so nothing else would tell
     if checkpoint.int8 is not None and checkpoint.int8.get("weights") != make_hash():
@@ -132,8 +128,17 @@ def read_model(
             f"{checkpoint.source}: {contents.INT8_WEIGHTS}: got other tensors than those that "
             f"{contents.INT8} was written for; quantize the checkpoint again"
         )
-    weights = load_weights(spec, sources, dtype, scale)
+    weights = load_weights(spec, sources, dtype, pixel_scale(spec))
     return LoadedCheckpoint(checkpoint, spec, weights, make_hash)
+
+
+def pixel_scale(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(a, b), each (channels,) fp64, with normalized pixel = a * uint8 + b; None if the model takes
+    no uint8 pixels."""
+    if spec.vision is None or spec.image is None:
+        return None
+    factor, offset = linear_scale(spec.image, spec.vision.channels)
+    return torch.from_numpy(factor), torch.from_numpy(offset)
 
 
 def _load_exported(

@@ -18,7 +18,7 @@ import torch
 
 from vitrail.checkpoint.contents import EXPORT
 from vitrail.dtypes import HALVES, parse_dtype
-from vitrail.durable import draft_folder, write_file, writing
+from vitrail.durable import check_replaceable, draft_folder, write_file, writing
 from vitrail.errors import InputError, VitrailError
 from vitrail.exported import contents
 from vitrail.exported.digest import hash_file
@@ -81,7 +81,7 @@ def export_model(
     targets = _targets(architectures)
     compute = parse_dtype(dtype, HALVES)
     out = Path(folder).absolute()
-    _check_output(out, overwrite)
+    check_replaceable(out, EXPORT, overwrite)
     loaded = read_model(model, compute, revision=revision, local_files_only=local_files_only)
     if loaded.spec.int8 and compute != torch.float16:
         raise InputError(f"dtype: got {dtype!r} for an int8 folder, wanted 'float16'")
@@ -248,24 +248,3 @@ class _Export:
         write_file(
             path, contents.weights_header(total), weights.arena.numpy().data, tables.numpy().data
         )
-
-
-# -- the folder ------------------------------------------------------------------------------------
-
-
-def _check_output(out: Path, overwrite: bool) -> None:
-    """Raises InputError if ``out`` must not be replaced, before any work is done."""
-    with writing(out):
-        if not os.path.lexists(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        elif not out.is_dir() or out.is_symlink():
-            raise InputError(
-                f"{out}: got something other than a folder, wanted a folder or nothing"
-            )
-        elif any(out.iterdir()):
-            if not overwrite:
-                raise InputError(f"{out}: got a folder with something in it; wanted --overwrite")
-            if not (out / EXPORT).is_file():
-                raise InputError(f"{out}: got a folder without {EXPORT}, wanted an earlier export")
-        if not os.access(out.parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"{out.parent}: cannot be written to")

@@ -1,46 +1,44 @@
 """`vitrail quantize`: a checkpoint -> a folder whose image tower has int8 weights.
 
-The blocks are quantized one after the other (`vitrail.int8`), and the finished ones are kept beside
+The blocks are quantized one after the other (`vitrail.int8`), and finished blocks are kept beside
 the output until it is written. The guard then compares the model with the one it was made from, on
 pictures that did not calibrate, and decides which linears stay in int8.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from vitrail._version import __version__
-from vitrail.checkpoint.contents import INT8
-from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.checkpoint.contents import EXPORT, INT8, inside
+from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.tensors import Source
-from vitrail.durable import writing
-from vitrail.errors import CheckpointError, InputError
-from vitrail.image.normalize import linear_scale
-from vitrail.int8 import guard
+from vitrail.durable import check_replaceable, writing
+from vitrail.errors import CheckpointError, InputError, refusal
 from vitrail.int8.blocks import quantize_block
 from vitrail.int8.calibration import Calibration, batched
+from vitrail.int8.estimate import describe
 from vitrail.int8.folder import write_folder
-from vitrail.int8.guard import GuardReport, Measurement
+from vitrail.int8.guard import GOOD, GuardReport, Measurement, find_safe
 from vitrail.int8.measure import Comparison
 from vitrail.int8.partial import PartialFolder
 from vitrail.int8.recipe import Recipe, float_linears, int8_linears
 from vitrail.int8.record import CalibrationRecord, Int8Record, Quantized
 from vitrail.jobs.listing import Source as Picture
 from vitrail.model.arguments import check_device, check_dtype
+from vitrail.model.loading import LoadedCheckpoint, pixel_scale, read_model
 from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.towers import VisionTower
 from vitrail.spec import ImageSpec, ModelSpec, VisionSpec
 from vitrail.tools.pictures import CALIBRATED, CHECKED, CROPS, Pictures, own_pictures, sample_pictures
-from vitrail.torch_modes import default_modes
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
-from vitrail.weights.loader import hash_weights
-from vitrail.zoo import map_tensors, read_spec
+from vitrail.zoo import map_tensors
 from vitrail_kernels.ops.linear_int8 import group_columns
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -50,14 +48,274 @@ number of blocks finished so far."""
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The result: ``record`` is that of the written folder, or None if the guard refused, in which
-    case nothing was written. ``source_bytes`` and ``bytes``: of all tensors and files."""
+    """The result of a quantization.
+
+    ``record``: what int8.json holds; None if the guard refused, and then nothing was written.
+    ``spec``: of the model with the int8 linears that the guard left. ``float_linears``: the linears
+    among qkv, up and down that are not int8, each with the reason. ``source_bytes``: of the tensors
+    of the checkpoint. ``bytes``: of the written folder.
+    """
 
     folder: Path
     spec: ModelSpec
     guard: GuardReport
+    record: Int8Record | None
     float_linears: Mapping[str, str]
     pictures: Pictures
     source_bytes: int
     bytes: int
-    record: Int8Record | None
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """The report in words: (topic, text) pairs."""
+        vision = self.spec.vision
+        assert vision is not None, "a model without an image tower is not quantized"
+        count, total = len(self.guard.int8), 3 * vision.blocks.layers
+        yield "linears", f"{count} of the {total} qkv, up and down projections are int8"
+        calibration = self.pictures.calibration
+        origin = {"bundled": "crops of the sample photos", "own": "your own pictures"}
+        yield "calibration", f"{len(calibration)} {origin[self.pictures.origin]}"
+        yield from self.guard.lines()
+        for line in describe(vision, linears=vision.blocks.int8):
+            yield "speed", line
+        if self.record is None:
+            yield "written", "nothing: serve this checkpoint in 16 bits"
+            return
+        before, after = self.source_bytes / 1e6, self.bytes / 1e6
+        yield "written", f"{self.folder}: {after:,.1f} MB, from {before:,.1f} MB"
+        yield "next", _next_step(self.guard, self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        vision = self.spec.vision
+        assert vision is not None, "a model without an image tower is not quantized"
+        return {
+            "folder": str(self.folder),
+            "written": self.record is not None,
+            "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
+            "int8": list(self.guard.int8),
+            "float_linears": dict(self.float_linears),
+            "calibration": {
+                "pictures": len(self.pictures.calibration),
+                "origin": self.pictures.origin,
+            },
+            "guard": self.guard.to_dict(),
+            "speed": describe(vision, linears=vision.blocks.int8),
+            "unread": self.pictures.unread,
+        }
+
+
+def _next_step(report: GuardReport, folder: Path) -> str:
+    if report.own:
+        return f"vitrail embed PICTURES --model {folder}"
+    return f"verify it on your own pictures: vitrail verify PICTURES --model {folder}"
+
+
+def quantize_model(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    images: Sequence[Picture] = (),
+    *,
+    calibration: int | None = None,
+    check: int = CHECKED,
+    recipe: Recipe = Recipe(),
+    keep_fp16: Sequence[str] = (),
+    min_centered: float = GOOD,
+    overwrite: bool = False,
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: Progress = lambda _: nullcontext(lambda _: None),
+) -> Summary:
+    """Quantize the image tower of the checkpoint ``model``, and write the result to ``folder``.
+
+    ``images``: the user's; none means crops of the sample photos, which verify nothing.
+    ``calibration``: pictures to calibrate with; None means 64 of the images, or 36 crops; with 0,
+    crops calibrate and all images check. ``check``: other pictures, for the guard. ``keep_fp16``:
+    patterns of linears that stay in 16 bits (see `float_linears`). ``min_centered``: the mean
+    centered cosine from which the guard says "good". ``device``: the guard runs the model there;
+    the weights are always computed on the CPU. ``overwrite``: replace an earlier result.
+
+    The same inputs give the same bytes on one machine. After an interruption the same call goes on
+    from FOLDER.partial.
+
+    Raises InputError if an argument is wrong, there are too few images, or the folder cannot be
+    written; CheckpointError as `vitrail.load`, and for a folder that is exported or int8 already.
+    """
+    out = Path(folder).absolute()
+    checked_device = check_device(device)
+    loaded = _read(model, revision, local_files_only)
+    spec = loaded.spec
+    vision, image = _image_tower(loaded)
+    recipe = replace(recipe, group=group_columns(vision.blocks.gated))
+    stay = float_linears(vision.blocks, keep_fp16)
+    linears = int8_linears(vision.blocks, stay)
+    if not linears:
+        raise InputError(f"keep-fp16: got {list(keep_fp16)}, wanted linears left for int8")
+    check_replaceable(out, INT8, overwrite)
+    pictures = _pictures(images, image, vision, calibration, check)
+    partial = PartialFolder(out, _key(loaded, recipe, linears, pictures))
+    _quantize_blocks(loaded, linears, pictures, recipe, partial, progress)
+    sources = map_tensors(loaded.checkpoint, spec) | partial.sources()
+    report = _judge(loaded, linears, sources, pictures, checked_device, min_centered)
+    stay |= {name: f"guard: {reason}" for name, reason in report.fallbacks.items()}
+    final = spec.with_int8(report.int8)
+    final_sources = {name: sources[name] for name in final.tensor_shapes()}
+    record, written = None, 0
+    if report.verdict != "refused":
+        records: list[Int8Record] = []
+
+        def make_record(weights: str) -> Int8Record:
+            records.append(
+                Int8Record(
+                    spec=final,
+                    weights=weights,
+                    source=_quantized(loaded),
+                    recipe=recipe,
+                    float_linears=stay,
+                    calibration=CalibrationRecord(
+                        len(pictures.calibration), pictures.digest, pictures.origin
+                    ),
+                    guard=report,
+                )
+            )
+            return records[-1]
+
+        written = write_folder(out, loaded.checkpoint, final, final_sources, make_record)
+        (record,) = records
+    partial.remove()
+    source_bytes = sum(entry.nbytes for entry in loaded.checkpoint.tensors.values())
+    return Summary(out, final, report, record, stay, pictures, source_bytes, written)
+
+
+# -- the checkpoint and the pictures ---------------------------------------------------------------
+
+
+def _read(
+    model: str | os.PathLike[str], revision: str | None, local_files_only: bool
+) -> LoadedCheckpoint:
+    """The checkpoint in fp32, refused before its weights are read if it cannot be quantized."""
+
+    def check(spec: ModelSpec, source: str) -> None:
+        if spec.int8:
+            raise refusal(source, "int8 weights", "the checkpoint that they were quantized from")
+        if spec.vision is None:
+            expected = "a model with an image tower: text towers stay in 16 bits"
+            raise refusal(source, spec.architecture, expected)
+        if spec.image is None:
+            raise refusal(
+                source,
+                "no preprocessor_config.json (or processor_config.json)",
+                "it, because pictures calibrate",
+            )
+
+    return read_model(
+        model, torch.float32, revision=revision, local_files_only=local_files_only, check=check
+    )
+
+
+def _image_tower(loaded: LoadedCheckpoint) -> tuple[VisionSpec, ImageSpec]:
+    vision, image = loaded.spec.vision, loaded.spec.image
+    assert vision is not None and image is not None, "_read refuses other checkpoints"
+    return vision, image
+
+
+def _pictures(
+    images: Sequence[Picture],
+    image: ImageSpec,
+    vision: VisionSpec,
+    calibration: int | None,
+    check: int,
+) -> Pictures:
+    smallest = 0 if images else 1
+    if calibration is not None and calibration < smallest:
+        raise InputError(f"calibration: got {calibration}, wanted at least {smallest} pictures")
+    if check < 2:
+        raise InputError(f"check: got {check}, wanted at least 2 pictures")
+    if images:
+        count = CALIBRATED if calibration is None else calibration
+        return own_pictures(images, image, vision, count, check)
+    return sample_pictures(image, vision, calibration or CROPS, check)
+
+
+def _quantized(loaded: LoadedCheckpoint) -> Quantized:
+    checkpoint = loaded.checkpoint
+    # the name alone: the record holds no path of this machine
+    name = checkpoint.source if checkpoint.revision else checkpoint.folder.resolve().name
+    return Quantized(name, checkpoint.revision, loaded.hash_weights())
+
+
+# -- the weights -----------------------------------------------------------------------------------
+
+
+def _key(
+    loaded: LoadedCheckpoint, recipe: Recipe, linears: Sequence[str], pictures: Pictures
+) -> dict[str, object]:
+    """Everything that the tensors of a block depend on."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "weights": loaded.hash_weights(),
+        "spec": loaded.spec.to_dict(),
+        "recipe": asdict(recipe),
+        "linears": list(linears),
+        "pixels": pictures.digest,
+    }
+
+
+def _quantize_blocks(
+    loaded: LoadedCheckpoint,
+    linears: Sequence[str],
+    pictures: Pictures,
+    recipe: Recipe,
+    partial: PartialFolder,
+    progress: Progress,
+) -> None:
+    """Put the tensors of every block with one of ``linears`` into ``partial``."""
+    vision, _ = _image_tower(loaded)
+    layers = vision.blocks.layers
+    todo = {int(name.partition(".")[0]) for name in linears}
+    todo = {layer for layer in todo if not partial.has(layer)}
+    calibration = None
+    with progress(layers) as tell:
+        for layer in range(max(todo, default=-1) + 1):
+            if calibration is None:
+                calibration = Calibration(vision, loaded.weights, pictures.calibration)
+            measured = [
+                linear
+                for linear in ("qkv", "up", "down")
+                if layer in todo and f"{layer}.{linear}" in linears
+            ]
+            moments = calibration.advance(measured, hessian=recipe.rounding == "gptq")
+            if measured:
+                partial.put(layer, quantize_block(loaded.weights, layer, moments, recipe))
+            tell(layer + 1)
+
+
+def _judge(
+    loaded: LoadedCheckpoint,
+    linears: tuple[str, ...],
+    sources: dict[str, Source],
+    pictures: Pictures,
+    device: torch.device,
+    min_centered: float,
+) -> GuardReport:
+    """The guard's report on candidates whose int8 linears are ``linears`` or some of them."""
+    vision, _ = _image_tower(loaded)
+    spec, dtype = loaded.spec, check_dtype("auto", device)
+    runner = RUNNERS[choose("auto", dtype, device)]
+
+    def tower(spec: ModelSpec, weights: Weights | None = None) -> VisionTower:
+        if weights is None:
+            used = {name: sources[name] for name in spec.tensor_shapes()}
+            weights = load_weights(spec, used, dtype, pixel_scale(spec))
+        assert spec.vision is not None, "_read refuses other checkpoints"
+        return VisionTower(spec.vision, spec.head, runner(weights, dtype, device))
+
+    reference = tower(spec, loaded.weights if dtype == torch.float32 else None)
+    comparison = Comparison(reference, list(batched(vision, pictures.checked)))
+
+    def measure(names: tuple[str, ...]) -> Measurement:
+        return comparison.measure(tower(spec.with_int8(names)))
+
+    return find_safe(vision.blocks, linears, measure, own=pictures.own, good=min_centered)
