@@ -106,9 +106,7 @@ def check_replaceable(target: Path, mark: str, overwrite: bool) -> None:
             )
         elif any(target.iterdir()):
             if not overwrite:
-                raise InputError(
-                    f"{target}: got a folder with something in it; wanted --overwrite"
-                )
+                raise InputError(f"{target}: got a folder with something in it; wanted --overwrite")
             if not (target / mark).is_file():
                 raise InputError(
                     f"{target}: got a folder without {mark}, wanted one that the same command wrote"

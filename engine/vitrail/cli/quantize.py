@@ -49,7 +49,8 @@ def quantize(
         typer.Option(help="Pattern of linears to leave in 16 bits, such as '0.*'; repeatable."),
     ] = None,
     min_centered: Annotated[
-        float, typer.Option(min=0, max=1, help="Mean centered cosine from which the result is good.")
+        float,
+        typer.Option(min=0, max=1, help="Mean centered cosine from which the result is good."),
     ] = 0.999,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old result.")] = False,
     as_json: options.AsJson = False,
@@ -68,7 +69,6 @@ def quantize(
     and not written, or an error.
     """
     from vitrail.int8.guard import EXIT_CODES
-    from vitrail.int8.recipe import Recipe
     from vitrail.jobs.listing import find_images
     from vitrail.tools.quantize import quantize_model
 
@@ -88,7 +88,8 @@ def quantize(
         sources,
         calibration=calibration,
         check=check,
-        recipe=Recipe(alpha, "gptq" if gptq else "nearest"),
+        alpha=alpha,
+        rounding="gptq" if gptq else "nearest",
         keep_fp16=keep_fp16 or (),
         min_centered=min_centered,
         overwrite=overwrite,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.dtypes import named_dtype
 from vitrail.errors import InputError
-from vitrail.plan.plan import Plan, Step
+from vitrail.plan.plan import Step
 from vitrail.plan.vision import vision_dense
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import VisionSpec
@@ -64,7 +64,9 @@ class Calibration:
         """How many tokens the images have in all."""
         return sum(len(stream) for stream in self._streams)
 
-    def advance(self, measured: Collection[str] = (), *, hessian: bool = True) -> dict[str, Moments]:
+    def advance(
+        self, measured: Collection[str] = (), *, hessian: bool = True
+    ) -> dict[str, Moments]:
         """Compute the next block. Returns the moments of the inputs of each linear that is
         ``measured``, of "qkv", "up" and "down"."""
         prefix = f"vision.blocks.{self.layer}."
@@ -80,7 +82,9 @@ class Calibration:
                         if linear not in moments:
                             moments[linear] = Moments(x.shape[1], hessian=hessian)
                         moments[linear].add(x)
-                    self._runner.run_steps([step], tensors, self.spec.tokens_at(shape[1:3]))
+                    self._runner.run_steps(
+                        [step], tensors, self.spec.tokens_at((shape[1], shape[2]))
+                    )
         self.layer += 1
         return moments
 

@@ -1,5 +1,6 @@
 """Writes the folder that `vitrail quantize` makes: a checkpoint's small files and int8 weights."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitrail.checkpoint.contents import INT8, INT8_WEIGHTS, SMALL_FILES
+from vitrail.checkpoint.contents import CONFIG, INT8, INT8_WEIGHTS, SMALL_FILES
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.checkpoint.header import read_header
 from vitrail.checkpoint.tensors import Source, TensorReader
@@ -31,13 +32,14 @@ def write_folder(
     hash of the written weights. Raises InputError if the folder cannot be written.
     """
     with writing(out), draft_folder(out) as draft:
-        weights = draft / INT8_WEIGHTS
-        save_file(_tensors(spec, sources), weights)
-        sync(weights)
         for name in SMALL_FILES:
             path = checkpoint.file(name)
             if path is not None:
                 write_file(draft / name, path.read_bytes())
+        weights = draft / INT8_WEIGHTS
+        save_file(_tensors(spec, sources), weights)
+        shutil.copymode(draft / CONFIG, weights)  # safetensors writes a private file
+        sync(weights)
         stored = {name: Source(entry) for name, entry in read_header(weights).items()}
         write_file(draft / INT8, record(hash_weights(spec, stored)).encode())
         return sum(path.stat().st_size for path in draft.iterdir())

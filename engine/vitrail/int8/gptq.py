@@ -71,6 +71,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         factor, failure = torch.linalg.cholesky_ex(damped)
         if failure == 0:
             inverse = torch.cholesky_inverse(factor)
+            upper: Tensor
             upper, failure = torch.linalg.cholesky_ex(inverse, upper=True)
             if failure == 0:
                 return upper

@@ -14,6 +14,7 @@ from vitrail.errors import CheckpointError, InputError
 from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
+from vitrail.int8.record import Int8Record, read_record
 from vitrail.model.arguments import Resize, check_device, check_dtype, check_precision
 from vitrail.model.model import Model
 from vitrail.runtime import RUNNERS, choose
@@ -27,12 +28,16 @@ from vitrail.zoo import map_tensors, read_spec
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint as read. The weights are packed, on the CPU; ``hash_weights`` hashes them."""
+    """A checkpoint as read. The weights are packed, on the CPU; ``hash_weights`` hashes them.
+
+    ``int8``: the record of a folder that ``vitrail quantize`` wrote; None for any other.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     weights: Weights
     hash_weights: Callable[[], str]
+    int8: Int8Record | None = None
 
 
 def load(
@@ -123,13 +128,14 @@ def read_model(
     sources = map_tensors(checkpoint, spec)
     make_hash = functools.cache(functools.partial(hash_weights, spec, sources))
     # a damaged code is a number like any other, so nothing else would tell
-    if checkpoint.int8 is not None and checkpoint.int8.get("weights") != make_hash():
+    record = None if checkpoint.int8 is None else read_record(checkpoint)
+    if record is not None and record.weights != make_hash():
         raise CheckpointError(
             f"{checkpoint.source}: {contents.INT8_WEIGHTS}: got other tensors than those that "
             f"{contents.INT8} was written for; quantize the checkpoint again"
         )
     weights = load_weights(spec, sources, dtype, pixel_scale(spec))
-    return LoadedCheckpoint(checkpoint, spec, weights, make_hash)
+    return LoadedCheckpoint(checkpoint, spec, weights, make_hash, record)
 
 
 def pixel_scale(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -8,18 +8,17 @@ pictures that did not calibrate, and decides which linears stay in int8.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitrail._version import __version__
-from vitrail.checkpoint.contents import EXPORT, INT8, inside
-from vitrail.checkpoint.files import Checkpoint
+from vitrail.checkpoint.contents import INT8
 from vitrail.checkpoint.tensors import Source
-from vitrail.durable import check_replaceable, writing
-from vitrail.errors import CheckpointError, InputError, refusal
+from vitrail.durable import check_replaceable
+from vitrail.errors import InputError, refusal
 from vitrail.int8.blocks import quantize_block
 from vitrail.int8.calibration import Calibration, batched
 from vitrail.int8.estimate import describe
@@ -27,7 +26,7 @@ from vitrail.int8.folder import write_folder
 from vitrail.int8.guard import GOOD, GuardReport, Measurement, find_safe
 from vitrail.int8.measure import Comparison
 from vitrail.int8.partial import PartialFolder
-from vitrail.int8.recipe import Recipe, float_linears, int8_linears
+from vitrail.int8.recipe import Recipe, Rounding, float_linears, int8_linears
 from vitrail.int8.record import CalibrationRecord, Int8Record, Quantized
 from vitrail.jobs.listing import Source as Picture
 from vitrail.model.arguments import check_device, check_dtype
@@ -35,7 +34,14 @@ from vitrail.model.loading import LoadedCheckpoint, pixel_scale, read_model
 from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.towers import VisionTower
 from vitrail.spec import ImageSpec, ModelSpec, VisionSpec
-from vitrail.tools.pictures import CALIBRATED, CHECKED, CROPS, Pictures, own_pictures, sample_pictures
+from vitrail.tools.pictures import (
+    CALIBRATED,
+    CHECKED,
+    CROPS,
+    Pictures,
+    own_pictures,
+    sample_pictures,
+)
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
 from vitrail.zoo import map_tensors
@@ -50,16 +56,15 @@ number of blocks finished so far."""
 class Summary:
     """The result of a quantization.
 
-    ``record``: what int8.json holds; None if the guard refused, and then nothing was written.
     ``spec``: of the model with the int8 linears that the guard left. ``float_linears``: the linears
     among qkv, up and down that are not int8, each with the reason. ``source_bytes``: of the tensors
-    of the checkpoint. ``bytes``: of the written folder.
+    of the checkpoint. ``bytes``: of the
+    written folder, or 0 if the guard refused.
     """
 
     folder: Path
     spec: ModelSpec
     guard: GuardReport
-    record: Int8Record | None
     float_linears: Mapping[str, str]
     pictures: Pictures
     source_bytes: int
@@ -77,7 +82,7 @@ class Summary:
         yield from self.guard.lines()
         for line in describe(vision, linears=vision.blocks.int8):
             yield "speed", line
-        if self.record is None:
+        if not self.bytes:
             yield "written", "nothing: serve this checkpoint in 16 bits"
             return
         before, after = self.source_bytes / 1e6, self.bytes / 1e6
@@ -90,7 +95,6 @@ class Summary:
         assert vision is not None, "a model without an image tower is not quantized"
         return {
             "folder": str(self.folder),
-            "written": self.record is not None,
             "bytes": self.bytes,
             "source_bytes": self.source_bytes,
             "int8": list(self.guard.int8),
@@ -118,7 +122,8 @@ def quantize_model(
     *,
     calibration: int | None = None,
     check: int = CHECKED,
-    recipe: Recipe = Recipe(),
+    alpha: float = 0.7,
+    rounding: Rounding = "gptq",
     keep_fp16: Sequence[str] = (),
     min_centered: float = GOOD,
     overwrite: bool = False,
@@ -132,7 +137,8 @@ def quantize_model(
     ``images``: the user's; none means crops of the sample photos, which verify nothing.
     ``calibration``: pictures to calibrate with; None means 64 of the images, or 36 crops; with 0,
     crops calibrate and all images check. ``check``: other pictures, for the guard. ``keep_fp16``:
-    patterns of linears that stay in 16 bits (see `float_linears`). ``min_centered``: the mean
+    patterns of linears that stay in 16 bits (see `float_linears`). ``alpha``, ``rounding``: see
+    `Recipe`. ``min_centered``: the mean
     centered cosine from which the guard says "good". ``device``: the guard runs the model there;
     the weights are always computed on the CPU. ``overwrite``: replace an earlier result.
 
@@ -147,7 +153,7 @@ def quantize_model(
     loaded = _read(model, revision, local_files_only)
     spec = loaded.spec
     vision, image = _image_tower(loaded)
-    recipe = replace(recipe, group=group_columns(vision.blocks.gated))
+    recipe = Recipe(alpha, rounding, group=group_columns(vision.blocks.gated))
     stay = float_linears(vision.blocks, keep_fp16)
     linears = int8_linears(vision.blocks, stay)
     if not linears:
@@ -160,32 +166,20 @@ def quantize_model(
     report = _judge(loaded, linears, sources, pictures, checked_device, min_centered)
     stay |= {name: f"guard: {reason}" for name, reason in report.fallbacks.items()}
     final = spec.with_int8(report.int8)
-    final_sources = {name: sources[name] for name in final.tensor_shapes()}
-    record, written = None, 0
+    written = 0
     if report.verdict != "refused":
-        records: list[Int8Record] = []
 
         def make_record(weights: str) -> Int8Record:
-            records.append(
-                Int8Record(
-                    spec=final,
-                    weights=weights,
-                    source=_quantized(loaded),
-                    recipe=recipe,
-                    float_linears=stay,
-                    calibration=CalibrationRecord(
-                        len(pictures.calibration), pictures.digest, pictures.origin
-                    ),
-                    guard=report,
-                )
-            )
-            return records[-1]
+            digest, origin = pictures.digest, pictures.origin
+            calibrated = CalibrationRecord(len(pictures.calibration), digest, origin)
+            source = _quantized(loaded)
+            return Int8Record(final, weights, source, recipe, stay, calibrated, report)
 
+        final_sources = {name: sources[name] for name in final.tensor_shapes()}
         written = write_folder(out, loaded.checkpoint, final, final_sources, make_record)
-        (record,) = records
     partial.remove()
     source_bytes = sum(entry.nbytes for entry in loaded.checkpoint.tensors.values())
-    return Summary(out, final, report, record, stay, pictures, source_bytes, written)
+    return Summary(out, final, report, stay, pictures, source_bytes, written)
 
 
 # -- the checkpoint and the pictures ---------------------------------------------------------------
@@ -216,7 +210,8 @@ def _read(
 
 def _image_tower(loaded: LoadedCheckpoint) -> tuple[VisionSpec, ImageSpec]:
     vision, image = loaded.spec.vision, loaded.spec.image
-    assert vision is not None and image is not None, "_read refuses other checkpoints"
+    assert vision is not None, "_read refuses other checkpoints"
+    assert image is not None, "_read refuses other checkpoints"
     return vision, image
 
 
