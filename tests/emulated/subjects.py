@@ -3,6 +3,7 @@ the last."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import emulator
+from emulated import int8_cases
 from emulated.planted import MapEdit, Subject, guarded
 from emulator.call import MAP_TYPES, Compiled, compiled, module_of
 from vitrail_kernels import OPERATORS
@@ -67,9 +69,11 @@ def of_operator(
         OPERATORS[operator].reference(**empty, **converted, **reference)
         return empty
 
-    wide = compute(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    own = compute(lambda tensor: tensor)
-    expected = {name: (wide[name], own[name]) for name in checked}
+    expected = {}
+    if checked:
+        wide = compute(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        own = compute(lambda tensor: tensor)
+        expected = {name: (wide[name], own[name]) for name in checked}
     name = f"{operator} sm_{arch}"
     return Subject(name, compile, parameter_names(call, arch), outputs, expected)
 
@@ -219,3 +223,43 @@ def gathered(arch: int) -> Subject:
         reference={"norm_eps": 1e-6, "activation": "gelu"},
         launch={"config": KernelConfig(64, 64, 64, 4, 3)},
     )
+
+
+LARGE_INT8 = {
+    80: KernelConfig(128, 128, 64, 8, 4),
+    90: KernelConfig(128, 128, 128, 8, 3, registers=128),
+}
+"""The tiles of large batches; one block that takes every tile on sm_90."""
+
+
+def of_case(case: int8_cases.Case, arch: int, checked: tuple[str, ...], **launch: Any) -> Subject:
+    """The launch of ``case``, whose output is no residual."""
+    scalars = dict(case.scalars)
+    return of_operator(
+        case.op, arch, case.outputs, case.inputs, reference=scalars, launch=launch, checked=checked
+    )
+
+
+@functools.cache
+def norm_quant(arch: int) -> Subject:
+    """13 rows of 768 as codes."""
+    torch.manual_seed(0)
+    return of_case(int8_cases.norm_quant(13, 768), arch, ())
+
+
+@functools.cache
+def linear_int8(arch: int) -> Subject:
+    """Codes of gelu(x W^T + b): 100 rows of 640 by 256 columns, two tiles of 128 x 128."""
+    torch.manual_seed(0)
+    case = int8_cases.linear_int8(100, 256, 640, activation="gelu", quantizes=True)
+    return of_case(case, arch, (), config=LARGE_INT8[arch])
+
+
+@functools.cache
+def linear_int8_grouped(arch: int) -> Subject:
+    """residual + scale * (x W^T + b), and the statistics of its rows: 100 rows of five groups of
+    128 by 192 columns, two tiles of 128 x 128."""
+    torch.manual_seed(0)
+    case = int8_cases.grouped(100, 192, 640, scale=True, in_place=False)
+    config = dataclasses.replace(LARGE_INT8[arch], registers=None)
+    return of_case(case, arch, ("out",), config=config)

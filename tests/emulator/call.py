@@ -17,7 +17,7 @@ from emulator import Launch, Module, Range, Report
 from vitrail_kernels.compile import compile_kernel, source_of
 from vitrail_kernels.launch import Call
 
-MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+MAP_TYPES = {torch.uint8: 0, torch.int8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 """CUtensorMapDataType of a dtype."""
 
 _FORMATS = {

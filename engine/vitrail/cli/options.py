@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from vitrail.cli import console
 
 if TYPE_CHECKING:
     from vitrail.model.model import Model
@@ -65,18 +62,14 @@ def load(
 ) -> Model:
     from vitrail.model import loading
 
-    with warnings.catch_warnings(record=True) as caught:
-        model = loading.load(
-            name,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            local_files_only=local_files_only,
-            resize=resize,  # type: ignore[arg-type]  # load checks it
-        )
-    for warning in caught:
-        console.say(str(warning.message))
-    return model
+    return loading.load(
+        name,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        local_files_only=local_files_only,
+        resize=resize,  # type: ignore[arg-type]  # load checks it
+    )
 
 
 def require_model(model: str | None, parameter: str) -> str:
