@@ -15,7 +15,18 @@ from setuptools.errors import BaseError, CCompilerError
 sys.path.insert(0, "csrc")
 from cuda_binaries import BuildCudaBinaries
 
-EXTENSION = ("cubin", "cuda_binary", "driver", "executor", "module", "plan")
+EXTENSION = (
+    "cubin",
+    "cuda_binary",
+    "driver",
+    "executor",
+    "int8_avx512",
+    "int8_avx_vnni",
+    "int8_cpu",
+    "int8_module",
+    "module",
+    "plan",
+)
 LIBRARY = ("csrc/Makefile", "csrc/vitrail.h")
 VERSION = runpy.run_path("engine/vitrail/_version.py")["__version__"]
 

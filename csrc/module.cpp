@@ -13,6 +13,10 @@ using vitrail::Gpu;
 using vitrail::Kernels;
 using vitrail::Sizes;
 
+namespace vitrail {
+void bind_int8(py::module_& m);  // int8_module.cpp
+}
+
 namespace {
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
@@ -123,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
 
     bind_errors(m);
     bind_executor(m);
+    vitrail::bind_int8(m);
     m.def("version", [] { return VITRAIL_VERSION; }, "The version this module was built for.");
     m.def("driver", &vitrail::probe, ReleaseGil(),
           "The NVIDIA driver and its devices; never raises where there is none.");

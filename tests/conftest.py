@@ -7,6 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before huggingface_hub is imported, which reads it once.
@@ -20,6 +21,7 @@ try:
 except ImportError:  # the GPU tests, which do not use it, may run without it
     hypothesis = None
 
+CLIP = Path(__file__).parents[1] / "engine/vitrail/assets/clip"
 NOT_RUN = {
     "gpu": "they need a CUDA device",
     "interpreted": "make test runs them apart, with TRITON_INTERPRET=1",
@@ -56,6 +58,16 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if native.MISSING is not None or not standin.compiler():
         pytest.skip("needs vitrail._C and a C++ compiler")
     return standin.own(tmp_path_factory.mktemp("driver"), 2)
+
+
+@pytest.fixture(scope="session")
+def int8_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled CLIP as `vitrail quantize` writes it. Tests change copies of this folder."""
+    from vitrail.tools.quantize import quantize_model
+
+    folder = tmp_path_factory.mktemp("int8") / "clip"
+    quantize_model(CLIP, folder, device="cpu")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -123,3 +123,68 @@ def driver() -> Driver:
 
     Starts the driver (``cuInit``): a process that is forked afterwards cannot use CUDA.
     """
+
+def int8_instructions() -> str:
+    """The processor's instructions that the int8 operators use; empty if there are none."""
+
+def use_int8_instructions(name: str) -> bool:
+    """Use these instructions from now on, in the whole process: for tests. False if the processor
+    does not have them."""
+
+def norm_quant(
+    out: int,
+    out_scale: int,
+    x: int,
+    smooth: int,
+    picks: int,
+    rows: int,
+    width: int,
+    eps: float,
+    threads: int,
+) -> None:
+    """`vitrail_kernels.ops.norm_quant` of contiguous tensors, which are addresses; 0 is None.
+
+    These three functions check nothing. They run on at most ``threads`` threads of PyTorch's
+    OpenMP. They raise RuntimeError if there are no instructions for them.
+    """
+
+def linear_int8(
+    out: int,
+    codes: int,
+    code_scale: int,
+    x: int,
+    x_scale: int,
+    weight: int,
+    weight_scale: int,
+    bias: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    activation: int,
+    gated: bool,
+    is_unsigned: bool,
+    threads: int,
+) -> None:
+    """`vitrail_kernels.ops.linear_int8`: writes fp32 ``out``, or ``codes`` and ``code_scale``.
+
+    ``activation``: its number in csrc/int8_cpu.hpp.
+    """
+
+def linear_int8_grouped(
+    out: int,
+    x: int,
+    x_scale: int,
+    weight: int,
+    weight_scale: int,
+    shift: int,
+    bias: int,
+    scale: int,
+    residual: int,
+    residual_rows: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    group: int,
+    threads: int,
+) -> None:
+    """`vitrail_kernels.ops.linear_int8_grouped`, without the statistics."""

@@ -114,8 +114,17 @@ def test_sums_of_extreme_codes_are_exact(k: int, target: Target) -> None:
     assert sums[1, 1] == 128 * 128 * k
 
 
-@pytest.mark.parametrize("dtype", [HALF, torch.int8], ids=str)
-@pytest.mark.parametrize("has", ["gelu", "gated", "plain"])
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ("gelu", torch.int8),
+        ("gated", HALF),
+        *(
+            pytest.param(has, dtype, marks=pytest.mark.slow)
+            for has, dtype in (("gelu", HALF), ("gated", torch.int8), ("plain", torch.int8))
+        ),
+    ],
+)
 def test_every_tile_and_both_ways_of_loading_give_the_same_bits(
     has: str, dtype: torch.dtype
 ) -> None:

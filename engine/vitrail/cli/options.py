@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from vitrail.cli import console
 
 if TYPE_CHECKING:
     from vitrail.model.model import Model
@@ -62,14 +65,18 @@ def load(
 ) -> Model:
     from vitrail.model import loading
 
-    return loading.load(
-        name,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        local_files_only=local_files_only,
-        resize=resize,  # type: ignore[arg-type]  # load checks it
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        model = loading.load(
+            name,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            local_files_only=local_files_only,
+            resize=resize,  # type: ignore[arg-type]  # load checks it
+        )
+    for warning in caught:
+        console.say(str(warning.message))
+    return model
 
 
 def require_model(model: str | None, parameter: str) -> str:

@@ -82,33 +82,12 @@ class GuardReport:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """The report in words: (topic, text) pairs."""
-        figures, exact = self.accuracy, self.integrity
         reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
         yield "verdict", f"{self.verdict}{reasons}"
-        whose = "your own pictures" if self.own else "pictures that are not yours"
-        yield (
-            "centered cosine",
-            f"mean {figures.centered_mean:.5f}, 1st percentile {figures.centered_p1:.5f}, worst "
-            f"{figures.centered_worst:.5f}, on {figures.pictures} of {whose}",
-        )
-        yield (
-            "cosine",
-            f"mean {figures.cosine_mean:.5f}, 1st percentile {figures.cosine_p1:.5f}, worst "
-            f"{figures.cosine_worst:.5f}; signal over error {figures.sqnr:.1f} dB",
-        )
-        few = "" if figures.pictures >= NEIGHBOR_PICTURES else f"; under {NEIGHBOR_PICTURES} "
-        yield (
-            "neighbors kept",
-            f"nearest {figures.top1:.1%}, ten nearest {figures.top10:.1%}"
-            f"{few and few + 'pictures this is no evidence'}",
-        )
-        yield (
-            "integrity",
-            f"{exact.wrong_sums} of {exact.sums:,} integer sums are wrong, {exact.differing_codes} "
-            f"of {exact.codes:,} codes differ, {exact.bad_scales} scales are bad",
-        )
+        yield from accuracy_lines(self.accuracy, self.own)
+        yield "integrity", integrity_text(self.integrity)
         if self.linears:
-            yield "linears", _extremes(self.linears)
+            yield "worst linears", linears_text(self.linears)
         for name, reason in self.fallbacks.items():
             yield f"{name} in 16 bits", reason
 
@@ -156,9 +135,8 @@ class GuardReport:
         )
 
 
-def integrity_faults(measurement: Measurement) -> Iterator[str]:
+def integrity_faults(exact: Integrity, linears: Mapping[str, LinearFigures]) -> Iterator[str]:
     """The broken rules of integrity, in words. A figure that is NaN breaks its rule."""
-    exact = measurement.integrity
     if exact.wrong_sums or not exact.sums:
         yield f"{exact.wrong_sums} of {exact.sums:,} integer sums are wrong, wanted every sum exact"
     if exact.bad_scales:
@@ -168,7 +146,7 @@ def integrity_faults(measurement: Measurement) -> Iterator[str]:
     if exact.differing_codes > CODE_SHARE * exact.codes:
         share = f"{exact.differing_codes / exact.codes:.2%}"
         yield f"{share} of the codes differ, wanted at most {CODE_SHARE:.1%}"
-    for name, figures in measurement.linears.items():
+    for name, figures in linears.items():
         for label, gain, limit in (
             ("gain", figures.layer_gain, LAYER_GAIN),
             ("gain of a channel", figures.channel_gain, CHANNEL_GAIN),
@@ -185,7 +163,7 @@ def judge(
     ``own``: the pictures are the user's own, and none was used for calibration. ``good``: the mean
     centered cosine from which a model is good.
     """
-    faults = tuple(integrity_faults(measurement))
+    faults = tuple(integrity_faults(measurement.integrity, measurement.linears))
     if faults:
         return "refused", faults
     figures = measurement.accuracy
@@ -193,7 +171,7 @@ def judge(
     if not figures.centered_mean >= min(LOWEST, good):
         return "refused", (f"{mean}, wanted at least {min(LOWEST, good)}",)
     if not own:
-        return NOT_VERIFIED, ("the pictures were not yours; give --images",)
+        return NOT_VERIFIED, ("the pictures are not yours: give your own",)
     if figures.pictures < MIN_PICTURES:
         return NOT_VERIFIED, (f"{figures.pictures} pictures, wanted at least {MIN_PICTURES}",)
     if not figures.centered_mean >= good:
@@ -224,7 +202,8 @@ def find_safe(
     linears = measurement.linears
     while True:
         verdict, reasons = judge(measurement, own=own, good=good)
-        if verdict != "refused" or any(integrity_faults(measurement)):
+        faults = integrity_faults(measurement.integrity, measurement.linears)
+        if verdict != "refused" or any(faults):
             break
         names = _next_fallbacks(int8, linears)
         budget -= sum(_macs(blocks, name) for name in names)
@@ -243,6 +222,46 @@ def find_safe(
     )
 
 
+def accuracy_lines(figures: Accuracy, own: bool) -> Iterator[tuple[str, str]]:
+    """The figures in words: (topic, text) pairs. ``own``: the pictures are the user's."""
+    whose = "of your own pictures" if own else "pictures that are not yours"
+    yield (
+        "centered cosine",
+        f"mean {figures.centered_mean:.5f}, 1st percentile {figures.centered_p1:.5f}, worst "
+        f"{figures.centered_worst:.5f}, on {figures.pictures} {whose}",
+    )
+    yield (
+        "cosine",
+        f"mean {figures.cosine_mean:.5f}, 1st percentile {figures.cosine_p1:.5f}, worst "
+        f"{figures.cosine_worst:.5f}; signal over error {figures.sqnr:.1f} dB",
+    )
+    text = f"nearest {figures.top1:.1%}, ten nearest {figures.top10:.1%}"
+    if figures.pictures < NEIGHBOR_PICTURES:
+        text += f"; under {NEIGHBOR_PICTURES} pictures this is no evidence"
+    yield "neighbors kept", text
+
+
+def integrity_text(exact: Integrity) -> str:
+    """The counts in words."""
+    return (
+        f"{exact.wrong_sums} of {exact.sums:,} integer sums are wrong, {exact.differing_codes} of "
+        f"{exact.codes:,} codes differ by at most {exact.code_difference}, {exact.bad_scales} "
+        "scales are bad"
+    )
+
+
+def linears_text(linears: Mapping[str, LinearFigures]) -> str:
+    """The linear with the lowest SQNR, and those with the largest gains."""
+    lowest = min(linears, key=lambda name: linears[name].sqnr)
+    layer = max(linears, key=lambda name: linears[name].layer_gain)
+    channel = max(linears, key=lambda name: linears[name].channel_gain)
+    return (
+        f"{len(linears)} in int8; lowest {linears[lowest].sqnr:.1f} dB ({lowest}), largest gain "
+        f"{linears[layer].layer_gain:.3%} ({layer}), of a channel "
+        f"{linears[channel].channel_gain:.2%} ({channel})"
+    )
+
+
 def _next_fallbacks(int8: tuple[str, ...], linears: Mapping[str, LinearFigures]) -> tuple[str, ...]:
     """The linear of the lowest SQNR. An up projection takes its down projection along, because
     only an int8 up projection writes the codes that an int8 down projection reads."""
@@ -257,18 +276,6 @@ def _macs(blocks: BlockSpec, name: str) -> int:
     if linear == "qkv":
         return 3 * blocks.width**2
     return blocks.width * blocks.mlp * (2 if linear == "up" and blocks.gated else 1)
-
-
-def _extremes(linears: Mapping[str, LinearFigures]) -> str:
-    """The linear with the lowest SQNR, and those with the largest gains."""
-    lowest = min(linears, key=lambda name: linears[name].sqnr)
-    layer = max(linears, key=lambda name: linears[name].layer_gain)
-    channel = max(linears, key=lambda name: linears[name].channel_gain)
-    return (
-        f"{len(linears)} in int8; lowest {linears[lowest].sqnr:.1f} dB ({lowest}), largest gain "
-        f"{linears[layer].layer_gain:.3%} ({layer}), of a channel "
-        f"{linears[channel].channel_gain:.2%} ({channel})"
-    )
 
 
 def _are_strings(values: object) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from vitrail.checkpoint import contents
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name
-from vitrail.errors import CheckpointError, InputError
+from vitrail.errors import CheckpointError, InputError, show_path
 from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
@@ -71,6 +72,9 @@ def load(
     ``resize``: images are decoded on the host, and resized and cropped there ("host") or on the
     model's device ("device"), to the same bits. Which is faster has not been measured on a GPU.
 
+    Warns of int8 weights that the guard of ``vitrail quantize`` did not find good on the user's own
+    pictures.
+
     Raises CheckpointError: the files are damaged, or Vitrail cannot serve the checkpoint exactly.
     InputError: an unknown argument, or one that cannot be met on this machine. OutOfMemoryError:
     the GPU has no room for the weights.
@@ -98,6 +102,8 @@ def load(
             check=functools.partial(check_precision, dtype),
         )
         serving = runner_class(loaded.weights, compute_dtype, device)
+        if loaded.int8 is not None and loaded.int8.guard.verdict != "good":
+            warnings.warn(_int8_warning(loaded.checkpoint, loaded.int8), stacklevel=2)
     else:
         check_precision(dtype, exported.spec, str(exported.folder))
         if not exported.spec.int8 and dtype != "auto" and compute_dtype != exported.dtype:
@@ -108,6 +114,14 @@ def load(
             )
         loaded, serving = _load_exported(exported, device, backend)
     return Model(loaded.checkpoint, loaded.spec, loaded.hash_weights, serving, sixteen_bit, resize)
+
+
+def _int8_warning(checkpoint: Checkpoint, record: Int8Record) -> str:
+    guard, folder = record.guard, show_path(checkpoint.folder)
+    return (
+        f"{folder}: int8 is {guard.verdict}: {'; '.join(guard.reasons)}. Check it: vitrail verify "
+        f"PICTURES --model {folder} --against MODEL, with {record.source.name} for MODEL"
+    )
 
 
 def read_model(

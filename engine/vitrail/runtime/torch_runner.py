@@ -1,10 +1,14 @@
-"""The backend "torch": runs each step by its operator's PyTorch reference, on any device."""
+"""The backend "torch": runs each step by its operator's PyTorch reference, on any device.
+
+On a CPU with VNNI it runs the int8 operators by `vitrail.runtime.host_int8`.
+"""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from vitrail.plan.plan import Step
+from vitrail.runtime.host_int8 import HOST_OPERATORS
 from vitrail.runtime.runner import Runner
 from vitrail_kernels import OPERATORS
 
@@ -27,4 +31,7 @@ class TorchRunner(Runner):
 
     def run_step(self, step: Step, arguments: Mapping[str, Tensor], longest: int) -> None:
         needed = {name: tensor for name, tensor in arguments.items() if name not in STATISTICS}
-        OPERATORS[step.op].reference(**needed, **step.resolve(longest))
+        function = OPERATORS[step.op].reference
+        if self.device.type == "cpu":
+            function = HOST_OPERATORS.get(step.op, function)
+        function(**needed, **step.resolve(longest))

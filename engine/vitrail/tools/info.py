@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from vitrail.checkpoint.contents import INT8
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.exported.contents import WEIGHTS
 from vitrail.exported.folder import ExportFolder, open_exported
+from vitrail.int8.record import parse_record, read_record
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
@@ -48,9 +50,12 @@ def read(
         "bytes": count,
         "tensors": stored,
         "tokenizer": _tokenizer_files(checkpoint),
-        "serving": _serving(exported),
+        "serving": _serving(exported, spec.int8),
         "spec": spec.to_dict(),
     }
+    if checkpoint.int8 is not None:
+        read_record(checkpoint)  # refuses a damaged record
+        facts["int8"] = {key: value for key, value in checkpoint.int8.items() if key != "spec"}
     if exported is not None:
         architectures = exported.architectures
         facts["exported"] = f"from {exported.record.source} for {architectures}: {exported.extent}"
@@ -76,6 +81,7 @@ def _lines(spec: ModelSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if spec.vision is not None:
         yield from _vision_lines(spec.vision)
         yield "images", _preprocessing(spec.image)
+        yield from _int8_lines(spec.vision, facts)
     if spec.text is not None:
         yield from _text_lines(spec.text, facts["tokenizer"])
     if spec.head is not None:
@@ -113,6 +119,34 @@ def _vision_lines(vision: VisionSpec) -> Iterator[tuple[str, str]]:
         f"class token after the final LayerNorm{projected}: {vision.embedding} numbers"
         f"{'; the pooler is left out' * (vision.pooler is not None)}",
     )
+
+
+def _int8_lines(vision: VisionSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The linears that are int8, and the record of the folder; an exported folder has none."""
+    count = len(vision.blocks.int8)
+    if count == 0:
+        return
+    text = f"{count} of the {3 * vision.blocks.layers} qkv, up and down projections"
+    if "int8" not in facts:
+        yield "int8", text
+        return
+    record = parse_record(facts["int8"] | {"spec": facts["spec"]}, INT8)
+    source, recipe, calibration = record.source, record.recipe, record.calibration
+    yield (
+        "int8",
+        f"{text}, made from {source.name} by Vitrail {record.version}: smoothing {recipe.alpha:g}, "
+        f"rounding {recipe.rounding}, groups of {recipe.group} columns",
+    )
+    reasons: dict[str, list[str]] = {}
+    for linear, reason in record.float_linears.items():
+        reasons.setdefault(reason, []).append(linear)
+    for reason, linears in reasons.items():
+        yield "in 16 bits", f"{', '.join(linears)}: {reason}"
+    pictures = "crops of the sample photos" if calibration.origin == "bundled" else "own pictures"
+    yield "calibration", f"{calibration.pictures} {pictures}"
+    for topic, words in record.guard.lines():
+        if not topic.endswith("in 16 bits"):
+            yield topic, words
 
 
 def _text_lines(text: TextSpec, tokenizer: str | None) -> Iterator[tuple[str, str]]:
@@ -167,7 +201,7 @@ def _tokenizer_files(checkpoint: Checkpoint) -> str | None:
     return "vocab.json and merges.txt" if both else None
 
 
-def _serving(exported: ExportFolder | None = None) -> dict[str, str]:
+def _serving(exported: ExportFolder | None = None, int8: bool = False) -> dict[str, str]:
     """The backend and device that would run the model, and the state of kernels and extension."""
     import torch
 
@@ -194,7 +228,7 @@ def _serving(exported: ExportFolder | None = None) -> dict[str, str]:
         if Target(10 * major + minor, 1).without_tma:
             kernels += f", without TMA ({TMA}=0)"
     return {
-        "backend": f"{backend} on {device.type.upper()}, {dtype_name(dtype)}",
+        "backend": f"{backend} on {device.type.upper()}, {'int8 and ' * int8}{dtype_name(dtype)}",
         "kernels": f"{kernels}; resize: {_resize(name)}",
         "native": _native(),
     }

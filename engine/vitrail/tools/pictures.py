@@ -76,11 +76,11 @@ def own_pictures(
     unread: list[str] = []
     pixels = list(islice(_distinct(sources, image, vision, unread), calibration + checked))
     if len(pixels) < calibration + checked:
-        failed = f", and {len(unread)} that cannot be read, first: {unread[0]}" * bool(unread)
+        failed = f", and {len(unread)} that cannot be read, first: {unread[0]}" if unread else ""
         raise InputError(
             f"images: got {len(pixels)} different ones{failed}; wanted {calibration} to calibrate "
-            f"with and {checked} to check with: give more images or a smaller --calibration, with "
-            "--calibration 0 the sample photos calibrate"
+            f"with and {checked} to check with: give more images, or --calibration 0, by which the "
+            "sample photos calibrate"
         )
     if calibration:
         return Pictures(pixels[:calibration], pixels[calibration:], "own", True, unread)
@@ -127,7 +127,7 @@ def _crops(image: ImageSpec, vision: VisionSpec) -> Iterator[Tensor]:
 def crop_box(width: int, height: int, number: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a square crop, another for each ``number`` from 0."""
     size, across, down = (math.modf(0.5 + number * step)[0] for step in STEPS)
-    side = round(min(width, height) * (SMALLEST_CROP + (1 - SMALLEST_CROP) * size))
+    side = max(1, round(min(width, height) * (SMALLEST_CROP + (1 - SMALLEST_CROP) * size)))
     left, top = round((width - side) * across), round((height - side) * down)
     return left, top, left + side, top + side
 

@@ -42,6 +42,7 @@ from vitrail.tools.pictures import (
     own_pictures,
     sample_pictures,
 )
+from vitrail.tools.workload import preprocessed_size
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
 from vitrail.zoo import map_tensors
@@ -75,12 +76,12 @@ class Summary:
         vision = self.spec.vision
         assert vision is not None, "a model without an image tower is not quantized"
         count, total = len(self.guard.int8), 3 * vision.blocks.layers
-        yield "linears", f"{count} of the {total} qkv, up and down projections are int8"
+        yield "int8", f"{count} of {total} qkv, up and down projections"
         calibration = self.pictures.calibration
         origin = {"bundled": "crops of the sample photos", "own": "your own pictures"}
         yield "calibration", f"{len(calibration)} {origin[self.pictures.origin]}"
         yield from self.guard.lines()
-        for line in describe(vision, linears=vision.blocks.int8):
+        for line in self.speed():
             yield "speed", line
         if not self.bytes:
             yield "written", "nothing: serve this checkpoint in 16 bits"
@@ -89,10 +90,14 @@ class Summary:
         yield "written", f"{self.folder}: {after:,.1f} MB, from {before:,.1f} MB"
         yield "next", _next_step(self.guard, self.folder)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
+    def speed(self) -> list[str]:
+        """The estimate of `describe` for images of the size that the processor makes."""
         vision = self.spec.vision
         assert vision is not None, "a model without an image tower is not quantized"
+        return describe(vision, preprocessed_size(self.spec), vision.blocks.int8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
         return {
             "folder": str(self.folder),
             "bytes": self.bytes,
@@ -104,7 +109,7 @@ class Summary:
                 "origin": self.pictures.origin,
             },
             "guard": self.guard.to_dict(),
-            "speed": describe(vision, linears=vision.blocks.int8),
+            "speed": self.speed(),
             "unread": self.pictures.unread,
         }
 

@@ -18,8 +18,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The checks, and the ``reference`` that the model was compared with, in words."""
+    """The checks of a model that computes in ``dtype``, or whose weights are "int8", and the
+    ``reference`` that it was compared with, in words."""
 
+    dtype: str
     reference: str
     checks: tuple[Check, ...]
 

@@ -1,13 +1,15 @@
 """``vitrail verify``: compares a model with transformers on a user's own images and texts.
 
 Without transformers the reference is Vitrail in float32. This reference shows the error of a 16-bit
-dtype, but not a fault that both runs share.
+dtype, but not a fault that both runs share. The reference of a folder of int8 weights, which
+transformers cannot read, is the checkpoint that it was made from.
 """
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +23,7 @@ from vitrail.jobs.listing import Source
 from vitrail.model.loading import load
 from vitrail.model.model import Model
 from vitrail.tools.agreement import CORPUS, Agreement, compare
+from vitrail.tools.int8_checks import check_int8
 from vitrail.tools.oracle import (
     image_embedding,
     import_transformers,
@@ -34,13 +37,28 @@ from vitrail.tools.report import Check, Report
 HEADROOM = 4.0
 """The report has a note if float16's maximum is less than this many times the largest residual."""
 FLOAT16_MAX = 65504.0
+INT8_COSINE = 0.99
+"""In int8 a difference in the last bit of a pixel grows block by block: it moves codes by a step,
+and those move more codes. It ends at the noise of int8, where sound pictures are above 0.998."""
 
 
-def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) -> Report:
+def verify(
+    model: Model,
+    images: Sequence[Source],
+    texts: Sequence[str] = (),
+    *,
+    against: str | os.PathLike[str] | None = None,
+    own: bool = True,
+) -> Report:
     """Runs every check that the model's towers allow.
 
-    Raises InputError if no image can be read, or if a model without a text tower gets texts.
+    ``against``: the checkpoint that an int8 ``model`` was made from. ``own``: the images are the
+    user's, so that they say whether int8 may be used. Raises InputError if no image can be read, a
+    model without a text tower gets texts, or ``against`` is another checkpoint.
     """
+    int8 = model.spec.int8
+    if against is not None and not int8:
+        raise InputError(f"against: got {against}, but the weights of {model.source} are not int8")
     if (model.folder / EXPORT).is_file():
         raise InputError(
             f"verify: got the exported folder {model.folder}, wanted the checkpoint that it was "
@@ -48,7 +66,7 @@ def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) ->
         )
     transformers = import_transformers()
     checks: list[Check] = []
-    oracle = None if transformers is None else load_oracle(transformers, model)
+    oracle = None if transformers is None or int8 else load_oracle(transformers, model)
     if oracle is not None:
         checks.append(_check_spec(model, oracle))
     if model.spec.vision is not None and images:
@@ -59,16 +77,20 @@ def verify(model: Model, images: Sequence[Source], texts: Sequence[str] = ()) ->
             )
         pixels = preprocess_each(model, pictures)
         checks += check_pixels(model, names, pictures, pixels, transformers)
+        if int8:
+            checks += check_int8(model, pixels, against, own=own)
         checks += _check_images(model, oracle, names, pictures, pixels)
     if texts:
         checks += _check_texts(model, oracle, transformers, list(texts))
-    if transformers is None:
+    if int8:
+        reference = "itself" if against is None else str(against)
+    elif transformers is None:
         reference = "Vitrail in float32: transformers is not installed"
         text = "faults that both runs share are not seen: pip install transformers, and run again"
         checks.append(Check("reference", "note", text))
     else:
         reference = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
-    return Report(reference, tuple(checks))
+    return Report(model.precision, reference, tuple(checks))
 
 
 def _check_spec(model: Model, oracle: Any) -> Check:
@@ -94,11 +116,22 @@ def _check_images(
             block = _first_bad_block(model, oracle, pixels[agreement.worst])
         yield _embedding_check("images", agreement, names, model.dtype, block)
     batched = model.encode_image(pictures)
-    dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
     yield _embedding_check(
-        "images, from files", compare(batched, ours, dtype), names, model.dtype, ""
+        "images, from files", _compare_files(model, batched, ours), names, model.dtype, ""
     )
     yield _check_headroom(model, pixels, names)
+
+
+def _compare_files(model: Model, batched: Tensor, ours: Tensor) -> Agreement:
+    """Embeddings of uint8 pixels, in batches, against those of float pixels, one by one."""
+    if not model.spec.int8:
+        dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+        return compare(batched, ours, dtype)
+    agreement = compare(batched, ours, torch.bfloat16, cosines=False)
+    if agreement.cosine_worst >= INT8_COSINE:
+        return agreement
+    reason = f"worst cosine {agreement.cosine_worst:.5f}, wanted {INT8_COSINE}"
+    return replace(agreement, reasons=(*agreement.reasons, reason))
 
 
 def _check_texts(
@@ -143,7 +176,7 @@ def _references(
     """
     half = model.dtype != torch.float32
     if oracle is None:
-        if not half:
+        if not half or model.spec.int8:
             return None, None
         full = load(model.folder, device="cpu", dtype="float32")
         return torch.cat([getattr(full, method)(x) for x in inputs]), None

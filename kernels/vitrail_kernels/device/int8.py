@@ -81,6 +81,34 @@ def codes_of(y: tl.tensor, inverse: tl.tensor, OFFSET: tl.constexpr) -> tl.tenso
 
 
 @jit()
+def load_group(
+    x_scale_ptr: tl.tensor,  # (groups, M) fp32
+    shift_ptr: tl.tensor,  # (groups, N) fp32
+    group: int,
+    row: int,
+    column: int,
+    m: int,
+    x_scale_stride: int,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """A group's scales of a tile's rows and shifts of its columns.
+
+    The tile's place is added to the pointers first, so that threads keep their offsets.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    x_scales = x_scale_ptr + (group * tl.cast(x_scale_stride, tl.int64) + row)
+    x_scale = tl.load(x_scales + offs_m, mask=offs_m < m - row, other=0.0)
+    shifts = shift_ptr + (group * N + column)
+    if N % BLOCK_N == 0:
+        return x_scale, tl.load(shifts + offs_n)
+    else:
+        return x_scale, tl.load(shifts + offs_n, mask=offs_n < N - column, other=0.0)
+
+
+@jit()
 def add_group(
     total: tl.tensor,  # (BLOCK_M, BLOCK_N) fp32
     acc: tl.tensor,  # (BLOCK_M, BLOCK_N) int32, begun at the bits of 1.5 * 2^23

@@ -85,14 +85,14 @@ def linear_int8_ref(
     """
     y = int8_product(x, weight).float().mul_(x_scale[:, None]).mul_(weight_scale).add_(bias)
     if gated:
-        y = activate_ref_(y[:, 0::2].contiguous(), activation or "silu").mul_(y[:, 1::2])
+        y = _activate(y[:, 0::2], activation or "silu").mul_(y[:, 1::2])
     elif activation is not None:
-        y = activate_ref_(y, activation)
+        y = _activate(y, activation)
     if out_scale is None:
         out.copy_(y)
         return
     columns = group_columns(gated)
-    y = y.half().float().view(y.shape[0], -1, columns)
+    y = y.half().float().reshape(y.shape[0], -1, columns)
     if is_unsigned(activation, gated):
         top = y.amax(dim=2).add_(OFFSET).clamp_(min=TINY)
         codes = (y + OFFSET).mul_((255 / top)[..., None]).sub_(128)
@@ -103,6 +103,22 @@ def linear_int8_ref(
         scale = top / 127
     out_scale.copy_(scale.add_(y.sum(dim=2).mul_(0)).t())
     out.copy_(codes.clamp_(-128, 127).round_().nan_to_num_(0).view(out.shape))
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
+    """The activation of ``y``, such that a row's bits do not depend on the number of rows.
+
+    On a CPU, PyTorch computes the last elements of a loop by another exp or erf than the vectors
+    before them. A loop here is one row: rows are not adjacent in memory, and from 32,768 elements
+    on threads would share them.
+    """
+    if y.device.type != "cpu":
+        return activate_ref_(y.contiguous(), activation)
+    rows, columns = y.shape
+    apart = torch.empty(rows, columns + 1)[:, :columns].copy_(y)
+    for few in torch.split(apart, max(1, 32767 // columns)):
+        activate_ref_(few, activation)
+    return apart
 
 
 @jit(varying=("m", "scale_stride"))

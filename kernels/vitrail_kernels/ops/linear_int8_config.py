@@ -74,28 +74,43 @@ def linear_int8_ladder(
 
 def _small(target: Target, m: int, n: int, form: Int8Form) -> KernelConfig:
     narrow = cdiv(m, 64) * cdiv(n, 128) < target.sms and not form.codes
-    reason = "few rows: smaller tiles, so that every SM has one"
     wide, deep = 64 if narrow else 128, min(128, form.group or 128)
-    if target.arch == 90:
+    reason = "few rows: smaller tiles, so that every SM has one"
+    if target.arch == 90 and target.tma:
+        reason += "; nothing hides the latency of loads but loads"
         return KernelConfig(64, wide, deep, 4, 4, ctas=2, reason=reason)
     return KernelConfig(64, wide, min(64, deep), 4, 3, reason=reason)
 
 
 def _large(target: Target, k: int, form: Int8Form) -> KernelConfig:
-    if not target.tma:
-        reason = "four steps of K in flight"
-        warps = 4 if form.group is None else 8
-        return KernelConfig(128, 128, 64, warps, 4, reason=reason)
-    deep = min(128, form.group or 128)
-    if target.arch >= 120:
-        wide = 128 if form.codes else 64
-        return KernelConfig(128, wide, 64, 8, 3, reason="99 KiB of shared memory")
     if form.group is not None:
-        reason = "the sums of groups take as many registers as the products"
-        return KernelConfig(128, 128, deep, 8, 3, reason=reason)
+        return _grouped(target, form.group)
+    if not target.tma:
+        reason = "four steps of K in flight, two blocks an SM"
+        return KernelConfig(128, 128, 64, 4, 4, ctas=2, reason=reason)
+    if target.arch >= 100 and form.codes:
+        reason = "three blocks overlap epilogues; 128 rows spill"
+        return KernelConfig(64, 128, 128, 4, 2, 168, 3, reason=reason)
+    if target.arch >= 120:
+        reason = "two blocks in 99 KiB of shared memory"
+        return KernelConfig(128, 128, 64, 4, 3, ctas=2, reason=reason)
     stagger = 0
-    if target.arch == 90 and form.activation is not None:
-        # half a tile, as for `linear`: the same bytes a step, half the steps
+    if target.arch == 90 and (form.activation or form.gated):
+        # half a tile, as for `linear`: as many bytes a step, half as many steps
         stagger = round((cdiv(k, 128) * 910 + 3000) / 2 / 1.7)
+    registers = None if form.gated else 128  # a gated tile takes 128, but spills with that limit
     reason = "two blocks an SM overlap epilogues"
-    return KernelConfig(128, 128, 128, 8, 3, 128, 2, stagger=stagger, reason=reason)
+    return KernelConfig(128, 128, 128, 8, 3, registers, 2, stagger=stagger, reason=reason)
+
+
+def _grouped(target: Target, group: int) -> KernelConfig:
+    reason = "the sums of groups take as many registers as products"
+    deep = min(128, group)
+    if target.arch == 90 and target.tma:
+        stages = 4 if group <= 128 else 3
+        reason += ": one block, and as many steps of K in flight as fit"
+        return KernelConfig(128, 128, deep, 8, stages, reason=reason)
+    # these products keep tiles of x and W in registers as well
+    stages = 3 if group <= 128 and target.arch < 120 else 2
+    reason += ": half as wide"
+    return KernelConfig(128, 64, deep, 4, stages, ctas=2 if group <= 128 else 1, reason=reason)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
-from vitrail_kernels.device.int8 import add_group, finish_sums
+from vitrail_kernels.device.int8 import add_group, finish_sums, load_group
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stats import stats_ref, stats_shape
 from vitrail_kernels.device.tile import part_of, tile_of
@@ -121,16 +121,15 @@ def _linear_int8_grouped_tma_kernel(
     """A persistent kernel, as `_linear_tma_kernel`."""
     wait_for_previous(PDL)
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile_of(tile, m, N, BLOCK_M, BLOCK_N, GROUP_M)
         offs_m = row + tl.arange(0, BLOCK_M)
         mask_m = offs_m < m
-        columns = column + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for g in tl.range(0, K // GROUP):
-            x_scales = x_scale_ptr + g * tl.cast(x_scale_stride, tl.int64)
-            x_scale = tl.load(x_scales + offs_m, mask=mask_m, other=0.0)
-            shift = tl.load(shift_ptr + g * N + columns, mask=columns < N, other=0.0)
+            x_scale, shift = load_group(
+                x_scale_ptr, shift_ptr, g, row, column, m, x_scale_stride, N, BLOCK_M, BLOCK_N
+            )
             acc = tl.full((BLOCK_M, BLOCK_N), 0x4B400000, tl.int32)
             for k in tl.static_range(0, GROUP, BLOCK_K):
                 x = x_map.load([row, g * GROUP + k])
@@ -196,9 +195,9 @@ def _linear_int8_grouped_pointer_kernel(
     weight_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for g in tl.range(0, groups):
-        x_scales = x_scale_ptr + g * tl.cast(x_scale_stride, tl.int64)
-        x_scale = tl.load(x_scales + offs_m, mask=mask_m, other=0.0)
-        shift = tl.load(shift_ptr + g * N + columns, mask=columns < N, other=0.0)
+        x_scale, shift = load_group(
+            x_scale_ptr, shift_ptr, g, row, column, m, x_scale_stride, N, BLOCK_M, BLOCK_N
+        )
         acc = tl.full((BLOCK_M, BLOCK_N), 0x4B400000, tl.int32)
         for k in tl.static_range(0, GROUP, BLOCK_K):
             x = tl.load(x_ptrs + g * GROUP + k)
