@@ -141,7 +141,7 @@ def test_version_is_the_packages() -> None:
     assert run("--version").stdout == f"vitrail {vitrail.__version__}\n"
 
 
-COMMANDS = ["info", "embed", "classify", "verify", "tune", "export", "demo"]
+COMMANDS = ["info", "embed", "classify", "verify", "quantize", "tune", "export", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

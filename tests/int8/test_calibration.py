@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
 from helpers import make, outputs, save
-from vitrail.errors import InputError
+from vitrail.errors import InputError, VitrailError
 from vitrail.image.normalize import normalize
 from vitrail.int8 import calibration
 from vitrail.int8.blocks import quantize_block
@@ -176,6 +176,16 @@ def test_codes_stand_for_the_folded_weight(
             assert 0.5 < difference.max() < 20
         if linear != "down":
             assert torch.equal(tensors[f"{name}.bias"], loaded.weights[f"{name}.bias"])
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_inputs_that_are_not_finite_are_an_error(rounding: str, tmp_path: Path) -> None:
+    _, loaded = _folder(tmp_path, "ViTModel")
+    loaded.weights["vision.blocks.0.up.bias"][3] = torch.inf
+    calibrated = Calibration(loaded.spec.vision, loaded.weights, _images(2))
+    moments = calibrated.advance(["down"], hessian=rounding == "gptq")
+    with pytest.raises(VitrailError, match=r"blocks\.0\.down: got inputs that are not finite"):
+        quantize_block(loaded.weights, 0, moments, Recipe(rounding=rounding))
 
 
 def test_moments_add_up() -> None:

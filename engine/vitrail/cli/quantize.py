@@ -97,6 +97,7 @@ def quantize(
         revision=revision,
         local_files_only=local_files_only,
         progress=functools.partial(console.progress, unit="blocks"),
+        say=console.say,
     )
     for reason in summary.pictures.unread:
         console.say(f"left out: {reason}")

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from vitrail.errors import VitrailError
 from vitrail.int8.calibration import Moments
 from vitrail.int8.gptq import round_gptq, round_nearest, row_scales
 from vitrail.int8.recipe import Recipe
@@ -17,12 +19,17 @@ def quantize_block(
     """Canonical tensors (see `BlockSpec.tensor_shapes`) of the linears that ``moments`` names.
 
     ``weights``: of the model without int8 linears, in fp32, with gamma, beta, softmax scale and
-    log2(e) folded in.
+    log2(e) folded in. Raises VitrailError if an input was not finite.
     """
     tensors: dict[str, Tensor] = {}
     for linear, inputs in moments.items():
         name = f"vision.blocks.{layer}.{linear}"
         weight, hessian = weights[f"{name}.weight"], inputs.hessian
+        if not torch.isfinite(inputs.top).all():
+            raise VitrailError(
+                f"{name}: got inputs that are not finite on the calibration pictures, wanted a "
+                "model that is finite in float32"
+            )
         if linear != "down":
             smooth = smooth_factors(inputs.top, weight, recipe.alpha)
             weight = weight.double() / smooth

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.dtypes import named_dtype
 from vitrail.errors import InputError
 from vitrail.plan.plan import Step
 from vitrail.plan.vision import vision_dense
+from vitrail.runtime.memory import activations
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import default_modes
@@ -22,6 +22,8 @@ from vitrail.weights.layout import Weights
 
 BATCH_TOKENS = 4096
 """About as many tokens are computed at once."""
+DTYPES = {"compute": torch.float32, "float32": torch.float32}
+"""Of the plan's buffers."""
 
 
 class Moments:
@@ -52,6 +54,7 @@ class Calibration:
         self.spec, self.layer = spec, 0
         self._runner = TorchRunner(weights, torch.float32, torch.device("cpu"))
         self._plan = vision_dense(spec, uint8=True)
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         batches = list(batched(spec, pixels))
         if not batches:
             raise InputError("calibration: got no images, wanted at least one")
@@ -74,7 +77,7 @@ class Calibration:
         moments: dict[str, Moments] = {}
         with default_modes():
             for shape, stream in zip(self._shapes, self._streams, strict=True):
-                tensors = self._tensors(shape, steps) | {"vision.stream.0": stream}
+                tensors = self._tensors(shape) | {"vision.stream.0": stream}
                 for step in steps:
                     linear = step.label.removeprefix(prefix)
                     if linear in measured:
@@ -97,25 +100,24 @@ class Calibration:
         """The residual stream (M, C) before the first block."""
         spec, size = self.spec, pixels.shape[1:3]
         table = self._runner.position_table(spec, spec.grid_at((size[0], size[1])), "uint8")
-        tensors = self._tensors(pixels.shape, steps) | {"pixels": pixels, "table": table}
+        tensors = self._tensors(pixels.shape) | {"pixels": pixels, "table": table}
         with default_modes():
             self._runner.run_steps(steps, tensors, spec.tokens_at((size[0], size[1])))
-        return tensors["vision.stream.0"]
+        return tensors["vision.stream.0"].clone()
 
-    def _tensors(self, shape: Sequence[int], steps: Sequence[Step]) -> dict[str, Tensor]:
-        """The buffers of ``steps`` for pixels (B, H, W, channels), not yet written."""
+    def _tensors(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """The buffers of the plan for pixels (B, H, W, channels), not yet written."""
         batch, length = shape[0], self.spec.tokens_at((shape[1], shape[2]))
-        names = {name for step in steps for _, name in step.buffers}
-        tensors = {
-            buffer.name: torch.empty(
-                buffer.shape(batch, batch * length, length),
-                dtype=torch.float32 if buffer.dtype == "compute" else named_dtype(buffer.dtype),
-                device="cpu",
-            )
-            for buffer in self._plan.buffers
-            if buffer.name in names
-        }
+        sizes = self._plan.slot_bytes(batch, batch * length, torch.float32.itemsize)
+        if self._arena.numel() < sum(sizes):
+            self._arena = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+        tensors = activations(self._plan, sizes, self._arena, batch, batch * length, DTYPES)
         tensors["cu_seqlens"] = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+        tensors |= {  # the last block may write to an output of the plan, which has no slot
+            buffer.name: torch.empty(buffer.shape(batch, batch * length), device="cpu")
+            for buffer in self._plan.buffers
+            if buffer.name in self._plan.token_outputs
+        }
         return tensors
 
 

@@ -55,7 +55,7 @@ number of blocks finished so far."""
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The result of a quantization.
+    """The result of a quantization of the checkpoint ``source``, as the user wrote it.
 
     ``spec``: of the model with the int8 linears that the guard left. ``float_linears``: the linears
     among qkv, up and down that are not int8, each with the reason. ``source_bytes``: of the tensors
@@ -63,6 +63,7 @@ class Summary:
     written folder, or 0 if the guard refused.
     """
 
+    source: str
     folder: Path
     spec: ModelSpec
     guard: GuardReport
@@ -78,7 +79,7 @@ class Summary:
         count, total = len(self.guard.int8), 3 * vision.blocks.layers
         yield "int8", f"{count} of {total} qkv, up and down projections"
         calibration = self.pictures.calibration
-        origin = {"bundled": "crops of the sample photos", "own": "your own pictures"}
+        origin = {"bundled": "crops of the sample photos", "own": "of your own pictures"}
         yield "calibration", f"{len(calibration)} {origin[self.pictures.origin]}"
         yield from self.guard.lines()
         for line in self.speed():
@@ -88,7 +89,11 @@ class Summary:
             return
         before, after = self.source_bytes / 1e6, self.bytes / 1e6
         yield "written", f"{self.folder}: {after:,.1f} MB, from {before:,.1f} MB"
-        yield "next", _next_step(self.guard, self.folder)
+        if self.guard.own:
+            yield "next", f"vitrail embed PICTURES --model {self.folder}"
+        else:
+            options = f"--model {self.folder} --against {self.source}"
+            yield "next", f"check it on your own pictures: vitrail verify PICTURES {options}"
 
     def speed(self) -> list[str]:
         """The estimate of `describe` for images of the size that the processor makes."""
@@ -99,6 +104,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
         return {
+            "source": self.source,
             "folder": str(self.folder),
             "bytes": self.bytes,
             "source_bytes": self.source_bytes,
@@ -112,12 +118,6 @@ class Summary:
             "speed": self.speed(),
             "unread": self.pictures.unread,
         }
-
-
-def _next_step(report: GuardReport, folder: Path) -> str:
-    if report.own:
-        return f"vitrail embed PICTURES --model {folder}"
-    return f"verify it on your own pictures: vitrail verify PICTURES --model {folder}"
 
 
 def quantize_model(
@@ -136,6 +136,7 @@ def quantize_model(
     revision: str | None = None,
     local_files_only: bool = False,
     progress: Progress = lambda _: nullcontext(lambda _: None),
+    say: Callable[[str], None] = lambda _: None,
 ) -> Summary:
     """Quantize the image tower of the checkpoint ``model``, and write the result to ``folder``.
 
@@ -145,7 +146,8 @@ def quantize_model(
     patterns of linears that stay in 16 bits (see `float_linears`). ``alpha``, ``rounding``: see
     `Recipe`. ``min_centered``: the mean
     centered cosine from which the guard says "good". ``device``: the guard runs the model there;
-    the weights are always computed on the CPU. ``overwrite``: replace an earlier result.
+    the weights are always computed on the CPU. ``overwrite``: replace an earlier result. ``say`` is
+    called with what goes on after the last block.
 
     The same inputs give the same bytes on one machine. After an interruption the same call goes on
     from FOLDER.partial.
@@ -168,7 +170,7 @@ def quantize_model(
     partial = PartialFolder(out, _key(loaded, recipe, linears, pictures))
     _quantize_blocks(loaded, linears, pictures, recipe, partial, progress)
     sources = map_tensors(loaded.checkpoint, spec) | partial.sources()
-    report = _judge(loaded, linears, sources, pictures, checked_device, min_centered)
+    report = _judge(loaded, linears, sources, pictures, checked_device, min_centered, say)
     stay |= {name: f"guard: {reason}" for name, reason in report.fallbacks.items()}
     final = spec.with_int8(report.int8)
     written = 0
@@ -184,7 +186,8 @@ def quantize_model(
         written = write_folder(out, loaded.checkpoint, final, final_sources, make_record)
     partial.remove()
     source_bytes = sum(entry.nbytes for entry in loaded.checkpoint.tensors.values())
-    return Summary(out, final, report, stay, pictures, source_bytes, written)
+    source = loaded.checkpoint.source
+    return Summary(source, out, final, report, stay, pictures, source_bytes, written)
 
 
 # -- the checkpoint and the pictures ---------------------------------------------------------------
@@ -289,6 +292,7 @@ def _quantize_blocks(
             moments = calibration.advance(measured, hessian=recipe.rounding == "gptq")
             if measured:
                 partial.put(layer, quantize_block(loaded.weights, layer, moments, recipe))
+            del moments  # those of the next block take their memory
             tell(layer + 1)
 
 
@@ -299,6 +303,7 @@ def _judge(
     pictures: Pictures,
     device: torch.device,
     min_centered: float,
+    say: Callable[[str], None],
 ) -> GuardReport:
     """The guard's report on candidates whose int8 linears are ``linears`` or some of them."""
     vision, _ = _image_tower(loaded)
@@ -316,6 +321,7 @@ def _judge(
     comparison = Comparison(reference, list(batched(vision, pictures.checked)))
 
     def measure(names: tuple[str, ...]) -> Measurement:
+        say(f"checking {len(names)} int8 linears on {len(pictures.checked)} pictures")
         return comparison.measure(tower(spec.with_int8(names)))
 
     return find_safe(vision.blocks, linears, measure, own=pictures.own, good=min_centered)
