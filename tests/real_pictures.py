@@ -97,8 +97,8 @@ def textiles(count: int, seed: int = 0) -> tuple[tuple[Image.Image, ...], tuple[
     return tuple(images), tuple(name.split("/")[-2] for name in names)
 
 
-def noise(count: int, seed: int = 0) -> tuple[Image.Image, ...]:
-    """Pictures of 256 x 256 independent uniform bytes in three channels."""
+def noise(count: int, side: int, seed: int = 0) -> tuple[Image.Image, ...]:
+    """Pictures of side x side independent uniform bytes in three channels."""
     dice = np.random.default_rng(seed)
-    pixels = dice.integers(256, size=(count, 256, 256, 3), dtype=np.uint8)
+    pixels = dice.integers(256, size=(count, side, side, 3), dtype=np.uint8)
     return tuple(Image.fromarray(image) for image in pixels)

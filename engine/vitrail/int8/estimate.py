@@ -96,7 +96,7 @@ def estimate(
     total = sum(launch.seconds for launch in after)
     limits: tuple[str, ...] = ()
     if before / total < WORTHWHILE:
-        limits = tuple(_limits(spec.blocks, batch, tokens, after))
+        limits = tuple(_limits(spec.blocks, tokens, after))
     return Estimate(batch, size, before, total, limits)
 
 
@@ -105,19 +105,20 @@ def describe(
     size: tuple[int, int] | None = None,
     linears: Collection[str] | None = None,
 ) -> list[str]:
-    """The estimates for `BATCHES` in a line, and a line for each of them that is not worthwhile."""
+    """The estimates for `BATCHES` in a line, and a line that says why int8 wins little in some."""
     rows = [estimate(spec, batch, size, linears) for batch in BATCHES]
     figures = ", ".join(f"{row.speedup:.2f}x at batch {row.batch}" for row in rows)
     height, width = rows[0].size
     lines = [
-        f"estimate, not a measurement: int8 against fp16 on an {CARD}, blocks alone, "
+        f"an estimate, not a measurement: int8 against fp16 on an {CARD}, blocks alone, "
         f"{height}x{width} pixels: {figures}"
     ]
-    return lines + [
-        f"under {WORTHWHILE}x at batch {row.batch}: {'; '.join(row.limits)}"
-        for row in rows
-        if not row.worthwhile
-    ]
+    small = [row for row in rows if not row.worthwhile]
+    if small:
+        batches = ", ".join(f"{row.batch}" for row in small)
+        causes = dict.fromkeys(cause for row in small for cause in row.limits)
+        lines.append(f"under {WORTHWHILE}x at batch {batches}: {'; '.join(causes)}")
+    return lines
 
 
 def block(
@@ -187,27 +188,16 @@ def _launch(name: str, seconds: float, moved: int, reached: float) -> Launch:
     return Launch(name, max(seconds, FLOOR) + RAMP, moved, seconds <= FLOOR)
 
 
-def _limits(spec: BlockSpec, batch: int, tokens: int, launches: list[Launch]) -> Iterator[str]:
+def _limits(spec: BlockSpec, tokens: int, launches: list[Launch]) -> Iterator[str]:
     """Why int8 wins little: every cause with a large part of its time, else the kept linears."""
     total = sum(launch.seconds for launch in launches)
-
-    def part(*names: str, shortest: bool = False) -> float:
-        counted = (x for x in launches if x.name in names or (shortest and x.shortest))
-        return sum(launch.seconds for launch in counted) / total
-
-    attention, short = part("attention"), part(shortest=True)
+    shortest = sum(launch.seconds for launch in launches if launch.shortest)
+    attention = sum(launch.seconds for launch in launches if launch.name == "attention")
     causes = []
-    if attention > 0.3:
-        causes.append(
-            f"attention over {tokens} tokens, which stays in fp16, is {attention:.0%} of the time"
-        )
-    if short > 0.2:
-        causes.append(
-            f"{short:.0%} of the time is launches of the shortest time, and int8 has more launches"
-        )
+    if shortest > 0.2 * total:
+        causes.append("few rows: launches cannot be shorter, and int8 has more of them")
+    if attention > 0.3 * total:
+        causes.append(f"attention over {tokens} tokens stays in fp16")
     if spec.width <= 512:
-        causes.append(
-            f"at width {spec.width} the epilogues of products, which int8 does not shorten, "
-            "outweigh the products"
-        )
+        causes.append(f"width {spec.width}: epilogues take longer than products")
     yield from causes or ["too few linears are in int8"]
