@@ -17,6 +17,7 @@ from vitrail_kernels.compile import SASS_LINE, TENSOR_CORE
 
 TMA_LOAD, TMA_STORE = "UTMALDG", "UTMASTG"
 ASYNC_COPY = "LDGSTS"
+WGMMA = ("HGMMA", "IGMMA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,7 @@ def _in_flight(code: Sequence[_Instruction]) -> tuple[int, int, int]:
     for _ in range(8):  # no wait leaves so many in flight, so that the counts then repeat
         groups = peak = 0
         for line in code:
-            if line.opcode == "HGMMA" and "gsb0" in line.operands:
+            if line.opcode in WGMMA and "gsb0" in line.operands:
                 groups, pending = groups + 1, pending + 1
                 peak = max(peak, pending)
             elif line.name.startswith("WARPGROUP.DEPBAR"):
@@ -280,7 +281,7 @@ def _accumulators(code: Sequence[_Instruction]) -> int:
     group: dict[str, int] = {}
     committed: dict[str, int] = {}
     for line in code:
-        if line.opcode == "HGMMA":
+        if line.opcode in WGMMA:
             rows, columns, _ = (int(side) for side in line.name.split(".")[1].split("x"))
             group[line.operands.partition(",")[0]] = rows * columns // 128
             if "gsb0" in line.operands:

@@ -2,8 +2,8 @@
 
 For every launch of a model the report has registers, spills, shared memory, blocks per
 multiprocessor, tensor-core, TMA and LDGSTS instructions, FLOPs and bytes. The roofline is an
-estimate: a launch takes the longer of two times, its FLOPs at the card's dense 16-bit peak and its
-bytes at the card's bandwidth. No GPU is needed.
+estimate: a launch takes the longer of two times, its FLOPs at the card's dense 16-bit peak (twice
+that peak for int8) and its bytes at the card's bandwidth. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from main_loops import ASYNC_COPY, TMA_LOAD, TMA_STORE
 from torch import Tensor
 
 from vitrail_kernels import OPERATORS
+from vitrail_kernels.candidates import INT8
 from vitrail_kernels.compile import KernelCode, compile_all
 from vitrail_kernels.configs import dtype_name
 from vitrail_kernels.cost import Cost
 from vitrail_kernels.device.stats import stats_shape
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.ops.linear_int8 import group_columns
 
 
 class Card(NamedTuple):
@@ -97,8 +99,14 @@ class Step:
 
 
 def steps(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iterator[Step]:
-    """The pooled forward of a tower; equal steps come once."""
-    b = batch or shape.batch
+    """The pooled forward of a tower; equal steps come once.
+
+    With int8 the products that may be in int8 are, and the rest is fp16. Text is never in int8.
+    """
+    int8, b = dtype == torch.int8, batch or shape.batch
+    if int8:
+        assert not shape.causal, "text is never in int8"
+        dtype = torch.float16
     m, c, f = b * shape.tokens, shape.width, shape.mlp
     up = 2 * f if shape.gated else f
 
@@ -128,17 +136,51 @@ def steps(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iterato
                 tensors |= {"residual": empty(m, n), "residual_rows": int32(rows)}
         if options.pop("residual", False):
             tensors |= {"residual": tensors.get("residual", tensors["out"])}
-            tensors |= {"stats": fp32(*stats_shape(rows, n))}
+            if options.pop("stats", True):
+                tensors |= {"stats": fp32(*stats_shape(rows, n))}
             if shape.layer_scale:
                 tensors["scale"] = fp32(n)
         return step(label, "linear", times, tensors, **options)
+
+    def codes(label: str, times: int) -> tuple[Step, dict[str, Tensor]]:
+        """The step that quantizes the stream, and its outputs as a product's inputs."""
+        x, x_scale = empty(m, c, dtype=torch.int8), fp32(m)
+        tensors = {"out": x, "out_scale": x_scale, "x": empty(m, c), "smooth": fp32(c)}
+        made = step(f"{label} codes", "norm_quant", times, tensors, eps=1e-6)
+        return made, {"x": x, "x_scale": x_scale}
+
+    def weights(n: int, k: int) -> dict[str, Tensor]:
+        tensors = {"weight": empty(n, k, dtype=torch.int8), "weight_scale": fp32(n)}
+        return tensors | {"bias": fp32(n)}
+
+    def product(label: str, times: int, n: int) -> Iterator[Step]:
+        """A linear of the normalized stream in int8."""
+        quantized, inputs = codes(label, times)
+        yield quantized
+        yield step(label, "linear_int8", times, {"out": empty(m, n)} | inputs | weights(n, c))
+
+    def mlp(times: int) -> Iterator[Step]:
+        """up and down in int8. Only the last block reads the stream's statistics."""
+        group = group_columns(shape.gated)
+        hidden = {"x": empty(m, f, dtype=torch.int8), "x_scale": fp32(f // group, m)}
+        quantized, inputs = codes("up", times)
+        yield quantized
+        tensors = {"out": hidden["x"], "out_scale": hidden["x_scale"]} | inputs | weights(up, c)
+        activation = {"activation": shape.activation, "gated": shape.gated}
+        yield step("up", "linear_int8", times, tensors, **activation)
+        out = empty(m, c)
+        tensors = {"out": out, "residual": out, "shift": fp32(f // group, c)} | hidden
+        tensors |= weights(c, f) | ({"scale": fp32(c)} if shape.layer_scale else {})
+        yield step("down", "linear_int8_grouped", times - 1, tensors, group=group)
+        tensors = tensors | {"stats": stats}
+        yield step("down, stats", "linear_int8_grouped", 1, tensors, group=group)
 
     stats, lengths = fp32(*stats_shape(m, c)), int32(b + 1)
     if shape.patch:
         padded = -(-3 * shape.patch**2 // 64) * 64
         pixels = empty(b, shape.side, shape.side, 3, dtype=torch.uint8)
         tensors = {"out": empty(m, c), "pixels": pixels, "weight": empty(c, padded)}
-        tensors |= {"table": fp32(shape.tokens, c), "stats": stats}
+        tensors |= {"table": fp32(shape.tokens, c)} | ({} if int8 else {"stats": stats})
         prefix = shape.tokens - (shape.side // shape.patch) ** 2
         patch = (shape.patch, shape.patch)
         yield step("patch_embed", "patch_embed", 1, tensors, patch=patch, channels=3, prefix=prefix)
@@ -149,15 +191,22 @@ def steps(shape: Shape, dtype: torch.dtype, batch: int | None = None) -> Iterato
         yield step("text_embed", "text_embed", 1, tensors)
     n = shape.layers - 1
     act = {"activation": shape.activation, "gated": shape.gated, "norm": True}
-    yield linear("qkv", n, m, 3 * c, c, norm=True)
+    if int8:
+        yield from product("qkv", n, 3 * c)
+    else:
+        yield linear("qkv", n, m, 3 * c, c, norm=True)
     tensors = {"out": empty(m, c), "qkv": empty(m, 3 * c), "cu_seqlens": lengths}
     scalars = {"heads": shape.heads, "causal": shape.causal, "max_seqlen": shape.tokens}
     scalars["equal_lengths"] = not shape.causal
     yield step("attention", "attention", n, tensors, **scalars)
-    yield linear("out", n, m, c, c, residual=True)
-    yield linear("up", n, m, up, c, **act)
-    yield linear("down", n, m, c, f, residual=True)
-    yield linear("last kv", 1, m, 2 * c, c, norm=True)
+    yield linear("out", n, m, c, c, residual=True, stats=not int8)
+    if int8:
+        yield from mlp(n)
+        yield from product("last kv", 1, 2 * c)
+    else:
+        yield linear("up", n, m, up, c, **act)
+        yield linear("down", n, m, c, f, residual=True)
+        yield linear("last kv", 1, m, 2 * c, c, norm=True)
     yield linear("last q", 1, b, c, c, norm=True, gathered=True)
     tensors = {"out": empty(b, c), "q": empty(b, c), "kv": empty(m, 2 * c), "cu_seqlens": lengths}
     scalars = {"heads": shape.heads, "max_seqlen": shape.tokens}
@@ -185,7 +234,8 @@ def table(name: str, arch: int, dtype: torch.dtype, batch: int | None = None) ->
     seconds = flops = 0.0
     for step, step_calls in zip(model_steps, calls, strict=True):
         cost = step.cost()
-        best = max(cost.flops / card.flops, cost.bytes / card.bandwidth)
+        rate = (2 if step.op in INT8 else 1) * card.flops
+        best = max(cost.flops / rate, cost.bytes / card.bandwidth)
         seconds, flops = seconds + step.times * best, flops + step.times * cost.flops
         label, cells = step.label, f"{cost.flops / 1e6:12.1f} {cost.bytes / 1e6:9.2f}"
         cells += f" {best * 1e6:10.1f}"
@@ -193,9 +243,10 @@ def table(name: str, arch: int, dtype: torch.dtype, batch: int | None = None) ->
             yield f"{label:15s} {step.times:4d}   {_code(call, next(codes))} {cells}".rstrip()
             label = cells = ""
     images = (batch or shape.batch) / seconds
+    peak = (2 if dtype == torch.int8 else 1) * card.flops
     yield (
         f"estimate: {seconds * 1e3:.3f} ms at best, {images:,.0f} a second, "
-        f"{flops / seconds / 1e12:.0f} TFLOP/s of {card.flops / 1e12:.0f}; not a measurement"
+        f"{flops / seconds / 1e12:.0f} TFLOP/s of {peak / 1e12:.0f}; not a measurement"
     )
 
 
@@ -216,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", choices=CARDS, default=[90, 80])
     parser.add_argument("--model", nargs="*", choices=SHAPES, default=["ViT-B/16", "CLIP L/14"])
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "int8"), default="float16")
     parser.add_argument("--batch", type=int, help="instead of the model's own")
     options = parser.parse_args(arguments)
     for name in options.model:

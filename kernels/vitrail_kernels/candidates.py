@@ -70,6 +70,54 @@ SMALL: dict[str, tuple[KernelConfig, ...]] = {
 }  # fmt: skip
 """`linear` with fewer rows."""
 
+INT8_FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "mma_tma", 120: "mma_tma"}
+"""As `FAMILIES`, for products of int8. On sm_100 Triton makes them without tensor memory."""
+
+INT8_LARGE: dict[str, tuple[KernelConfig, ...]] = {
+    "wgmma": (
+        KernelConfig(128, 128, 128, 8, 3, 128, 2), KernelConfig(128, 128, 128, 8, 3, ctas=2),
+        KernelConfig(128, 128, 128, 8, 3, 128, 2, stagger=4000),
+        KernelConfig(128, 256, 128, 8, 3), KernelConfig(128, 128, 128, 8, 3),
+        KernelConfig(128, 128, 128, 8, 5), KernelConfig(64, 128, 128, 4, 3, 168, 3),
+        KernelConfig(64, 128, 128, 4, 2, 168, 3), KernelConfig(128, 64, 128, 8, 3, 128, 2),
+        KernelConfig(128, 128, 64, 8, 6),
+    ),
+    "mma": (
+        KernelConfig(128, 128, 64, 4, 3, ctas=2), KernelConfig(128, 128, 64, 8, 4, 128, 2),
+        KernelConfig(128, 128, 128, 8, 3), KernelConfig(128, 64, 64, 4, 3, ctas=2),
+        KernelConfig(128, 64, 128, 4, 3, ctas=2), KernelConfig(64, 128, 64, 4, 3, 168, 3),
+        KernelConfig(64, 128, 128, 4, 3, ctas=2), KernelConfig(64, 128, 64, 4, 4, ctas=2),
+    ),
+    "mma_tma": (
+        KernelConfig(128, 128, 64, 4, 3, ctas=2), KernelConfig(128, 128, 128, 8, 2, 128, 2),
+        KernelConfig(128, 128, 128, 8, 2), KernelConfig(128, 64, 128, 4, 2, ctas=2),
+        KernelConfig(128, 64, 64, 4, 3, ctas=2), KernelConfig(64, 128, 128, 4, 2, 168, 3),
+        KernelConfig(64, 128, 64, 4, 3, 168, 3), KernelConfig(64, 128, 128, 4, 2, ctas=2),
+    ),
+}  # fmt: skip
+"""The int8 products with many rows. Integer sums are exact in any order; these tiles keep 64 rows
+and whole chunks of statistics all the same."""
+
+INT8_SMALL: dict[str, tuple[KernelConfig, ...]] = {
+    "wgmma": (
+        KernelConfig(64, 64, 128, 4, 4, ctas=2), KernelConfig(64, 64, 128, 4, 6, ctas=2),
+        KernelConfig(64, 64, 128, 4, 3, 168, 3), KernelConfig(64, 64, 64, 4, 6, ctas=2),
+        KernelConfig(64, 128, 128, 4, 3, ctas=2), KernelConfig(64, 128, 128, 4, 4, ctas=2),
+        KernelConfig(64, 128, 128, 4, 2, 168, 3), KernelConfig(128, 128, 128, 8, 3, 128, 2),
+    ),
+    "mma": (
+        KernelConfig(64, 64, 64, 4, 4, 168, 3), KernelConfig(64, 64, 128, 4, 3, 168, 3),
+        KernelConfig(64, 64, 64, 4, 3, ctas=2), KernelConfig(64, 128, 64, 4, 4, ctas=2),
+        KernelConfig(64, 128, 128, 4, 3, ctas=2), KernelConfig(128, 64, 64, 4, 3, ctas=2),
+    ),
+    "mma_tma": (
+        KernelConfig(64, 64, 64, 4, 4, 168, 3), KernelConfig(64, 64, 128, 4, 2, 168, 3),
+        KernelConfig(64, 64, 64, 4, 3, ctas=2), KernelConfig(64, 128, 64, 4, 3, ctas=2),
+        KernelConfig(64, 128, 128, 4, 2, ctas=2), KernelConfig(128, 64, 128, 4, 2, ctas=2),
+    ),
+}  # fmt: skip
+"""The int8 products with fewer rows."""
+
 ATTENTION: tuple[KernelConfig, ...] = (
     KernelConfig(128, 0, 0, 8, 2, 128), KernelConfig(128, 0, 0, 8, 3, 128),
     KernelConfig(128, 0, 0, 8, 4, 128), KernelConfig(128, 0, 0, 8, 3),
@@ -89,9 +137,15 @@ PATCH_EMBED: tuple[KernelConfig, ...] = (
 )  # fmt: skip
 
 
+INT8 = ("linear_int8", "linear_int8_grouped")
+"""The operators whose operands are int8."""
+
+
 def _listed(op: str, base: KernelConfig, arch: int) -> tuple[KernelConfig, ...]:
     if op == "linear":
         return (SMALL if base.block_m <= 64 else LARGE)[FAMILIES[arch]]
+    if op in INT8:
+        return (INT8_SMALL if base.block_m <= 64 else INT8_LARGE)[INT8_FAMILIES[arch]]
     return {"attention": ATTENTION, "patch_embed": PATCH_EMBED}.get(op, ())
 
 
@@ -102,7 +156,8 @@ def candidates(op: str, base: KernelConfig, arch: int) -> Iterator[KernelConfig]
     """
     for listed in _listed(op, base, arch):
         config = replace(listed, block_n=listed.block_n or base.block_n, group_m=base.group_m)
-        step = 2 * (config.block_m + config.block_n) * config.block_k  # bytes
+        size = 1 if op in INT8 else 2
+        step = size * (config.block_m + config.block_n) * config.block_k  # bytes
         fits = (config.stages - 1) * step * config.ctas <= SHARED_TOTAL[arch]
         if fits and config != replace(base, reason=""):
             yield config

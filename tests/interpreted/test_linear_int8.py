@@ -247,7 +247,6 @@ HALVES = {"out": torch.empty(4, 128, dtype=HALF), "out_scale": None}
         (_bad(weight=codes(130, 64)), "got 130 columns, wanted groups of 128"),
         (_bad(weight=codes(192, 64), gated=True), "got 96 columns, wanted groups of 64"),
         (_bad(weight=codes(127, 64), gated=True, **HALVES), "gated: got 127 rows"),
-        (_bad(config=KernelConfig(64, 64, 64, 4, 2)), "block_n 64, wanted 128"),
         (_bad(x=torch.empty(4, 64, dtype=torch.int8, device="meta")), "a tensor on cpu"),
     ],
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from vitrail.errors import InputError, VitrailError
 from vitrail.tools.bench import Bench
 from vitrail.tools.workload import Problem, fill
-from vitrail_kernels.candidates import candidates
+from vitrail_kernels.candidates import INT8, candidates
 from vitrail_kernels.compile import SHARED_LIMIT, KernelCode, identity, order_of_sums
 from vitrail_kernels.configs import KernelConfig, read_table, write_table
 from vitrail_kernels.launch import Call
@@ -42,8 +42,8 @@ Stage = Callable[[str, KernelConfig, int], Iterable[KernelConfig]]
 
 
 def orders(op: str, base: KernelConfig, arch: int) -> list[KernelConfig]:
-    """``base`` with its tiles visited in another order; only `linear` has several orders."""
-    groups = (4, 8, 16, 32) if op == "linear" else ()
+    """``base`` with its tiles visited in another order; only linears have several orders."""
+    groups = (4, 8, 16, 32) if op == "linear" or op in INT8 else ()
     return [replace(base, group_m=group) for group in groups if group != base.group_m]
 
 
@@ -204,7 +204,8 @@ def _faults(
     bench: Bench, tensors: Mapping[str, Tensor], runs: Mapping[KernelConfig | None, Sequence[Call]]
 ) -> dict[KernelConfig, str]:
     """The configurations of ``runs`` that fail, or differ in a bit from the heuristic's (None)."""
-    start = {name: tensors[name].clone() for name in ("out", "stats") if name in tensors}
+    written = ("out", "out_scale", "stats")
+    start = {name: tensors[name].clone() for name in written if name in tensors}
     expected: dict[str, Tensor] = {}
     faults: dict[KernelConfig, str] = {}
     for config, calls in runs.items():

@@ -15,8 +15,9 @@ from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig, in_force
 from vitrail_kernels.device.stats import stats_ref
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.ops.linear_int8_grouped import FLOAT_OF_INTEGER
 
-TUNED = ("linear", "attention", "patch_embed")
+TUNED = ("linear", "linear_int8", "linear_int8_grouped", "attention", "patch_embed")
 """Operators whose configurations vary; each other operator has one for all sizes."""
 
 
@@ -105,6 +106,11 @@ def fill(problem: Problem, device: torch.device, seed: int) -> dict[str, Tensor]
             tensor.copy_(offsets[: tensor.numel()])
         elif meta.dtype == torch.uint8:
             tensor.random_(0, 256, generator=generator)
+        elif meta.dtype == torch.int8:
+            tensor.random_(-127, 128, generator=generator)
+        elif name in ("x_scale", "weight_scale"):  # outputs near 1
+            size = 0.01 if name == "x_scale" else 0.02 * problem.tensors["x"].shape[1] ** -0.5
+            tensor.uniform_(0.5 * size, 1.5 * size, generator=generator)
         else:  # attention scores near 1, so that many keys count
             scale = {"weight": meta.shape[-1] ** -0.5, "qkv": 0.4}.get(name, 1.0)
             tensor.normal_(0, scale, generator=generator)
@@ -113,4 +119,7 @@ def fill(problem: Problem, device: torch.device, seed: int) -> dict[str, Tensor]
         stats_ref(tensors["x_stats"], tensors["x"])
     if "row_sums" in tensors:
         tensors["row_sums"].copy_(tensors["weight"].float().sum(dim=1))
+    if "shift" in tensors:
+        groups = tensors["weight"].float().view(len(tensors["weight"]), len(tensors["shift"]), -1)
+        tensors["shift"].copy_(FLOAT_OF_INTEGER - 128 * groups.sum(dim=2).t())
     return tensors

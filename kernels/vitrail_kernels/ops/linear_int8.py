@@ -11,6 +11,7 @@ The sums of products are int32, so they are exact, in any order: |sum| <= 128 * 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -323,8 +324,8 @@ def linear_int8_calls(
     maps = target.tma and fits_descriptor(out, x, weight)
     form = Int8Form(pointers=not maps, gated=gated, activation=activation, codes=codes)
     config = config or linear_int8_config(target, out.dtype, m, n, k, form)
-    if codes and config.block_n != 128:
-        raise ValueError(f"linear_int8: config: got block_n {config.block_n}, wanted 128: a group")
+    if codes:  # a tile makes the whole groups of its rows, and no other group
+        config = replace(config, block_n=128)
     key = linear_int8_key(out.dtype, m, n, k, form)
     ladder = functools.partial(linear_int8_ladder, target, out.dtype, n, k, form)
     across = cdiv(n, config.block_n)

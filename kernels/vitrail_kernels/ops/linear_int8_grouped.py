@@ -13,6 +13,7 @@ codes are unsigned less 128, adds 128 times the sum of the weight's codes.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -287,6 +288,7 @@ def linear_int8_grouped_calls(
         stats=stats is not None,
     )
     config = config or linear_int8_config(target, out.dtype, m, n, k, form)
+    config = replace(config, block_k=min(config.block_k, group))
     key = linear_int8_key(out.dtype, m, n, k, form)
     ladder = functools.partial(linear_int8_ladder, target, out.dtype, n, k, form)
     across = cdiv(n, config.block_n)
@@ -308,18 +310,17 @@ def linear_int8_grouped_calls(
         "GROUP": group,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": min(config.block_k, group),
+        "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "PARTS": parts,
         "PDL": target.pdl,
     }
     if maps:
-        block_k = min(config.block_k, group)
         tensor_maps = {
             "out_map": None,
             "out_ptr": out,
-            "x_map": descriptor(x, config.block_m, block_k),
-            "weight_map": descriptor(weight, config.block_n, block_k),
+            "x_map": descriptor(x, config.block_m, config.block_k),
+            "weight_map": descriptor(weight, config.block_n, config.block_k),
         }
         if residual is None:
             columns = config.block_n // parts

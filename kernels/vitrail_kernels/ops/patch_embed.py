@@ -295,6 +295,7 @@ def _patch_config(
     weight: Tensor,
     patch: tuple[int, int],
     step: int,
+    stats: bool,
     rows: int,
 ) -> KernelConfig:
     """The configuration for pixels loaded ``step`` bytes at a time.
@@ -309,9 +310,10 @@ def _patch_config(
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     uint8 = pixels.dtype == torch.uint8
-    # 64 if two addresses per thread are enough for the loads; with shorter loads, or in HMMA's
-    # layout, 64 would spill
-    block_k = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
+    # 64 if two addresses per thread are enough for the loads; with shorter loads, in HMMA's layout,
+    # or on sm_90 without statistics, 64 would spill
+    deep = (target.arch == 90 and stats) or target.tcgen05
+    block_k = 64 if step == 16 and uint8 and deep else 32
     if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
         return KernelConfig(64, 64, block_k, 4, 3, reason="few rows: as many tiles as there can be")
     short_runs = target.arch == 80 and not uint8 and patch[1] % 16 != 0  # with many addresses
@@ -323,12 +325,18 @@ def _patch_config(
 
 
 def patch_ladder(
-    target: Target, key: str, pixels: Tensor, weight: Tensor, patch: tuple[int, int], step: int
+    target: Target,
+    key: str,
+    pixels: Tensor,
+    weight: Tensor,
+    patch: tuple[int, int],
+    step: int,
+    stats: bool,
 ) -> Ladder:
     """`_patch_config` for every number of rows."""
     # up to this number of rows, some multiprocessor has no tile
     few_rows = 128 * ((target.sms - 1) // cdiv(weight.shape[0], 128))
-    choose = functools.partial(_patch_config, target, key, pixels, weight, patch, step)
+    choose = functools.partial(_patch_config, target, key, pixels, weight, patch, step, stats)
     return ladder_of([few_rows], choose)
 
 
@@ -408,7 +416,7 @@ def patch_embed_calls(
     align = math.gcd(16 // size, run, image, plane, line) if pixels.data_ptr() % 16 == 0 else 1
     pixel_dtype = dtype_name(pixels.dtype)
     key = config_key("patch_embed", weight.dtype, f"{pixel_dtype} {patch[0]}x{patch[1]} {width}")
-    fixed = target, key, pixels, weight, patch, align * size
+    fixed = target, key, pixels, weight, patch, align * size, stats is not None
     config = config or _patch_config(*fixed, rows)
     strides = zip(pixels.shape[1:], pixels.stride()[1:], strict=True)
     extent = 1 + sum((side - 1) * stride for side, stride in strides)
