@@ -1,7 +1,8 @@
 """Vitrail against transformers on the same CPU, in the same run: `python benchmarks/cpu.py`.
 
-Every pair is checked for equal results first, then timed in turn. Models have random weights, which
-cost the same as trained weights. The record goes to benchmarks/results/cpu/<suite>.json.
+The suite "int8" compares Vitrail's int8 with its fp32. Results of every pair are compared first,
+then the pair is timed in turn. Models have random weights, which cost the same as trained weights.
+The record goes to benchmarks/results/cpu/<suite>.json.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from environment import ROOT, refuse_dirty
-from harness import interleave, ratio, summary
+from harness import Run, interleave, ratio, summary
+from int8_towers import image_towers
 from PIL import Image
 from suite import write
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import vitrail
+from vitrail.runtime.host_int8 import instructions
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 EOS, BOS = 49407, 49406
@@ -152,6 +157,83 @@ def pixels(folder: Path) -> Results:
     }
 
 
+def int8(folder: Path) -> Results:
+    """Image towers in int8 against fp32, preprocessed pixels in both, on one thread and on all.
+
+    CPU time is what decides on a machine that others use; wall time stands beside it.
+    """
+    torch.manual_seed(0)
+    dinov2 = transformers.Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14
+    )
+    cases: dict[str, tuple[type, Any, int, float]] = {
+        "ViT-B/16, batch 8": (transformers.ViTModel, transformers.ViTConfig(), 8, 2.2),
+        "CLIP B/32 image, batch 16": (
+            transformers.CLIPVisionModelWithProjection,
+            transformers.CLIPVisionConfig(),
+            16,
+            2.2,
+        ),
+        "DINOv2-small at 224, batch 8": (transformers.Dinov2Model, dinov2, 8, 1.8),
+    }
+    results: Results = {"instructions": instructions()}
+    threads = torch.get_num_threads()
+    for name, (model, config, batch, goal) in cases.items():
+        model(config).eval().save_pretrained(folder / name)
+        fp32, coded = image_towers(folder / name)
+        pixels = torch.randn(batch, 3, 224, 224)
+        variants = {
+            tower: lambda run=run, pixels=pixels: run.embeddings(pixels)["vision.embedding"]
+            for tower, run in (("fp32", fp32), ("int8", coded))
+        }
+        similarity = F.cosine_similarity(variants["int8"](), variants["fp32"]()).min()
+        if not similarity >= 0.95:  # random weights amplify noise; trained ones reach 0.9997
+            sys.exit(f"{name}: the lowest cosine is {similarity:.3f}, wanted at least 0.95")
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            clocks = Clocks()
+            interleave(variants, timer=clocks)
+            times = {
+                clock: {
+                    "ratio": ratio(seconds, "fp32", "int8"),
+                    **{tower: summary(values) for tower, values in seconds.items()},
+                }
+                for clock, seconds in clocks.seconds(variants).items()
+            }
+            results[f"{name}, {count} threads"] = {"goal": goal, **times}
+            print(
+                f"{name}, {count} threads".ljust(52),
+                f"{times['cpu']['ratio']:6.2f}x CPU, {times['wall']['ratio']:.2f}x wall"
+                f"  (goal {goal}x)",
+                flush=True,
+            )
+        torch.set_num_threads(threads)
+    return results
+
+
+class Clocks:
+    """A timer of `interleave` that keeps the CPU time of the process and the wall time."""
+
+    def __init__(self) -> None:
+        self._samples: dict[Run, list[tuple[float, float]]] = {}
+
+    def __call__(self, run: Run) -> float:
+        cpu, wall = time.process_time(), time.perf_counter()
+        run()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        self._samples.setdefault(run, []).append((cpu, wall))
+        return cpu
+
+    def seconds(self, variants: Mapping[str, Run]) -> dict[str, dict[str, list[float]]]:
+        """By clock and variant."""
+        return {
+            clock: {
+                name: [pair[at] for pair in self._samples[run]] for name, run in variants.items()
+            }
+            for at, clock in enumerate(("cpu", "wall"))
+        }
+
+
 FIRST = """
 import sys, time
 import torch, vitrail, PIL.Image, vitrail.model
@@ -210,6 +292,7 @@ def loading(folder: Path) -> Results:
 SUITES: dict[str, Callable[[Path], Results]] = {
     "text": clip_text,
     "vision": vit_pooled,
+    "int8": int8,
     "pixels": pixels,
     "loading": loading,
 }

@@ -32,6 +32,12 @@ def _extension() -> ModuleType | None:
     return extension if extension.int8_instructions() else None
 
 
+def instructions() -> str:
+    """The name of the processor's instructions in use, such as "AVX512-VNNI"; empty if none are."""
+    extension = _extension()
+    return "" if extension is None else str(extension.int8_instructions())
+
+
 def _fit(*tensors: tuple[Tensor | None, torch.dtype, tuple[int, ...]]) -> bool:
     """Whether each tensor is None, or contiguous on a CPU and of its dtype and shape."""
     return all(

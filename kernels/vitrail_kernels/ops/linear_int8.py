@@ -116,7 +116,7 @@ def _activate(y: Tensor, activation: str) -> Tensor:
     if y.device.type != "cpu":
         return activate_ref_(y.contiguous(), activation)
     rows, columns = y.shape
-    apart = torch.empty(rows, columns + 1)[:, :columns].copy_(y)
+    apart = torch.empty(rows, columns + 1, dtype=y.dtype)[:, :columns].copy_(y)
     for few in torch.split(apart, max(1, 32767 // columns)):
         activate_ref_(few, activation)
     return apart
