@@ -1,7 +1,8 @@
 """The tables of the docs from the committed results: `python benchmarks/table.py`.
 
 README.md has the speed table, docs/performance.md the emulator's counts and the facts of sm_90's
-machine code, before and after changes of the kernels, and the host's time for captions.
+machine code, before and after changes of the kernels, the host's time for captions, and int8 on a
+CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- speed: written by benchmarks/table.py -->\n", "<!-- /speed -->"
 SASS = "<!-- sass: written by benchmarks/table.py -->\n", "<!-- /sass -->"
 CAPTIONS = "<!-- captions: written by benchmarks/table.py -->\n", "<!-- /captions -->"
+INT8 = "<!-- int8: written by benchmarks/table.py -->\n", "<!-- /int8 -->"
 COUNTERS = "<!-- counters: written by benchmarks/table.py -->\n", "<!-- /counters -->"
 
 Launches = list[dict[str, Any]]
@@ -164,6 +166,22 @@ def render_captions() -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_int8() -> str:
+    """The table of int8 against fp32 on a CPU."""
+    lines = [
+        "| image tower | goal | CPU time | wall time | fp32, int8: ms of CPU time |",
+        "|---|---|---|---|---|",
+    ]
+    for case, result in _results("cpu/int8").items():
+        if case == "instructions":
+            continue
+        cpu, wall = result["cpu"], result["wall"]
+        times = ", ".join(f"{cpu[tower]['median_ms']:.0f}" for tower in ("fp32", "int8"))
+        ratios = f"{cpu['ratio']:.2f}x | {wall['ratio']:.2f}x"
+        lines.append(f"| {case} | {result['goal']}x | {ratios} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the tables between their marks."""
     for file, (start, end), text in (
@@ -171,6 +189,7 @@ def main() -> None:
         (PERFORMANCE, COUNTERS, render_counters()),
         (PERFORMANCE, SASS, render_sass()),
         (PERFORMANCE, CAPTIONS, render_captions()),
+        (PERFORMANCE, INT8, render_int8()),
     ):
         head, rest = file.read_text().split(start)
         file.write_text(head + start + text + end + rest.split(end)[1])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+import vitrail
+from vitrail.plan.vision import vision_pooled
 from vitrail.runtime import host_int8
 from vitrail.runtime.host_int8 import ACTIVATIONS, HOST_OPERATORS
 from vitrail_kernels.ops.linear_int8 import group_columns, linear_int8_ref
@@ -25,6 +29,10 @@ TOKENS, WIDTH, HIDDEN = 7, 80, 384
 EXTREME = torch.tensor([127, -127, -128], dtype=torch.int8)
 
 
+def _refuse(*tensors: object, **others: object) -> None:
+    raise AssertionError("the kernels did not take the call")
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def operators(request: pytest.FixtureRequest) -> Iterator[dict[str, Callable[..., None]]]:
     """The three operators. The kernels raise if a call falls back to the references."""
@@ -36,12 +44,9 @@ def operators(request: pytest.FixtureRequest) -> Iterator[dict[str, Callable[...
     if not extension.use_int8_instructions(request.param):
         pytest.skip(f"this CPU has no {request.param}")
 
-    def refuse(*arguments: object, **keywords: object) -> None:
-        raise AssertionError("the kernels did not take the call")
-
     with pytest.MonkeyPatch.context() as patch:
         for name in REFERENCES:
-            patch.setattr(host_int8, f"{name}_ref", refuse)
+            patch.setattr(host_int8, f"{name}_ref", _refuse)
         yield HOST_OPERATORS
     assert extension.use_int8_instructions(before)
 
@@ -310,3 +315,33 @@ def test_other_tensors_go_to_the_reference() -> None:
         assert torch.equal(scale, ref_scale)
     with pytest.raises(RuntimeError):
         HOST_OPERATORS["linear_int8"](ours, x, x_scale[0], *layer(17, 30))
+
+
+@pytest.mark.filterwarnings("ignore:.*not verified on your data")
+def test_every_int8_step_of_a_model_takes_the_kernels(
+    int8_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not host_int8.instructions():
+        pytest.skip("this CPU has no VNNI, or vitrail._C is not built")
+    model = vitrail.load(int8_clip, device="cpu")
+    spec = model.spec.vision
+    assert spec is not None
+    pixels = torch.randint(0, 256, (3, *spec.image, 3), dtype=torch.uint8)
+    taken: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for name, function in HOST_OPERATORS.items():
+
+            def count(
+                *tensors: Tensor, name: str = name, function: Any = function, **others: Any
+            ) -> None:
+                taken[name] += 1
+                function(*tensors, **others)
+
+            patch.setitem(HOST_OPERATORS, name, count)
+            patch.setattr(host_int8, f"{name}_ref", _refuse)
+        ours = model.encode_image(pixels)
+    steps = Counter(step.op for step in vision_pooled(spec, uint8=True).steps)
+    assert taken == {name: steps[name] for name in HOST_OPERATORS}
+    monkeypatch.setattr(host_int8, "_extension", lambda: None)
+    similarity = torch.cosine_similarity(ours, model.encode_image(pixels))
+    assert similarity.min() >= 0.9999
