@@ -485,6 +485,19 @@ def test_progress_is_lines_at_intervals_where_stderr_is_no_terminal(
     assert lines == "vitrail: 20 of 40 images, 3.3/s\nvitrail: 40 of 40 images, 3.3/s\n"
 
 
+def test_progress_names_the_seconds_of_slow_units(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with console.progress(12, unit="blocks") as progress:
+        for done, seconds in ((0, 10.0), (2, 20.0)):
+            clock[0] = 100 + seconds
+            progress(done)
+    lines = capsys.readouterr().err
+    assert lines == "vitrail: 0 of 12 blocks, 0.0/s\nvitrail: 2 of 12 blocks, 10.0 s each\n"
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

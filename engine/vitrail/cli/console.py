@@ -50,6 +50,8 @@ def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]
         seconds = time.monotonic()
         if seconds - logged >= LOG_SECONDS:
             logged = seconds
-            say(f"{done} of {total} {unit}, {done / (seconds - start):.1f}/s")
+            rate = done / (seconds - start)
+            pace = f"{rate:.1f}/s" if rate >= 1 or not done else f"{1 / rate:.1f} s each"
+            say(f"{done} of {total} {unit}, {pace}")
 
     yield log
