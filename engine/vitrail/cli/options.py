@@ -66,6 +66,7 @@ def load(
     from vitrail.model import loading
 
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model = loading.load(
             name,
             device=device,

@@ -64,7 +64,8 @@ class Accuracy(_Figures):
 class LinearFigures(_Figures):
     """How an int8 linear compares with the 16-bit or 32-bit linear on the same inputs.
 
-    ``sqnr`` in dB; gains are |<y, r> / <r, r> - 1|, of the layer and of its worst channel.
+    ``sqnr`` in dB; gains are |<y, r> / <r, r> - 1|, of the layer and of its worst channel (see
+    `vitrail.int8.similarity.ChannelSums`).
     """
 
     sqnr: float

@@ -88,8 +88,10 @@ class _ComparingRunner(TorchRunner):
         reference = alone["out"]
         output = self._run_candidate(*self._steps[linear], arguments["x"], longest)
         name = linear.removeprefix("vision.blocks.").replace(".kv", ".qkv")
-        sums = self.sums.setdefault(name, ChannelSums(reference.shape[1]))
-        sums.add(output[:, : reference.shape[1]], reference)
+        channels, width = reference.shape[1], self._blocks.width
+        layers = channels // width if name.endswith("qkv") else 1
+        sums = self.sums.setdefault(name, ChannelSums(channels, layers))
+        sums.add(output[:, :channels], reference)
         if len(alone) < len(arguments):
             super().run_step(step, arguments, longest)
         else:

@@ -15,7 +15,9 @@ from torch import Tensor
 from vitrail.int8.figures import Accuracy, LinearFigures
 
 MIN_SHARE = 1e-4
-"""A channel with a smaller share of its layer's variance has no gain worth a look."""
+SMALLEST_CHANNEL = 0.1
+"""A channel is left out if its variance is less than `MIN_SHARE` of its layer's and less than
+`SMALLEST_CHANNEL` of the mean channel's: noise would decide its gain."""
 MAX_SQNR = 200.0
 """Stands for infinity, which JSON does not have."""
 
@@ -75,13 +77,14 @@ def accuracy(y: Tensor, r: Tensor) -> Accuracy:
 class ChannelSums:
     """Sums over the rows of outputs y and r, for each channel, from which gains follow.
 
-    Outputs of any number of rows are added one after the other.
+    Outputs of any number of rows are added one after the other. ``layers``: so many equal layers
+    make up the channels, as queries, keys and values do, each with a variance of its own.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.rows = 0
-        # <y, r>, <r, r>, <y - r, y - r>, sum of r
-        self._sums = torch.zeros(4, channels, dtype=torch.float64)
+    def __init__(self, channels: int, layers: int = 1) -> None:
+        self.rows, self._layers = 0, layers
+        # <y, r>, <r, r>, <y - r, y - r>, sum of y, sum of r
+        self._sums = torch.zeros(5, channels, dtype=torch.float64)
 
     def add(self, y: Tensor, r: Tensor) -> None:
         """Add the rows of ``y`` and ``r``, (M, channels) both: products in at least fp32, sums in
@@ -89,29 +92,36 @@ class ChannelSums:
         y, r = (x if x.dtype == torch.float64 else x.float() for x in (y, r))
         error = y - r
         self.rows += len(r)
-        sums = [x.sum(dim=0, dtype=torch.float64) for x in (y * r, r * r, error * error, r)]
+        sums = [x.sum(dim=0, dtype=torch.float64) for x in (y * r, r * r, error * error, y, r)]
         self._sums += torch.stack(sums).cpu()
 
     @property
     def sqnr(self) -> float:
         """Signal over error in dB, at most `MAX_SQNR`; NaN if both are zero."""
-        _, signal, error, _ = self._sums.sum(dim=1)
+        _, signal, error, *_ = self._sums.sum(dim=1)
         return float((10 * torch.log10(signal / error)).clamp(max=MAX_SQNR))
 
     @property
     def layer_gain(self) -> float:
         """|<y, r> / <r, r> - 1| of all channels together."""
-        product, signal, _, _ = self._sums.sum(dim=1)
+        product, signal, *_ = self._sums.sum(dim=1)
         return float((product / signal - 1).abs())
 
     @property
     def channel_gain(self) -> float:
-        """The largest |<y, r> / <r, r> - 1| of a channel with at least `MIN_SHARE` of the layer's
-        variance."""
-        product, signal, _, total = self._sums
-        variance = signal / self.rows - (total / self.rows) ** 2
-        gains = (product / signal - 1).abs()[variance > MIN_SHARE * variance.sum()]
-        return float(gains.max()) if len(gains) else math.nan
+        """The largest |<y, r> / <r, r> - 1| of a channel, and of its deviations from its means.
+
+        Deviations show a scale that is off also where a bias makes up most of the channel.
+        """
+        product, signal, _, *totals = self._sums
+        y_mean, r_mean = (total / self.rows for total in totals)
+        variance = signal / self.rows - r_mean**2
+        covariance = product / self.rows - y_mean * r_mean
+        layers = variance.view(self._layers, -1)
+        share = min(MIN_SHARE, SMALLEST_CHANNEL / layers.shape[1])
+        large = (layers > share * layers.sum(dim=1, keepdim=True)).flatten()
+        gains = torch.stack([product / signal, covariance / variance])[:, large]
+        return float((gains - 1).abs().max()) if gains.numel() else math.nan
 
     @property
     def figures(self) -> LinearFigures:

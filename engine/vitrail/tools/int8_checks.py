@@ -63,7 +63,7 @@ def check_int8(
         faults = list(integrity_faults(exact, {}))
         text = "; ".join(faults) or integrity_text(exact)
         yield Check("integrity", "fail" if faults else "pass", text, exact.to_dict())
-        hint = f"not compared: give {record.source.name}, which the folder was made from, --against"
+        hint = f"not compared: with --against give {record.source.name}, which it was made from"
         yield Check("accuracy", "note", hint)
         return
     if len(pixels) < 2:
