@@ -70,8 +70,8 @@ class Room {
 
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// OpenMP's entry for a parallel region, as PyTorch's own OpenMP exports it. Its threads are those of
-// PyTorch, so that no second set of threads competes with them.
+// OpenMP's entry for a parallel region, as PyTorch's own OpenMP exports it. Its threads are those
+// of PyTorch, so that no second set of threads competes with them.
 Team team() {
     static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return found;
@@ -168,7 +168,8 @@ void norm_quant(const NormQuant& call, int threads) {
 
 void linear(const Linear& call, int threads) {
     const Kernels& with = kernels();
-    product(with, {call.weight, nullptr, call.columns, call.depth, call.depth}, call.rows, threads,
+    const Weight weight{call.weight, nullptr, call.columns, call.depth, call.depth};
+    product(with, weight, call.rows, threads,
             [&](const Task& task, const int8_t* packed, const int32_t* begin, uint8_t* bytes) {
                 with.linear(call, task, packed, begin, bytes);
             });
@@ -176,7 +177,8 @@ void linear(const Linear& call, int threads) {
 
 void linear_grouped(const LinearGrouped& call, int threads) {
     const Kernels& with = kernels();
-    product(with, {call.weight, call.shift, call.columns, call.depth, call.group}, call.rows, threads,
+    const Weight weight{call.weight, call.shift, call.columns, call.depth, call.group};
+    product(with, weight, call.rows, threads,
             [&](const Task& task, const int8_t* packed, const int32_t* begin, uint8_t* bytes) {
                 with.grouped(call, task, packed, begin, bytes);
             });

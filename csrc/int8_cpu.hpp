@@ -68,7 +68,8 @@ struct Task {
 };
 
 // One set of instructions. `pack` writes a panel of a weight into a thread's own memory: `packed`
-// has kPanel * depth codes, `begin` kPanel integers a group. `bytes` is room for kMostRows rows of x.
+// has kPanel * depth codes, `begin` kPanel integers a group. `bytes` has room for kMostRows rows
+// of x.
 struct Kernels {
     const char* name;
     void (*norm_quant)(const NormQuant&, const Task&);

@@ -14,7 +14,7 @@ constexpr int64_t kTiles = kPanel / kTile;
 constexpr float kTiny = 1e-30f, kOffset = 0.17f, kFloatOfInteger = 12582912.f;
 
 #define VITRAIL_INLINE inline __attribute__((always_inline))
-#define VITRAIL_ONCE __attribute__((noinline))
+#define VITRAIL_ONCE __attribute__((noinline, noclone))
 
 VITRAIL_INLINE Floats all(float value) { return value - Floats{}; }
 VITRAIL_INLINE Ints all(int32_t value) { return value - Ints{}; }
@@ -247,14 +247,25 @@ void panel_sums(const uint8_t* x, int64_t depth, const int8_t* packed, const int
 }
 
 // Calls a function template with the number of rows: kRows, fewer for the last rows of a task.
-#define VITRAIL_BY_ROWS(rows, function, ...)            \
-    switch (rows) {                                     \
-        case 1: function<1>(__VA_ARGS__); break;        \
-        case 2: function<2>(__VA_ARGS__); break;        \
-        case 3: function<3>(__VA_ARGS__); break;        \
-        case 4: function<4>(__VA_ARGS__); break;        \
-        case 5: function<5>(__VA_ARGS__); break;        \
-        default: function<kRows>(__VA_ARGS__);          \
+#define VITRAIL_BY_ROWS(rows, function, ...) \
+    switch (rows) {                          \
+        case 1:                              \
+            function<1>(__VA_ARGS__);        \
+            break;                           \
+        case 2:                              \
+            function<2>(__VA_ARGS__);        \
+            break;                           \
+        case 3:                              \
+            function<3>(__VA_ARGS__);        \
+            break;                           \
+        case 4:                              \
+            function<4>(__VA_ARGS__);        \
+            break;                           \
+        case 5:                              \
+            function<5>(__VA_ARGS__);        \
+            break;                           \
+        default:                             \
+            function<kRows>(__VA_ARGS__);    \
     }
 
 // The values of `count` columns, padded to a panel.
@@ -274,7 +285,7 @@ VITRAIL_INLINE void write(float* to, const float* y, int64_t count) {
 // What the columns of a panel share.
 struct Columns {
     alignas(64) float scale[kPanel], bias[kPanel];
-    int64_t first, count;
+    int64_t count;
 };
 
 // y (`count` values of a row) to codes and a scale.
@@ -315,9 +326,9 @@ VITRAIL_ONCE void finish_row(const Linear& call, const Columns& columns, const i
     alignas(64) float y[kPanel];
     const float x_scale = call.x_scale[row];
     for (int64_t at = 0; at < kPanel; at += kLanes) {
-        const Floats value = floats(load(sums + at)) * x_scale * load(columns.scale + at);
-        const Floats sum = value + load(columns.bias + at);
-        store(y + at, gated ? sum : activate<kind>(sum));
+        const Floats product = floats(load(sums + at)) * x_scale * load(columns.scale + at);
+        const Floats value = product + load(columns.bias + at);
+        store(y + at, gated ? value : activate<kind>(value));
     }
     if constexpr (gated) {  // gate and up alternate
         alignas(64) float gates[kOut], ups[kOut];
@@ -346,22 +357,29 @@ using Finish = void (*)(const Linear&, const Columns&, const int32_t*, int64_t, 
 template <bool gated>
 Finish finisher(Activation activation) {
     switch (activation) {
-        case Activation::gelu: return finish_row<Activation::gelu, gated>;
-        case Activation::gelu_tanh: return finish_row<Activation::gelu_tanh, gated>;
-        case Activation::quick_gelu: return finish_row<Activation::quick_gelu, gated>;
-        case Activation::relu: return finish_row<Activation::relu, gated>;
-        case Activation::silu: return finish_row<Activation::silu, gated>;
-        default: return finish_row<Activation::none, gated>;
+        case Activation::gelu:
+            return finish_row<Activation::gelu, gated>;
+        case Activation::gelu_tanh:
+            return finish_row<Activation::gelu_tanh, gated>;
+        case Activation::quick_gelu:
+            return finish_row<Activation::quick_gelu, gated>;
+        case Activation::relu:
+            return finish_row<Activation::relu, gated>;
+        case Activation::silu:
+            return finish_row<Activation::silu, gated>;
+        case Activation::none:
+            break;
     }
+    return finish_row<Activation::none, gated>;
 }
 
 void linear_rows(const Linear& call, const Task& task, const int8_t* packed, const int32_t* sums,
                  uint8_t* bytes) {
+    const int64_t first = task.panel * kPanel;
     Columns columns;
-    columns.first = task.panel * kPanel;
-    columns.count = call.columns - columns.first < kPanel ? call.columns - columns.first : kPanel;
-    pad(columns.scale, call.weight_scale + columns.first, columns.count);
-    pad(columns.bias, call.bias + columns.first, columns.count);
+    columns.count = call.columns - first < kPanel ? call.columns - first : kPanel;
+    pad(columns.scale, call.weight_scale + first, columns.count);
+    pad(columns.bias, call.bias + first, columns.count);
     const Finish finish =
         call.gated ? finisher<true>(call.activation) : finisher<false>(call.activation);
     alignas(64) int32_t products[kRows * kPanel];
@@ -435,7 +453,8 @@ void grouped_rows(const LinearGrouped& call, const Task& task, const int8_t* pac
                   const int32_t* begin, uint8_t* bytes) {
     const int64_t first = task.panel * kPanel;
     const int64_t count = call.columns - first < kPanel ? call.columns - first : kPanel;
-    alignas(64) float weight_scale[kPanel], bias[kPanel], scale[kPanel] = {}, totals[kRows * kPanel];
+    alignas(64) float weight_scale[kPanel], bias[kPanel], scale[kPanel] = {};
+    alignas(64) float totals[kRows * kPanel];
     pad(weight_scale, call.weight_scale + first, count);
     pad(bias, call.bias + first, count);
     if (call.scale) pad(scale, call.scale + first, count);
