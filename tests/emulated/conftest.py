@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 import standin
 from emulated.device import Device, EmulatedRunner
 from emulated.tiny import Open, Tiny
+from emulator.call import run_call
 from helpers import HALVES
 from runtime.test_runner import HEADS, TEXT, VISION, open_runner
 from vitrail.runtime import native
-from vitrail_kernels.launch import MISSING, interpreted
+from vitrail_kernels.launch import MISSING, Call, interpreted
 
 SMS = 2
 """So few multiprocessors that small batches reach every step of the tables of configurations."""
@@ -24,6 +26,8 @@ QUICK = ((80, torch.bfloat16), (90, torch.float16))
 """The pairs of architecture and dtype in which `make test` runs `THOROUGH`; the others are slow, as
 each takes as many kernels to compile as several whole models."""
 THOROUGH = ("test_batches.py", "test_models.py", "test_triton_runner.py")
+QUICK_INT8 = ((80, "dinov2"), (90, "vit"))
+"""The same for `test_int8_models.py`: architecture and family."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes items away
@@ -32,6 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         pair = parameters.get("opened"), parameters.get("dtype")
         if item.path.name in THOROUGH and None not in pair and pair not in QUICK:
+            item.add_marker(pytest.mark.slow)
+        pair = parameters.get("opened"), parameters.get("family")
+        if item.path.name == "test_int8_models.py" and pair not in QUICK_INT8:
             item.add_marker(pytest.mark.slow)
 
 
@@ -89,3 +96,19 @@ def tiny(
     yield open_tiny
     for runner in opened:
         runner.close()
+
+
+@pytest.fixture
+def python_seed(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number, the seed of all launches from Python, which run as compiled for ``device``."""
+    seed = [0]
+
+    def launch(call: Call) -> None:
+        if call.grid.blocks:
+            run_call(call, device.arch, seed=seed[0], track=False)
+
+    monkeypatch.setattr(Call, "launch", launch)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("vitrail.", "vitrail_kernels.")) and hasattr(module, "target_of"):
+            monkeypatch.setattr(module, "target_of", lambda tensor: device.target)
+    return seed

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from emulated.device import Device
 from emulated.tiny import Open, Outputs
-from emulator.call import run_call
 from runtime.test_runner import HEADS, TEXT, VISION, images, read, same_bits, see
 from vitrail.plan.text import text_pooled
 from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.triton import TritonRunner
-from vitrail_kernels.launch import Call
 
 CPU = torch.device("cpu")
 SCHEDULES = 20
 BATCH = 3
 
 pytestmark = pytest.mark.usefixtures("emulated_kernels")
-
-
-@pytest.fixture
-def seeds(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One number, the seed of all launches from Python, which run as compiled for ``device``."""
-    seed = [0]
-
-    def launch(call: Call) -> None:
-        if call.grid.blocks:
-            run_call(call, device.arch, seed=seed[0], track=False)
-
-    monkeypatch.setattr(Call, "launch", launch)
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("vitrail.", "vitrail_kernels.")) and hasattr(module, "target_of"):
-            monkeypatch.setattr(module, "target_of", lambda tensor: device.target)
-    return seed
 
 
 def check(ours: Callable[[], Outputs], executor: Outputs, seed: list[int], schedules: int) -> None:
@@ -62,7 +42,7 @@ COUNTS = [
 @pytest.mark.parametrize("schedules", COUNTS)
 @pytest.mark.parametrize("family", VISION)
 def test_images_have_the_executors_bits(
-    tiny: Open, seeds: list[int], family: str, schedules: int
+    tiny: Open, python_seed: list[int], family: str, schedules: int
 ) -> None:
     model, spec, head = tiny(family), VISION[family], HEADS.get(family)
     runner, pixels = runner_of(model.runner, model.dtype), images(BATCH, spec.image)
@@ -72,15 +52,15 @@ def test_images_have_the_executors_bits(
         vision_dense(spec, head, uint8=True, taps=taps),
     ):
         expected = see(model.runner, spec, plan, pixels)
-        check(lambda plan=plan: see(runner, spec, plan, pixels), expected, seeds, schedules)
+        check(lambda plan=plan: see(runner, spec, plan, pixels), expected, python_seed, schedules)
 
 
 @pytest.mark.parametrize("schedules", COUNTS)
-def test_texts_have_the_executors_bits(tiny: Open, seeds: list[int], schedules: int) -> None:
+def test_texts_have_the_executors_bits(tiny: Open, python_seed: list[int], schedules: int) -> None:
     model, plan = tiny("text"), text_pooled(TEXT)
     lengths = (5, 9, TEXT.context, 3)
     texts = [torch.randint(1, TEXT.vocab - 1, (n,)) for n in lengths]
     ends = [n - 1 for n in lengths]
     expected = read(model.runner, plan, texts, ends)
     runner = runner_of(model.runner, model.dtype)
-    check(lambda: read(runner, plan, texts, ends), expected, seeds, schedules)
+    check(lambda: read(runner, plan, texts, ends), expected, python_seed, schedules)

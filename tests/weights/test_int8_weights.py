@@ -114,13 +114,8 @@ class Simulation(TorchRunner):
         return fake_quantized(padded, unsigned=unsigned).flatten(1)[:, : y.shape[1]]
 
 
-def towers(tmp_path: Path, spec: ModelSpec) -> tuple[VisionTower, VisionTower]:
-    """The int8 tower and its simulation. They share every tensor that is not int8."""
-    tensors = random_int8_tensors(spec)
-    sources = store(tmp_path / "int8.safetensors", tensors)
-    runner = TorchRunner(
-        load_weights(spec, sources, torch.float32, (A, B)), torch.float32, torch.device("cpu")
-    )
+def simulation_of(tmp_path: Path, spec: ModelSpec, tensors: Tensors) -> VisionTower:
+    """The tower of ``spec`` in fp64, with the roundings of its int8 linears."""
     plain = spec.with_int8(())
     filled = {name: torch.zeros(shape) for name, shape in plain.tensor_shapes().items()}
     filled |= {name: tensors[name] for name in filled if name in tensors}
@@ -128,10 +123,17 @@ def towers(tmp_path: Path, spec: ModelSpec) -> tuple[VisionTower, VisionTower]:
         plain, store(tmp_path / "plain.safetensors", filled), torch.float32, (A, B)
     )
     simulation = Simulation(spec.vision.blocks, tensors, weights)
-    return (
-        VisionTower(spec.vision, spec.head, runner),
-        VisionTower(plain.vision, plain.head, simulation),
+    return VisionTower(plain.vision, plain.head, simulation)
+
+
+def towers(tmp_path: Path, spec: ModelSpec) -> tuple[VisionTower, VisionTower]:
+    """The int8 tower and its simulation. They share every tensor that is not int8."""
+    tensors = random_int8_tensors(spec)
+    sources = store(tmp_path / "int8.safetensors", tensors)
+    runner = TorchRunner(
+        load_weights(spec, sources, torch.float32, (A, B)), torch.float32, torch.device("cpu")
     )
+    return VisionTower(spec.vision, spec.head, runner), simulation_of(tmp_path, spec, tensors)
 
 
 @pytest.mark.parametrize("fallback", FALLBACKS)
