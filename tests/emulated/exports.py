@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from transformers import ViTImageProcessorPil
 
+import vitrail
 import vitrail.tools.export
 from emulated.device import Device
 from export_folder import LABELS, PROBLEM
 from helpers import clip_folder, make, save
 from vitrail.plan.kernel_binary import encode_binary
 from vitrail.tools.export import export_model
+from vitrail.tools.quantize import quantize_model
 from vitrail_kernels.compile import compile_kernel
 from vitrail_kernels.launch import Call
 
@@ -63,12 +65,14 @@ CHECKPOINTS: dict[str, Callable[[Path], Any]] = {
 @dataclass(frozen=True)
 class Export:
     """An exported ``folder``; ``theirs``: the model of transformers that it was made of, in fp32;
-    ``kernels``: pairs of NAME.cubin and NAME.ptx."""
+    ``int8``: the int8 folder that was exported, as the CPU serves it; ``kernels``: pairs of
+    NAME.cubin and NAME.ptx."""
 
     family: str
     folder: Path
     theirs: Any
     kernels: Path
+    int8: vitrail.Model | None
 
     def open(self, device: Device) -> None:
         """Let the folder's kernels compute on ``device``."""
@@ -78,7 +82,8 @@ class Export:
 
 
 def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
-    """A tiny checkpoint of ``family``, exported in ``dtype`` for `ARCHITECTURES`."""
+    """A tiny checkpoint of ``family``, exported for `ARCHITECTURES` in ``dtype``, which may be
+    "int8"."""
     checkpoint, kernels = base / "checkpoint", base / "kernels"
     for folder in (checkpoint, kernels):
         folder.mkdir()
@@ -91,8 +96,11 @@ def export(family: str, dtype: str, base: Path, monkeypatch: pytest.MonkeyPatch)
         (kernels / f"{name}.ptx").write_text(kernel.asm["ptx"])
         return encode_binary(key, call, arch, kernel)
 
-    theirs = CHECKPOINTS[family](checkpoint)
+    theirs, int8 = CHECKPOINTS[family](checkpoint), None
+    if dtype == "int8":
+        quantize_model(checkpoint, base / "int8", check=8, rounding="nearest", device="cpu")
+        checkpoint, dtype, int8 = base / "int8", "float16", vitrail.load(base / "int8")
     with monkeypatch.context() as patched:
         patched.setattr(vitrail.tools.export, "kernel_record", kept)
         export_model(checkpoint, base / "exported", ARCHITECTURES, dtype=dtype)
-    return Export(family, base / "exported", theirs, kernels)
+    return Export(family, base / "exported", theirs, kernels, int8)

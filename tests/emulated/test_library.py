@@ -26,13 +26,15 @@ from emulated.exports import ARCHITECTURES, SIDE, Export, export
 from helpers import assert_close, image_embedding, text_embedding
 from kernels.test_operators import same_bits
 from vitrail.runtime import triton
+from vitrail.runtime.torch_runner import TorchRunner
+from vitrail.runtime.towers import VisionTower
 
 EXPORTS = [
     pytest.param(("clip", "float16"), id="clip-float16"),
     *(
         pytest.param((family, dtype), id=f"{family}-{dtype}", marks=pytest.mark.slow)
         for family in ("clip", "vit", "deit", "dinov2")
-        for dtype in ("float16", "bfloat16")
+        for dtype in ("float16", "bfloat16", "int8")
         if (family, dtype) != ("clip", "float16")
     ),
 ]
@@ -142,6 +144,23 @@ def check_images(name: str, ours: Tensor, theirs: Any, pixels: Tensor, dtype: to
     assert_close(ours, reference, peer, what=what, name=name)  # type: ignore[arg-type]
 
 
+def check_int8_images(
+    name: str, ours: Tensor, python: vitrail.Model, served: vitrail.Model, pixels: Tensor
+) -> None:
+    """``ours`` beside the int8 folder on the CPU, in fp32, and by the torch runner in fp16. Codes
+    that round the other way are the error, so its cosine tells about int8."""
+    vision, weights = python.spec.vision, python._vision.runner.weights  # type: ignore[union-attr]
+    assert vision is not None
+    assert vision.blocks.int8
+    runner = TorchRunner(weights, torch.float16, torch.device("cpu"))
+    tower = VisionTower(vision, python.spec.head, runner)
+    if name == "embed":
+        reference, peer = served.encode_image(pixels), tower.embeddings(pixels)["vision.embedding"]
+    else:
+        reference, peer = served.classify(pixels).logits, tower.scores(pixels)
+    assert_close(ours, reference, peer.half(), what="scores", name=name)
+
+
 def test_images_are_what_python_makes_of_them(
     python: vitrail.Model, session: Callable[..., Session], exported: Export
 ) -> None:
@@ -159,8 +178,11 @@ def test_images_are_what_python_makes_of_them(
             ours = library.images(f"{name}_{kind}", width, pixels)
             assert same_bits(ours, own(pixels)), f"{name}_{kind}"
         # of floats, which transformers takes too
-        label = "embedding" if name == "embed" else "logits"
-        check_images(label, ours, exported.theirs, floats, dtype)
+        if exported.int8 is None:
+            label = "embedding" if name == "embed" else "logits"
+            check_images(label, ours, exported.theirs, floats, dtype)
+        else:
+            check_int8_images(name, ours, python, exported.int8, floats)
 
 
 def test_texts_are_what_python_makes_of_them(
