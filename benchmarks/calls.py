@@ -74,6 +74,7 @@ STEPS = {
     "latency": _suite("latency", 120),
     "native": _tests("-x", "tests/gpu/test_native.py", "-k", NATIVE, seconds=150),
     "kernels": _suite("operators", 200),
+    "int8": _suite("quantized", 120),
     "host": _suite("host", 60),
     "ceilings": _suite("ceilings", 60),
     "tests": _tests("tests/gpu", "tests/tools/test_tune.py", seconds=500),

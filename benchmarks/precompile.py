@@ -8,6 +8,7 @@ a run of a C compiler. Exit code 1 if a kernel does not compile.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import quantized
 import torch
 from problems import problems
 from shapes import MODEL_CASES, TEXT, VISION, captions
@@ -87,6 +89,19 @@ def model_calls(target: Target) -> Iterator[Call]:
             yield from plan_calls(table, [1], target)
 
 
+def int8_calls(target: Target) -> Iterator[Call]:
+    """The int8 towers of the quantized suite; its other groups compile when they are measured."""
+    for model in quantized.MODELS:
+        blocks = VISION[model].blocks
+        blocks = dataclasses.replace(blocks, int8=blocks.int8_candidates)
+        spec = dataclasses.replace(VISION[model], blocks=blocks)
+        for batch in (*quantized.BATCHES, 1):
+            lengths = [spec.tokens_at(spec.image)] * batch
+            shape = (batch, *spec.image, spec.channels)
+            pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
+            yield from plan_calls(vision_pooled(spec, uint8=True), lengths, target, pixels=pixels)
+
+
 def test_calls(target: Target) -> Iterator[Call]:
     """The recorded launches, and `TESTS` in fp16; the bundled model is among theirs."""
     yield from record.needed(target)
@@ -98,6 +113,7 @@ SUITES: Mapping[str, Callable[[Target], Iterator[Call]]] = {
     "models": model_calls,
     "tests": test_calls,
     "kernels": kernel_calls,
+    "int8": int8_calls,
 }
 
 # -- launchers -------------------------------------------------------------------------------------

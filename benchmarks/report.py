@@ -123,6 +123,7 @@ LINES = {
     "latency": latency_lines,
     "kernels": kernel_lines,
     "models": model_lines,
+    "int8": model_lines,
 }
 
 

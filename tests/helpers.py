@@ -76,6 +76,17 @@ def assert_close(
         _assert_kernel(y, r, p, rounding(reference, peer.dtype), name)
 
 
+def assert_codes(ours: Tensor, reference: Tensor, *, name: str = "codes") -> None:
+    """Assert that int8 codes differ by at most 1, and in at most 0.1 % of the elements."""
+    assert ours.dtype == reference.dtype == torch.int8, f"{name}: {ours.dtype}, {reference.dtype}"
+    assert ours.shape == reference.shape, f"{name}: {tuple(ours.shape)}, {tuple(reference.shape)}"
+    difference = (ours.int() - reference.to(ours.device).int()).abs()
+    if difference.numel():
+        largest, count = int(difference.max()), int(difference.count_nonzero())
+        assert largest <= 1, f"{name}: codes differ by {largest}"
+        assert count <= 1e-3 * difference.numel(), f"{name}: {count} codes differ"
+
+
 def _check_comparable(
     ours: Tensor, reference: Tensor, peer: Tensor | None, what: str, name: str
 ) -> None:

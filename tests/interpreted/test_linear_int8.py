@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import assert_close
+from helpers import assert_close, assert_codes
 from interpreted.guard import at_page_end
-from kernels.int8_cases import check_codes, codes, exact_linear_int8, int8_case
+from kernels.int8_cases import codes, exact_linear_int8, int8_case
 from kernels.test_operators import Guarded, normal, same_bits
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.launch import Target, launch
@@ -65,7 +65,7 @@ def check(
         peer = None if dtype == torch.float32 else expected
         assert_close(ours, exact, peer, name="linear_int8")
     else:
-        check_codes(ours, expected)
+        assert_codes(ours, expected)
         torch.testing.assert_close(scale, expected_scale, rtol=1e-3, atol=0)
     return ours, scale
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import assert_codes
 from interpreted.guard import at_page_end
-from kernels.int8_cases import check_codes
 from kernels.test_operators import EPS, Guarded, explicit_norm, normal, same_bits
 from vitrail_kernels.launch import Target, launch
 from vitrail_kernels.ops.layernorm import row_config
@@ -42,7 +42,7 @@ def check(x: Tensor, smooth: Tensor, rows: Tensor | None = None, **options: Any)
     codes, scale = torch.empty(count, x.shape[1], dtype=torch.int8), torch.empty(count)
     norm_quant_ref(codes, scale, x, smooth, rows, eps=EPS)
     our_codes, our_scale = run(x, smooth, rows, **options)
-    check_codes(our_codes, codes)
+    assert_codes(our_codes, codes)
     torch.testing.assert_close(our_scale, scale, rtol=1e-5, atol=0)
 
 
