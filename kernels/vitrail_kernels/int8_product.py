@@ -19,7 +19,8 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
 
     K is at most 131,071, so that no sum overflows.
     """
-    if x.device.type == "cpu" and _int_mm_is_exact():
+    # with one column both strides of the transpose are 1, and _int_mm leaves the result unwritten
+    if x.device.type == "cpu" and x.shape[1] > 1 and _int_mm_is_exact():
         return torch._int_mm(x, weight.t())
     total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[1], EXACT_IN_FLOAT):

@@ -214,7 +214,6 @@ def in_every_tile(name: str, label: str, arch: int) -> list[Call]:
                 ("ViT-B/16", "qkv", 80),
                 ("ViT-B/16", "qkv", 90),
                 ("DINOv2-B@518", "down, stats", 90),
-                ("DINOv2-g", "up", 80),
                 ("DINOv2-g", "up", 90),
                 ("DINOv2-g", "down", 90),
             )

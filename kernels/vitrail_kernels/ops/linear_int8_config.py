@@ -106,7 +106,7 @@ def _large(target: Target, k: int, form: Int8Form) -> KernelConfig:
 def _grouped(target: Target, group: int) -> KernelConfig:
     reason = "the sums of groups take as many registers as products"
     deep = min(128, group)
-    if target.arch == 90 and target.tma:
+    if target.arch == 90:  # also without tensor maps
         stages = 4 if group <= 128 else 3
         reason += ": one block, and as many steps of K in flight as fit"
         return KernelConfig(128, 128, deep, 8, stages, reason=reason)
