@@ -176,9 +176,10 @@ def render_int8() -> str:
         if case == "instructions":
             continue
         cpu, wall = result["cpu"], result["wall"]
-        times = ", ".join(f"{cpu[tower]['median_ms']:.0f}" for tower in ("fp32", "int8"))
+        times = ", ".join(f"{cpu[name]['median_ms']:.0f}" for name in ("fp32", "int8"))
         ratios = f"{cpu['ratio']:.2f}x | {wall['ratio']:.2f}x"
-        lines.append(f"| {case} | {result['goal']}x | {ratios} | {times} |")
+        tower = case.replace(", 1 threads", ", 1 thread")
+        lines.append(f"| {tower} | {result['goal']}x | {ratios} | {times} |")
     return "\n".join(lines) + "\n"
 
 
