@@ -59,8 +59,7 @@ class Summary:
 
     ``spec``: of the model with the int8 linears that the guard left. ``float_linears``: the linears
     among qkv, up and down that are not int8, each with the reason. ``source_bytes``: of the tensors
-    of the checkpoint. ``bytes``: of the
-    written folder, or 0 if the guard refused.
+    of the checkpoint. ``bytes``: of the written folder, or 0 if the guard refused.
     """
 
     source: str
@@ -84,6 +83,7 @@ class Summary:
         yield from self.guard.lines()
         for line in self.speed():
             yield "speed", line
+        yield "on a CPU", "with VNNI instructions int8 is faster than float32 (docs/performance.md)"
         if not self.bytes:
             yield "written", "nothing: serve this checkpoint in 16 bits"
             return
@@ -157,6 +157,7 @@ def quantize_model(
     """
     out = Path(folder).absolute()
     checked_device = check_device(device)
+    check_replaceable(out, INT8, overwrite)
     loaded = _read(model, revision, local_files_only)
     spec = loaded.spec
     vision, image = _image_tower(loaded)
@@ -165,7 +166,6 @@ def quantize_model(
     linears = int8_linears(vision.blocks, stay)
     if not linears:
         raise InputError(f"keep-fp16: got {list(keep_fp16)}, wanted linears left for int8")
-    check_replaceable(out, INT8, overwrite)
     pictures = _pictures(images, image, vision, calibration, check)
     partial = PartialFolder(out, _key(loaded, recipe, linears, pictures))
     _quantize_blocks(loaded, linears, pictures, recipe, partial, progress)
