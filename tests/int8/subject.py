@@ -19,13 +19,14 @@ from vitrail.image.preprocess import preprocess_uint8
 from vitrail.int8.blocks import quantize_block
 from vitrail.int8.calibration import Calibration, batched
 from vitrail.int8.figures import Accuracy, LinearFigures
-from vitrail.int8.guard import GuardReport, Measurement, find_safe, integrity_faults
+from vitrail.int8.guard import GOOD, GuardReport, Measurement, find_safe, integrity_faults
 from vitrail.int8.measure import Comparison
 from vitrail.int8.recipe import Recipe
 from vitrail.int8.similarity import accuracy
 from vitrail.model.loading import pixel_scale, read_model
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
+from vitrail.tools.quantize import _Sources
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
@@ -88,7 +89,7 @@ class Subject:
             path = Path(folder, "int8.safetensors")
             save_file({name: tensors[name] for name in tensors.keys() & wanted}, path)
             stored = {name: Source(entry) for name, entry in read_header(path).items()}
-            sources = {name: stored.get(name) or self.sources[name] for name in wanted}
+            sources = _Sources(self.sources, stored).of(spec)
             weights = load_weights(spec, sources, torch.float32, pixel_scale(spec))
         packed(weights)
         return VisionTower(spec.vision, spec.head, runner(weights, torch.float32, CPU))
@@ -106,7 +107,9 @@ class Subject:
         """The accuracy of a candidate on the checked pictures."""
         return accuracy(self._embed(tower), self.embeddings)
 
-    def report(self, build: Callable[[tuple[str, ...]], VisionTower]) -> GuardReport:
+    def report(
+        self, build: Callable[[tuple[str, ...]], VisionTower], good: float = GOOD
+    ) -> GuardReport:
         """The guard's report on the candidates that ``build`` makes.
 
         Integrity is measured on a few pictures, and accuracy on all of them unless integrity is
@@ -124,4 +127,4 @@ class Subject:
                 return measurement
             return measurement._replace(accuracy=self.accuracy(tower))
 
-        return find_safe(self.blocks, self.blocks.int8_candidates, measure, own=True)
+        return find_safe(self.blocks, self.blocks.int8_candidates, measure, own=True, good=good)

@@ -196,6 +196,16 @@ def test_a_fault_is_not_hidden_by_falling_back() -> None:
     assert report.fallbacks == {}
 
 
+def test_a_linear_that_lost_a_scale_may_be_left_in_16_bits() -> None:
+    def measure(names: tuple[str, ...]) -> Measurement:
+        linears = dict.fromkeys(names, SOUND) | {"1.up": dataclasses.replace(SOUND, layer_gain=0.1)}
+        return _measurement()._replace(linears=linears)
+
+    report = find_safe(BLOCKS, LINEARS, measure, own=True)
+    assert report.verdict == "refused"
+    assert report.reasons == ("1.up: gain is 10.00% off, wanted at most 0.2%", guard.KEEP)
+
+
 def _report() -> GuardReport:
     measure, _ = _model(1, {"0.qkv": 20.0})
     return find_safe(BLOCKS, LINEARS, measure, own=True)

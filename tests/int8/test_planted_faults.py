@@ -12,8 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import BitImageProcessorPil
@@ -101,7 +103,7 @@ def test_a_fault_is_refused(name: str, clip: Subject, clip_tensors: Tensors) -> 
 
 
 CALIBRATIONS: dict[str, Callable[[], Sequence[Image.Image]]] = {
-    "noise": lambda: real_pictures.noise(36),
+    "noise": lambda: real_pictures.noise(36, 64),
     "digits": lambda: _drawn_digits(36, seed=1),
     "textures": lambda: _textures(36, seed=1),
     "own": lambda: _scenes(36, seed=8),
@@ -114,6 +116,37 @@ def test_any_calibration_is_good(name: str, clip: Subject) -> None:
     tensors = clip.quantize(clip.pixels(CALIBRATIONS[name]()))
     report = _report(clip, tensors, Fault())
     assert (report.verdict, report.fallbacks) == ("good", {})
+
+
+def test_a_noisy_linear_falls_back(
+    clip: Subject, clip_tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise without a gain is no fault of integrity. The bundled model is good above 0.9998."""
+    monkeypatch.setattr(guard, "LOWEST", 0.9998)
+    tensors = {name: tensor.clone() for name, tensor in clip_tensors.items()}
+    codes = tensors["vision.blocks.0.down.codes"]
+    noise = torch.randint(-8, 9, codes.shape, generator=torch.Generator().manual_seed(0))
+    codes.copy_((codes + noise).clamp(-127, 127))
+    report = clip.report(lambda names: clip.tower(tensors, names), good=0.9998)
+    assert report.verdict == "good", report.reasons
+    assert [*report.fallbacks] == ["0.down"]
+    assert report.int8 == tuple(n for n in clip.blocks.int8_candidates if n != "0.down")
+    assert report.accuracy.centered_mean > 0.9998
+
+
+def test_pictures_that_look_alike_are_refused() -> None:
+    """One scene with a little noise: the cosine sees nothing, and no fallback is enough."""
+    (scene,), dice = _scenes(1, seed=7), np.random.default_rng(0)
+    pixels = np.asarray(scene).astype(int)
+    alike = [pixels + dice.integers(-2, 3, pixels.shape) for _ in range(64)]
+    pictures = [Image.fromarray(p.clip(0, 255).astype(np.uint8)) for p in alike]
+    subject = Subject(CLIP, pictures)
+    tensors = subject.quantize(_sample_photos(subject))
+    report = subject.report(lambda names: subject.tower(tensors, names))
+    assert report.verdict == "refused"
+    assert report.fallbacks
+    assert "two thirds" in report.reasons[-1]
+    assert report.accuracy.cosine_mean > 0.999
 
 
 # ---- a gated MLP, whose hidden layer is padded
@@ -228,7 +261,7 @@ def test_the_plain_recipe_is_not_good_for_a_real_model(
 
 
 REAL_CALIBRATIONS: dict[str, Callable[[], Sequence[Image.Image]]] = {
-    "noise": lambda: real_pictures.noise(36),
+    "noise": lambda: real_pictures.noise(36, 256),
     "digits": lambda: real_pictures.digits()[0][:36],
     "textures": lambda: _textures(36, seed=1),
     "own": lambda: real_pictures.photographs(36, 6, unseen=True),

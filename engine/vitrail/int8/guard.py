@@ -49,6 +49,7 @@ CODE_SHARE = 0.001
 border between two codes that seldom."""
 FALLBACK_SHARE = 1 / 3
 """The share of the FLOPs in int8 that may fall back; with less left, 16 bits are hardly slower."""
+KEEP = "if it has outliers that int8 cannot hold, leave it in 16 bits: --keep-fp16 NAME"
 
 
 class Measurement(NamedTuple):
@@ -193,8 +194,8 @@ def find_safe(
     """The verdict on the int8 linears ``start``, or on those of them that do not fall back.
 
     ``measure`` computes the candidate whose int8 linears have the given names. ``own`` and
-    ``good``: see `judge`. A broken rule of integrity is refused at once: it is a fault, and not the
-    noise of int8.
+    ``good``: see `judge`. A broken rule of integrity is refused at once: it is a fault, or a linear
+    with outliers that int8 cannot hold, which the user may leave in 16 bits.
     """
     budget = FALLBACK_SHARE * sum(_macs(blocks, name) for name in start)
     int8, fallbacks = start, dict[str, str]()
@@ -202,8 +203,11 @@ def find_safe(
     linears = measurement.linears
     while True:
         verdict, reasons = judge(measurement, own=own, good=good)
-        faults = integrity_faults(measurement.integrity, measurement.linears)
-        if verdict != "refused" or any(faults):
+        if verdict != "refused":
+            break
+        if any(integrity_faults(measurement.integrity, measurement.linears)):
+            if not any(integrity_faults(measurement.integrity, {})):
+                reasons = (*reasons, KEEP)
             break
         names = _next_fallbacks(int8, linears)
         budget -= sum(_macs(blocks, name) for name in names)
