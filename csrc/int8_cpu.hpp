@@ -7,7 +7,7 @@
 
 // Where the kernels are compiled. The host's compiler must know GCC's target pragma.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VITRAIL_AVX512_VNNI (__GNUC__ >= 8)
+#define VITRAIL_AVX512_VNNI (__GNUC__ >= 9)
 #define VITRAIL_AVX_VNNI (__GNUC__ >= 12)
 #endif
 

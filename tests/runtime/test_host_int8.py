@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
@@ -224,6 +225,28 @@ def test_extreme_groups_are_added_exactly(
         out, x, torch.ones(groups, 8), weight, one, shift, zero, group=group
     )
     torch.testing.assert_close(out, total.float(), rtol=2e-7 * groups**0.5, atol=0)
+
+
+def test_products_of_any_shape_are_exact(operators: dict[str, Callable[..., None]]) -> None:
+    """All sums are below 2^24, so that fp32 holds them."""
+    dice = Random(0)
+    for number in range(40):
+        rows, columns = dice.randint(1, 20), dice.randint(1, 300)
+        group, groups = 4 * dice.randint(1, 40), dice.randint(1, 5)
+        x, _ = codes(rows, group * groups, seed=number)
+        weight = layer(columns, group * groups).weight
+        one, zero = torch.ones(columns), torch.zeros(columns)
+        wanted = (x.long() @ weight.long().t()).float()
+        out = torch.empty(rows, columns)
+        operators["linear_int8"](out, x, torch.ones(rows), weight, one, zero)
+        assert torch.equal(out, wanted), (rows, columns, group, groups)
+        out.zero_()
+        shift = torch.full((groups, columns), FLOAT_OF_INTEGER)
+        operators["linear_int8_grouped"](
+            out, x, torch.ones(groups, rows), weight, one, shift, zero,
+            group=group,
+        )  # fmt: skip
+        assert torch.equal(out, wanted), (rows, columns, group, groups)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
