@@ -24,6 +24,7 @@ from vitrail.int8.figures import Accuracy
 from vitrail.model.loading import load
 from vitrail.runtime import RUNNERS
 from vitrail.runtime.torch_runner import TorchRunner
+from vitrail.tools import export
 from vitrail.tools.info import describe, read
 from vitrail.tools.report import Check, Report
 from vitrail.tools.verify import verify
@@ -258,6 +259,24 @@ def test_load_warns_once(int8_clip: Path) -> None:
         for _ in range(3):
             load(int8_clip)
     assert len(caught) == 1
+
+
+def test_export_warns_because_it_keeps_no_record(
+    int8_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _Started(Exception):
+        pass
+
+    def start(*_: object) -> None:
+        raise _Started
+
+    monkeypatch.setattr(export, "_Export", start)
+    with (
+        pytest.warns(UserWarning, match="int8 is not verified") as caught,
+        pytest.raises(_Started),
+    ):
+        export.export_model(int8_clip, tmp_path / "out", [90])
+    assert caught[0].filename == __file__
 
 
 def test_commands_say_the_warning(int8_clip: Path, pictures: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +11,18 @@ LOG_SECONDS = 5.0
 
 def say(message: str) -> None:
     print(f"vitrail: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_warnings() -> Iterator[None]:
+    """Says the warnings of Python as messages."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                say(str(warning.message))
 
 
 def report_unread(unread: Mapping[str, int]) -> None:

@@ -34,17 +34,18 @@ def export(
     name, sides = options.require_model(model, "MODEL"), options.parse_size(size)
     if folder is None:
         raise typer.BadParameter("none given; wanted a folder to write", param_hint="FOLDER")
-    written = export_model(
-        name,
-        folder,
-        None if arch is None else [_number(name) for name in arch],
-        size=sides,
-        dtype=dtype,
-        overwrite=overwrite,
-        revision=revision,
-        local_files_only=local_files_only,
-        progress=functools.partial(console.progress, unit="kernels"),
-    )
+    with console.say_warnings():
+        written = export_model(
+            name,
+            folder,
+            None if arch is None else [_number(name) for name in arch],
+            size=sides,
+            dtype=dtype,
+            overwrite=overwrite,
+            revision=revision,
+            local_files_only=local_files_only,
+            progress=functools.partial(console.progress, unit="kernels"),
+        )
     kernels = ", ".join(f"{count} for sm_{number}" for number, count in written.kernels.items())
     console.say(f"{written.bytes / 1e6:,.1f} MB; kernels: {kernels}")
     print(folder)

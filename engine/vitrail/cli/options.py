@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,9 +64,8 @@ def load(
 ) -> Model:
     from vitrail.model import loading
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = loading.load(
+    with console.say_warnings():
+        return loading.load(
             name,
             device=device,
             dtype=dtype,
@@ -75,9 +73,6 @@ def load(
             local_files_only=local_files_only,
             resize=resize,  # type: ignore[arg-type]  # load checks it
         )
-    for warning in caught:
-        console.say(str(warning.message))
-    return model
 
 
 def require_model(model: str | None, parameter: str) -> str:

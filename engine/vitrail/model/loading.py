@@ -102,8 +102,7 @@ def load(
             check=functools.partial(check_precision, dtype),
         )
         serving = runner_class(loaded.weights, compute_dtype, device)
-        if loaded.int8 is not None and loaded.int8.guard.verdict != "good":
-            warnings.warn(_int8_warning(loaded.checkpoint, loaded.int8), stacklevel=2)
+        warn_of_int8(loaded)
     else:
         check_precision(dtype, exported.spec, str(exported.folder))
         if not exported.spec.int8 and dtype != "auto" and compute_dtype != exported.dtype:
@@ -116,11 +115,15 @@ def load(
     return Model(loaded.checkpoint, loaded.spec, loaded.hash_weights, serving, sixteen_bit, resize)
 
 
-def _int8_warning(checkpoint: Checkpoint, record: Int8Record) -> str:
-    guard, folder = record.guard, show_path(checkpoint.folder)
-    return (
+def warn_of_int8(loaded: LoadedCheckpoint) -> None:
+    """Warn the caller's caller of int8 weights that the guard did not find good."""
+    if loaded.int8 is None or loaded.int8.guard.verdict == "good":
+        return
+    guard, folder = loaded.int8.guard, show_path(loaded.checkpoint.folder)
+    warnings.warn(
         f"{folder}: int8 is {guard.verdict}: {'; '.join(guard.reasons)}. Check it: vitrail verify "
-        f"PICTURES --model {folder} --against MODEL, with {record.source.name} for MODEL"
+        f"PICTURES --model {folder} --against MODEL, with {loaded.int8.source.name} for MODEL",
+        stacklevel=3,
     )
 
 

@@ -24,7 +24,7 @@ from vitrail.exported import contents
 from vitrail.exported.digest import hash_file
 from vitrail.exported.format import RECORD, Build, ExportRecord
 from vitrail.model.fingerprint import fingerprint
-from vitrail.model.loading import LoadedCheckpoint, read_model
+from vitrail.model.loading import LoadedCheckpoint, read_model, warn_of_int8
 from vitrail.plan.kernel_binary import kernel_key
 from vitrail.plan.lowering import NativePlan, lower
 from vitrail.runtime.kernel_cache import kernel_record
@@ -85,6 +85,7 @@ def export_model(
     loaded = read_model(model, compute, revision=revision, local_files_only=local_files_only)
     if loaded.spec.int8 and compute != torch.float16:
         raise InputError(f"dtype: got {dtype!r} for an int8 folder, wanted 'float16'")
+    warn_of_int8(loaded)  # the exported folder has no record of it
     export = _Export(loaded, compute, _size(loaded.spec, size))
     for target in targets:
         export.lower(target)
