@@ -147,4 +147,5 @@ def finish_sums(
         y, out_dtype, None, scale_ptr, residual_ptr, residual_rows_ptr, None, stats_ptr,
         stats_stride, None, None, offs_m, mask_m, column,
         N, False, None, False, BLOCK_M, BLOCK_N,
+        PAIRED=True,  # loads of int8 have other layouts in other tiles, also beside a residual
     )  # fmt: skip

@@ -71,6 +71,7 @@ def epilogue(
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr = False,  # see `store_stats`; always without a residual
 ) -> tl.tensor:
     """The work after the product, in fp32 with a single rounding; also writes the statistics.
 
@@ -116,8 +117,8 @@ def epilogue(
         if N % BLOCK_N != 0:
             rounded = tl.where(mask_n[None, :], rounded, 0.0)
         # the layout of a residual is the same in every tile, the layout of a product is not
-        PAIRED: tl.constexpr = residual_ptr is None
         store_stats(
-            stats_ptr, stats_stride, rounded, offs_m, mask_m, column, N, BLOCK_M, BLOCK_N, PAIRED
-        )
+            stats_ptr, stats_stride, rounded, offs_m, mask_m, column, N, BLOCK_M, BLOCK_N,
+            PAIRED or residual_ptr is None,
+        )  # fmt: skip
     return y
