@@ -80,7 +80,9 @@ class Case:
         if config is not None:
             with in_force({call.key: config for call in calls}):
                 calls = make(target, **arguments, **self.scalars)
-            assert all(call.config == config for call in calls), "the table is not used"
+            for call in calls:  # an operator narrows a tile that its groups do not fill
+                sides = {"block_n": call.config.block_n, "block_k": call.config.block_k}
+                assert call.config == dataclasses.replace(config, **sides), "another configuration"
         return outputs, calls
 
     def run(
