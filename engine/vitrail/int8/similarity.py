@@ -15,7 +15,7 @@ from torch import Tensor
 from vitrail.int8.figures import Accuracy, LinearFigures
 
 MIN_SHARE = 1e-4
-SMALLEST_CHANNEL = 0.1
+SMALLEST_CHANNEL = 0.25
 """A channel is left out if its variance is less than `MIN_SHARE` of its layer's and less than
 `SMALLEST_CHANNEL` of the mean channel's: noise would decide its gain."""
 MAX_SQNR = 200.0
