@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from vitrail.spec import TextSpec, VisionSpec
 from vitrail_kernels import OPERATORS
 from vitrail_kernels.launch import Call, Target
 
+
+def _int8(spec: VisionSpec) -> VisionSpec:
+    """With every linear in int8 that may be."""
+    blocks = replace(spec.blocks, int8=spec.blocks.int8_candidates)
+    return replace(spec, blocks=blocks)
+
+
 MODELS: dict[str, tuple[VisionSpec | TextSpec, int]] = {
     "ViT-B/16": (VISION["B/16"], 224),
     "CLIP L/14": (VISION["L/14"], 224),
@@ -25,6 +32,8 @@ MODELS: dict[str, tuple[VisionSpec | TextSpec, int]] = {
     "CLIP B/32": (VISION["B/32"], 224),
     "CLIP H/14": (VISION["H/14"], 224),
     "CLIP-B text": (TEXT["CLIP-B text"], 0),
+    "ViT-B/16 int8": (_int8(VISION["B/16"]), 224),
+    "CLIP L/14 int8": (_int8(VISION["L/14"]), 224),
 }
 """Spec, and pixels a side, by name."""
 

@@ -54,6 +54,8 @@ def of_model(name: str, side: int, arch: int, sms: int) -> dict[str, list[Any]]:
         ("ViT-B/16", 224, FEW_SMS, LARGE),
         ("CLIP-B text", 0, FEW_SMS, LARGE),
         ("DINOv2-B/14", 112, FEW_SMS, LARGE),
+        ("ViT-B/16 int8", 112, FEW_SMS, LARGE),
+        pytest.param("CLIP L/14 int8", 112, SMS, SMALL, marks=slow),
         pytest.param("ViT-B/16", 224, SMS, SMALL, marks=slow),
         pytest.param("CLIP L/14", 224, FEW_SMS, LARGE, marks=slow),
         pytest.param("CLIP H/14", 224, SMS, SMALL, marks=slow),
@@ -131,6 +133,26 @@ def test_patch_embed_reads_little_more_than_its_bytes(
     assert memory["actual"] <= 1.3 * allowed
     if spec.patch == (16, 16):
         assert memory["actual"] <= 1.3 * memory["ideal"]
+
+
+INT8 = ("norm_quant", "linear_int8", "linear_int8_grouped")
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("sms", [FEW_SMS, pytest.param(SMS, marks=slow)])
+def test_int8_launches_touch_no_sector_too_many(sms: int, arch: int) -> None:
+    images = 8  # rows of scales and of statistics begin at sectors
+    spec, _ = launches.MODELS["ViT-B/16 int8"]
+    calls = [
+        (launch.label, call)
+        for launch in launches.launches(spec, 64, Target(arch, sms), images)
+        for call in launch.calls
+        if launch.op in INT8
+    ]
+    assert len(calls) >= 5
+    for label, call in calls:
+        lines = counters.worst(counters.count(call, arch).lines)
+        assert not lines, f"{label}, {call.config}: {[vars(line) for line in lines]}"
 
 
 def test_a_source_is_named_with_the_lines_it_was_inlined_at() -> None:
