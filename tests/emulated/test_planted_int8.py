@@ -3,12 +3,16 @@ that do not fit. The emulator or the bits say so, or a reason is given."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from emulated import int8_cases
 from emulated.planted import (
+    Edit,
     Planted,
     Subject,
     add,
@@ -16,6 +20,7 @@ from emulated.planted import (
     check_fault,
     edit,
     exchange,
+    guarded,
     names_place,
     of_map,
     put,
@@ -42,6 +47,10 @@ from emulated.test_planted_faults import (
     Removal,
 )
 from emulated.test_planted_faults import SEEDS as ORDERS
+from emulated.test_planted_overlap_faults import UNFINISHED, WAIT, Chain
+from emulator.call import compiled
+from vitrail_kernels import OPERATORS
+from vitrail_kernels.launch import Target
 
 pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
@@ -231,3 +240,56 @@ def test_a_wrong_number_or_launch_is_noticed(
     make: Callable[[int], Subject], arch: int, planted: Planted, message: str
 ) -> None:
     check_fault(make, arch, planted, message, SEEDS)
+
+
+# -- launches that overlap -------------------------------------------------------------------------
+
+
+@functools.cache
+def mlp() -> Chain:
+    """norm_quant, linear_int8 and linear_int8_grouped on sm_90. Each reads codes and scales of the
+    launch before, and the last adds the stream that the first read."""
+    torch.manual_seed(0)
+    target, programs, written = Target(90, 1), [], []
+    first = int8_cases.norm_quant(100, 192)
+    up = int8_cases.linear_int8(100, 256, 192, activation="gelu", quantizes=True)
+    down = int8_cases.grouped(100, 192, 256, in_place=False)
+    cases = (first, up, down)
+    outputs = [{n: guarded(t) for n, t in case.outputs.items()} for case in cases]
+    inputs = [{n: guarded(t) for n, t in case.inputs.items()} for case in cases]
+    for before, after in ((0, 1), (1, 2)):
+        inputs[after] |= {"x": outputs[before]["out"], "x_scale": outputs[before]["out_scale"]}
+    inputs[2]["residual"] = inputs[0]["x"]
+    for case, out, given in zip(cases, outputs, inputs, strict=True):
+        (call,) = OPERATORS[case.op].calls(target, **out, **given, **case.scalars)
+        programs.append(compiled(call, 90))
+        written += out.values()
+    return Chain(tuple(programs), tuple(written), outputs[2]["out"])
+
+
+KERNELS = ("_norm_quant_kernel", "_linear_int8_tma_kernel", "_linear_int8_grouped_tma_kernel")
+AFTER_FIRST_LOAD = edit(
+    r"\tgriddepcontrol\.wait;((?s:.)*?cp\.async\.bulk[^;]*;)", r"\1 griddepcontrol.wait;"
+)
+
+
+def test_int8_launches_that_overlap_give_the_same_bits() -> None:
+    assert mlp().run({}, 0)[0] == ""
+    expected, overlaps = mlp().last.clone(), 0
+    for seed in ORDERS:
+        sentence, overlapped = mlp().run({}, seed)
+        assert sentence == ""
+        assert torch.equal(mlp().last, expected)
+        overlaps += sum(map(bool, overlapped))
+    assert overlaps > len(ORDERS)
+
+
+@pytest.mark.parametrize("change", [edit(WAIT), AFTER_FIRST_LOAD], ids=["no wait", "late"])
+@pytest.mark.parametrize("launch", [1, 2])
+def test_an_int8_launch_that_does_not_wait_is_noticed(launch: int, change: Edit) -> None:
+    before, ours = KERNELS[launch - 1], KERNELS[launch]
+    message = UNFINISHED.format(before, launch - 1, ours, launch)
+    for seed in ORDERS:
+        sentence, _ = mlp().run({launch: change}, seed)
+        assert names_place(sentence), sentence
+        assert re.search(message, sentence), sentence

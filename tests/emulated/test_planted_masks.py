@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from emulated.planted import Planted, Subject, caught, edit, names_place, sites
-from emulated.subjects import attention, gathered, linear
+from emulated.subjects import attention, gathered, linear, linear_int8, norm_quant
 
 pytestmark = pytest.mark.usefixtures("emulated_kernels")
 
@@ -26,6 +26,8 @@ MASKS: list[tuple[Callable[..., Subject], tuple[int, ...], dict[int, str]]] = [
         {i: FIRST_ROW for i in range(9, 32) if i not in (12, 16, 20, 24, 28)} | {44: NEXT_ROW},
     ),
     *((attention, (arch, tokens), {}) for arch in (80, 90) for tokens in (69, 84, 104)),
+    *((norm_quant, (arch,), {}) for arch in (80, 90)),
+    *((linear_int8, (arch,), {}) for arch in (80, 90)),
 ]
 
 
