@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from emulated.int8_cases import BLOCK, FORMS, Case, Tensors, forms, shift_of
-from helpers import assert_close
-from kernels.int8_cases import check_codes, exact_grouped, exact_linear_int8
+from helpers import assert_close, assert_codes
+from kernels.int8_cases import exact_grouped, exact_linear_int8
 from kernels.test_operators import explicit_norm, same_bits
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.device.stats import stats_ref
@@ -152,7 +152,7 @@ def values_of(out: Tensors, activation: str | None, gated: bool) -> Tensor:
 
 
 def check_norm_quant(case: Case, ours: Tensors, theirs: Tensors) -> None:
-    check_codes(ours["out"], theirs["out"])
+    assert_codes(ours["out"], theirs["out"])
     assert_close(ours["out_scale"], theirs["out_scale"])
     x = case.inputs["x"].double()
     x = x[case.inputs["rows"].long()] if "rows" in case.inputs else x
@@ -165,7 +165,7 @@ def check_linear_int8(case: Case, ours: Tensors, theirs: Tensors) -> None:
     if "out_scale" not in ours:
         assert_close(ours["out"], exact, exact.half())
         return
-    check_codes(ours["out"], theirs["out"])
+    assert_codes(ours["out"], theirs["out"])
     values, peer = (values_of(out, **case.scalars).half() for out in (ours, theirs))
     assert_close(values, exact, peer)
 
