@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -148,6 +149,17 @@ def test_one_item_has_the_bits_that_it_has_in_a_batch(
             for number, result in enumerate(together):
                 ours = result[item * TOKENS : (item + 1) * TOKENS]
                 assert torch.equal(ours, alone[item][number]), (batch, item, number)
+
+
+def test_calls_from_many_threads_have_the_bits_of_calls_in_turn(
+    operators: dict[str, Callable[..., None]],
+) -> None:
+    inputs = [stream(rows) for rows in (1, 7, 30, 100)] * 6
+    wanted = [everything(operators, x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda x: everything(operators, x), inputs))
+    for ours, theirs in zip(results, wanted, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_nan_marks_its_row_and_no_other(
