@@ -23,7 +23,11 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(envvar="VITRAIL_DTYPE", help="Compute dtype: auto, float32, float16 or bfloat16."),
+    typer.Option(
+        envvar="VITRAIL_DTYPE",
+        help="Compute dtype: auto, float32, float16 or bfloat16; or int8, for a folder that "
+        "vitrail quantize wrote.",
+    ),
 ]
 HalfDtype = Annotated[
     str, typer.Option(envvar="VITRAIL_DTYPE", help="Compute dtype: float16 or bfloat16.")
