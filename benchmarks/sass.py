@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--arch", type=int, choices=CARDS, default=90)
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "int8"), default="float16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--allow-dirty", action="store_true", help="write of an uncommitted tree")
     options = parser.parse_args(arguments)
