@@ -97,6 +97,19 @@ def test_every_int8_kernel_of_a_model(name: str, arch: int) -> None:
         check(step, call, code, maps=True)
 
 
+@pytest.mark.parametrize(
+    "arch", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in CARDS if a != 90)]
+)
+def test_pixels_without_statistics(arch: int) -> None:
+    """No kernel of an int8 plan reads the statistics of the embedded patches."""
+    for name in IMAGES:
+        embed = next(iter(steps(SHAPES[name], torch.int8)))
+        assert "stats" not in embed.tensors
+        (call,) = embed.calls(target(arch))
+        code = compile_call(call, arch)
+        assert code.stack <= STACK, f"sm_{arch} {name} {call.config}: {code.stack} bytes of stack"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", CARDS)
 @pytest.mark.parametrize("name", ["ViT-B/16", "DINOv2-g"])

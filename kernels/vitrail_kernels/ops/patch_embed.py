@@ -310,14 +310,14 @@ def _patch_config(
     if weight.dtype == torch.float32:
         return KernelConfig(64, 64, 32, 4, 2, reason="fp32: for the interpreter alone")
     uint8 = pixels.dtype == torch.uint8
-    # 64 if two addresses per thread are enough for the loads; with shorter loads, in HMMA's layout,
-    # or on sm_90 without statistics, 64 would spill
-    deep = (target.arch == 90 and stats) or target.tcgen05
-    block_k = 64 if step == 16 and uint8 and deep else 32
+    # 64 if two addresses per thread are enough for the loads; with shorter loads, or in HMMA's
+    # layout, 64 would spill
+    block_k = 64 if step == 16 and uint8 and (target.arch == 90 or target.tcgen05) else 32
     if cdiv(rows, 128) * cdiv(weight.shape[0], 128) < target.sms:
         return KernelConfig(64, 64, block_k, 4, 3, reason="few rows: as many tiles as there can be")
     short_runs = target.arch == 80 and not uint8 and patch[1] % 16 != 0  # with many addresses
-    if target.arch not in (80, 90) or short_runs or step == pixels.element_size():
+    alone = target.arch == 90 and block_k == 64 and not stats  # without statistics 128 would spill
+    if target.arch not in (80, 90) or short_runs or alone or step == pixels.element_size():
         why = "small blocks: 130 to 168 registers, which two of 256 threads do not have"
         return KernelConfig(64, 128, block_k, 4, 3, registers=168, reason=why)
     why = "two blocks an SM: one gathers while one multiplies"
