@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- speed: written by benchmarks/table.py -->\n", "<!-- /speed -->"
 SASS = "<!-- sass: written by benchmarks/table.py -->\n", "<!-- /sass -->"
 CAPTIONS = "<!-- captions: written by benchmarks/table.py -->\n", "<!-- /captions -->"
+SASS_INT8 = "<!-- sass-int8: written by benchmarks/table.py -->\n", "<!-- /sass-int8 -->"
 INT8 = "<!-- int8: written by benchmarks/table.py -->\n", "<!-- /int8 -->"
 COUNTERS = "<!-- counters: written by benchmarks/table.py -->\n", "<!-- /counters -->"
 
@@ -150,6 +151,19 @@ def render_sass() -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_sass_int8() -> str:
+    """The table of the int8 kernels' machine code."""
+    results = _results("compiled/int8-triton-3.7")
+    columns = {name: SASS_COLUMNS[name] for name in SASS_COLUMNS if name not in ("lead", "MOV")}
+    lines = [f"| kernel | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for model, batch in SASS_CASES:
+        for label in ("qkv", "up", "down", "down, stats"):
+            kernel = _kernel(results, f"{model}, batch {batch}, sm_90", label)
+            cells = [column(kernel) for column in columns.values()]
+            lines.append(f"| {model} x {batch}, {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def render_captions() -> str:
     """The table of the host's time for captions and labels, in microseconds each."""
     lines = ["| call | before | now | the tokenizers library alone |", "|---|---|---|---|"]
@@ -189,6 +203,7 @@ def main() -> None:
         (README, (START, END), render()),
         (PERFORMANCE, COUNTERS, render_counters()),
         (PERFORMANCE, SASS, render_sass()),
+        (PERFORMANCE, SASS_INT8, render_sass_int8()),
         (PERFORMANCE, CAPTIONS, render_captions()),
         (PERFORMANCE, INT8, render_int8()),
     ):

@@ -29,7 +29,7 @@ from vitrail.tools.bench import Bench
 from vitrail.tools.tune import TuningResult, fastest, orders, save
 from vitrail.tools.workload import Problem, fill, problems
 from vitrail_kernels import OPERATORS, configs
-from vitrail_kernels.candidates import candidates
+from vitrail_kernels.candidates import INT8, candidates
 from vitrail_kernels.compile import (
     REGISTERS,
     SHARED_TOTAL,
@@ -88,7 +88,7 @@ def key_of(problem: Problem) -> str:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("op", ["linear", "attention", "patch_embed"])
+@pytest.mark.parametrize("op", ["linear", *INT8, "attention", "patch_embed"])
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -> None:
     base = KernelConfig(block_m, 32, 0 if op == "attention" else 64, 4, 2, group_m=4)
@@ -107,7 +107,7 @@ def test_a_candidate_keeps_what_decides_bits(op: str, arch: int, block_m: int) -
             assert config.block_k in (32, 64, 128)
         threads = 32 * config.warps * config.ctas
         assert config.registers is None or config.registers * threads <= REGISTERS
-        step = 2 * (config.block_m + config.block_n) * config.block_k
+        step = (1 if op in INT8 else 2) * (config.block_m + config.block_n) * config.block_k
         assert (config.stages - 1) * step * config.ctas <= SHARED_TOTAL[arch], config
     for config in orders(op, base, arch):
         assert config != base
@@ -184,6 +184,29 @@ def test_images_are_of_the_size_that_is_served(
     image = ImageSpec(True, resize, 3, crop, 1 / 255, None, None)
     calls = problems(model(vision=VISION, image=image), [2], "float16", size)
     assert {p.lengths for p in calls} == {(tokens, tokens)}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_int8_products_are_tuned_on_values_that_they_take(gated: bool) -> None:
+    """Codes and scales that give finite values, and shifts that belong to the weight."""
+    activation = "silu" if gated else "gelu"
+    blocks = BlockSpec(64, 3, 2, 128, activation, 1e-6, gated=gated)
+    blocks = dataclasses.replace(blocks, int8=blocks.int8_candidates)
+    vision = VisionSpec(blocks, (32, 32), (16, 16))
+    every = [p for p in problems(model(vision=vision), [1, 3], "float16") if p.op in INT8]
+    assert {p.op for p in every} == {*INT8}
+    for problem in every:
+        tensors = fill(problem, CPU, 0)
+        OPERATORS[problem.op].reference(**tensors, **problem.scalars)
+        results = [tensors["out"], tensors.get("out_scale", tensors["x_scale"])]
+        assert all(result.isfinite().all() for result in results)
+        assert len(tensors["out"].unique()) > 100
+        assert tensors["out"].float().abs().max() < 1000
+        (call,) = problem.calls(HOPPER, {})
+        assert call.key.startswith(f"{problem.op}|")
+        table = {call.key: dataclasses.replace(call.config, stages=2)}
+        (tuned_call,) = problem.calls(HOPPER, table)
+        assert tuned_call.config == table[call.key]
 
 
 def test_random_values_are_what_the_operators_take() -> None:
