@@ -16,6 +16,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 import vitrail
 from helpers import clip_folder, make, save
+from real_pictures import photographs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,6 +42,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     """A folder with photos, and an environment whose hub cache holds the README's models."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(PHOTOS, folder / "photos")
+    (folder / "library").mkdir()
+    for number, picture in enumerate(photographs(128)):
+        picture.resize((96, 96)).save(folder / "library" / f"{number}.png")
     hub = folder / "hub"
     clip_folder(_cached(hub, "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"))
     dinov2 = _cached(hub, "facebook/dinov2-with-registers-base")
@@ -81,7 +85,8 @@ def test_commands_run_as_shown(line: str, desk: tuple[Path, dict[str, str]]) -> 
         if out.suffix == ".npy":
             assert len(np.load(out)) == len(list(PHOTOS.iterdir()))
     else:
-        assert ("cat" if "classify" in line else "CLIPModel") in done.stdout
+        words = {"classify": "cat", "quantize": "good"}.get(line.split()[1], "CLIPModel")
+        assert words in done.stdout
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make")])

@@ -7,6 +7,7 @@ The reference is the same model in fp32. Figures are computed here, in fp64, not
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,12 +23,15 @@ from typer.testing import CliRunner, Result
 
 import vitrail
 from real_model import dinov2_small
-from real_pictures import digits, noise, photographs
+from real_pictures import digits, noise, photographs, textiles
 from vitrail.cli import app
 from vitrail.demo.quiz import QUESTIONS, SIDE
 from vitrail.demo.scenes import render, sample
 from vitrail.plan.vision import vision_dense, vision_pooled
 from vitrail.spec import BlockSpec, VisionSpec
+
+# A folder that was checked on no pictures of one's own says so whenever it is loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not verified on your data")
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,6 +40,8 @@ SCENES = 1500
 NEIGHBORS = 10
 VOTERS = 5
 """Neighbors that vote for the label of a digit."""
+CHECKED = 96
+"""Digits and textiles for the guard."""
 GOOD = 0.999
 """Mean centered cosine from which int8 is good."""
 
@@ -160,6 +166,13 @@ class TestDinov2:
         assert np.quantile(found.centered, 0.01) >= 0.9975
         assert found.neighbors >= 0.96
 
+    def test_photographs_unlike_those_that_calibrated(self, dinov2: Path, int8: Path) -> None:
+        pictures = photographs(64, seed=1, unseen=True)
+        found = Similarity.of(embed(int8, pictures), embed(dinov2, pictures))
+        print("unseen photographs:", found)
+        assert found.sqnr >= 33.5
+        assert found.centered.mean() >= GOOD
+
     def test_patch_tokens(self, dinov2: Path, int8: Path) -> None:
         tokens = []
         for folder in (dinov2, int8):
@@ -233,6 +246,23 @@ class TestDinov2:
         assert right[0].mean() > 0.75
         assert bound <= 0.015
         assert found.centered.mean() < GOOD
+
+    @pytest.mark.parametrize("kind", ["digits", "textiles"])
+    def test_the_guard_does_not_call_alike_pictures_good(
+        self, kind: str, dinov2: Path, int8: Path, tmp_path: Path
+    ) -> None:
+        """Their plain cosine is as high as that of photographs."""
+        pictures = digits()[0] if kind == "digits" else textiles(CHECKED)[0]
+        for number, picture in enumerate(pictures[:CHECKED]):
+            picture.save(tmp_path / f"{number:03d}.png")
+        result = command("verify", tmp_path, "--model", int8, "--against", dinov2, "--json")
+        report = json.loads(result.stdout)
+        (check,) = (check for check in report["checks"] if check["name"] == "accuracy")
+        print(f"{kind}: {check['text']}")
+        verdict, code = ("note", 0) if kind == "digits" else ("fail", 1)
+        assert (check["verdict"], result.exit_code) == (verdict, code)
+        assert ("warned" if kind == "digits" else "refused") in check["text"]
+        assert check["facts"]["cosine_mean"] > 0.9998
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimated seconds of all blocks of an image tower for ``batch`` images of ``size`` (height,
+    """Estimated seconds of all blocks of a pooled plan for ``batch`` images of ``size`` (height,
     width). Patch embedding and pooling, the same in both dtypes, are not among them.
 
     ``limits`` says in words why the speed-up is under `WORTHWHILE`, if it is.
@@ -84,15 +84,16 @@ def estimate(
     ``linears`` are those in int8, such as "3.qkv"; by default qkv, up and down of every block.
     """
     size = size or spec.image
-    tokens = spec.tokens_at(size)
+    tokens, last = spec.tokens_at(size), spec.blocks.layers - 1
     before = 0.0
     after: list[Launch] = []
     for layer in range(spec.blocks.layers):
         names = {"qkv", "up", "down"}
         if linears is not None:
             names = {name for name in names if f"{layer}.{name}" in linears}
-        before += sum(launch.seconds for launch in block(spec.blocks, batch, tokens))
-        after += block(spec.blocks, batch, tokens, names)
+        launches = last_block if layer == last else block
+        before += sum(launch.seconds for launch in launches(spec.blocks, batch, tokens))
+        after += launches(spec.blocks, batch, tokens, names)
     total = sum(launch.seconds for launch in after)
     limits: tuple[str, ...] = ()
     if before / total < WORTHWHILE:
@@ -144,6 +145,22 @@ def block(
         _linear("down", m, c, f, int8, 4 * m * c),
     ]
     return tuple(launches)
+
+
+def last_block(
+    spec: BlockSpec, batch: int, tokens: int, int8: Collection[str] = ()
+) -> tuple[Launch, ...]:
+    """The launches of the last block of a pooled plan. Only keys and values are of every token;
+    they are in int8 if ``int8`` has "qkv", and up and down never are."""
+    m, c = batch * tokens, spec.width
+    launches = [_norm_quant(m, c)] if "qkv" in int8 else []
+    return (
+        *launches,
+        _linear("qkv", m, 2 * c, c, int8, 4 * m * c),
+        _linear("qkv", batch, c, c, (), 4 * batch * c),
+        _launch("attention", 0.0, 4 * m * c, REACHED),
+        *block(spec, batch, 1)[2:],
+    )
 
 
 def _linear(
