@@ -79,7 +79,10 @@ def _small(target: Target, m: int, n: int, form: Int8Form) -> KernelConfig:
     if target.arch == 90 and target.tma:
         reason += "; nothing hides the latency of loads but loads"
         return KernelConfig(64, wide, deep, 4, 4, ctas=2, reason=reason)
-    return KernelConfig(64, wide, min(64, deep), 4, 3, reason=reason)
+    # a step of 64 as wide as the residual's tile would give the residual's loads the layout of
+    # codes, 16 a thread, with which each takes two halves of lines
+    deep = 64 if form.group is None else deep
+    return KernelConfig(64, wide, deep, 4, 3, reason=reason)
 
 
 def _large(target: Target, k: int, form: Int8Form) -> KernelConfig:
