@@ -24,10 +24,12 @@ from vitrail_kernels import OPERATORS
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.device.stats import stats_ref
 from vitrail_kernels.launch import Call, Target
+from vitrail_kernels.ops.linear_int8_grouped import FLOAT_OF_INTEGER
 
 LOG2_E = math.log2(math.e)
 PER_TOKEN, PER_SEQUENCE = Affine(tokens=1), Affine(sequences=1)
-OUTPUTS = ("out", "status", "stats")
+OUTPUTS = ("out", "out_scale", "status", "stats")
+INT8_OPS = ("norm_quant", "linear_int8", "linear_int8_grouped")
 TILES = (
     KernelConfig(64, 64, 64, 4, 3),
     KernelConfig(64, 64, 64, 4, 6, ctas=2),
@@ -123,6 +125,17 @@ def works(shapes: Shapes) -> Iterator[Work]:
     yield vision_work(spec, plan, batch, vision.image, False)
 
 
+def int8_works(shapes: Shapes) -> Iterator[Work]:
+    """The pooled plan of an image tower of which every linear that may be int8 is."""
+    spec = spec_of(shapes.checkpoint)
+    assert spec.vision is not None, "the checkpoint has an image tower"
+    spec = spec.with_int8(spec.vision.blocks.int8_candidates)
+    assert spec.vision is not None
+    plan = vision_pooled(spec.vision, uint8=True)
+    batch = min(shapes.batch, 3) if DRY else shapes.batch
+    yield vision_work(spec, plan, batch, spec.vision.image, True)
+
+
 # -- an operator call ------------------------------------------------------------------------------
 
 
@@ -180,7 +193,7 @@ def _shape(work: Work, buffer: Buffer) -> tuple[int, ...]:
 
 
 def _kinds(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    named = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
+    named = {name: getattr(torch, name) for name in ("float32", "int32", "uint8", "int8")}
     return {**named, "compute": dtype}
 
 
@@ -236,6 +249,10 @@ def case_of(work: Work, launch: Step, dtype: torch.dtype) -> Case:
         kind = kinds[packed.dtype]
         given[argument] = _values(launch.op, argument, packed.shape, kind, dtype, scalars, work)
     alias = over[0] if over else None
+    if "shift" in given:
+        weight = given["weight"]
+        sums = weight.float().view(len(weight), len(given["shift"]), -1).sum(dim=2).t()
+        given["shift"] = FLOAT_OF_INTEGER - 128 * sums.contiguous()
     case = Case(launch.op, given, outputs, alias, scalars, rows, work.lengths)
     if "x_stats" in named:
         with_statistics(case, given, _shape(work, buffers[named["x_stats"]]))
@@ -263,7 +280,12 @@ def _values(
         return torch.randint(256, shape, device=DEVICE).to(kind)
     if kind == torch.int32:
         return _integers(argument, shape, work).to(DEVICE)
+    if kind == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=kind, device=DEVICE)
     values = torch.randn(shape, device=DEVICE)
+    if argument in ("x_scale", "weight_scale", "smooth"):
+        sizes = {"x_scale": 0.01, "weight_scale": 0.001, "smooth": 1.0}
+        return (0.5 + torch.rand(shape, device=DEVICE)) * sizes[argument]
     if argument == "pixels":
         return values.to(dtype).float()  # the operator rounds them, and the reference sees those
     if argument == "weight":

@@ -23,7 +23,7 @@ HALVES = (torch.float16,) if DRY else (torch.float16, torch.bfloat16)
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 POISONS = (float("nan"), 65504.0)
 GUARD = 8  # rows; the output between them begins at a multiple of 16 bytes for any row size
-SENTINELS = {torch.int32: -0x5A5A5A5B, torch.uint8: 0xA5}
+SENTINELS = {torch.int32: -0x5A5A5A5B, torch.uint8: 0xA5, torch.int8: -0x5B}
 
 gpu_alone = pytest.mark.skipif(DRY, reason="dry run: this needs streams, threads or a compiler")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.cases import PER_TOKEN, SHAPES, TILES, Case, Work, case_of, different, works
+from gpu.cases import INT8_OPS, PER_TOKEN, SHAPES, TILES, Case, Work, case_of, different, works
 from gpu.common import DEVICE, DRY, HALVES, NAMES, POISONS, Guarded, same_bits
 from helpers import assert_close, reference_numbers
 from vitrail.plan.plan import Affine, Step
@@ -94,7 +94,7 @@ def test_every_tile_gives_the_same_bits(
 
 def test_all_operators_are_met() -> None:
     met = {one.op for shapes in SHAPES.values() for _, _, one in different(list(works(shapes)))}
-    assert set(OPERATORS) - met <= {"position", "resize"}  # which have tests of their own
+    assert set(OPERATORS) - met <= {"position", "resize", *INT8_OPS}  # with tests of their own
 
 
 @pytest.mark.parametrize("antialias", [False, True], ids=["plain", "antialias"])
