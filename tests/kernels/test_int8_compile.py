@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def int8_steps(name: str, batch: int | None = None) -> Iterator[Step]:
             yield step
 
 
+@functools.cache
 def compiled(
     name: str, arch: int, batch: int | None = None, maps: bool = True
 ) -> list[tuple[Step, Call, KernelCode]]:
@@ -97,17 +99,21 @@ def test_every_int8_kernel_of_a_model(name: str, arch: int) -> None:
         check(step, call, code, maps=True)
 
 
-@pytest.mark.parametrize(
-    "arch", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in CARDS if a != 90)]
-)
-def test_pixels_without_statistics(arch: int) -> None:
+EMBEDDINGS = [
+    pytest.param(name, arch, marks=[] if (name, arch) in QUICK else pytest.mark.slow)
+    for name in IMAGES
+    for arch in CARDS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), EMBEDDINGS)
+def test_pixels_without_statistics(name: str, arch: int) -> None:
     """No kernel of an int8 plan reads the statistics of the embedded patches."""
-    for name in IMAGES:
-        embed = next(iter(steps(SHAPES[name], torch.int8)))
-        assert "stats" not in embed.tensors
-        (call,) = embed.calls(target(arch))
-        code = compile_call(call, arch)
-        assert code.stack <= STACK, f"sm_{arch} {name} {call.config}: {code.stack} bytes of stack"
+    embed = next(iter(steps(SHAPES[name], torch.int8)))
+    assert "stats" not in embed.tensors
+    (call,) = embed.calls(target(arch))
+    code = compile_call(call, arch)
+    assert code.stack <= STACK, f"sm_{arch} {name} {call.config}: {code.stack} bytes of stack"
 
 
 @pytest.mark.slow
