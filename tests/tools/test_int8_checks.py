@@ -65,6 +65,15 @@ def with_verdict(folder: Path, to: Path, verdict: str, *reasons: str) -> Path:
 # ---- verify
 
 
+def test_copies_of_a_picture_count_once(int8_clip: Path, pictures: list[str]) -> None:
+    report = verify(load(int8_clip), [*pictures[:4], *pictures[:2]], ["a red heart"], against=CLIP)
+    facts = checks(report)["accuracy"].facts
+    assert facts["pictures"] == 4
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    with pytest.raises(InputError, match="3 pictures, all of them equal, wanted at least 2"):
+        verify(load(int8_clip), [pictures[0]] * 3, ["a red heart"], against=CLIP)
+
+
 def test_own_pictures_and_the_source_give_a_verdict(int8_clip: Path, pictures: list[str]) -> None:
     report = verify(load(int8_clip), pictures, ["a red heart"], against=CLIP)
     assert report.passed, report
