@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emulated.device import Device, EmulatedRunner
-from emulated.test_batches import MOST, parts_that_differ
+from emulated.test_batches import MOST, Sizes, parts_that_differ
 from emulated.tiny import Outputs, Tiny
 from helpers import assert_close
 from kernels.test_operators import same_bits
@@ -23,7 +23,9 @@ from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
 from vitrail.runtime.triton import TritonRunner
 from vitrail.spec import ModelSpec
+from vitrail.tools.workload import problems
 from vitrail.weights.folding import load_weights
+from vitrail_kernels.configs import KernelConfig, in_force
 from weights.test_int8_weights import FALLBACKS, A, B, random_int8_tensors, simulation_of, store
 
 pytestmark = pytest.mark.usefixtures("emulated_kernels")
@@ -145,6 +147,30 @@ def test_an_image_has_the_same_bits_in_any_batch(int8: Open, family: str) -> Non
         return outputs_of(model.tower(), pixels[first:last].contiguous())
 
     assert parts_that_differ(run(0, MOST), run) == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tuned_table_changes_no_bit(int8: Open, device: Device, family: str) -> None:
+    """Of every key that the model asks for, the table has the tile of the largest batch."""
+    model, table = int8(family), dict[str, KernelConfig]()
+    sizes = Sizes(family)
+    sizes.vision = model.spec.vision
+    for problem in problems(sizes, [3], "float16"):  # type: ignore[arg-type]
+        for call in problem.calls(device.target, {}):
+            table[call.key] = call.ladder()[-1][1] if call.ladder else call.config
+    assert any(key.startswith("linear_int8|") for key in table)
+    pixels, results, shapes = images(3, model.spec.vision.image), [], []
+    model.runner.close()
+    for forced in ({}, table):
+        runner = EmulatedRunner(device, model.runner.weights, HALF)
+        device.driver.record(True)
+        with in_force(forced):
+            results.append(model.tower(runner).embeddings(pixels))
+        shapes.append([(one.name, one.grid, one.shared) for one in device.driver.launched()])
+        device.driver.record(False)
+        runner.close()
+    assert shapes[0] != shapes[1], "the table chose what the heuristic does"
+    assert all(same_bits(results[1][name], tensor) for name, tensor in results[0].items())
 
 
 # -- an image that is not finite -------------------------------------------------------------------
