@@ -29,6 +29,8 @@ from vitrail.runtime import triton
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* not verified on your data:UserWarning")
+
 EXPORTS = [
     pytest.param(("clip", "float16"), id="clip-float16"),
     *(

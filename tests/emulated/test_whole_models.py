@@ -16,7 +16,11 @@ from emulated.device import Device, EmulatedRunner
 from helpers import assert_close, make, reference_numbers, save
 from model.test_parity_full import VIT_B16
 from real_model import dinov2_small
+from vitrail.model.loading import read_model
+from vitrail.runtime.runner import Runner
+from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
+from vitrail.tools.quantize import quantize_model
 from vitrail_kernels.launch import Call
 
 pytestmark = pytest.mark.slow
@@ -112,4 +116,37 @@ def test_real_dinov2_small(tmp_path: Path, device: TiledDevice, photos: list[Ima
     assert other.tiles - device.tiles, "the smaller device takes other tiles"
     assert torch.equal(few, ours), f"{int((few != ours).sum())} numbers differ on other tiles"
     alone = tower.embeddings(pixels[:1])["vision.embedding"]
+    assert torch.equal(alone, ours[:1]), f"{int((alone != ours[:1]).sum())} numbers differ alone"
+
+
+@pytest.mark.filterwarnings("ignore:.* not verified on your data:UserWarning")
+def test_real_dinov2_small_in_int8(
+    tmp_path: Path, device: TiledDevice, photos: list[Image.Image]
+) -> None:
+    """As `vitrail quantize` rounds it: beside int8 on the CPU in fp32, by the torch runner in fp16,
+    and beside fp32 without int8. A photo alone has the bits that it has in any batch and tile."""
+    folder = tmp_path / "int8"
+    quantize_model(dinov2_small(), folder, check=8, rounding="nearest", device="cpu")
+    served, loaded = vitrail.load(folder, device="cpu"), read_model(folder, HALF)
+    spec, weights = loaded.spec.vision, loaded.weights
+    assert spec is not None
+    assert len(spec.blocks.int8) > 30
+    pixels = served.preprocess(photos)
+
+    def embed(runner: Runner, images: Tensor) -> Tensor:
+        return VisionTower(spec, None, runner).embeddings(images)["vision.embedding"]
+
+    runner = EmulatedRunner(device, weights, HALF)
+    ours, reference = embed(runner, pixels), served.encode_image(pixels)
+    peer = embed(TorchRunner(weights, HALF, torch.device("cpu")), pixels).half()
+    print("DINOv2-small in int8:", errors(ours, reference, peer))
+    assert_close(ours, reference, peer, what="scores", name="DINOv2-small in int8")
+    plain = vitrail.load(dinov2_small(), device="cpu").encode_image(pixels)
+    assert torch.cosine_similarity(ours, plain).min() > 0.999
+
+    other = TiledDevice(tmp_path, FEW_SMS)
+    few = embed(EmulatedRunner(other, weights, HALF), pixels)
+    assert other.tiles - device.tiles, "the smaller device takes other tiles"
+    assert torch.equal(few, ours), f"{int((few != ours).sum())} numbers differ on other tiles"
+    alone = embed(runner, pixels[:1])
     assert torch.equal(alone, ours[:1]), f"{int((alone != ours[:1]).sum())} numbers differ alone"
