@@ -58,7 +58,7 @@ def quantize(
     revision: options.Revision = None,
     local_files_only: options.Local = False,
 ) -> None:
-    """Write a folder of int8 weights, faster than 16 bits, and say whether it may be used.
+    """Write a folder of int8 weights, and say whether your pictures allow it.
 
     Other commands and vitrail.load take the folder in place of a checkpoint. The image tower's qkv,
     up and down projections become int8; everything else stays as it is. Give pictures of your own
