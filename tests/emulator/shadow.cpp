@@ -86,6 +86,10 @@ void Shadow::write(const Warp& warp, u32 address, u32 bytes, Access access, cons
             ++same_writes;
             continue;
         }
+        if (access.async && word.writer != kNone && agents_->is_generic(word.writer) &&
+            (word.write_mask & mask) != 0 && word.write_clock > clocks.visible[word.writer])
+            race("written by the asynchronous proxy without fence.proxy.async", i, access.agent,
+                 word);
         if (word.reader != kNone && (word.read_mask & mask) != 0)
             check_readers(clocks, i, mask, access);
         const bool again = word.writer == access.agent && word.write_clock == access.clock;

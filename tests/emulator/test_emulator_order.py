@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 
@@ -117,6 +118,20 @@ def test_stores_need_a_proxy_fence_before_bulk_copies_and_products() -> None:
             tensor=program.tensor,
         )
         assert "read by the asynchronous proxy without fence.proxy.async" in fault_of(bad)
+
+
+def test_a_bulk_copy_over_stored_bytes_needs_a_proxy_fence() -> None:
+    program = program_of("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
+    assert program is not None
+    store = "shl.b32 %r12, %r1, 2; add.s32 %r12, %r12, %r2; st.shared.b32 [%r12], %r1;"
+    for fence in ("fence.proxy.async.shared::cta;", ""):
+        body = program.body.replace("bar.sync 0;", f"{store} {fence} bar.sync 0;", 1)
+        assert body != program.body
+        over = dataclasses.replace(program, body=body)
+        if fence:
+            assert complaint(over) is None
+        else:
+            assert "written by the asynchronous proxy without fence.proxy.async" in fault_of(over)
 
 
 def test_mbarriers_order_what_comes_before_their_arrivals() -> None:
