@@ -55,6 +55,11 @@ def test_a_warning_says_what_to_expect() -> None:
     assert "87 to 95 %" in guard.EXPECTED
 
 
+def test_a_refusal_does_not_show_the_limit_as_what_it_found() -> None:
+    _, (reason,) = judge(_measurement(0.9969999), own=True)
+    assert reason == "mean centered cosine 0.99699, wanted at least 0.997"
+
+
 def test_a_user_may_want_more_or_less() -> None:
     assert judge(_measurement(0.9992), own=True, good=0.9995)[0] == "warned"
     assert judge(_measurement(0.996), own=True, good=0.995)[0] == "good"

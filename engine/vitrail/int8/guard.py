@@ -13,6 +13,7 @@ low, linears fall back to 16 bits in the order of their SQNR, the lowest first.
 Nothing here reads a file or computes a model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -168,7 +169,7 @@ def judge(
     if faults:
         return "refused", faults
     figures = measurement.accuracy
-    mean = f"mean centered cosine {figures.centered_mean:.5f}"
+    mean = f"mean centered cosine {_rounded_down(figures.centered_mean)}"
     if not figures.centered_mean >= min(LOWEST, good):
         return "refused", (f"{mean}, wanted at least {min(LOWEST, good)}",)
     if not own:
@@ -264,6 +265,11 @@ def linears_text(linears: Mapping[str, LinearFigures]) -> str:
         f"{linears[layer].layer_gain:.3%} ({layer}), of a channel "
         f"{linears[channel].channel_gain:.2%} ({channel})"
     )
+
+
+def _rounded_down(cosine: float) -> str:
+    """With five digits; a cosine just below a limit is not shown as the limit."""
+    return f"{math.floor(cosine * 1e5) / 1e5 if math.isfinite(cosine) else cosine:.5f}"
 
 
 def _next_fallbacks(int8: tuple[str, ...], linears: Mapping[str, LinearFigures]) -> tuple[str, ...]:
