@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import skimage.data
 import torch
@@ -55,12 +56,15 @@ def _drawn_digits(count: int, seed: int) -> list[Image.Image]:
 
 def _textures(count: int, seed: int) -> list[Image.Image]:
     """Crops of grass and gravel."""
-    dice, sources = Random(seed), [skimage.data.grass(), skimage.data.gravel()]
+    grass, gravel = skimage.data.grass(), skimage.data.gravel()
+    return [*_crops(grass, count // 2, seed), *_crops(gravel, count - count // 2, seed + 1)]
+
+
+def _crops(image: npt.NDArray[np.uint8], count: int, seed: int) -> list[Image.Image]:
+    """Crops of 112 pixels of an image of 512."""
+    dice = Random(seed)
     corners = [(dice.randrange(400), dice.randrange(400)) for _ in range(count)]
-    return [
-        Image.fromarray(sources[i % 2][top : top + 112, left : left + 112])
-        for i, (top, left) in enumerate(corners)
-    ]
+    return [Image.fromarray(image[top : top + 112, left : left + 112]) for top, left in corners]
 
 
 def _sample_photos(subject: Subject) -> list[Tensor]:
@@ -265,6 +269,7 @@ REAL_CALIBRATIONS: dict[str, Callable[[], Sequence[Image.Image]]] = {
     "digits": lambda: real_pictures.digits()[0][:36],
     "textures": lambda: _textures(36, seed=1),
     "own": lambda: real_pictures.photographs(36, 6, unseen=True),
+    "a single photograph": lambda: _crops(skimage.data.astronaut(), 36, seed=1),
 }
 
 

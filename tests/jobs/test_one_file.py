@@ -36,7 +36,7 @@ class FakeModel:
     source = "some/model"
     revision = "abc"
     fingerprint = "f00d"
-    dtype = torch.float32
+    precision = "float32"
     spec = SimpleNamespace(architecture="Fake", vision=SimpleNamespace(embedding=WIDTH))
 
     def __init__(self) -> None:
