@@ -75,7 +75,8 @@ def _model() -> Any:
             return torch.zeros(1 + grid[0] * grid[1], spec.blocks.width)
 
     texts.CPU_TEXT_BYTES = texts.ACTIVATION_BYTES  # batches of a GPU
-    checkpoint, spec, _, digest = loading.read_model(demo.bundled(), torch.float16)
+    loaded = loading.read_model(demo.bundled(), torch.float16)
+    spec = loaded.spec
     blocks = dataclasses.replace(spec.text.blocks, width=512, layers=12, heads=8, mlp=2048)
     text = dataclasses.replace(spec.text, blocks=blocks, context=77, vocab=49408, projection=512)
     vision = dataclasses.replace(spec.vision, projection=512)
@@ -84,7 +85,7 @@ def _model() -> Any:
     weights = Weights(zeros.tensors, zeros.arena, logit_scale=100.0)
     driver = host.standin()
     runner = Idle(weights, torch.float16, torch.device("cpu"), str(driver.path))
-    return Model(checkpoint, spec, digest, runner)
+    return Model(loaded.checkpoint, spec, loaded.hash_weights, runner)
 
 
 def _runs() -> dict[str, Callable[[], Any]]:
