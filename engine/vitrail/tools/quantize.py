@@ -53,7 +53,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 number of blocks finished so far."""
 
 CPU = (
-    "with VNNI instructions, int8 was 2.0 to 3.8 times as fast as float32 on the models measured "
+    "with VNNI instructions, int8 was 2.8 to 3.9 times as fast as float32 on the models measured "
     "(docs/performance.md)"
 )
 
