@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitrail_kernels.device.activations import activate
-from vitrail_kernels.device.tile import epilogue
+from vitrail_kernels.device.tile import epilogue, part_of
 from vitrail_kernels.launch import jit, tl
 
 
@@ -53,6 +53,34 @@ def finish(
         return activate(gate, ACTIVATION) * up
     else:
         return activate(y, ACTIVATION)
+
+
+@jit()
+def finish_halves(
+    acc: tl.tensor,  # (BLOCK_M, BLOCK_N) int32
+    x_scale: tl.tensor,  # (BLOCK_M,) fp32
+    weight_scale_ptr: tl.tensor,  # (N,) fp32
+    bias_ptr: tl.tensor,  # (N,) fp32
+    column: int,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """`finish` of both halves of a tile, in fp16, which takes half the registers until the largest
+    value of a row is known."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    left = finish(
+        part_of(acc, 0, 2, BLOCK_M, BLOCK_N),
+        x_scale, weight_scale_ptr, bias_ptr, column, N, ACTIVATION, GATED, BLOCK_M, HALF,
+    )  # fmt: skip
+    left = left.to(tl.float16)
+    right = finish(
+        part_of(acc, 1, 2, BLOCK_M, BLOCK_N),
+        x_scale, weight_scale_ptr, bias_ptr, column + HALF, N, ACTIVATION, GATED, BLOCK_M, HALF,
+    )  # fmt: skip
+    return left, right.to(tl.float16)
 
 
 @jit()

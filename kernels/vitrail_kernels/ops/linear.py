@@ -37,7 +37,13 @@ from vitrail_kernels.launch import (
     tl,
 )
 from vitrail_kernels.operator import Operator
-from vitrail_kernels.ops.linear_config import LinearForm, linear_config, linear_key, linear_ladder
+from vitrail_kernels.ops.linear_config import (
+    LinearForm,
+    linear_config,
+    linear_key,
+    linear_ladder,
+    tile_constants,
+)
 
 
 def linear_ref(
@@ -339,8 +345,9 @@ def linear_calls(
     key = linear_key(x.dtype, m, n, k, form)
     ladder = functools.partial(linear_ladder, target, x.dtype, n, k, form)
     across = cdiv(n, config.block_n)
-    parts = 2 if config.block_n >= 128 else 1
-    shared = {
+    constants = tile_constants(target, config, n, k)
+    part_columns = config.block_n // constants["PARTS"]
+    shared = constants | {
         "bias_ptr": bias,
         "scale_ptr": scale,
         "residual_ptr": residual,
@@ -351,20 +358,12 @@ def linear_calls(
         "x_stats_stride": x.shape[0],
         "stats_stride": m,
         "eps": norm_eps or 0.0,
-        "N": n,
-        "K": k,
         "NORM": norm_eps is not None,
         "ACTIVATION": activation or ("silu" if gated else None),
         "GATED": gated,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PARTS": parts,
-        "PDL": target.pdl,
     }
     if maps:
-        columns = config.block_n // parts // (2 if gated else 1)
+        columns = part_columns // (2 if gated else 1)
         tensor_maps = {
             "out_map": descriptor(out, config.block_m, columns) if residual is None else None,
             "out_ptr": None if residual is None else out,

@@ -1,6 +1,7 @@
 """The configurations of `linear`: the tuned table's, else a heuristic with its reason."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,24 @@ class LinearForm:
     def short_epilogue(self) -> bool:
         """Whether the epilogue only adds a bias, applies the norm or writes statistics."""
         return not (self.gated or self.activation or self.scale or self.residual or self.out_dtype)
+
+
+def tile_constants(target: Target, config: KernelConfig, n: int, k: int) -> dict[str, Any]:
+    """The constants of a kernel of (m, k) times (n, k) that describe its tiles, by name.
+
+    A tile of 128 columns or more is finished in two parts, one after the other, which takes fewer
+    registers.
+    """
+    return {
+        "N": n,
+        "K": k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PARTS": 2 if config.block_n >= 128 else 1,
+        "PDL": target.pdl,
+    }
 
 
 def linear_key(dtype: torch.dtype, m: int, n: int, k: int, form: LinearForm) -> str:

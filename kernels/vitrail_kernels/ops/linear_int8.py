@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail_kernels.configs import KernelConfig
 from vitrail_kernels.cost import Cost, traffic
 from vitrail_kernels.device.activations import ACTIVATIONS, activate_ref_
-from vitrail_kernels.device.int8 import codes_of, finish, scale_of_halves
+from vitrail_kernels.device.int8 import codes_of, finish, finish_halves, scale_of_halves
 from vitrail_kernels.device.overlap import wait_for_previous
 from vitrail_kernels.device.stagger import take_turns
 from vitrail_kernels.device.tile import part_of, tile_of
@@ -37,6 +37,7 @@ from vitrail_kernels.launch import (
     tl,
 )
 from vitrail_kernels.operator import Operator
+from vitrail_kernels.ops.linear_config import tile_constants
 from vitrail_kernels.ops.linear_int8_config import (
     Int8Form,
     linear_int8_config,
@@ -188,17 +189,10 @@ def _linear_int8_tma_kernel(
                 )  # fmt: skip
                 out_map.store([row, column_out + number * OUT_N], y.to(out_map.dtype))
         else:
-            # both halves in fp16, which takes half the registers, before the largest of the row
-            left = finish(
-                part_of(acc, 0, PARTS, BLOCK_M, BLOCK_N),
-                x_scale, weight_scale_ptr, bias_ptr, column,
-                N, ACTIVATION, GATED, BLOCK_M, PART_N,
-            ).to(tl.float16)  # fmt: skip
-            right = finish(
-                part_of(acc, 1, PARTS, BLOCK_M, BLOCK_N),
-                x_scale, weight_scale_ptr, bias_ptr, column + PART_N,
-                N, ACTIVATION, GATED, BLOCK_M, PART_N,
-            ).to(tl.float16)  # fmt: skip
+            left, right = finish_halves(
+                acc, x_scale, weight_scale_ptr, bias_ptr, column,
+                N, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             scale, inverse = scale_of_halves(left, right, OFFSET)
             group = (column // BLOCK_N).to(tl.int64)
             tl.store(out_scale_ptr + group * scale_stride + offs_m, scale, mask=mask_m)
@@ -268,16 +262,10 @@ def _linear_int8_pointer_kernel(
             inside = mask_m[:, None] & (column_out + number * OUT_N < WIDTH)[None, :]
             tl.store(ptrs + number * OUT_N, y.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        left = finish(
-            part_of(acc, 0, PARTS, BLOCK_M, BLOCK_N),
-            x_scale, weight_scale_ptr, bias_ptr, column,
-            N, ACTIVATION, GATED, BLOCK_M, PART_N,
-        ).to(tl.float16)  # fmt: skip
-        right = finish(
-            part_of(acc, 1, PARTS, BLOCK_M, BLOCK_N),
-            x_scale, weight_scale_ptr, bias_ptr, column + PART_N,
-            N, ACTIVATION, GATED, BLOCK_M, PART_N,
-        ).to(tl.float16)  # fmt: skip
+        left, right = finish_halves(
+            acc, x_scale, weight_scale_ptr, bias_ptr, column,
+            N, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         scale, inverse = scale_of_halves(left, right, OFFSET)
         group = (column // BLOCK_N).to(tl.int64)
         tl.store(out_scale_ptr + group * scale_stride + offs_m, scale, mask=mask_m)
@@ -345,29 +333,22 @@ def linear_int8_calls(
     key = linear_int8_key(out.dtype, m, n, k, form)
     ladder = functools.partial(linear_int8_ladder, target, out.dtype, n, k, form)
     across = cdiv(n, config.block_n)
-    parts = 2 if config.block_n >= 128 else 1
-    shared = {
+    constants = tile_constants(target, config, n, k)
+    part_columns = config.block_n // constants["PARTS"]
+    shared = constants | {
         "out_scale_ptr": out_scale,
         "x_scale_ptr": x_scale,
         "weight_scale_ptr": weight_scale,
         "bias_ptr": bias,
         "m": m,
         "scale_stride": m,
-        "N": n,
-        "K": k,
         "ACTIVATION": activation or ("silu" if gated else None),
         "GATED": gated,
         "OFFSET": OFFSET if is_unsigned(activation, gated) else None,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PARTS": parts,
-        "PDL": target.pdl,
     }
     if maps:
         tensor_maps = {
-            "out_map": descriptor(out, config.block_m, config.block_n // parts // (1 + gated)),
+            "out_map": descriptor(out, config.block_m, part_columns // (1 + gated)),
             "x_map": descriptor(x, config.block_m, config.block_k),
             "weight_map": descriptor(weight, config.block_n, config.block_k),
             "STAGGER": config.stagger if target.pdl else 0,

@@ -38,6 +38,7 @@ from vitrail_kernels.launch import (
     tl,
 )
 from vitrail_kernels.operator import Operator
+from vitrail_kernels.ops.linear_config import tile_constants
 from vitrail_kernels.ops.linear_int8 import check_product
 from vitrail_kernels.ops.linear_int8_config import (
     Int8Form,
@@ -292,8 +293,9 @@ def linear_int8_grouped_calls(
     key = linear_int8_key(out.dtype, m, n, k, form)
     ladder = functools.partial(linear_int8_ladder, target, out.dtype, n, k, form)
     across = cdiv(n, config.block_n)
-    parts = 2 if config.block_n >= 128 else 1
-    shared = {
+    constants = tile_constants(target, config, n, k)
+    part_columns = config.block_n // constants["PARTS"]
+    shared = constants | {
         "x_scale_ptr": x_scale,
         "weight_scale_ptr": weight_scale,
         "shift_ptr": shift,
@@ -305,15 +307,7 @@ def linear_int8_grouped_calls(
         "m": m,
         "x_scale_stride": m,
         "stats_stride": m,
-        "N": n,
-        "K": k,
         "GROUP": group,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PARTS": parts,
-        "PDL": target.pdl,
     }
     if maps:
         tensor_maps = {
@@ -323,8 +317,8 @@ def linear_int8_grouped_calls(
             "weight_map": descriptor(weight, config.block_n, config.block_k),
         }
         if residual is None:
-            columns = config.block_n // parts
-            tensor_maps |= {"out_map": descriptor(out, config.block_m, columns), "out_ptr": None}
+            out_map = descriptor(out, config.block_m, part_columns)
+            tensor_maps |= {"out_map": out_map, "out_ptr": None}
         grid = Grid(m, config.block_m, across, limit=config.ctas * target.sms)
         arguments = tensor_maps | shared
         return [Call(_linear_int8_grouped_tma_kernel, grid, arguments, config, key, m, ladder)]
