@@ -5,7 +5,7 @@ and the activations of one batch. Everything is computed in fp32, from the weigh
 fp32: the blocks before do not use their codes, so that the codes of a block depend on no other.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -123,11 +123,18 @@ class Calibration:
 
 def batched(spec: VisionSpec, pixels: Iterable[Tensor]) -> Iterator[Tensor]:
     """uint8 (B, H, W, channels): images of one size in a row, of about `BATCH_TOKENS` tokens."""
+
+    def most(image: Tensor) -> int:
+        return -(-BATCH_TOKENS // spec.tokens_at((image.shape[0], image.shape[1])))
+
+    return stacked(pixels, most)
+
+
+def stacked(images: Iterable[Tensor], most: Callable[[Tensor], int]) -> Iterator[Tensor]:
+    """Batches of images of one shape in a row, at most as many as ``most`` says for an image."""
     waiting: list[Tensor] = []
-    for image in pixels:
-        tokens = spec.tokens_at((image.shape[0], image.shape[1]))
-        full = len(waiting) * tokens >= BATCH_TOKENS
-        if waiting and (full or waiting[0].shape != image.shape):
+    for image in images:
+        if waiting and (len(waiting) >= most(image) or waiting[0].shape != image.shape):
             yield torch.stack(waiting)
             waiting = []
         waiting.append(image)

@@ -82,9 +82,14 @@ def export_model(
     compute = parse_dtype(dtype, HALVES)
     out = Path(folder).absolute()
     check_replaceable(out, EXPORT, overwrite)
-    loaded = read_model(model, compute, revision=revision, local_files_only=local_files_only)
-    if loaded.spec.int8 and compute != torch.float16:
-        raise InputError(f"dtype: got {dtype!r} for an int8 folder, wanted 'float16'")
+
+    def check(spec: ModelSpec, source: str) -> None:
+        if spec.int8 and compute != torch.float16:
+            raise InputError(f"dtype: got {dtype!r} for an int8 folder, wanted 'float16'")
+
+    loaded = read_model(
+        model, compute, revision=revision, local_files_only=local_files_only, check=check
+    )
     warn_of_int8(loaded)  # the exported folder has no record of it
     export = _Export(loaded, compute, _size(loaded.spec, size))
     for target in targets:

@@ -7,14 +7,13 @@ codes and the record can still be checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from hashlib import sha256
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from vitrail.errors import InputError, show_path
+from vitrail.int8.calibration import stacked
 from vitrail.int8.guard import (
     accuracy_lines,
     integrity_faults,
@@ -30,6 +29,7 @@ from vitrail.model.model import Model
 from vitrail.runtime import RUNNERS
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
+from vitrail.tools.pictures import pixel_digest
 from vitrail.tools.pixels import Pixels
 from vitrail.tools.report import Check, Verdict
 
@@ -56,9 +56,10 @@ def check_int8(
     assert record is not None, "the model is int8"
     assert loaded.spec.vision is not None, "an int8 model has an image tower"
     yield _check_record(record)
+    pictures = _distinct(map(torch.from_numpy, pixels))
     runner = RUNNERS[model.backend](loaded.weights, model.dtype, model.device)
     tower = VisionTower(loaded.spec.vision, loaded.spec.head, runner)
-    batches = list(_batches(_distinct(pixels)))
+    batches = list(stacked(pictures, lambda _: BATCH))
     if against is None:
         exact = check_integrity(tower, batches[0])
         faults = list(integrity_faults(exact, {}))
@@ -67,7 +68,7 @@ def check_int8(
         hint = f"not compared: with --against give {record.source.name}, which it was made from"
         yield Check("accuracy", "note", hint)
         return
-    if len(_distinct(pixels)) < 2:
+    if len(pictures) < 2:
         actual = f"{len(pixels)} pictures, all of them equal" if len(pixels) > 1 else "1 picture"
         raise InputError(f"verify: got {actual}, wanted at least 2 with --against")
     source = read_model(against, model.dtype)
@@ -88,18 +89,9 @@ def check_int8(
     yield Check("accuracy", VERDICTS.get(verdict, "note"), text, facts)
 
 
-def _distinct(pixels: Sequence[Pixels]) -> list[Pixels]:
+def _distinct(images: Iterable[Tensor]) -> list[Tensor]:
     """The pictures without copies, which are neighbors of each other whatever int8 does."""
-    digests = {(image.shape, sha256(image.tobytes()).digest()): image for image in pixels}
-    return list(digests.values())
-
-
-def _batches(pixels: Sequence[Pixels]) -> Iterator[Tensor]:
-    """Pictures of one size in a row, at most `BATCH` at once."""
-    for _, group in groupby(map(torch.from_numpy, pixels), key=lambda image: image.shape):
-        images = list(group)
-        for start in range(0, len(images), BATCH):
-            yield torch.stack(images[start : start + BATCH])
+    return list({pixel_digest([image]): image for image in images}.values())
 
 
 def _check_record(record: Int8Record) -> Check:

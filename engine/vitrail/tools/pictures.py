@@ -47,8 +47,8 @@ class Pictures:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the shapes and values of the calibration pictures."""
-        return _digest(self.calibration)
+        """`pixel_digest` of the calibration pictures."""
+        return pixel_digest(self.calibration)
 
 
 def sample_pictures(
@@ -100,7 +100,7 @@ def _distinct(
             if isinstance(pixels, VitrailError):
                 unread.append(str(pixels) if str(source) in str(pixels) else f"{source}: {pixels}")
                 continue
-            digest = _digest([pixels])
+            digest = pixel_digest([pixels])
             if digest not in digests:
                 digests.add(digest)
                 yield pixels
@@ -149,7 +149,8 @@ def _preprocess(
             yield torch.from_numpy(pixels)
 
 
-def _digest(images: Iterable[Tensor]) -> str:
+def pixel_digest(images: Iterable[Tensor]) -> str:
+    """SHA-256 of the shapes and values of ``images``."""
     digest = hashlib.sha256()
     for pixels in images:
         digest.update(f"{tuple(pixels.shape)}".encode())
