@@ -54,9 +54,9 @@ def _shapes(name: str, rows: int, *columns: int, bias: bool = True) -> dict[str,
 def _int8_shapes(name: str, rows: int, columns: int, *, smooth: bool) -> dict[str, Shape]:
     """The tensors of an int8 linear."""
     shapes: dict[str, Shape] = {f"{name}.codes": (rows, columns), f"{name}.scale": (rows,)}
-    if smooth:
-        shapes[f"{name}.smooth"] = (columns,)
-    return shapes | {f"{name}.bias": (rows,)}
+    if not smooth:
+        return shapes | {f"{name}.bias": (rows,)}
+    return shapes | {f"{name}.smooth": (columns,), f"{name}.folded_bias": (rows,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,9 @@ class BlockSpec:
     def tensor_shapes(self, tower: str) -> dict[str, Shape]:
         """Canonical name, such as ``vision.blocks.0.q.weight``, -> shape of every tensor.
 
-        An int8 linear has ``codes`` (N, K), a ``scale`` (N,) for each row, and a ``bias`` (N,). The
-        linears after a LayerNorm, whose gamma and beta their codes and bias contain, have the
-        factor ``smooth`` (K,) of each column of the normalized input.
+        An int8 linear has ``codes`` (N, K) and a ``scale`` (N,) for each row. After a LayerNorm,
+        whose gamma the codes contain, it has the factor ``smooth`` (K,) of each column of the
+        normalized input, and ``folded_bias`` (N,), which contains beta, in place of a ``bias``.
         """
         return {
             f"{tower}.blocks.{layer}.{name}": shape

@@ -46,7 +46,7 @@ def _rolled(name: str) -> Fault:
 
 def _doubled_unit(subject: Subject, tensors: Tensors) -> None:
     """The scale of the hidden unit with the largest bias, which is the last to be zero."""
-    tensors[f"{UP}.scale"][tensors[f"{UP}.bias"].argmax()] *= 2
+    tensors[f"{UP}.scale"][tensors[f"{UP}.folded_bias"].argmax()] *= 2
 
 
 def _rescale(tensors: Tensors, name: str, scale: Tensor) -> None:
@@ -79,21 +79,21 @@ def _truncated(subject: Subject, tensors: Tensors) -> None:
 def _swapped_queries(subject: Subject, tensors: Tensors) -> None:
     width = subject.blocks.width
     order = torch.cat([torch.arange(width, 2 * width), torch.arange(width)])
-    for name in ("codes", "scale", "bias"):
+    for name in ("codes", "scale", "folded_bias"):
         tensor = tensors[f"{QKV}.{name}"]
         tensor[: 2 * width] = tensor[order]
 
 
 def _without_softmax_scale(subject: Subject, tensors: Tensors) -> None:
     width, factor = subject.blocks.width, subject.blocks.head_dim**-0.5 * math.log2(math.e)
-    for name in ("scale", "bias"):
+    for name in ("scale", "folded_bias"):
         tensors[f"{QKV}.{name}"][:width] /= factor
 
 
 def _without_beta(subject: Subject, tensors: Tensors) -> None:
     """The bias of the checkpoint, without that which LayerNorm's beta adds to it."""
     read = subject.read(f"{BLOCK}.up.bias")
-    tensors[f"{UP}.bias"].copy_(read)
+    tensors[f"{UP}.folded_bias"].copy_(read)
 
 
 def _other_block(subject: Subject, tensors: Tensors) -> None:
@@ -259,7 +259,7 @@ FAULTS: dict[str, Fault] = {
     "16 rows twice as large": _scaled(f"{DOWN}.scale", 2, slice(16, 32)),
     "next row's scales": _rolled(f"{UP}.scale"),
     "smoothing shifted by one": _rolled(f"{UP}.smooth"),
-    "bias missing": _scaled(f"{UP}.bias", 0),
+    "bias missing": _scaled(f"{UP}.folded_bias", 0),
     "weights of 6 bits": Fault(_six_bits),
     "weights per tensor": Fault(_per_tensor),
     "activations of 7 bits": Fault(runner=_SevenBits),

@@ -26,7 +26,6 @@ from vitrail.int8.similarity import accuracy
 from vitrail.model.loading import pixel_scale, read_model
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
-from vitrail.tools.quantize import _Sources
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
@@ -84,12 +83,11 @@ class Subject:
         """The candidate whose int8 linears are ``names``. ``packed`` may change its weights."""
         spec = self.spec.with_int8(names)
         assert spec.vision is not None, "a model with images"
-        wanted = spec.tensor_shapes().keys()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "int8.safetensors")
-            save_file({name: tensors[name] for name in tensors.keys() & wanted}, path)
+            save_file(tensors, path)
             stored = {name: Source(entry) for name, entry in read_header(path).items()}
-            sources = _Sources(self.sources, stored).of(spec)
+            sources = self.sources | stored
             weights = load_weights(spec, sources, torch.float32, pixel_scale(spec))
         packed(weights)
         return VisionTower(spec.vision, spec.head, runner(weights, torch.float32, CPU))

@@ -159,7 +159,7 @@ def test_codes_stand_for_the_folded_weight(
     blocks = loaded.spec.vision.blocks
     shapes = loaded.spec.with_int8(blocks.int8_candidates).tensor_shapes()
     stored = [name for name in shapes if name.rpartition(".")[2] in ("codes", "scale", "smooth")]
-    stored += ["vision.blocks.0.qkv.bias", "vision.blocks.0.up.bias"]
+    stored += ["vision.blocks.0.qkv.folded_bias", "vision.blocks.0.up.folded_bias"]
     stored = [name for name in stored if name.startswith("vision.blocks.0.")]
     assert {name: tuple(tensors[name].shape) for name in stored} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
@@ -175,7 +175,7 @@ def test_codes_stand_for_the_folded_weight(
         else:
             assert 0.5 < difference.max() < 20
         if linear != "down":
-            assert torch.equal(tensors[f"{name}.bias"], loaded.weights[f"{name}.bias"])
+            assert torch.equal(tensors[f"{name}.folded_bias"], loaded.weights[f"{name}.bias"])
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])

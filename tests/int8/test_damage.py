@@ -83,7 +83,7 @@ VALUES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "zero smoothing": (_set(f"{UP}.smooth", 0.0), f"{UP}.smooth"),
     "negative smoothing": (_set(f"{UP}.smooth", -1.0), f"{UP}.smooth"),
     "NaN smoothing": (_set(f"{UP}.smooth", float("nan")), f"{UP}.smooth"),
-    "NaN bias": (_set(f"{UP}.bias", float("nan")), f"{UP}.bias"),
+    "NaN bias": (_set(f"{UP}.folded_bias", float("nan")), f"{UP}.folded_bias"),
     "infinite bias of down": (_set(f"{DOWN}.bias", float("inf")), f"{DOWN}.bias"),
     "code -128": (_set(f"{UP}.codes", -128), f"{UP}.codes"),
     "code -128 in down": (_set(f"{DOWN}.codes", -128), f"{DOWN}.codes"),
@@ -135,7 +135,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
         _rename(f"{UP}.smooth", f"{UP}.smoothing"),
         ("missing", "unexpected", f"{UP}.smoothing"),
     ),
-    "unexpected": (_rename(f"{UP}.bias", f"{UP}.weight"), ("unexpected", f"{UP}.weight")),
+    "unexpected": (_rename(f"{UP}.folded_bias", f"{UP}.weight"), ("unexpected", f"{UP}.weight")),
     "misshaped codes": (
         _reshape(f"{UP}.codes", 128, 512),
         (f"{UP}.codes: got (128, 512), wanted (512, 128)",),

@@ -91,7 +91,7 @@ def test_figures_are_those_of_the_outputs(
     scale = rows.abs().amax(dim=1, keepdim=True) / 127
     codes = (rows / scale).round()
     weight = tensors[f"{qkv}.codes"].double() * tensors[f"{qkv}.scale"].double()[:, None]
-    wanted = linear_figures(codes * scale @ weight.t() + tensors[f"{qkv}.bias"], reference)
+    wanted = linear_figures(codes * scale @ weight.t() + tensors[f"{qkv}.folded_bias"], reference)
     figures = measurement.linears["0.qkv"]
     assert figures.sqnr == pytest.approx(wanted.sqnr, abs=0.02)
     assert figures.layer_gain == pytest.approx(wanted.layer_gain, abs=2e-6)

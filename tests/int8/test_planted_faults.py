@@ -169,7 +169,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Subject
 
 def _swapped_gate(subject: Subject, tensors: Tensors) -> None:
     """The rows of gate and up, which alternate, are swapped."""
-    for name in ("codes", "scale", "bias"):
+    for name in ("codes", "scale", "folded_bias"):
         rows = tensors[f"{faults.UP}.{name}"]
         rows.copy_(rows.view(-1, 2, *rows.shape[1:]).flip(1).view(rows.shape))
 

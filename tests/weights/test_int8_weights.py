@@ -81,7 +81,8 @@ class Simulation(TorchRunner):
             return
         name, scalars = f"vision.blocks.{linear}", dict(step.scalars)
         weight = self.tensors[f"{name}.codes"] * self.tensors[f"{name}.scale"][:, None]
-        bias, x = self.tensors[f"{name}.bias"], arguments["x"].double()
+        bias = self.tensors[f"{name}.{'bias' if match[2] == 'down' else 'folded_bias'}"]
+        x = arguments["x"].double()
         if match[2] == "kv":
             weight, bias = weight[self.spec.width :], bias[self.spec.width :]
         if "norm_eps" in scalars:
@@ -185,7 +186,7 @@ def test_the_arena_is_smaller_in_int8() -> None:
         ("0.up.smooth", 0.0, "wanted numbers over 0"),
         ("0.up.smooth", float("inf"), "NaN or infinity"),
         ("0.down.codes", -128, "code -128"),
-        ("0.qkv.bias", float("nan"), "NaN or infinity"),
+        ("0.qkv.folded_bias", float("nan"), "NaN or infinity"),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, tensor: str, value: float, message: str) -> None:

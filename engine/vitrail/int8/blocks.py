@@ -35,7 +35,7 @@ def quantize_block(
             weight = weight.double() / smooth
             if hessian is not None:
                 hessian = smooth.double()[:, None] * hessian * smooth
-            tensors |= {f"{name}.smooth": smooth, f"{name}.bias": weights[f"{name}.bias"]}
+            tensors |= {f"{name}.smooth": smooth, f"{name}.folded_bias": weights[f"{name}.bias"]}
         scale = row_scales(weight)
         if hessian is None:
             codes = round_nearest(weight, scale)

@@ -16,9 +16,8 @@ from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.int8.guard import GuardReport
 from vitrail.int8.recipe import Recipe
 from vitrail.spec import ModelSpec
+from vitrail.zoo.int8 import AGAIN, FORMAT, check_format, parse_spec
 
-FORMAT = 1
-AGAIN = "as vitrail quantize writes it; quantize the checkpoint again"
 Origin = Literal["bundled", "own"]
 
 
@@ -89,17 +88,12 @@ def read_record(checkpoint: Checkpoint) -> Int8Record:
 
 def parse_record(content: Mapping[str, Any], location: str) -> Int8Record:
     """The record in the JSON object ``content``. Errors: see `read_record`."""
-    if content.get("format") != FORMAT or isinstance(content.get("format"), bool):
-        raise refusal(f"{location}: format", show(content.get("format")), f"{FORMAT}, {AGAIN}")
+    check_format(content, location)
     _check_keys(content, {"format", *(f.name for f in dataclasses.fields(Int8Record))}, location)
     for name in ("version", "weights"):
         _check_text(content[name], f"{location}: {name}")
-    try:
-        spec = ModelSpec.from_dict(_object(content["spec"], f"{location}: spec"))
-    except CheckpointError as error:
-        raise CheckpointError(f"{location}: {error}") from None
     record = Int8Record(
-        spec,
+        parse_spec(content["spec"], location),
         content["weights"],
         _source(content["source"], f"{location}: source"),
         _recipe(content["recipe"], f"{location}: recipe"),
@@ -114,15 +108,14 @@ def parse_record(content: Mapping[str, Any], location: str) -> Int8Record:
 
 def _check_linears(record: Int8Record, location: str) -> None:
     """Refuses a record whose parts disagree about the linears that are int8."""
-    blocks = record.spec.vision.blocks if record.spec.vision is not None else None
-    int8 = blocks.int8 if blocks is not None else ()
-    if blocks is None or not int8:
-        raise refusal(f"{location}: spec", "no int8 linears", f"some, {AGAIN}")
+    assert record.spec.vision is not None, "the spec has int8 linears"
+    blocks = record.spec.vision.blocks
     linears = {*blocks.int8_candidates, *(f"{blocks.layers - 1}.{x}" for x in ("up", "down"))}
-    stay = linears - {*int8}
+    int8 = {*blocks.int8}
+    stay = linears - int8
     for name, names, expected in (
         ("float_linears", {*record.float_linears}, stay),
-        ("guard", {*record.guard.int8}, {*int8}),
+        ("guard", {*record.guard.int8}, int8),
     ):
         if names != expected:
             odd = sorted(names ^ expected)

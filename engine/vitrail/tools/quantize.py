@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -174,7 +174,7 @@ def quantize_model(
     pictures = _pictures(images, image, vision, calibration, check)
     partial = PartialFolder(out, _key(loaded, recipe, linears, pictures))
     _quantize_blocks(loaded, linears, pictures, recipe, partial, progress)
-    sources = _Sources(map_tensors(loaded.checkpoint, spec), partial.sources())
+    sources = map_tensors(loaded.checkpoint, spec) | partial.sources()
     report = _judge(loaded, linears, sources, pictures, checked_device, min_centered, say)
     stay |= {name: f"guard: {reason}" for name, reason in report.fallbacks.items()}
     final = spec.with_int8(report.int8)
@@ -187,7 +187,7 @@ def quantize_model(
             source = _quantized(loaded)
             return Int8Record(final, weights, source, recipe, stay, calibrated, report)
 
-        written = write_folder(out, loaded.checkpoint, final, sources.of(final), make_record)
+        written = write_folder(out, loaded.checkpoint, final, sources, make_record)
     partial.remove()
     source_bytes = sum(entry.nbytes for entry in loaded.checkpoint.tensors.values())
     source = loaded.checkpoint.source
@@ -300,31 +300,10 @@ def _quantize_blocks(
             tell(layer + 1)
 
 
-class _Sources(NamedTuple):
-    """The tensors of the checkpoint, and those of all linears that may be int8, by name.
-
-    The bias of an up projection is in both: only that of the int8 linear has beta folded in.
-    """
-
-    checkpoint: Mapping[str, Source]
-    int8: Mapping[str, Source]
-
-    def of(self, spec: ModelSpec) -> dict[str, Source]:
-        """The source of every tensor of ``spec``."""
-        vision = spec.vision
-        assert vision is not None, "_read refuses other checkpoints"
-        linears = {f"vision.blocks.{name}" for name in vision.blocks.int8}
-        sources = {}
-        for name in spec.tensor_shapes():
-            is_int8 = name.rpartition(".")[0] in linears and name in self.int8
-            sources[name] = self.int8[name] if is_int8 else self.checkpoint[name]
-        return sources
-
-
 def _judge(
     loaded: LoadedCheckpoint,
     linears: tuple[str, ...],
-    sources: _Sources,
+    sources: Mapping[str, Source],
     pictures: Pictures,
     device: torch.device,
     min_centered: float,
@@ -337,7 +316,7 @@ def _judge(
 
     def tower(spec: ModelSpec, weights: Weights | None = None) -> VisionTower:
         if weights is None:
-            weights = load_weights(spec, sources.of(spec), dtype, pixel_scale(spec))
+            weights = load_weights(spec, sources, dtype, pixel_scale(spec))
         assert spec.vision is not None, "_read refuses other checkpoints"
         return VisionTower(spec.vision, spec.head, runner(weights, dtype, device))
 

@@ -13,8 +13,8 @@ from vitrail_kernels.ops.linear_int8_grouped import FLOAT_OF_INTEGER
 def pack_int8(load: WeightLoader, linear: str) -> None:
     """Pack a linear after a LayerNorm. Rows that pad the outputs are zero."""
     _pack_codes(load, linear)
-    bias = load.packed[f"{linear}.bias"].zero_()
-    bias[: load.shapes[f"{linear}.bias"][0]] = load.read(f"{linear}.bias")
+    stored = load.read(f"{linear}.folded_bias")
+    load.packed[f"{linear}.bias"].zero_()[: len(stored)] = stored
     smooth = load.packed[f"{linear}.smooth"]
     smooth.copy_(load.read(f"{linear}.smooth"))
     _check_positive(load, f"{linear}.smooth", smooth)
