@@ -24,6 +24,7 @@ from typing import Any
 
 import vitrail.model
 from vitrail.jobs import folder as job
+from vitrail.jobs.embedder import ModelEmbedder
 from vitrail.jobs.listing import find_images
 from vitrail.jobs.rows import EmbedOptions
 
@@ -83,7 +84,7 @@ def work(request: dict[str, Any], answers: int) -> None:
         job.commit = committed
     options = EmbedOptions(part_size=request["part_size"])
     job.embed_to_folder(
-        model,
+        ModelEmbedder(model),
         sources,
         Path(request["out"]),
         options,

@@ -18,6 +18,7 @@ import torch
 
 import vitrail
 from vitrail.errors import InputError
+from vitrail.jobs.embedder import ModelEmbedder
 from vitrail.jobs.folder import LOCK, check_folder, embed_to_folder
 from vitrail.jobs.listing import TarMember
 from vitrail.jobs.manifest import JOB, MANIFEST, read_embeddings, read_manifest
@@ -64,7 +65,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def run(out: Path, model: Any = None, sources: Sequence[Any] = SOURCES, **options: Any) -> Any:
     chosen = EmbedOptions(**{"part_size": 8, **options})
-    return embed_to_folder(model or Digits(), sources, out, chosen)
+    return embed_to_folder(ModelEmbedder(model or Digits()), sources, out, chosen)
 
 
 # Contents

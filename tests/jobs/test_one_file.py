@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from vitrail.errors import InputError
+from vitrail.jobs.embedder import ModelEmbedder, cut_chunks
 from vitrail.jobs.one_file import ROW_GROUP, check_file, embed_to_file
-from vitrail.jobs.rows import EmbedOptions, Summary, embed_images
+from vitrail.jobs.rows import EmbedOptions, Summary
 from vitrail.model.outputs import EncodeResult
 
 WIDTH = 5
@@ -61,7 +62,7 @@ def embed(
     progress: Callable[[int], None] = lambda done: None,
     **options: Any,
 ) -> Summary:
-    return embed_to_file(model, sources, out, EmbedOptions(**options), progress)
+    return embed_to_file(ModelEmbedder(model), sources, out, EmbedOptions(**options), progress)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -94,7 +95,9 @@ def left(folder: Path) -> list[str]:
 def test_a_few_batches_go_to_the_model_at_a_time(photos: list[Path]) -> None:
     model = FakeModel()
     options: dict[str, Any] = {"batch_size": 1, "size": (8, 9), "normalize": True}
-    batches = list(embed_images(model, photos, EmbedOptions(**options)))
+    settings = EmbedOptions(**options)
+    embedder: Any = ModelEmbedder(model)  # type: ignore[arg-type]
+    batches = list(embedder.rows(cut_chunks(photos, settings), settings))
     assert model.calls == [(n, options | {"on_error": "skip"}) for n in (4, 3)]
     assert [list(rows.sources) for rows in batches] == [photos[:4], photos[4:]]
     assert [len(rows.embeddings) for rows in batches] == [3, 2]

@@ -70,6 +70,7 @@ def embed(
 
     Exit codes: 0: all embedded; 3: some failed; 1: all failed, or an error; 130: interrupted.
     """
+    from vitrail.jobs.embedder import ModelEmbedder
     from vitrail.jobs.folder import check_folder, embed_to_folder
     from vitrail.jobs.listing import find_images
     from vitrail.jobs.manifest import read_manifest
@@ -104,7 +105,7 @@ def embed(
     start = time.monotonic()
     with console.progress(len(listing.sources)) as report:
         try:
-            summary = write(loaded, listing.sources, out, settings, report)
+            summary = write(ModelEmbedder(loaded), listing.sources, out, settings, report)
         except (KeyboardInterrupt, SystemExit):
             if not one_file:
                 console.say(

@@ -10,8 +10,6 @@ pyarrow, Spark and DuckDB skip names that begin with an underscore, and read the
 layout "parquet" as one table. `part_files` describes the layouts.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -20,27 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vitrail.durable import DRAFT, put_file, sync
 from vitrail.errors import InputError
 from vitrail.jobs.arrow import pyarrow_modules
+from vitrail.jobs.embedder import Embedder, cut_chunks, describe_run
 from vitrail.jobs.listing import Source, path_text
 from vitrail.jobs.manifest import FORMAT, JOB, MANIFEST, PartRecord, commit, read_manifest
 from vitrail.jobs.part_files import PATTERNS, SUBFOLDERS, decode_part, encode_part, outcomes
-from vitrail.jobs.rows import (
-    EmbeddingRows,
-    EmbedOptions,
-    Summary,
-    describe_run,
-    embed_images,
-    narrow,
-)
-
-if TYPE_CHECKING:
-    from vitrail.model.model import Model
+from vitrail.jobs.rows import EmbeddingRows, EmbedOptions, Summary, narrow
 
 LOCK = "_lock"
 
@@ -80,7 +69,7 @@ class _FailureStreak:
 
 
 def embed_to_folder(
-    model: Model,
+    embedder: Embedder,
     sources: Sequence[Source],
     out: Path,
     options: EmbedOptions,
@@ -97,7 +86,7 @@ def embed_to_folder(
     ``options.stop_after`` inputs fail in a row, which suggests lost storage.
     """
     check_folder(out)
-    job = _job_record(model, sources, options)
+    job = _job_record(embedder, sources, options)
     with _locked(out), _disk_errors(out):
         if options.overwrite:
             _delete_job(out)
@@ -110,14 +99,21 @@ def embed_to_folder(
         starts = range(0, len(sources), options.part_size)
         repaired = sorted(committed.keys() - complete.keys())
         summary = FolderSummary(parts=len(starts), repaired=repaired)
+        missing = (start for number, start in enumerate(starts) if number not in complete)
+        chunks = (
+            chunk
+            for start in missing
+            for chunk in cut_chunks(sources[start : start + options.part_size], options)
+        )
+        computed = embedder.rows(chunks, options)
         for number, start in enumerate(starts):
             part_sources = sources[start : start + options.part_size]
             if number in complete:
                 summary.inputs += len(part_sources)
                 summary.failed += complete[number].inputs - complete[number].embedded
             else:
-                rows = _embed_part(
-                    model, part_sources, options, streak, lambda n: progress(summary.inputs + n)
+                rows = _gather_part(
+                    computed, part_sources, streak, lambda n: progress(summary.inputs + n)
                 )
                 commit(out, _write_part(out, number, start, rows, job))
                 summary.add(rows)
@@ -126,17 +122,17 @@ def embed_to_folder(
     return summary
 
 
-def _embed_part(
-    model: Model,
+def _gather_part(
+    computed: Iterator[EmbeddingRows],
     sources: Sequence[Source],
-    options: EmbedOptions,
     streak: _FailureStreak,
     progress: Callable[[int], None],
 ) -> EmbeddingRows:
-    """All rows of a part."""
+    """All rows of a part, from those that the embedder gives next."""
     errors: list[str | None] = []
     embeddings = []
-    for rows in embed_images(model, sources, options):
+    while len(errors) < len(sources):
+        rows = next(computed)
         for source, error in zip(rows.sources, rows.errors, strict=True):
             streak.add(source, error)
         errors += rows.errors
@@ -188,7 +184,9 @@ def check_folder(out: Path) -> None:
             )
 
 
-def _job_record(model: Model, sources: Sequence[Source], options: EmbedOptions) -> dict[str, Any]:
+def _job_record(
+    embedder: Embedder, sources: Sequence[Source], options: EmbedOptions
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(os.fsencode(str(source)) + b"\0")
@@ -199,7 +197,7 @@ def _job_record(model: Model, sources: Sequence[Source], options: EmbedOptions) 
         "layout": options.layout,
         "part_size": options.part_size,
         "batch_size": options.batch_size,
-        **describe_run(model, options),
+        **describe_run(embedder, options),
     }
 
 

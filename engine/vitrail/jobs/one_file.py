@@ -6,8 +6,6 @@ the version. ``.parquet`` holds all of this in one file; the embedding of a fail
 A file gets its name only when it is complete.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -16,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +22,9 @@ import numpy.typing as npt
 from vitrail.durable import draft_files, publish, sync, writing
 from vitrail.errors import InputError
 from vitrail.jobs.arrow import pyarrow_modules, table_rows, table_schema
+from vitrail.jobs.embedder import Embedder, cut_chunks, describe_run
 from vitrail.jobs.listing import Source, path_text
-from vitrail.jobs.rows import (
-    EmbeddingRows,
-    EmbedOptions,
-    Summary,
-    describe_run,
-    embed_images,
-    narrow,
-)
-
-if TYPE_CHECKING:
-    from vitrail.model.model import Model
+from vitrail.jobs.rows import EmbeddingRows, EmbedOptions, Summary, narrow
 
 ROW_GROUP = 8192  # parquet rows written together
 
@@ -44,7 +33,7 @@ Write = Callable[[EmbeddingRows, npt.NDArray[Any]], None]
 
 
 def embed_to_file(
-    model: Model,
+    embedder: Embedder,
     sources: Sequence[Source],
     out: Path,
     options: EmbedOptions,
@@ -56,12 +45,12 @@ def embed_to_file(
     exists and ``options.overwrite`` is false, or if a value exceeds float16's range.
     """
     check_file(out, options.overwrite)
-    about = describe_run(model, options)
+    about = describe_run(embedder, options)
     summary = Summary()
     writer = _parquet_writer if out.suffix == ".parquet" else _npy_writer
     with writing(out), draft_files(_targets(out)) as drafts:
         with writer(list(drafts), about) as write:
-            for rows in embed_images(model, sources, options):
+            for rows in embedder.rows(cut_chunks(sources, options), options):
                 summary.add(rows)
                 write(rows, narrow(rows, options.precision))
                 progress(summary.inputs)

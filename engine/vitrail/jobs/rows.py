@@ -1,27 +1,19 @@
-"""Embeds listed images batch by batch: a row of numbers for each readable image, else a reason."""
+"""The rows of a job: numbers for each readable image, else a reason; its options and counts."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from vitrail._version import __version__
 from vitrail.errors import InputError
 from vitrail.jobs.listing import Source
-
-if TYPE_CHECKING:
-    from vitrail.model.model import Model
 
 Precision = Literal["float32", "float16"]
 Layout = Literal["parquet", "npy"]
 Floats = npt.NDArray[np.float32]
 
-IMAGES_PER_CALL = 256  # without a batch size: four batches of decoded images
-BATCHES_PER_CALL = 4  # with a batch size: the model decodes a batch while it computes another
 REASONS = 5  # failures that a summary quotes
 
 
@@ -77,47 +69,6 @@ class Summary:
 
     def __str__(self) -> str:
         return f"embedded {self.embedded} of {self.inputs} images"
-
-
-def embed_images(
-    model: Model, sources: Sequence[Source], options: EmbedOptions
-) -> Iterator[EmbeddingRows]:
-    """Embeds a few batches per call, so that memory never holds the pixels of all images."""
-    batch_size = options.batch_size
-    step = BATCHES_PER_CALL * batch_size if batch_size else IMAGES_PER_CALL
-    for start in range(0, len(sources), step):
-        batch = sources[start : start + step]
-        result = model.encode_image(
-            batch,
-            batch_size=batch_size,
-            size=options.size,
-            normalize=options.normalize,
-            on_error="skip",
-        )
-        errors: list[str | None] = [None] * len(batch)
-        for position, reason in result.errors.items():
-            errors[position] = reason.removeprefix(f"image {position}: ")
-        yield EmbeddingRows(batch, errors, result.embeddings.numpy())
-
-
-def describe_run(model: Model, options: EmbedOptions) -> dict[str, Any]:
-    """The model and the settings that decide the numbers, ready for JSON."""
-    vision = model.spec.vision
-    if vision is None:
-        raise InputError(
-            f"{model.spec.architecture} has no image tower, wanted one to embed images"
-        )
-    return {
-        "vitrail": __version__,
-        "model": model.source,
-        "revision": model.revision,
-        "fingerprint": model.fingerprint,
-        "compute_dtype": model.precision,
-        "size": list(options.size) if options.size else None,
-        "normalized": options.normalize,
-        "width": vision.embedding,
-        "dtype": options.precision,
-    }
 
 
 def narrow(rows: EmbeddingRows, precision: Precision) -> npt.NDArray[Any]:
