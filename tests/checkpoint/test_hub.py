@@ -66,6 +66,16 @@ def test_a_hub_id_is_opened_from_the_cache(
     assert contents(checkpoint.tensors) == {"w": b"\1\2\3\4"}
 
 
+def test_a_hub_id_is_opened_in_a_folder_that_was_removed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = hub_cache(cache, HUB_FILES)
+    (tmp_path / "removed").mkdir()
+    monkeypatch.chdir(tmp_path / "removed")
+    (tmp_path / "removed").rmdir()
+    assert open_checkpoint("org/name").folder == snapshot
+
+
 def test_shards_are_opened_from_the_cache(cache: Path, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "folder", SHARDS)
     hub_cache(cache, {path.name: path.read_bytes() for path in folder.iterdir()})

@@ -15,7 +15,7 @@ from typing import Any
 from vitrail.checkpoint import contents
 from vitrail.checkpoint.header import read_header
 from vitrail.checkpoint.hub import download
-from vitrail.checkpoint.regular import check_regular, reading
+from vitrail.checkpoint.regular import absolute, check_regular, reading
 from vitrail.checkpoint.strict_json import read_json
 from vitrail.checkpoint.tensors import TensorEntry
 from vitrail.errors import InputError, refusal, show, show_path
@@ -67,7 +67,7 @@ def open_checkpoint(
     arguments of the wrong type.
     """
     source = _as_text(path_or_id)
-    local = Path(os.path.expanduser(source))
+    local = absolute(source)
     mode = _mode(local)
     if mode is not None and revision is not None:
         raise InputError(

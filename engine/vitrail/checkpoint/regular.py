@@ -11,6 +11,15 @@ from vitrail.errors import CheckpointError, refusal, show_path
 Stamp = tuple[int, int, int, int]
 
 
+def absolute(path: str) -> Path:
+    """The path that a user wrote, as it stays after the process changes its current folder."""
+    expanded = Path(os.path.expanduser(path))
+    try:
+        return expanded.absolute()
+    except OSError:  # the current folder was removed; a hub id needs none
+        return expanded
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns the operating system's errors into CheckpointError with its reason."""

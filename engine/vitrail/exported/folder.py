@@ -18,7 +18,7 @@ from vitrail.checkpoint.contents import (
     inside,
 )
 from vitrail.checkpoint.files import Checkpoint
-from vitrail.checkpoint.regular import read_file
+from vitrail.checkpoint.regular import absolute, read_file
 from vitrail.checkpoint.strict_json import read_json
 from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.exported import contents
@@ -188,7 +188,7 @@ def open_exported(path_or_id: object, revision: str | None = None) -> ExportFold
     source = os.fspath(path_or_id) if isinstance(path_or_id, str | os.PathLike) else None
     if not isinstance(source, str):
         return None
-    folder = Path(os.path.expanduser(source))
+    folder = absolute(source)
     if not os.path.lexists(folder / EXPORT):
         return None
     if revision is not None:

@@ -10,13 +10,15 @@ import torch
 
 from vitrail.checkpoint import contents
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
+from vitrail.checkpoint.regular import absolute
 from vitrail.dtypes import dtype_name
 from vitrail.errors import CheckpointError, InputError, show_path
 from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
 from vitrail.int8.record import Int8Record, read_record
-from vitrail.model.arguments import Resize, check_device, check_dtype, check_precision
+from vitrail.model.arguments import INT8, Resize, check_device, check_dtype, check_precision
+from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.model import Model
 from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.native import NativeRunner
@@ -80,7 +82,7 @@ def load(
     the GPU has no room for the weights.
     """
     device = check_device(device)
-    compute_dtype = check_dtype(dtype, device)
+    check_dtype(dtype, device)
     if sixteen_bit not in ("scale", "clip"):
         raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
     if resize not in ("host", "device"):
@@ -91,6 +93,32 @@ def load(
                 f"runner: got {runner!r} with backend={backend!r}, wanted backend alone"
             )
         backend = runner
+    loaded, model = _load(
+        path_or_id, device, dtype, revision, local_files_only, sixteen_bit, backend, resize
+    )
+    warn_of_int8(loaded)
+    return model
+
+
+def load_again(load_arguments: LoadArguments) -> Model:
+    """The model that was loaded with these arguments, without the warnings. Errors: see `load`."""
+    keywords = load_arguments.keywords()
+    device = check_device(keywords.pop("device"))
+    return _load(load_arguments.source, device, **keywords)[1]
+
+
+def _load(
+    path_or_id: str | os.PathLike[str],
+    device: torch.device,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    local_files_only: bool,
+    sixteen_bit: SixteenBit,
+    backend: str,
+    resize: Resize,
+) -> tuple[LoadedCheckpoint, Model]:
+    """As `load`, after its arguments were checked."""
+    compute_dtype = check_dtype(dtype, device)
     exported = open_exported(path_or_id, revision)
     if exported is None:
         runner_class = RUNNERS[choose(backend, compute_dtype, device)]
@@ -102,7 +130,6 @@ def load(
             check=functools.partial(check_precision, dtype),
         )
         serving = runner_class(loaded.weights, compute_dtype, device)
-        warn_of_int8(loaded)
     else:
         check_precision(dtype, exported.spec, str(exported.folder))
         if not exported.spec.int8 and dtype != "auto" and compute_dtype != exported.dtype:
@@ -112,7 +139,27 @@ def load(
                 "again"
             )
         loaded, serving = _load_exported(exported, device, backend)
-    return Model(loaded.checkpoint, loaded.spec, loaded.hash_weights, serving, sixteen_bit, resize)
+    source, commit = loaded.checkpoint.source, loaded.checkpoint.revision
+    load_arguments = LoadArguments(
+        source=str(absolute(source)) if commit is None else source,
+        revision=commit,
+        local_files_only=local_files_only,
+        device=str(serving.device),
+        dtype=INT8 if loaded.spec.int8 else dtype_name(serving.dtype),
+        backend=serving.name,
+        sixteen_bit=sixteen_bit,
+        resize=resize,
+    )
+    model = Model(
+        loaded.checkpoint,
+        loaded.spec,
+        loaded.hash_weights,
+        serving,
+        sixteen_bit,
+        resize,
+        load_arguments,
+    )
+    return loaded, model
 
 
 def warn_of_int8(loaded: LoadedCheckpoint) -> None:

@@ -18,6 +18,7 @@ from vitrail.model.fingerprint import fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
 from vitrail.model.images import ImageEncoder
 from vitrail.model.layers import intermediate_layers
+from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.module import ImageModule, TextModule
 from vitrail.model.outputs import Output
 from vitrail.model.texts import LabelCache, TextEncoder
@@ -35,7 +36,8 @@ class Model(EncodingCalls, ModuleAdvice):
     hub id that was loaded), ``revision`` (the commit of a hub id), ``folder`` (its files),
     ``device``, ``dtype`` (of the computation), ``precision`` ("int8" if the weights are, else the
     dtype's name), ``backend`` ("native", "triton" or "torch"), ``weight_bytes`` (on the device),
-    ``resize`` (the place and the kernels that resize images).
+    ``resize`` (the place and the kernels that resize images), ``load_arguments`` (`LoadArguments`:
+    what `load_again` needs; None if `load` did not make the model).
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Model(EncodingCalls, ModuleAdvice):
         runner: Runner,
         sixteen_bit: SixteenBit = "scale",
         resize: Resize = "host",
+        load_arguments: LoadArguments | None = None,
     ) -> None:
         """Users call `vitrail.load`. ``runner`` holds the weights that ``hash_weights`` hashes."""
+        self.load_arguments = load_arguments
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
         self.revision = checkpoint.revision
         self.device, self.dtype, self.backend = runner.device, runner.dtype, runner.name

@@ -1,0 +1,38 @@
+"""`LoadArguments`: enough to load a model again, in this process or in another."""
+
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+from vitrail.image.decoding import SixteenBit
+from vitrail.model.arguments import Resize
+
+
+@dataclass(frozen=True, slots=True)
+class LoadArguments:
+    """The arguments of `vitrail.load` after it has resolved them.
+
+    ``source``: an absolute path, or a hub id with its commit in ``revision``. ``device``: "cpu", or
+    a GPU with its number, such as "cuda:0". ``dtype``: a dtype's name, or "int8". ``backend``:
+    "native", "triton" or "torch".
+    """
+
+    source: str
+    revision: str | None
+    local_files_only: bool
+    device: str
+    dtype: str
+    backend: str
+    sixteen_bit: SixteenBit
+    resize: Resize
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the last part of the path: a name without the folders of a machine."""
+        return PurePath(self.source).name if self.revision is None else self.source
+
+    def keywords(self) -> dict[str, Any]:
+        """Every argument of `load` but ``source``, by name."""
+        keywords = asdict(self)
+        del keywords["source"]
+        return keywords
