@@ -55,7 +55,8 @@ def _model() -> Any:
     from torch import Tensor
 
     from vitrail.demo import demo
-    from vitrail.model import Model, loading, texts
+    from vitrail.model import loading, texts
+    from vitrail.model.model import Model
     from vitrail.spec import VisionSpec
     from vitrail.weights.layout import Weights
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vitrail.model.loading import load
     from vitrail.model.model import Model
     from vitrail.model.outputs import Classification, EncodeResult, Output, PreprocessResult
+    from vitrail.model.preprocessor import Preprocessor
 
 _LAZY = {
     "Embeddings": "vitrail.jobs.manifest",
@@ -23,6 +24,7 @@ _LAZY = {
     "EncodeResult": "vitrail.model.outputs",
     "Output": "vitrail.model.outputs",
     "PreprocessResult": "vitrail.model.outputs",
+    "Preprocessor": "vitrail.model.preprocessor",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Model",
     "Output",
     "PreprocessResult",
+    "Preprocessor",
     "VitrailError",
     "__version__",
     "load",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import OutOfMemoryError, VitrailError
-from vitrail.model.forward import l2_normalize
 
 ACTIVATION_BYTES = 256 << 20
 """Bytes of activations in a batch, unless the caller names a batch size."""
@@ -45,6 +44,11 @@ def one_behind(results: Iterable[Result]) -> Iterator[Result]:
         yield from previous
         previous = [result]
     yield from previous
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Rows of ``x`` (N, D) divided by their length; a row of zeros stays zero."""
+    return torch.nn.functional.normalize(x, dim=1)
 
 
 @dataclass(slots=True)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from vitrail.errors import InputError
 from vitrail.model import arguments
-from vitrail.model.arguments import Images, OnError, Size, Texts, list_images, sort_images
+from vitrail.model.arguments import Images, OnError, Size, Texts, sort_images
 from vitrail.model.images import ImageEncoder
 from vitrail.model.outputs import Classification, EncodeResult, PreprocessResult
+from vitrail.model.preprocessor import Preprocessor
 from vitrail.model.texts import LabelCache, TextEncoder
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer import Overflow
@@ -36,6 +37,14 @@ class EncodingCalls:
             raise InputError(f"{call}: {self.spec.architecture} has no text tower")
         return self._texts
 
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """`preprocess` as an object that pickles without weights, for workers that load images.
+
+        Raises InputError: there is no image tower. CheckpointError: no preprocessor configuration.
+        """
+        return self._image_encoder("preprocess").preprocessor
+
     @overload
     def preprocess(
         self, images: Images, *, size: Size | None = ..., on_error: Literal["raise"] = ...
@@ -46,7 +55,6 @@ class EncodingCalls:
         self, images: Images, *, size: Size | None = ..., on_error: Literal["skip"]
     ) -> PreprocessResult: ...
 
-    @default_modes()
     def preprocess(
         self, images: Images, *, size: Size | None = None, on_error: OnError = "raise"
     ) -> Tensor | PreprocessResult:
@@ -58,12 +66,7 @@ class EncodingCalls:
         Raises ImageError: an image cannot be read. InputError: a wrong argument, or images that
         come out in several sizes. CheckpointError: there is no preprocessor configuration.
         """
-        arguments.check_options(None, size, on_error)
-        encoder = self._image_encoder("preprocess")
-        pixels, result = encoder.preprocess(list_images(images), size, strict=on_error == "raise")
-        if on_error == "raise":
-            return pixels
-        return PreprocessResult(pixels, result.index, result.reasons)
+        return self.preprocessor(images, size=size, on_error=on_error)
 
     @default_modes()
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:

@@ -5,14 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vitrail.model.batches import l2_normalize
 from vitrail.model.outputs import Output
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec, OutputField
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of ``x`` (N, D) divided by their length; a row of zeros stays zero."""
-    return torch.nn.functional.normalize(x, dim=1)
 
 
 def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: bool) -> Output:

@@ -11,12 +11,12 @@ from torch import Tensor
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 from vitrail.image import preprocess
 from vitrail.image.decoding import SixteenBit
-from vitrail.image.geometry import spec_at
 from vitrail.image.sources import PixelInput
 from vitrail.model.arguments import Size, check_pixels
 from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
 from vitrail.model.crops import CropBatch, device_batch, host_batch
 from vitrail.model.layers import first_bad_block
+from vitrail.model.preprocessor import Preprocessor
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import VisionTower
 from vitrail.spec import ImageSpec
@@ -72,28 +72,11 @@ class ImageEncoder:
             del pixels, results_of  # free this batch before the next is made
         return rows
 
-    def preprocess(
-        self, images: list[PixelInput], size: Size | None, strict: bool
-    ) -> tuple[Tensor, ResultRows]:
-        """``pixel_values`` (N, C, H, W) fp32 of the images that could be read, and their rows."""
-        spec, tower, rows = self._required_spec("preprocess"), self.tower.spec, ResultRows(strict)
-        pixels = preprocess.preprocess_float(
-            images, spec, tower.channels, size=size, sixteen_bit=self._sixteen_bit
-        )
-        for position, image in enumerate(pixels):
-            rows.add(
-                position, image if isinstance(image, VitrailError) else torch.from_numpy(image)
-            )
-        rows.check()
-        sizes = {tuple(image.shape[1:]) for image in rows.by_position.values()}
-        if len(sizes) > 1:
-            raise InputError(
-                f"preprocess: got images of sizes {sorted(sizes)}, wanted one size a batch"
-            )
-        resized = spec_at(spec, size)
-        exact = resized.resize[1:] if resized.resize and resized.resize[0] == "exact" else None
-        height, width = resized.crop or exact or tower.image
-        return rows.stacked(tower.channels, height, width), rows
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """Raises CheckpointError if there is no preprocessor configuration."""
+        spec, tower = self._required_spec("preprocess"), self.tower.spec
+        return Preprocessor(spec, tower.channels, tower.image, self._sixteen_bit)
 
     def _required_spec(self, call: str) -> ImageSpec:
         if self.image_spec is None:

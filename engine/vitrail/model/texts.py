@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vitrail.errors import InputError, VitrailError
 from vitrail.model.arguments import Texts, sort_texts
-from vitrail.model.batches import ACTIVATION_BYTES, in_halves, one_behind
-from vitrail.model.forward import l2_normalize
+from vitrail.model.batches import ACTIVATION_BYTES, in_halves, l2_normalize, one_behind
 from vitrail.model.layers import not_finite
 from vitrail.runtime.towers import TextTower
 from vitrail.text.tokenizer import Overflow, Tokenizer, pad
