@@ -5,6 +5,7 @@ target, sync the folder that contains the target. A process that is killed leave
 half a target.
 """
 
+import errno
 import hashlib
 import os
 import secrets
@@ -16,8 +17,8 @@ from pathlib import Path
 
 from vitrail.errors import InputError
 
-DRAFT = "_draft-"
-"""Prefix of the drafts that `put_file` writes; the next run of a killed job deletes them."""
+DRAFT = "_draft"
+"""Begins the names of the drafts that `put_file` writes; see `draft_prefix`."""
 
 
 @contextmanager
@@ -66,17 +67,50 @@ def publish(drafts: Mapping[Path, Path]) -> None:
     sync(target.parent)
 
 
-def put_file(path: Path, data: bytes) -> tuple[int, str]:
+def draft_prefix(mark: str = "") -> str:
+    """Begins the drafts of `put_file`; the next run of a killed job deletes them.
+
+    Writers of one folder have a ``mark`` each, such as "-2-of-4". Every prefix begins like the one
+    without a mark.
+    """
+    return f"{DRAFT}{mark}-"
+
+
+def put_file(path: Path, data: bytes, mark: str = "", replace: bool = True) -> tuple[int, str]:
     """Writes the whole file or nothing; returns its length in bytes and its SHA-256.
 
-    Raises OSError if the file cannot be written or reads back differently.
+    ``mark``: see `draft_prefix`. Raises OSError if the file cannot be written or reads back
+    differently, and FileExistsError if it exists and ``replace`` is false.
     """
-    draft = path.with_name(DRAFT + path.name)
+    draft = path.with_name(draft_prefix(mark) + path.name)
     write_file(draft, data)
     if draft.read_bytes() != data:
         raise OSError(f"{path} reads back differently than it was written")
-    publish({draft: path})
+    if replace:
+        publish({draft: path})
+    else:
+        _publish_new(draft, path)
     return len(data), hashlib.sha256(data).hexdigest()
+
+
+def _publish_new(draft: Path, target: Path) -> None:
+    """`publish` that leaves an existing target alone: then FileExistsError.
+
+    A hard link takes the name in one step, even if another machine creates the file now. Without
+    hard links (FAT, some network file systems) there is a moment between the look and the step.
+    """
+    try:
+        try:
+            os.link(draft, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
+            os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(target.parent)
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""The manifest of a job's folder, a line per committed part, and the reader that trusts it."""
+"""The manifests of a job's folder, a line per committed part, and the reader that trusts them.
+
+An unsharded run appends to ``_manifest.jsonl``, shard K of N to ``_manifest-K-of-N.jsonl``.
+"""
 
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import numpy.typing as npt
 from vitrail.durable import sync, write_all
 from vitrail.errors import InputError
 from vitrail.jobs.part_files import decode_part
+from vitrail.jobs.shards import WHOLE, Shard
 
 FORMAT = 1
 JOB, MANIFEST = "_job.json", "_manifest.jsonl"
@@ -35,30 +41,73 @@ class PartRecord:
         return json.dumps({**counts, "files": files}).encode() + b"\n"
 
 
+    def is_complete(self, out: Path) -> bool:
+        """Whether each file of the part exists and has the size in the record."""
+        return all(
+            (out / name).is_file() and (out / name).stat().st_size == size
+            for name, size, _ in self.files
+        )
+
+
+def manifest_name(shard: Shard) -> str:
+    return f"{MANIFEST.removesuffix('.jsonl')}{shard.mark}.jsonl"
+
+
+def manifest_files(out: Path) -> list[Path]:
+    """The manifests of the folder's unsharded run and of its shards, of whatever count."""
+    named = re.compile(r"_manifest(-\d+-of-\d+)?\.jsonl")
+    return sorted(path for path in out.glob("_manifest*.jsonl") if named.fullmatch(path.name))
+
+
 def read_manifest(out: Path) -> dict[int, PartRecord]:
-    """The committed parts by number. If a part has several lines, its last line counts.
+    """The committed parts of all manifests by number; a part that several name counts once.
+
+    Of several records, the first whose files are complete counts. Raises InputError as
+    `part_records`.
+    """
+    return {
+        number: next((record for record in records if record.is_complete(out)), records[-1])
+        if len(records) > 1
+        else records[0]
+        for number, records in part_records(manifest_files(out)).items()
+    }
+
+
+def part_records(manifests: Iterable[Path]) -> dict[int, list[PartRecord]]:
+    """The different records of each committed part. Within a manifest, the last line counts.
 
     A last line without a line end is a commit that never happened. Raises InputError if another
     line is damaged.
     """
-    if not (out / MANIFEST).exists():
-        return {}
+    records: dict[int, list[PartRecord]] = {}
+    for manifest in manifests:
+        for number, record in sorted(_read_lines(manifest).items()):
+            others = records.setdefault(number, [])
+            if record not in others:
+                others.append(record)
+    return records
+
+
+def _read_lines(manifest: Path) -> dict[int, PartRecord]:
     records = {}
-    lines = (out / MANIFEST).read_bytes().split(b"\n")
+    lines = manifest.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
             fields = json.loads(line)
             files = tuple((f["name"], f["bytes"], f["sha256"]) for f in fields["files"])
             counts = {key: int(fields[key]) for key in ("part", "start", "inputs", "embedded")}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{out / MANIFEST}: line {number} is damaged: {error}") from error
+            raise InputError(f"{manifest}: line {number} is damaged: {error}") from error
         records[counts["part"]] = PartRecord(**counts, files=files)
     return records
 
 
-def commit(out: Path, record: PartRecord) -> None:
-    """Appends the record's line, after it cuts off the unfinished line of an earlier crash."""
-    descriptor = os.open(out / MANIFEST, os.O_RDWR | os.O_CREAT, 0o644)
+def commit(out: Path, record: PartRecord, shard: Shard = WHOLE) -> None:
+    """Appends the record's line to the shard's manifest.
+
+    Before, it cuts off the unfinished line of an earlier crash.
+    """
+    descriptor = os.open(out / manifest_name(shard), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         end = data.rfind(b"\n") + 1
@@ -69,6 +118,12 @@ def commit(out: Path, record: PartRecord) -> None:
     finally:
         os.close(descriptor)
     sync(out)
+
+
+def changed_fields(former: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
+    """The fields in which two job records differ, except for where the model was loaded from."""
+    keys = (key for key in (*job, *former) if key not in ("model", "revision"))
+    return [key for key in dict.fromkeys(keys) if former.get(key) != job.get(key)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +139,73 @@ class Embeddings:
     errors: list[tuple[str, str]]
     job: dict[str, Any]
 
+    @property
+    def missing(self) -> int:
+        """The number of inputs with neither a row nor an error: their parts are not committed."""
+        inputs: int = self.job["inputs"]
+        return inputs - len(self.paths) - len(self.errors)
 
-def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
-    """The committed parts of a job's folder in input order, each checked against its SHA-256.
 
-    Raises InputError if the folder holds no job, or a file differs from its line in the manifest.
+Folder = str | os.PathLike[str]
+
+
+def read_embeddings(folders: Folder | Sequence[Folder]) -> Embeddings:
+    """The committed parts of a job in input order, each checked against its SHA-256.
+
+    ``folders``: the job's folder, with any number of shards in it; or several folders with shards
+    of the same job, for example from the disks of several machines. A part that is there several
+    times counts once. If the job is not finished, `Embeddings.missing` is over 0.
+
+    Raises InputError if a folder holds no job, if two hold different jobs, or if the files of a
+    part differ from their line in the manifest.
     """
-    out = Path(folder)
-    if not (out / JOB).is_file():
-        raise InputError(f"{out}: has no {JOB}, wanted the folder of a vitrail embed job")
-    job = json.loads((out / JOB).read_bytes())
-    records = [record for _, record in sorted(read_manifest(out).items())]
-    rows = sum(record.embedded for record in records)
+    outs = [Path(f) for f in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
+    if not outs:
+        raise InputError("folders: got none, wanted one or more folders of a vitrail embed job")
+    job = _read_job(outs)
+    copies: dict[int, list[tuple[Path, PartRecord]]] = {}
+    for out in outs:
+        for number, records in part_records(manifest_files(out)).items():
+            copies.setdefault(number, []).extend((out, record) for record in records)
+    rows = sum(max(record.embedded for _, record in parts) for parts in copies.values())
     embeddings = np.empty((rows, job["width"]), job["dtype"])
     paths: list[str] = []
     errors: list[tuple[str, str]] = []
-    for record in records:
-        files = {name: _read_checked(out / name, sha256) for name, _, sha256 in record.files}
-        part_paths, values, failures = decode_part(files)
+    for _, part_copies in sorted(copies.items()):
+        part_paths, values, failures = decode_part(_read_copy(part_copies))
         embeddings[len(paths) : len(paths) + len(part_paths)] = values
         paths += part_paths
         errors += failures
-    return Embeddings(paths, embeddings, errors, job)
+    return Embeddings(paths, embeddings[: len(paths)], errors, job)
+
+
+def _read_job(outs: Sequence[Path]) -> dict[str, Any]:
+    """The job record, the same in all folders."""
+    jobs = []
+    for out in outs:
+        if not (out / JOB).is_file():
+            raise InputError(f"{out}: has no {JOB}, wanted the folder of a vitrail embed job")
+        jobs.append(json.loads((out / JOB).read_bytes()))
+        if changed := changed_fields(jobs[0], jobs[-1]):
+            values = "; ".join(
+                f"{key}: {jobs[0].get(key)} and {jobs[-1].get(key)}" for key in changed
+            )
+            raise InputError(
+                f"{outs[0]} and {out}: hold different jobs ({values}), wanted shards of one job"
+            )
+    job: dict[str, Any] = jobs[0]
+    return job
+
+
+def _read_copy(copies: Sequence[tuple[Path, PartRecord]]) -> dict[str, bytes]:
+    """The files of the first copy of a part that is what its manifest says."""
+    refusals = []
+    for out, record in copies:
+        try:
+            return {name: _read_checked(out / name, sha256) for name, _, sha256 in record.files}
+        except InputError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _read_checked(file: Path, sha256: str) -> bytes:
