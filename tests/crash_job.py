@@ -29,7 +29,7 @@ from vitrail.jobs.listing import find_images
 from vitrail.jobs.rows import EmbedOptions
 
 TRIM = ctypes.CDLL(None).malloc_trim
-CALLS = ("pwrite", "fsync", "replace", "ftruncate")
+CALLS = ("pwrite", "fsync", "link", "replace", "ftruncate")
 
 
 def die() -> None:

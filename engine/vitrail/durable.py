@@ -17,9 +17,6 @@ from pathlib import Path
 
 from vitrail.errors import InputError
 
-DRAFT = "_draft"
-"""Begins the names of the drafts that `put_file` writes; see `draft_prefix`."""
-
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -68,12 +65,12 @@ def publish(drafts: Mapping[Path, Path]) -> None:
 
 
 def draft_prefix(mark: str = "") -> str:
-    """Begins the drafts of `put_file`; the next run of a killed job deletes them.
+    """Begins the names of the drafts of `put_file`; the next run of a killed job deletes them.
 
-    Writers of one folder have a ``mark`` each, such as "-2-of-4". Every prefix begins like the one
-    without a mark.
+    Writers of one folder have a ``mark`` each, such as "-2-of-4". Without a mark it is "_draft-",
+    with which the prefixes of all writers begin.
     """
-    return f"{DRAFT}{mark}-"
+    return f"_draft{mark}-"
 
 
 def put_file(path: Path, data: bytes, mark: str = "", replace: bool = True) -> tuple[int, str]:

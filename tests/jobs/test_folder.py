@@ -19,9 +19,11 @@ import torch
 import vitrail
 from vitrail.errors import InputError
 from vitrail.jobs.embedder import ModelEmbedder
-from vitrail.jobs.folder import LOCK, check_folder, embed_to_folder
+from vitrail.jobs.folder import check_folder, embed_to_folder
+from vitrail.jobs.job_record import JOB
 from vitrail.jobs.listing import TarMember
-from vitrail.jobs.manifest import JOB, MANIFEST, read_embeddings, read_manifest
+from vitrail.jobs.locks import LOCK
+from vitrail.jobs.manifest import MANIFEST, read_embeddings, read_manifest
 from vitrail.jobs.rows import EmbedOptions
 from vitrail.model.outputs import EncodeResult
 

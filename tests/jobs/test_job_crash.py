@@ -136,10 +136,10 @@ def test_a_kill_at_each_write_sync_rename_and_manifest_step_changes_nothing(
 ) -> None:
     finished = ask(tmp_path / "whole", list=str(desk / "short"))
     calls = finished["calls"]
-    # The job record: write, sync, rename, sync of its folder. A part: those for its file, then the
-    # manifest's line: write, sync, sync of the folder.
+    # The job record: write, sync, link, sync of its folder. A part: those for its file, with a
+    # rename; then the manifest's line: write, sync, sync of the folder.
     put = ["pwrite", "fsync", "replace", "fsync"]
-    assert calls == put + 3 * ([*put, "pwrite", "fsync", "fsync"])
+    assert calls == ["pwrite", "fsync", "link", "fsync"] + 3 * ([*put, "pwrite", "fsync", "fsync"])
     expected = files(tmp_path / "whole")
     for nth, call in enumerate(calls, 1):
         for when in ("before", "after", *(["half"] if call == "pwrite" else [])):

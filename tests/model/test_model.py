@@ -1289,7 +1289,11 @@ def test_a_dtype_goes_by_every_name_that_pytorch_users_know(
         ({"dtype": torch.int8}, "dtype"),
         ({"device": "tpu"}, "device: got 'tpu'"),
         ({"device": "meta"}, "device: got 'meta'"),
-        ({"device": 3.5}, "device: got 3.5"),
+        ({"device": 3.5}, "device: got 3.5, wanted 'auto', 'cpu', 'cuda', or 'cuda:N' for GPU N"),
+        ({"device": None}, "device: got None, wanted"),
+        ({"device": True}, "device: got True, wanted"),
+        ({"device": -1}, "device: got -1, wanted"),
+        ({"device": "cuda:0,cuda:1"}, "device: got 'cuda:0,cuda:1', wanted"),
     ],
     ids=str,
 )

@@ -6,54 +6,85 @@ and renamed. Then a line of ``_manifest.jsonl`` names its files with their SHA-2
 every file without such a line. Part boundaries depend only on the list of inputs, so a job that was
 interrupted gives the same bytes as a job that was not.
 
+Several processes or machines share a folder if each writes a `Shard`: its parts have the numbers
+and names that they have in an unsharded run, and each shard has a manifest and drafts of its own. A
+run skips the parts that any manifest names.
+
 pyarrow, Spark and DuckDB skip names that begin with an underscore, and read the folder of the
 layout "parquet" as one table. `part_files` describes the layouts.
 """
 
-import fcntl
-import hashlib
-import json
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitrail.durable import DRAFT, put_file, sync
+from vitrail.durable import draft_prefix, put_file, sync
 from vitrail.errors import InputError
 from vitrail.jobs.arrow import pyarrow_modules
-from vitrail.jobs.embedder import Embedder, cut_chunks, describe_run
+from vitrail.jobs.embedder import Embedder, cut_chunks
+from vitrail.jobs.job_record import JOB, job_record, start_job
 from vitrail.jobs.listing import Source, path_text
-from vitrail.jobs.manifest import FORMAT, JOB, MANIFEST, PartRecord, commit, read_manifest
+from vitrail.jobs.locks import LOCK, job_lock, part_lock
+from vitrail.jobs.manifest import (
+    PartRecord,
+    commit,
+    manifest_files,
+    part_records,
+    read_manifest,
+)
 from vitrail.jobs.part_files import PATTERNS, SUBFOLDERS, decode_part, encode_part, outcomes
 from vitrail.jobs.rows import EmbeddingRows, EmbedOptions, Summary, narrow
-
-LOCK = "_lock"
+from vitrail.jobs.shards import WHOLE, Shard
 
 
 @dataclass(slots=True)
 class FolderSummary(Summary):
-    """Also counts the parts, and those that this run wrote; ``repaired`` lists parts whose files
-    were missing or cut, which it wrote again."""
+    """Counts the inputs and parts of the run's shard, and the parts that this run wrote.
 
+    ``repaired`` lists parts whose files were missing or cut, which it wrote again. ``job_parts``
+    and ``job_committed`` count the parts of all shards.
+    """
+
+    shard: Shard = WHOLE
     parts: int = 0
     written: int = 0
     repaired: list[int] = field(default_factory=list)
+    job_parts: int = 0
+    job_committed: int = 0
+
+    def skip(self, record: PartRecord) -> None:
+        """Counts a part that was committed before."""
+        self.inputs += record.inputs
+        self.failed += record.inputs - record.embedded
 
     def to_dict(self) -> dict[str, Any]:
         counts = {"parts": self.parts, "written": self.written, "repaired": self.repaired}
-        return Summary.to_dict(self) | counts
+        job = {"job_parts": self.job_parts, "job_committed": self.job_committed}
+        return Summary.to_dict(self) | {"shard": str(self.shard)} | counts | job
 
     def __str__(self) -> str:
-        return f"{Summary.__str__(self)}; wrote {self.written} of {self.parts} parts"
+        text = f"{Summary.__str__(self)}; wrote {self.written} of {self.parts} parts"
+        if self.shard.count == 1:
+            return text
+        rest = ""
+        if self.job_committed < self.job_parts:
+            rest = "; other shards write the rest"
+        return (
+            f"shard {self.shard}: {text}; {self.job_committed} of the job's {self.job_parts} parts "
+            f"are committed{rest}"
+        )
 
 
 @dataclass(slots=True)
 class _FailureStreak:
-    """The number of consecutive failures, across parts."""
+    """The number of consecutive failures, across the parts that this run computes."""
 
     limit: int
     length: int = 0
@@ -75,51 +106,67 @@ def embed_to_folder(
     options: EmbedOptions,
     progress: Callable[[int], None] = lambda done: None,
 ) -> FolderSummary:
-    """Writes the missing parts of ``out``. ``progress`` gets the inputs done so far.
+    """Writes the missing parts of ``options.shard``. ``progress`` gets the shard's inputs done.
 
     The same call again resumes after an interruption, rewrites a part whose files are missing or
     have another size, and leaves a finished folder alone. ``options.overwrite`` starts from scratch
     and deletes the files of an earlier job, but no other files.
 
-    Raises InputError if the folder holds another job or other files, if another process writes it,
-    if it cannot be written (for example, a full disk; committed parts stay), or if
-    ``options.stop_after`` inputs fail in a row, which suggests lost storage.
+    Raises InputError if the folder holds another job or other files, if another process writes the
+    folder or the shard, if it cannot be written (for example, a full disk; committed parts stay),
+    or if ``options.stop_after`` inputs fail in a row, which suggests lost storage.
     """
     check_folder(out)
-    job = _job_record(embedder, sources, options)
-    with _locked(out), _disk_errors(out):
+    job, shard = job_record(embedder, sources, options), options.shard
+    with job_lock(out, shard), _disk_errors(out, shard):
         if options.overwrite:
             _delete_job(out)
-        _start_job(out, job)
-        committed = read_manifest(out)
-        complete = {n: record for n, record in committed.items() if _is_complete(out, record)}
-        for draft in out.rglob(f"{DRAFT}*"):
-            draft.unlink()
-        streak = _FailureStreak(options.stop_after)
+        job = start_job(out, job, shard)
+        _delete_drafts(out, shard)
         starts = range(0, len(sources), options.part_size)
-        repaired = sorted(committed.keys() - complete.keys())
-        summary = FolderSummary(parts=len(starts), repaired=repaired)
-        missing = (start for number, start in enumerate(starts) if number not in complete)
-        chunks = (
-            chunk
-            for start in missing
-            for chunk in cut_chunks(sources[start : start + options.part_size], options)
-        )
-        computed = embedder.rows(chunks, options)
-        for number, start in enumerate(starts):
-            part_sources = sources[start : start + options.part_size]
-            if number in complete:
-                summary.inputs += len(part_sources)
-                summary.failed += complete[number].inputs - complete[number].embedded
-            else:
-                rows = _gather_part(
-                    computed, part_sources, streak, lambda n: progress(summary.inputs + n)
-                )
-                commit(out, _write_part(out, number, start, rows, job))
-                summary.add(rows)
-                summary.written += 1
+        summary = FolderSummary(shard=shard, job_parts=len(starts))
+        missing = _missing_parts(out, summary)
+        progress(summary.inputs)
+        streak = _FailureStreak(options.stop_after)
+        asked: deque[int] = deque()  # the parts whose rows are still to come
+
+        def chunks() -> Iterator[Sequence[Source]]:
+            for number in missing:
+                if record := _committed_elsewhere(out, number, shard):
+                    summary.skip(record)
+                    continue
+                asked.append(number)
+                start = starts[number]
+                yield from cut_chunks(sources[start : start + options.part_size], options)
+
+        for first in (computed := embedder.rows(chunks(), options)):
+            number = asked.popleft()
+            start = starts[number]
+            rows = _gather_part(
+                itertools.chain([first], computed),
+                sources[start : start + options.part_size],
+                streak,
+                lambda done: progress(summary.inputs + done),
+            )
+            _commit_part(out, number, start, rows, job, summary)
             progress(summary.inputs)
+        summary.job_committed = len(read_manifest(out))
     return summary
+
+
+def _missing_parts(out: Path, summary: FolderSummary) -> list[int]:
+    """The parts of the summary's shard that are to be written; counts the shard's parts."""
+    missing = []
+    committed = read_manifest(out)
+    parts = summary.shard.parts(summary.job_parts)
+    for number in parts:
+        if number in committed and committed[number].is_complete(out):
+            summary.skip(committed[number])
+        else:
+            missing.append(number)
+    summary.parts = len(parts)
+    summary.repaired = [number for number in missing if number in committed]
+    return missing
 
 
 def _gather_part(
@@ -141,8 +188,41 @@ def _gather_part(
     return EmbeddingRows(sources, errors, np.concatenate(embeddings))
 
 
+def _commit_part(
+    out: Path,
+    number: int,
+    start: int,
+    rows: EmbeddingRows,
+    job: dict[str, Any],
+    summary: FolderSummary,
+) -> None:
+    """Writes and commits a part, unless a shard of another count was quicker."""
+    shard = summary.shard
+    with part_lock(out, number) if shard.count > 1 else nullcontext():
+        if record := _committed_elsewhere(out, number, shard):
+            summary.skip(record)
+            return
+        commit(out, _write_part(out, number, start, rows, job, shard), shard)
+    summary.add(rows)
+    summary.written += 1
+
+
+def _committed_elsewhere(out: Path, number: int, shard: Shard) -> PartRecord | None:
+    """The record of a part that a shard of another count has committed since this run began.
+
+    A run of all parts is alone in its folder, and the shards of one count never share a part.
+    """
+    if shard.count == 1:
+        return None
+    manifests = [
+        path for path in manifest_files(out) if not path.stem.endswith(f"-of-{shard.count}")
+    ]
+    records = part_records(manifests).get(number, [])
+    return next((record for record in records if record.is_complete(out)), None)
+
+
 def _write_part(
-    out: Path, number: int, start: int, rows: EmbeddingRows, job: dict[str, Any]
+    out: Path, number: int, start: int, rows: EmbeddingRows, job: dict[str, Any], shard: Shard
 ) -> PartRecord:
     values = narrow(rows, job["dtype"])
     for subfolder in SUBFOLDERS[job["layout"]]:
@@ -151,19 +231,8 @@ def _write_part(
     paths, decoded, failures = decode_part(files)
     if decoded.tobytes() != values.tobytes() or (paths, failures) != outcomes(rows):
         raise InputError(f"{out}: part {number} does not read back as it was computed")
-    entries = tuple((name, *put_file(out / name, data)) for name, data in files.items())
+    entries = tuple((name, *put_file(out / name, data, shard.mark)) for name, data in files.items())
     return PartRecord(number, start, len(rows.sources), len(values), entries)
-
-
-def _is_complete(out: Path, record: PartRecord) -> bool:
-    """Whether each file of the part exists and has the size in its record."""
-    return all(
-        (out / name).is_file() and (out / name).stat().st_size == size
-        for name, size, _ in record.files
-    )
-
-
-# -- the job record and the lock -------------------------------------------------------------------
 
 
 def check_folder(out: Path) -> None:
@@ -176,7 +245,7 @@ def check_folder(out: Path) -> None:
         raise InputError(f"{out}: the folder {nearest} is not writable")
     if out.is_dir() and not (out / JOB).exists():
         foreign = sorted(
-            path.name for path in out.iterdir() if not path.name.startswith((DRAFT, LOCK))
+            path.name for path in out.iterdir() if not path.name.startswith((draft_prefix(), LOCK))
         )
         if foreign:
             raise InputError(
@@ -184,64 +253,8 @@ def check_folder(out: Path) -> None:
             )
 
 
-def _job_record(
-    embedder: Embedder, sources: Sequence[Source], options: EmbedOptions
-) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(os.fsencode(str(source)) + b"\0")
-    return {
-        "format": FORMAT,
-        "inputs": len(sources),
-        "inputs_sha256": digest.hexdigest(),
-        "layout": options.layout,
-        "part_size": options.part_size,
-        "batch_size": options.batch_size,
-        **describe_run(embedder, options),
-    }
-
-
-def _start_job(out: Path, job: dict[str, Any]) -> None:
-    """Writes the job record; InputError if the folder has the record of a different job."""
-    file = out / JOB
-    if not file.exists():
-        put_file(file, json.dumps(job, indent=2).encode() + b"\n")
-        return
-    former = json.loads(file.read_bytes())
-    changed = [
-        key for key in job if key not in ("model", "revision") and former.get(key) != job[key]
-    ]
-    if changed:
-        changes = "; ".join(f"{key}: then {former.get(key)}, now {job[key]}" for key in changed)
-        raise InputError(
-            f"{out}: was started with other inputs or options ({changes}). Use those, another "
-            "folder, or --overwrite to start from scratch"
-        )
-
-
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Admits one process at a time. The lock ends with the process, however the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write there: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise InputError(
-            f"{out}: another process is writing there; wait for it or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path, shard: Shard) -> Iterator[None]:
     """Turns an OSError into an InputError that says which parts are safe; deletes drafts."""
     try:
         yield
@@ -251,14 +264,19 @@ def _disk_errors(out: Path) -> Iterator[None]:
             "parts are safe; free space or repair the disk, then run the same command to resume"
         ) from error
     finally:
-        for draft in out.rglob(f"{DRAFT}*"):
-            draft.unlink(missing_ok=True)
+        _delete_drafts(out, shard)
+
+
+def _delete_drafts(out: Path, shard: Shard) -> None:
+    """Deletes the drafts that a killed run has left: those of the shard, or all if it is alone."""
+    for draft in out.rglob(f"{draft_prefix(shard.mark)}*"):
+        draft.unlink(missing_ok=True)
 
 
 def _delete_job(out: Path) -> None:
-    """Deletes an earlier job's files: first its manifest, so that no reader trusts the rest."""
-    for name in (MANIFEST, JOB):
-        (out / name).unlink(missing_ok=True)
+    """Deletes an earlier job's files: first its manifests, so that no reader trusts the rest."""
+    for path in (*manifest_files(out), out / JOB):
+        path.unlink(missing_ok=True)
     sync(out)
     for pattern in PATTERNS:
         for file in out.glob(pattern):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from vitrail.durable import sync, write_all
 from vitrail.errors import InputError
+from vitrail.jobs.job_record import read_job
 from vitrail.jobs.part_files import decode_part
 from vitrail.jobs.shards import WHOLE, Shard
 
-FORMAT = 1
-JOB, MANIFEST = "_job.json", "_manifest.jsonl"
+MANIFEST = "_manifest.jsonl"  # an unsharded run's
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ class PartRecord:
         counts = {"part": self.part, "start": self.start, "inputs": self.inputs}
         counts |= {"embedded": self.embedded, "failed": self.inputs - self.embedded}
         return json.dumps({**counts, "files": files}).encode() + b"\n"
-
 
     def is_complete(self, out: Path) -> bool:
         """Whether each file of the part exists and has the size in the record."""
@@ -120,12 +119,6 @@ def commit(out: Path, record: PartRecord, shard: Shard = WHOLE) -> None:
     sync(out)
 
 
-def changed_fields(former: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
-    """The fields in which two job records differ, except for where the model was loaded from."""
-    keys = (key for key in (*job, *former) if key not in ("model", "revision"))
-    return [key for key in dict.fromkeys(keys) if former.get(key) != job.get(key)]
-
-
 @dataclass(frozen=True, slots=True)
 class Embeddings:
     """The result of a job: ``embeddings`` (K, D), float32 or float16, and a path for each row.
@@ -162,7 +155,7 @@ def read_embeddings(folders: Folder | Sequence[Folder]) -> Embeddings:
     outs = [Path(f) for f in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
     if not outs:
         raise InputError("folders: got none, wanted one or more folders of a vitrail embed job")
-    job = _read_job(outs)
+    job = read_job(outs)
     copies: dict[int, list[tuple[Path, PartRecord]]] = {}
     for out in outs:
         for number, records in part_records(manifest_files(out)).items():
@@ -177,24 +170,6 @@ def read_embeddings(folders: Folder | Sequence[Folder]) -> Embeddings:
         paths += part_paths
         errors += failures
     return Embeddings(paths, embeddings[: len(paths)], errors, job)
-
-
-def _read_job(outs: Sequence[Path]) -> dict[str, Any]:
-    """The job record, the same in all folders."""
-    jobs = []
-    for out in outs:
-        if not (out / JOB).is_file():
-            raise InputError(f"{out}: has no {JOB}, wanted the folder of a vitrail embed job")
-        jobs.append(json.loads((out / JOB).read_bytes()))
-        if changed := changed_fields(jobs[0], jobs[-1]):
-            values = "; ".join(
-                f"{key}: {jobs[0].get(key)} and {jobs[-1].get(key)}" for key in changed
-            )
-            raise InputError(
-                f"{outs[0]} and {out}: hold different jobs ({values}), wanted shards of one job"
-            )
-    job: dict[str, Any] = jobs[0]
-    return job
 
 
 def _read_copy(copies: Sequence[tuple[Path, PartRecord]]) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ from vitrail.jobs.arrow import pyarrow_modules, table_rows, table_schema
 from vitrail.jobs.embedder import Embedder, cut_chunks, describe_run
 from vitrail.jobs.listing import Source, path_text
 from vitrail.jobs.rows import EmbeddingRows, EmbedOptions, Summary, narrow
+from vitrail.jobs.shards import WHOLE, Shard
 
 ROW_GROUP = 8192  # parquet rows written together
 
@@ -44,7 +45,7 @@ def embed_to_file(
     Writes nothing if every input fails. Raises InputError if ``out`` cannot be written, if it
     exists and ``options.overwrite`` is false, or if a value exceeds float16's range.
     """
-    check_file(out, options.overwrite)
+    check_file(out, options.overwrite, options.shard)
     about = describe_run(embedder, options)
     summary = Summary()
     writer = _parquet_writer if out.suffix == ".parquet" else _npy_writer
@@ -61,8 +62,13 @@ def embed_to_file(
     return summary
 
 
-def check_file(out: Path, overwrite: bool) -> None:
+def check_file(out: Path, overwrite: bool, shard: Shard = WHOLE) -> None:
     """Raises InputError if ``out`` cannot be written. The check is cheap: call it early."""
+    if shard.count > 1:
+        raise InputError(
+            f"{out}: shard {shard} cannot write one file; name a folder, which the shards share, "
+            "or embed everything in this process with --shard 0/1"
+        )
     if out.suffix not in (".npy", ".parquet"):
         raise InputError(
             f"{out}: got the extension {out.suffix!r}, wanted .npy or .parquet, or "

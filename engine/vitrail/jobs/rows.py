@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from vitrail.errors import InputError
 from vitrail.jobs.listing import Source
+from vitrail.jobs.shards import WHOLE, Shard
 
 Precision = Literal["float32", "float16"]
 Layout = Literal["parquet", "npy"]
@@ -21,9 +22,11 @@ REASONS = 5  # failures that a summary quotes
 class EmbedOptions:
     """Everything except the inputs that decides the stored numbers and files.
 
-    An output folder alone has a ``layout``, parts of ``part_size`` inputs, and a limit:
-    ``stop_after`` consecutive failures stop its job (0: never). ``size`` is (height, width) in
-    pixels.
+    An output folder alone has a ``layout``, parts of ``part_size`` inputs, a ``shard`` that says
+    which parts this run writes, and a limit: ``stop_after`` consecutive failures among them stop
+    the run (0: never). ``size`` is (height, width) in pixels.
+
+    Raises InputError if one shard of several asks to ``overwrite``, which deletes all parts.
     """
 
     layout: Layout = "parquet"
@@ -34,6 +37,14 @@ class EmbedOptions:
     normalize: bool = False
     stop_after: int = 100
     overwrite: bool = False
+    shard: Shard = WHOLE
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.shard.count > 1:
+            raise InputError(
+                f"overwrite: got it with shard {self.shard}, which must not delete the parts of "
+                "other shards; delete the folder yourself, then start the shards without it"
+            )
 
 
 @dataclass(frozen=True, slots=True)

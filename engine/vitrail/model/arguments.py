@@ -27,16 +27,19 @@ Resize = Literal["host", "device"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_device(device: str | torch.device, name: str = "device") -> torch.device:
+def check_device(device: str | int | torch.device, name: str = "device") -> torch.device:
     """The device that the argument ``name`` asks for; "auto" is CUDA if there is a GPU.
 
-    Raises InputError for another kind of device, and for a GPU that PyTorch does not find.
+    As in PyTorch, the number N means "cuda:N". Raises InputError for another kind of device, and
+    for a GPU that PyTorch does not find.
     """
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refusal = InputError(f"{name}: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    refusal = InputError(
+        f"{name}: got {device!r}, wanted 'auto', 'cpu', 'cuda', or 'cuda:N' for GPU N, from 0"
+    )
     try:
-        checked = torch.device(device)
+        checked = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except (RuntimeError, TypeError) as error:
         raise refusal from error
     if checked.type not in ("cpu", "cuda"):
@@ -47,7 +50,8 @@ def check_device(device: str | torch.device, name: str = "device") -> torch.devi
             reason = why_no_cuda() or f"PyTorch finds {count} CUDA devices"
             raise InputError(f"{name}: got {device!r}, but {reason}")
         cuda_capability(checked)
-    return checked
+        return checked
+    return torch.device("cpu")  # PyTorch takes a number here too, which means nothing
 
 
 INT8 = "int8"

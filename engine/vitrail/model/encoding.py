@@ -86,7 +86,7 @@ class EncodingCalls:
         batch_size: int | None = ...,
         size: Size | None = ...,
         on_error: Literal["raise"] = ...,
-        output_device: str | torch.device = ...,
+        output_device: str | int | torch.device = ...,
     ) -> Tensor: ...
 
     @overload
@@ -98,7 +98,7 @@ class EncodingCalls:
         batch_size: int | None = ...,
         size: Size | None = ...,
         on_error: Literal["skip"],
-        output_device: str | torch.device = ...,
+        output_device: str | int | torch.device = ...,
     ) -> EncodeResult: ...
 
     @default_modes()
@@ -110,7 +110,7 @@ class EncodingCalls:
         batch_size: int | None = None,
         size: Size | None = None,
         on_error: OnError = "raise",
-        output_device: str | torch.device = "cpu",
+        output_device: str | int | torch.device = "cpu",
     ) -> Tensor | EncodeResult:
         """Images to embeddings (N, D) float32. A single image gives (1, D), an empty list (0, D).
 
@@ -144,7 +144,7 @@ class EncodingCalls:
         normalize: bool = False,
         batch_size: int | None = None,
         overflow: Overflow = "error",
-        output_device: str | torch.device = "cpu",
+        output_device: str | int | torch.device = "cpu",
     ) -> Tensor:
         """Texts to embeddings (N, D) float32. A single text gives (1, D), an empty list (0, D).
 

@@ -46,7 +46,7 @@ class LoadedCheckpoint(NamedTuple):
 def load(
     path_or_id: str | os.PathLike[str],
     *,
-    device: str | torch.device = "auto",
+    device: str | int | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
@@ -60,7 +60,7 @@ def load(
     A hub id is, for example, ``laion/CLIP-ViT-B-32-laion2B-s34B-b79K``. A folder is read without
     network access.
 
-    ``device``: such as "cpu" or "cuda:1"; "auto" is CUDA if there is a GPU, else the CPU.
+    ``device``: such as "cpu", "cuda:1" or 1; "auto" is CUDA if there is a GPU, else the CPU.
     ``dtype``: "float32", "float16", "bfloat16", a shorter name such as "bf16" or "half", or the
     torch.dtype; "auto" is float32 on the CPU and float16 on CUDA. An exported folder has its own.
     A folder that ``vitrail quantize`` wrote takes "auto" or "int8" alone: its other weights and its

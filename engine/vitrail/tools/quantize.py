@@ -137,7 +137,7 @@ def quantize_model(
     keep_fp16: Sequence[str] = (),
     min_centered: float = GOOD,
     overwrite: bool = False,
-    device: str | torch.device = "auto",
+    device: str | int | torch.device = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
     progress: Progress = lambda _: nullcontext(lambda _: None),
