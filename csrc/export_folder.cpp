@@ -13,10 +13,15 @@
 #include <system_error>
 #include <thread>
 
+#include "numbers.hpp"
+
 namespace vitrail {
 
 namespace {
 
+constexpr std::string_view kMagic = "vitrail export\n";
+constexpr std::string_view kUnnumbered = "vitrail export 2\n";  // before heads had the two numbers
+constexpr uint32_t kUnnumberedGrammar = 2;
 constexpr size_t kMaxThreads = 16;
 constexpr uint64_t kMaxRecordBytes = uint64_t{64} << 20;
 constexpr uint64_t kMaxFiles = 1 << 20;
@@ -144,30 +149,44 @@ Build read_build(Reader& in) {
     return build;
 }
 
+// The head of a record, whose layout never changes: vitrail/exported/head.py describes it.
+// Throws FormatError for a folder of other numbers. `numbered`: whether the head has them.
+void read_head(Reader& in, bool numbered) {
+    const Digest digest = read_digest(in);
+    const std::string_view rest = in.rest();
+    in.want(sha256(rest.data(), rest.size()) == digest, "bytes that do not match their digest");
+    const auto grammar = numbered ? in.number<uint32_t>() : kUnnumberedGrammar;
+    const auto abi = numbered ? in.number<uint32_t>() : 0;
+    const std::string version = in.string();
+    if (grammar == kPlanGrammar && abi == kKernelAbi) return;
+    const auto say = [](uint32_t grammar_number, const std::string& abi_number) {
+        return "plan grammar " + std::to_string(grammar_number) + " and " + abi_number;
+    };
+    const std::string theirs = numbered ? "kernel ABI " + std::to_string(abi) : "no kernel ABI";
+    in.fail("got " + say(grammar, theirs) + ", exported by Vitrail " + version + ", wanted " +
+            say(kPlanGrammar, "kernel ABI " + std::to_string(kKernelAbi)) + ", which Vitrail " +
+            VITRAIL_VERSION + " reads: export the checkpoint again with it, or load the folder " +
+            "with a version that has the folder's two numbers");
+}
+
 std::string arch_name(uint32_t arch) { return "sm_" + std::to_string(arch); }
 
 }  // namespace
 
 // -- the record ----------------------------------------------------------------------------------
 
-ExportFolder::ExportFolder(std::string folder, const std::string& version)
-    : path(std::move(folder)) {
+ExportFolder::ExportFolder(std::string folder) : path(std::move(folder)) {
     struct stat status{};
     if (stat(path.c_str(), &status) != 0) refuse_errno(path);
     if (!S_ISDIR(status.st_mode)) refuse(path, "got a file, wanted an exported folder");
     const std::string name = path + "/model.vitrail", bytes = read_file(name);
-    Reader in(bytes, name, kExportMagic);
-    parse(in, version);
+    const bool numbered = bytes.compare(0, kUnnumbered.size(), kUnnumbered) != 0;
+    Reader in(bytes, name, numbered ? kMagic : kUnnumbered);
+    read_head(in, numbered);
+    parse(in);
 }
 
-void ExportFolder::parse(Reader& in, const std::string& version) {
-    const Digest digest = read_digest(in);
-    const std::string_view rest = in.rest();
-    in.want(sha256(rest.data(), rest.size()) == digest, "bytes that do not match their digest");
-    const std::string exporter = in.string();
-    if (exporter != version) {
-        in.fail("got an export by Vitrail " + exporter + ", wanted one by " + version);
-    }
+void ExportFolder::parse(Reader& in) {
     const std::string summary = path + "/vitrail.json";  // written last: the export is complete
     if (read_file(summary) != in.bytes()) {
         refuse(summary, "got other bytes than the copy in model.vitrail");

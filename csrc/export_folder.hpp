@@ -14,7 +14,6 @@
 
 namespace vitrail {
 
-constexpr std::string_view kExportMagic = "vitrail export 2\n";
 constexpr size_t kChunkBytes = size_t{4} << 20;  // a thread hashes a chunk of a file at a time
 
 struct File {
@@ -55,8 +54,8 @@ struct Build {
 class ExportFolder {
   public:
     // Reads and checks the record; plans, kernels and weights are read later. Throws FormatError
-    // unless Vitrail `version` exported the folder.
-    ExportFolder(std::string path, const std::string& version);
+    // for a damaged folder, and for one of other numbers than numbers.hpp has.
+    explicit ExportFolder(std::string path);
 
     // Throws FormatError, naming the exported architectures, if `arch` is none of them.
     const Build& build(uint32_t arch) const;
@@ -86,7 +85,7 @@ class ExportFolder {
     std::vector<Build> builds;
 
   private:
-    void parse(Reader& in, const std::string& version);
+    void parse(Reader& in);
     void check(const Reader& in) const;
 };
 

@@ -68,7 +68,7 @@ Endpoint::Layout Endpoint::layout(const Sizes& sizes) const {
 }
 
 Model::Model(const std::string& folder, const char* driver, int ordinal)
-    : folder_(folder, VITRAIL_VERSION), gpu_(open_gpu(driver, ordinal)) {
+    : folder_(folder), gpu_(open_gpu(driver, ordinal)) {
     const auto [major, minor] = gpu_->info().capability;
     arch_ = static_cast<uint32_t>(10 * major + minor);
     const Build& build = folder_.build(arch_);

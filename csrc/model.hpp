@@ -64,8 +64,8 @@ struct Endpoint {
 class Model {
   public:
     // `driver`: path of the driver's library, or null for libcuda.so.1. Throws NoDevice,
-    // DriverError, or FormatError unless this version exported the folder for this device's
-    // architecture.
+    // DriverError, or FormatError unless the folder has this version's numbers (numbers.hpp) and an
+    // export for this device's architecture.
     Model(const std::string& folder, const char* driver, int ordinal);
 
     const ExportFolder& folder() const { return folder_; }

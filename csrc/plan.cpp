@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <map>
 
+#include "numbers.hpp"
+
 namespace vitrail {
 
 namespace {
@@ -141,7 +143,7 @@ void number_buffers(const Reader& in, Plan& plan) {
 }  // namespace
 
 Plan Plan::parse(std::string_view bytes) {
-    Reader in(bytes, "plan", kPlanMagic);
+    Reader in(bytes, "plan", magic("plan"));
     Plan plan;
     plan.name = in.string();
     in.read(plan.weight_bytes);
@@ -155,7 +157,7 @@ Plan Plan::parse(std::string_view bytes) {
 }
 
 KernelBinary KernelBinary::parse(std::string_view bytes) {
-    Reader in(bytes, "kernel binary", kKernelMagic);
+    Reader in(bytes, "kernel binary", magic("kernel"));
     KernelBinary binary;
     binary.key = in.string();
     binary.function = in.string();

@@ -13,9 +13,6 @@
 
 namespace vitrail {
 
-constexpr std::string_view kPlanMagic = "vitrail plan 2\n";
-constexpr std::string_view kKernelMagic = "vitrail kernel 2\n";
-
 constexpr uint64_t kAlignment = 256;  // bytes; of every buffer in the memory of a call
 
 template <typename Number>

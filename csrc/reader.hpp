@@ -11,7 +11,7 @@
 
 namespace vitrail {
 
-// The bytes of a file are damaged, or were written by another version.
+// The bytes of a file are damaged, or have another plan grammar or kernel ABI.
 class FormatError : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;

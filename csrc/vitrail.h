@@ -31,7 +31,7 @@ extern "C" {
 typedef enum vitrail_status {
     VITRAIL_OK = 0,
     VITRAIL_INVALID = 1,       /* an argument is wrong */
-    VITRAIL_BAD_FOLDER = 2,    /* not an export, damaged, or for another version or device */
+    VITRAIL_BAD_FOLDER = 2,    /* not an export, damaged, of other numbers, or for another device */
     VITRAIL_NO_DEVICE = 3,     /* no NVIDIA driver, or no such device */
     VITRAIL_DEVICE = 4,        /* the driver failed; if the device is lost, all later calls fail */
     VITRAIL_OUT_OF_MEMORY = 5, /* the weights, or even one item, do not fit into memory */
@@ -67,7 +67,9 @@ typedef struct vitrail_facts {
                                  Model.fingerprint: equal fingerprints mean equal results */
 } vitrail_facts;
 
-/* The version of this library. It refuses folders that another version exported. */
+/* The version of this library. It loads folders that any version exported, if their plan grammar
+ * and their kernel ABI are its own; vitrail.json has these two numbers of a folder. A folder keeps
+ * its fingerprint. */
 VITRAIL_API const char* vitrail_version(void);
 
 /* The message of this thread's latest failure: what was got, what was wanted, and where. The string

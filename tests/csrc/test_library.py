@@ -24,6 +24,7 @@ import export_folder
 import standin
 from vitrail._version import __version__
 from vitrail.exported.digest import hash_file
+from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR, magic
 from vitrail_kernels.launch import MISSING, interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/native"
 OK, INVALID, BAD_FOLDER, NO_DEVICE, DEVICE, OUT_OF_MEMORY, NOT_FINITE = range(7)
 RECORD, SUMMARY, WEIGHTS = "model.vitrail", "vitrail.json", "weights.safetensors"
-MAGIC = b"vitrail export 2\n"
+MAGIC = b"vitrail export\n"
 BODY = len(MAGIC) + 32  # after the digest
 
 
@@ -482,8 +483,7 @@ def test_a_missing_or_changed_summary_is_refused(library: Library, copied: Path)
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (MAGIC, b"vitrail export 3\n", "wanted vitrail export 2"),
-        (text(__version__), text("0.0.0"), "got an export by Vitrail 0.0.0, wanted one by"),
+        (MAGIC, b"vitrail expert\n", "got other first bytes, wanted vitrail export"),
         (
             text("sm_90/text.plan"),
             text("../90/text.plan"),
@@ -504,6 +504,56 @@ def test_a_record_that_says_something_else_is_refused(
 ) -> None:
     sign(copied, RECORD, lambda record: replace(record, old, new))
     assert words in library.refuses(copied)
+
+
+OWN = struct.pack("<II", PLAN_GRAMMAR, KERNEL_ABI)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "abi"),
+    [(PLAN_GRAMMAR + 1, KERNEL_ABI), (PLAN_GRAMMAR, KERNEL_ABI + 1), (0, 2**32 - 1)],
+)
+def test_a_folder_of_other_numbers_is_refused_naming_all_four(
+    library: Library, copied: Path, grammar: int, abi: int
+) -> None:
+    head = struct.pack("<II", grammar, abi) + text("9.9")
+    sign(copied, RECORD, lambda record: replace(record, OWN + text(__version__), head))
+    assert (
+        f"{RECORD}: got plan grammar {grammar} and kernel ABI {abi}, exported by Vitrail 9.9, "
+        f"wanted plan grammar {PLAN_GRAMMAR} and kernel ABI {KERNEL_ABI}, which Vitrail "
+        f"{__version__} reads: export the checkpoint again"
+    ) in library.refuses(copied)
+
+
+def test_a_folder_from_before_the_two_numbers_is_refused_alike(
+    library: Library, copied: Path
+) -> None:
+    body = text("0.1.0.dev0") + (copied / RECORD).read_bytes()[BODY:]
+    (copied / RECORD).write_bytes(b"vitrail export 2\n" + hashlib.sha256(body).digest() + body)
+    assert (
+        f"got plan grammar 2 and no kernel ABI, exported by Vitrail 0.1.0.dev0, wanted plan "
+        f"grammar {PLAN_GRAMMAR} and kernel ABI {KERNEL_ABI}"
+    ) in library.refuses(copied)
+
+
+def test_a_folder_that_another_version_exported_loads(library: Library, copied: Path) -> None:
+    exported_by(copied, "0.0.1")
+    code, model = library.load(copied)
+    assert code == OK, library.error
+    facts = Facts()
+    assert library.c.vitrail_model_facts(model, ctypes.byref(facts)) == OK
+    assert facts.fingerprint.decode() == fingerprints(copied)["90"]
+    library.free(model)
+
+
+def exported_by(folder: Path, version: str) -> None:
+    """Sets the version that exported the folder, in the record and in its summary."""
+    summary = (folder / SUMMARY).read_text()
+    changed = summary.replace(f'"version": "{__version__}"', f'"version": "{version}"')
+    assert changed != summary
+    (folder / SUMMARY).write_text(changed)
+    sign(folder, RECORD, lambda record: replace(record, text(summary), text(changed)))
+    sign(folder, RECORD, lambda record: replace(record, text(__version__), text(version)))
 
 
 def test_bytes_after_the_record_are_refused(library: Library, copied: Path) -> None:
@@ -563,7 +613,7 @@ def test_weights_whose_header_ends_elsewhere_are_refused(library: Library, copie
 
 def test_a_plan_over_other_weights_is_refused(library: Library, copied: Path) -> None:
     name = "sm_90/text.plan"
-    at = len(b"vitrail plan 2\n") + len(text("text.pooled"))
+    at = len(magic("plan")) + len(text("text.pooled"))
     sign(copied, name, lambda raw: raw[:at] + b"\1" + raw[at + 1 :])
     assert "bytes of weights" in library.refuses(copied)
 
@@ -571,7 +621,7 @@ def test_a_plan_over_other_weights_is_refused(library: Library, copied: Path) ->
 def test_a_kernel_for_another_architecture_is_refused(library: Library, copied: Path) -> None:
     path = a_file(copied, "*.kernel")
     raw = path.read_bytes()
-    at = len(b"vitrail kernel 2\n")
+    at = len(magic("kernel"))
     for _ in range(2):  # after the key and the function's name
         at += 8 + int.from_bytes(raw[at : at + 8], "little")
     name = str(path.relative_to(copied))

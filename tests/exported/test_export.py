@@ -40,6 +40,7 @@ from vitrail.model.loading import read_model
 from vitrail.model.model import Model
 from vitrail.plan.kernel_binary import compile_binary
 from vitrail.plan.lowering import lower
+from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR
 from vitrail.runtime import native
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.torch_runner import TorchRunner
@@ -84,7 +85,11 @@ CPU = torch.device("cpu")
 KINDS: Any = ("scale", "clip")
 Listing = Callable[[list[tuple[str, int, bytes]]], list[tuple[str, int, bytes]]]
 BUILD = {"runner": "x", "fingerprint": "x"}
-MAGIC = {kind: f"vitrail {kind} 2\n".encode() for kind in ("plan", "kernel", "export")}
+MAGIC = {
+    kind: f"vitrail {kind} {PLAN_GRAMMAR}.{KERNEL_ABI}\n".encode() for kind in ("plan", "kernel")
+}
+MAGIC["export"] = b"vitrail export\n"
+BODY = len(MAGIC["export"]) + 32  # after the digest
 RECORD = "model.vitrail"
 
 
@@ -235,8 +240,9 @@ class Record:
 
     def __init__(self, raw: bytes) -> None:
         self.raw, self.at = raw, 0
-        assert self.take(17) == MAGIC["export"]
-        assert self.take(32) == hashlib.sha256(raw[49:]).digest()
+        assert self.take(len(MAGIC["export"])) == MAGIC["export"]
+        assert self.take(32) == hashlib.sha256(raw[BODY:]).digest()
+        self.numbers_of_format = self.numbers("<II")
         self.version, self.summary = self.string(), self.string()
         start = self.at
         self.files = [
@@ -323,6 +329,8 @@ def test_the_record_says_for_cpp_what_the_summary_says(whole: Path) -> None:
     files, model, record = contents(whole), vitrail.load(whole, device="cpu"), record_of(whole)
     summary = json.loads(record.summary)
     assert record.version == summary["version"] == vitrail.__version__
+    assert record.numbers_of_format == (summary["plan_grammar"], summary["kernel_abi"])
+    assert record.numbers_of_format == (PLAN_GRAMMAR, KERNEL_ABI)
     names = [name for name, _, _ in record.files]
     spec = model.spec
     assert spec.vision is not None
@@ -346,8 +354,8 @@ def test_the_record_says_for_cpp_what_the_summary_says(whole: Path) -> None:
         launched |= {key.decode() for key in re.findall(rb"[0-9a-f]{64}", raw)}
     assert keys == launched
     for number in kernels:
-        head, key = files[names[number]][:17], files[names[number]][25:89].decode()
-        assert (head, f"sm_90/{key}.kernel") == (MAGIC["kernel"], names[number])
+        raw = files[names[number]].removeprefix(MAGIC["kernel"])
+        assert f"sm_90/{raw[8:72].decode()}.kernel" == names[number]
 
 
 def test_the_arena_is_the_packed_weights_and_then_the_tables(clip: Path, whole: Path) -> None:
@@ -706,7 +714,7 @@ def rewrite(folder: Path, files: Listing = list, **changes: Any) -> None:
     listing = struct.pack("<I", len(listed)) + b"".join(
         sized(name) + struct.pack("<Q", nbytes) + digest for name, nbytes, digest in listed
     )
-    body = record.raw[49:].replace(sized(record.summary), sized(summary), 1)
+    body = record.raw[BODY:].replace(sized(record.summary), sized(summary), 1)
     (folder / RECORD).write_bytes(signed(body.replace(record.listing, listing, 1)))
     (folder / "vitrail.json").write_text(summary)
 
@@ -724,7 +732,7 @@ def test_a_summary_that_says_the_same_in_other_bytes_is_refused(copy: Path) -> N
         path.write_bytes(other)
         refused(copy, "vitrail.json: got other bytes than model.vitrail has")
         record = record_of(copy)
-        body = record.raw[49:].replace(raw, other, 1)
+        body = record.raw[BODY:].replace(raw, other, 1)
         (copy / RECORD).write_bytes(signed(body))
         refused(copy, "model.vitrail: got parts that contradict each other")
         (copy / RECORD).write_bytes(record.raw)
@@ -739,6 +747,8 @@ def test_a_rewritten_record_is_itself_no_damage(copy: Path) -> None:
     ("changes", "said"),
     {
         "version": ({"version": "0.0.1"}, "contradict each other"),
+        "grammar": ({"plan_grammar": PLAN_GRAMMAR + 1}, "contradict each other"),
+        "ABI": ({"kernel_abi": KERNEL_ABI + 1}, "contradict each other"),
         "no such field": ({"color": 1}, "other fields"),
         "type": ({"logit_scale": "100"}, "logit_scale: got '100'"),
         "dtype": ({"dtype": "float32"}, "dtype: got 'float32', wanted one of"),
@@ -789,8 +799,8 @@ def test_a_record_that_claims_something_else_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (MAGIC["export"], b"vitrail export 3\n", "first bytes: got b'vitrail export 3"),
-        (sized(vitrail.__version__), sized("0.0.1"), "version: got '0.0.1', wanted this one's"),
+        (MAGIC["export"], b"vitrail expert\n", "first bytes: got b'vitrail expert"),
+        (sized(vitrail.__version__), sized("0.0.1"), "contradict"),
         (
             struct.pack("<3I", 32, 32, 3),
             struct.pack("<3I", 32, 24, 3),
@@ -803,14 +813,18 @@ def test_what_only_cpp_uses_is_checked_too(copy: Path, old: bytes, new: bytes, s
     raw = (copy / RECORD).read_bytes()
     assert raw.count(old) == 1
     changed = raw.replace(old, new)
-    (copy / RECORD).write_bytes(changed[:17] + hashlib.sha256(changed[49:]).digest() + changed[49:])
+    digest = hashlib.sha256(changed[BODY:]).digest()
+    (copy / RECORD).write_bytes(changed[: BODY - 32] + digest + changed[BODY:])
     refused(copy, rf"model\.vitrail: .*{said}|model\.vitrail: {said}")
 
 
 def test_a_record_that_ends_early_is_refused_under_its_own_digest(copy: Path) -> None:
-    body = (copy / RECORD).read_bytes()[49:]
+    body = (copy / RECORD).read_bytes()[BODY:]
     shorter = [body[:stop] for stop in (0, 5, 8, 20, len(body) - 1)]
-    for other in (*shorter, b"\xff" * 8 + body[8:]):  # and a string longer than any memory
+    for other in (
+        *shorter,
+        body[:8] + b"\xff" * 8 + body[16:],
+    ):  # and a string longer than any memory
         (copy / RECORD).write_bytes(signed(other))
         refused(copy, r"model\.vitrail: got .*(which end early|contradict each other)")
 

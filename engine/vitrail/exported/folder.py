@@ -23,7 +23,8 @@ from vitrail.checkpoint.strict_json import read_json
 from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 from vitrail.exported import contents
 from vitrail.exported.digest import hash_file
-from vitrail.exported.format import AGAIN, RECORD, ExportRecord, decode_record
+from vitrail.exported.format import RECORD, ExportRecord, decode_record
+from vitrail.exported.head import AGAIN
 from vitrail.plan.lowering import NativePlan
 from vitrail.plan.plan import Plan
 from vitrail.spec import ModelSpec

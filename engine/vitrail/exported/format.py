@@ -9,8 +9,8 @@
 
 The record, in the encoding of `vitrail.plan.record` (csrc/export_folder.cpp reads it too):
 
-    magic("export")       then the SHA-256 of all that follows
-    version, summary      strings; the summary is JSON, for Python alone
+    head                  see `vitrail.exported.head`: digest, two numbers, version
+    summary               a string: JSON, for Python alone
     files                 a list: path, bytes (uint64), digest (32 bytes)
     weights               number of the weights file, the arena's offset and bytes, bytes of weights
     vision, text          a byte 0, or a byte 1 and the sizes, labels and scores of the tower
@@ -21,7 +21,6 @@ The record, in the encoding of `vitrail.plan.record` (csrc/export_folder.cpp rea
 Digests reveal damage, not forgery: kernels are code, so trust a folder as you trust a program.
 """
 
-import hashlib
 import json
 import re
 import struct
@@ -31,20 +30,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitrail._version import __version__
 from vitrail.checkpoint.strict_json import parse_json
 from vitrail.dtypes import HALVES, dtype_name, named_dtype
 from vitrail.errors import CheckpointError, refusal, show
 from vitrail.exported import contents
 from vitrail.exported.digest import FileEntry
-from vitrail.plan.record import RecordReader, items, magic, string
+from vitrail.exported.head import AGAIN, encode_record, read_head
+from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR, items, string
 from vitrail.spec import MAX_IMAGE_SIDE, ModelSpec
 from vitrail.weights.layout import arena_bytes
 
 RECORD = "model.vitrail"
-AGAIN = "damaged; export it again"
 
 _SUMMARY_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "plan_grammar": int,
+    "kernel_abi": int,
     "version": str,
     "source": str,
     "revision": (str, type(None)),
@@ -76,11 +76,13 @@ class Build(NamedTuple):
 class ExportRecord:
     """The record of an exported folder.
 
-    ``source``, ``revision``: the checkpoint that was exported. ``size``: (height, width) of images;
-    None without an image tower. ``weights_hash``: see `vitrail.weights.loader.hash_weights`.
-    ``files``: every file but the record itself and vitrail.json, by path.
+    ``version`` of Vitrail, which exported it. ``source``, ``revision``: the checkpoint that was
+    exported. ``size``: (height, width) of images; None without an image tower. ``weights_hash``:
+    see `vitrail.weights.loader.hash_weights`. ``files``: every file but the record itself and
+    vitrail.json, by path.
     """
 
+    version: str
     source: str
     revision: str | None
     spec: ModelSpec
@@ -94,7 +96,9 @@ class ExportRecord:
     def summary(self) -> bytes:
         """The text of vitrail.json."""
         content = {
-            "version": __version__,
+            "plan_grammar": PLAN_GRAMMAR,
+            "kernel_abi": KERNEL_ABI,
+            "version": self.version,
             "source": self.source,
             "revision": self.revision,
             "spec": self.spec.to_dict(),
@@ -116,15 +120,14 @@ class ExportRecord:
         tables, total = contents.position_tables(self.spec, self.dtype, self.size)
         arena = len(contents.weights_header(total)), total, arena_bytes(self.spec, self.dtype)
         body = (
-            string(__version__)
-            + string(self.summary())
+            string(self.summary())
             + items(files)
             + struct.pack("<IQQQ", numbers[contents.WEIGHTS], *arena)
             + _vision(self.spec, self.size)
             + _text(self.spec)
             + items(list(self._builds(numbers, tables)))
         )
-        return magic("export") + hashlib.sha256(body).digest() + body
+        return encode_record(self.version, body)
 
     def _builds(
         self, numbers: Mapping[str, int], tables: Mapping[str, tuple[int, int]]
@@ -167,21 +170,12 @@ def _text(spec: ModelSpec) -> bytes:
 def decode_record(raw: bytes, location: str) -> ExportRecord:
     """The record in ``raw``. Messages begin with ``location``.
 
-    Raises CheckpointError if the record is damaged or has another format or version, if it lists a
-    file that no export has, or if it lacks a file that every export has.
+    Raises CheckpointError if the record is damaged or has another plan grammar or kernel ABI, if it
+    lists a file that no export has, or if it lacks a file that every export has.
     """
-    head = magic("export")
-    if not raw.startswith(head):
-        raise refusal(f"{location}: first bytes", show(raw[: len(head)]), show(head))
-    digest, body = raw[len(head) :][:32], raw[len(head) + 32 :]
-    if hashlib.sha256(body).digest() != digest:
-        raise refusal(location, "bytes that do not match their digest", f"them to match: {AGAIN}")
-    reader = RecordReader(body, b"")
+    version, reader = read_head(raw, location)
     try:
-        version, summary = reader.string().decode(), reader.string()
-        if version != __version__:
-            expected = f"this one's, {__version__}; export it again"
-            raise refusal(f"{location}: version", show(version), expected)
+        summary = reader.string()
         files = dict(
             reader.items(lambda: (reader.string().decode(), FileEntry(*reader.numbers("Q32s"))))
         )
@@ -189,7 +183,7 @@ def decode_record(raw: bytes, location: str) -> ExportRecord:
         raise refusal(location, str(error), f"a whole record: {AGAIN}") from None
     record = _record(parse_json(summary, location), files, location)
     _check_files(record, f"{location}: files")
-    if record.encode() != raw:
+    if record.version != version or record.encode() != raw:
         raise refusal(location, "parts that contradict each other", f"one model: {AGAIN}")
     return record
 
@@ -208,6 +202,7 @@ def _record(content: dict[str, Any], files: dict[str, FileEntry], location: str)
     if content["dtype"] not in HALVES:
         raise refusal(f"{location}: dtype", show(content["dtype"]), f"one of {HALVES}")
     return ExportRecord(
+        content["version"],
         content["source"],
         content["revision"],
         spec,

@@ -5,7 +5,6 @@ import json
 
 import torch
 
-from vitrail._version import __version__
 from vitrail.checkpoint.contents import TOKENIZER_FILES
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.image.decoding import SixteenBit
@@ -18,9 +17,15 @@ def fingerprint(
     weights: str,
     dtype: torch.dtype,
     runner: str,
+    version: str,
     sixteen_bit: SixteenBit = "scale",
 ) -> str:
-    """See `Model.fingerprint`. ``weights``: their hash; ``runner``: `Runner.identity`."""
+    """See `Model.fingerprint`.
+
+    ``weights``: their hash; ``runner``, ``version``: `Runner.identity` and `Runner.version`. An
+    exported folder keeps its fingerprint in later versions of Vitrail, so another formula needs
+    another `vitrail.plan.record.PLAN_GRAMMAR`.
+    """
     tokenizer = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name in TOKENIZER_FILES
@@ -33,6 +38,6 @@ def fingerprint(
         "sixteen_bit": sixteen_bit,
         "dtype": str(dtype),
         "runner": runner,
-        "version": __version__,
+        "version": version,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

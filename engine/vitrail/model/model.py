@@ -58,9 +58,9 @@ class Model(EncodingCalls, ModuleAdvice):
         self.precision = "int8" if spec.int8 else dtype_name(runner.dtype)
         self.weight_bytes = runner.weights.arena.numel()
         self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
-        identity = runner.identity
+        identity, version = runner.identity, runner.version
         self._make_fingerprint: Callable[[], str] = lambda: fingerprint(
-            checkpoint, spec, hash_weights(), runner.dtype, identity, sixteen_bit
+            checkpoint, spec, hash_weights(), runner.dtype, identity, version, sixteen_bit
         )
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
         self._text = TextTower(spec.text, runner) if spec.text else None
@@ -88,8 +88,10 @@ class Model(EncodingCalls, ModuleAdvice):
         """64 hex digits: models with equal fingerprints give the same bits.
 
         A hash of the weights, the spec with its preprocessing, the tokenizer files, the dtype, the
-        backend and the version. The first use reads all weights. Raises CheckpointError if the
-        files have changed since loading.
+        backend and the version of Vitrail. The version is this one; for an exported folder on the
+        native backend, whose own plans and kernels compute, it is the version that exported. So
+        such a folder keeps its fingerprint in later versions, as in C++. The first use reads all
+        weights. Raises CheckpointError if the files have changed since loading.
         """
         return self._make_fingerprint()
 

@@ -1,7 +1,10 @@
 """The encoding of records that Python writes and C++ reads (csrc/reader.hpp).
 
-A record begins with `magic`. Numbers are little-endian. Byte strings and lists begin with their
-length.
+Numbers are little-endian. Byte strings and lists begin with their length. Plans and kernel binaries
+begin with `magic`; an exported record has a head of its own (`vitrail.exported.head`).
+
+An exported folder loads in every version of Vitrail that has the folder's two numbers below.
+csrc/numbers.hpp has the same two. CONTRIBUTING.md ("The two numbers") says when to raise them.
 """
 
 import struct
@@ -9,12 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-FORMAT = 2
+
+PLAN_GRAMMAR = 3
+"""How records, plans and the files of an exported folder are encoded, and what they mean.
+
+Preprocessing, tokenization and the fingerprint are part of it: a folder that is read or computed
+differently than the version that wrote it did needs another number.
+"""
+KERNEL_ABI = 1
+"""The conventions between plans and kernel binaries: parameters, tensor maps, launch attributes."""
 
 
 def magic(kind: str) -> bytes:
-    """The first bytes of a record: ``kind`` is "plan", "kernel" or "export"."""
-    return f"vitrail {kind} {FORMAT}\n".encode()
+    """The first bytes of a record: ``kind`` is "plan" or "kernel"."""
+    return f"vitrail {kind} {PLAN_GRAMMAR}.{KERNEL_ABI}\n".encode()
 
 
 def string(text: str | bytes) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitrail._version import __version__
 from vitrail.cuda import NEW_PROCESS
 from vitrail.errors import (
     CheckpointError,
@@ -84,7 +85,8 @@ class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
     ``driver``: the NVIDIA driver's library. ``exported``: a folder whose plans, kernels and
-    position tables are used; anything else is compiled, which needs triton. Raises RuntimeError if
+    position tables are used. Anything else is compiled, which needs triton, and the version of
+    Vitrail that exported the folder: another version refuses it. Raises RuntimeError if
     the extension is missing, DeviceError if the driver refuses the GPU.
     """
 
@@ -111,6 +113,7 @@ class NativeRunner(TritonRunner):
         self._exported = exported if exported is not None and arch in exported.builds else None
         self._tables: dict[str, Tensor] = {}
         if self._exported is not None:
+            self.version = self._exported.record.version
             if self.target.without_tma and WITHOUT_TMA not in self._exported.builds[arch]:
                 raise InputError(
                     f"{TMA}=0: got {self._exported.folder}, whose kernels for sm_{arch} use TMA; "
@@ -159,7 +162,9 @@ class NativeRunner(TritonRunner):
         if self._exported is None:
             return super().identity
         exported = self._exported.builds[self.target.arch]
-        compiled = exported if NO_TRITON is not None else super().identity
+        if self._why_not_compiled(self._exported) is not None:
+            return exported
+        compiled = super().identity
         if compiled == exported:
             return exported
         return f"{exported}; plans that are not exported: {compiled}"
@@ -170,7 +175,7 @@ class NativeRunner(TritonRunner):
             size = self._exported.size
             if size is not None and grid == spec.grid_at(size) and pixel_format in self._tables:
                 return self._tables[pixel_format]
-            self._need_triton(self._exported, f"{grid[0]}x{grid[1]} patches")
+            self._want_compiler(self._exported, f"{grid[0]}x{grid[1]} patches")
         return super().position_table(spec, grid, pixel_format)
 
     def _compute_table(self, plan: Plan) -> Tensor:
@@ -289,15 +294,31 @@ class NativeRunner(TritonRunner):
             exported = self._exported.native_plan(self.target.arch, plan, pixels)
             if exported is not None:
                 return exported
-            self._need_triton(self._exported, plan.name)
+            self._want_compiler(self._exported, plan.name)
         return lower(plan, self.target, self.dtype, self.weights, pixels)
 
-    def _need_triton(self, exported: ExportFolder, subject: str) -> None:
-        if NO_TRITON is not None:
+    def _want_compiler(self, exported: ExportFolder, subject: str) -> None:
+        """Raises InputError if ``subject``, which was not exported, cannot be compiled."""
+        if (reason := self._why_not_compiled(exported)) is not None:
             raise InputError(
-                f"{exported.folder}: got a call of {subject}, which needs triton, and {NO_TRITON}; "
-                f"wanted what was exported: {exported.extent}"
+                f"{exported.folder}: got a call of {subject}, {reason}; wanted what was exported: "
+                f"{exported.extent}"
             )
+
+    def _why_not_compiled(self, exported: ExportFolder) -> str | None:
+        """Why no plan is compiled besides those of ``exported``; None if any plan is.
+
+        Kernels of another version would give other bits under the folder's fingerprint.
+        """
+        if NO_TRITON is not None:
+            return f"which needs triton, and {NO_TRITON}"
+        version = exported.record.version
+        if version == __version__:
+            return None
+        return (
+            f"which is not among the plans that Vitrail {version} exported, and this Vitrail "
+            f"{__version__} adds none to them: export the checkpoint again, or load it instead"
+        )
 
     def _input(self, buffer: Buffer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """``tensor`` as C++ takes it: contiguous, at an address that is a multiple of 16."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vitrail._version import __version__
 from vitrail.cuda import device_errors
 from vitrail.dtypes import named_dtype
 from vitrail.errors import OutOfMemoryError
@@ -23,10 +24,12 @@ class Runner(ABC):
     """Runs plans of a model on a device, from any number of threads at once.
 
     ``name``: the backend. ``identity``: everything besides the weights that the bits of a result
-    depend on. Raises OutOfMemoryError if the device has no room for the weights.
+    depend on. ``version``: of the Vitrail whose plans and kernels compute. Raises OutOfMemoryError
+    if the device has no room for the weights.
     """
 
     name: str
+    version = __version__
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
         if device.type == "cuda" and device.index is None:

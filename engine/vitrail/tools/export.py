@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from vitrail._version import __version__
 from vitrail.checkpoint.contents import EXPORT
 from vitrail.dtypes import HALVES, parse_dtype
 from vitrail.durable import check_replaceable, draft_folder, write_file, writing
@@ -210,11 +211,14 @@ class _Export:
         builds = {}
         for arch, target in self.targets.items():
             runner = self._identity(target)
-            digest = fingerprint(checkpoint, self.spec, weights_hash, self.dtype, runner)
+            digest = fingerprint(
+                checkpoint, self.spec, weights_hash, self.dtype, runner, __version__
+            )
             builds[arch] = Build(runner, digest)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         is_local = checkpoint.revision is None
         return ExportRecord(
+            version=__version__,
             # the name alone: the record holds no path of this machine
             source=checkpoint.folder.resolve().name if is_local else checkpoint.source,
             revision=checkpoint.revision,

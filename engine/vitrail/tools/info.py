@@ -10,6 +10,7 @@ from vitrail.dtypes import dtype_name
 from vitrail.exported.contents import WEIGHTS
 from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.int8.record import parse_record, read_record
+from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
@@ -57,8 +58,11 @@ def read(
         read_record(checkpoint)  # refuses a damaged record
         facts["int8"] = {key: value for key, value in checkpoint.int8.items() if key != "spec"}
     if exported is not None:
-        architectures = exported.architectures
-        facts["exported"] = f"from {exported.record.source} for {architectures}: {exported.extent}"
+        record = exported.record
+        facts["exported"] = (
+            f"from {record.source} for {exported.architectures}: {exported.extent}; by Vitrail "
+            f"{record.version}, plan grammar {PLAN_GRAMMAR}, kernel ABI {KERNEL_ABI}"
+        )
     return spec, facts
 
 
