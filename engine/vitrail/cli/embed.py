@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitrail.cli import console, options
+from vitrail.cli import console, options, ranks
 
 if TYPE_CHECKING:
     from vitrail.jobs.rows import Summary
@@ -53,6 +53,15 @@ def embed(
         ),
     ] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old output.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Write every N-th part of an output folder that N processes or machines share, "
+            "K from 0 to N-1 (default: RANK/WORLD_SIZE, which torchrun sets; with Slurm: "
+            "--shard $SLURM_PROCID/$SLURM_NTASKS).",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -68,6 +77,10 @@ def embed(
     each input with its row or its error, and the .json file records the model and the settings. A
     .parquet file holds all of this, one row per image.
 
+    Shards write one folder together. Give all of them the same inputs, options and --out; any
+    number of shards, or none, may resume. Under torchrun, LOCAL_RANK chooses the GPU, and failed
+    images do not change the exit code, because torchrun would end the other shards.
+
     Exit codes: 0: all embedded; 3: some failed; 1: all failed, or an error; 130: interrupted.
     """
     from vitrail.jobs.embedder import ModelEmbedder
@@ -82,6 +95,7 @@ def embed(
         raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")
     if layout not in SUBFOLDERS:
         raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
+    chosen = ranks.choose_shard(shard)
     settings = EmbedOptions(
         layout=layout,
         precision="float16" if fp16_output else "float32",
@@ -91,19 +105,24 @@ def embed(
         normalize=normalize,
         stop_after=stop_after,
         overwrite=overwrite,
+        shard=chosen.shard,
     )
     name = options.require_model(model, "--model")
     one_file = bool(out.suffix) and not out.is_dir()
     if one_file:
-        check_file(out, overwrite)
+        check_file(out, overwrite, chosen.shard)
     else:
         check_folder(out)
     listing = find_images(inputs or [], lists or [])
     console.report_unread(listing.unread)
+    inputs_of_run = chosen.shard.inputs(len(listing.sources), part_size)
+    if chosen.shard.count > 1:
+        console.say(f"{chosen}: {inputs_of_run} of {len(listing.sources)} images")
+    device = ranks.choose_device(device)
     loaded = options.load(name, device, dtype, revision, local_files_only, resize_on)
     write = embed_to_file if one_file else embed_to_folder
     start = time.monotonic()
-    with console.progress(len(listing.sources)) as report:
+    with console.progress(inputs_of_run) as report:
         try:
             summary = write(ModelEmbedder(loaded), listing.sources, out, settings, report)
         except (KeyboardInterrupt, SystemExit):
@@ -112,16 +131,30 @@ def embed(
                     f"{len(read_manifest(out))} parts are committed; run the same command to resume"
                 )
             raise
-    _finish(summary, out, time.monotonic() - start, as_json, one_file)
+    seconds = time.monotonic() - start
+    _report(summary, out, seconds, as_json, one_file)
+    code = _exit_code(summary)
+    if code and chosen.launched:
+        console.say(f"exit code 0 instead of {code}, so that the launcher keeps the other shards")
+        return
+    if code:
+        raise typer.Exit(code)
 
 
-def _finish(summary: Summary, out: Path, seconds: float, as_json: bool, one_file: bool) -> None:
-    """Prints the result, and exits with the code for failed inputs."""
+def _report(summary: Summary, out: Path, seconds: float, as_json: bool, one_file: bool) -> None:
+    from vitrail.jobs.folder import FolderSummary
+
     console.report_failures(summary.failed, summary.inputs, summary.reasons)
     console.say(f"{summary} in {seconds:.1f} s")
-    all_failed = summary.failed == summary.inputs
-    if as_json or not (one_file and all_failed):
+    if isinstance(summary, FolderSummary) and summary.shard.count > 1:
+        console.say(summary.job_state)
+    if as_json or not (one_file and _exit_code(summary) == 1):
         facts = {"out": str(out), **summary.to_dict(), "seconds": round(seconds, 3)}
         print(json.dumps(facts) if as_json else out)
-    if summary.failed:
-        raise typer.Exit(1 if all_failed else PARTIAL)
+
+
+def _exit_code(summary: Summary) -> int:
+    """The code for failed inputs; a shard without inputs has none."""
+    if not summary.failed:
+        return 0
+    return 1 if summary.failed == summary.inputs else PARTIAL

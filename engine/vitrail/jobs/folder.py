@@ -70,15 +70,17 @@ class FolderSummary(Summary):
         return Summary.to_dict(self) | {"shard": str(self.shard)} | counts | job
 
     def __str__(self) -> str:
-        text = f"{Summary.__str__(self)}; wrote {self.written} of {self.parts} parts"
-        if self.shard.count == 1:
-            return text
-        rest = ""
-        if self.job_committed < self.job_parts:
-            rest = "; other shards write the rest"
+        run = f"shard {self.shard}: " if self.shard.count > 1 else ""
+        return f"{run}{Summary.__str__(self)}; wrote {self.written} of {self.parts} parts"
+
+    @property
+    def job_state(self) -> str:
+        """How much of the job all shards have committed."""
+        if self.job_committed == self.job_parts:
+            return f"all {self.job_parts} parts of the job are committed"
         return (
-            f"shard {self.shard}: {text}; {self.job_committed} of the job's {self.job_parts} parts "
-            f"are committed{rest}"
+            f"{self.job_committed} of the job's {self.job_parts} parts are committed; other shards "
+            "write the rest"
         )
 
 
