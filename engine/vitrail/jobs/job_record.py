@@ -17,6 +17,7 @@ from vitrail.jobs.shards import Shard
 
 FORMAT = 1
 JOB = "_job.json"
+_OF_NO_NUMBER = frozenset({"model", "revision", "vitrail"})
 
 
 def job_record(
@@ -49,7 +50,7 @@ def start_job(out: Path, job: dict[str, Any], shard: Shard) -> dict[str, Any]:
             put_file(file, data, shard.mark, replace=False)
             return job
         sync(out)  # opening a folder of a network file system refreshes its names
-    former: dict[str, Any] = json.loads(file.read_bytes())
+    former = _read_record(out)
     if changed := changed_fields(former, job):
         changes = "; ".join(f"{key}: then {former.get(key)}, now {job.get(key)}" for key in changed)
         scratch = "--overwrite" if shard.count == 1 else "delete this folder"
@@ -69,7 +70,7 @@ def read_job(folders: Sequence[Path]) -> dict[str, Any]:
     for folder in folders:
         if not (folder / JOB).is_file():
             raise InputError(f"{folder}: has no {JOB}, wanted the folder of a vitrail embed job")
-        jobs.append(json.loads((folder / JOB).read_bytes()))
+        jobs.append(_read_record(folder))
         if changed := changed_fields(jobs[0], jobs[-1]):
             values = "; ".join(
                 f"{key}: {jobs[0].get(key)} and {jobs[-1].get(key)}" for key in changed
@@ -80,7 +81,27 @@ def read_job(folders: Sequence[Path]) -> dict[str, Any]:
     return jobs[0]
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Raises InputError if the record is damaged or has another format."""
+    file = folder / JOB
+    try:
+        job = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: is damaged: {error}; write the job to another folder") from error
+    if not isinstance(job, dict) or job.get("format") != FORMAT:
+        fields = job if isinstance(job, dict) else {}
+        raise InputError(
+            f"{file}: got format {fields.get('format')!r}, wanted {FORMAT}; use the version of "
+            f"Vitrail that wrote it ({fields.get('vitrail', 'not named')})"
+        )
+    return job
+
+
 def changed_fields(former: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
-    """The fields in which two job records differ, apart from the source of the model."""
-    keys = dict.fromkeys((*job, *former))
-    return [k for k in keys if k not in ("model", "revision") and former.get(k) != job.get(k)]
+    """The fields that make two records those of different jobs.
+
+    Where the model was loaded from does not, nor does the version of Vitrail: the fingerprint says
+    which numbers come out.
+    """
+    keys = [key for key in dict.fromkeys((*job, *former)) if key not in _OF_NO_NUMBER]
+    return [key for key in keys if former.get(key) != job.get(key)]
