@@ -10,14 +10,16 @@ from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 
 if TYPE_CHECKING:
     from vitrail.jobs.manifest import Embeddings, read_embeddings
-    from vitrail.model.loading import load
+    from vitrail.model.loading import load, load_replicas
     from vitrail.model.model import Model
     from vitrail.model.outputs import Classification, EncodeResult, Output, PreprocessResult
     from vitrail.model.preprocessor import Preprocessor
+    from vitrail.model.replicas import Replicas
 
 _LAZY = {
     "Embeddings": "vitrail.jobs.manifest",
     "load": "vitrail.model.loading",
+    "load_replicas": "vitrail.model.loading",
     "read_embeddings": "vitrail.jobs.manifest",
     "Model": "vitrail.model.model",
     "Classification": "vitrail.model.outputs",
@@ -25,6 +27,7 @@ _LAZY = {
     "Output": "vitrail.model.outputs",
     "PreprocessResult": "vitrail.model.outputs",
     "Preprocessor": "vitrail.model.preprocessor",
+    "Replicas": "vitrail.model.replicas",
 }
 
 __all__ = [
@@ -38,9 +41,11 @@ __all__ = [
     "Output",
     "PreprocessResult",
     "Preprocessor",
+    "Replicas",
     "VitrailError",
     "__version__",
     "load",
+    "load_replicas",
     "read_embeddings",
 ]
 

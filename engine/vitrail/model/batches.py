@@ -1,6 +1,6 @@
 """Batches of a call: halves when memory runs out, results a batch behind, rows by position."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +14,12 @@ ACTIVATION_BYTES = 256 << 20
 
 
 Result = TypeVar("Result")
+
+
+def in_windows(positions: Sequence[int], step: int) -> Iterator[Sequence[int]]:
+    """Yield ``positions`` in runs of ``step``, in order; the last run may be shorter."""
+    for start in range(0, len(positions), step):
+        yield positions[start : start + step]
 
 
 def in_halves(compute: Callable[[Any], Result], items: Any) -> Iterator[tuple[Any, Result]]:
@@ -64,6 +70,13 @@ class ResultRows:
             self.errors[position] = type(result)(f"image {position}: {result}")
         else:
             self.by_position[position] = result
+
+    def move_to_cpu(self) -> None:
+        """Move the rows off their device; waits for their computation."""
+        if any(row.device.type != "cpu" for row in self.by_position.values()):
+            index = self.index
+            rows = torch.stack([self.by_position[position] for position in index]).cpu()
+            self.by_position = dict(zip(index, rows, strict=True))
 
     def check(self) -> None:
         """Raise the error of the lowest position if the call is strict."""

@@ -12,6 +12,7 @@ from vitrail.model.arguments import Images, OnError, Size, Texts, sort_images
 from vitrail.model.images import ImageEncoder
 from vitrail.model.outputs import Classification, EncodeResult, PreprocessResult
 from vitrail.model.preprocessor import Preprocessor
+from vitrail.model.spreading import SpreadImages, SpreadTexts
 from vitrail.model.texts import LabelCache, TextEncoder
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer import Overflow
@@ -19,20 +20,21 @@ from vitrail.torch_modes import default_modes
 
 
 class EncodingCalls:
-    """A base of `Model`. A subclass sets the attributes; without a tower its encoder is None."""
+    """The base of `Model` and `Replicas`, which set its attributes; an encoder is None without its
+    tower."""
 
     spec: ModelSpec
-    _images: ImageEncoder | None
-    _texts: TextEncoder | None
+    _images: ImageEncoder | SpreadImages | None
+    _texts: TextEncoder | SpreadTexts | None
     _labels: LabelCache | None
     _logit_scale: float | None
 
-    def _image_encoder(self, call: str) -> ImageEncoder:
+    def _image_encoder(self, call: str) -> ImageEncoder | SpreadImages:
         if self._images is None:
             raise InputError(f"{call}: {self.spec.architecture} has no image tower")
         return self._images
 
-    def _text_encoder(self, call: str) -> TextEncoder:
+    def _text_encoder(self, call: str) -> TextEncoder | SpreadTexts:
         if self._texts is None:
             raise InputError(f"{call}: {self.spec.architecture} has no text tower")
         return self._texts

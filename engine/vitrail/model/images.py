@@ -13,7 +13,7 @@ from vitrail.image import preprocess
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.sources import PixelInput
 from vitrail.model.arguments import Size, check_pixels
-from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves
+from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves, in_windows
 from vitrail.model.crops import CropBatch, device_batch, host_batch
 from vitrail.model.layers import first_bad_block
 from vitrail.model.preprocessor import Preprocessor
@@ -57,20 +57,64 @@ class ImageEncoder:
         """The embedding (D,) fp32 of each image, or its class scores.
 
         ``images``: preprocessed floats (N, C, H, W), or a list of single images. ``strict``: raise
-        the first error as soon as its batch is done.
+        the first error as soon as its window is done.
         """
         rows = ResultRows(strict)
+        if positions := self.positions(images, size, rows):
+            windows = in_windows(positions, self.step(images, batch_size, size))
+            self.encode_windows(images, windows, batch_size, size, rows, scores)
+        return rows
+
+    def positions(
+        self, images: Tensor | list[PixelInput], size: Size | None, rows: ResultRows
+    ) -> Sequence[int]:
+        """The positions of the images to compute. Adds the errors of the others to ``rows``."""
+        if not isinstance(images, Tensor):
+            return range(len(images))
+        tower = self.tower
+        rows.errors |= check_pixels(images, tower.spec, self.image_spec, rows.strict)
+        pixel_size = tower.image_size(images)
+        if size is not None and tuple(size) != pixel_size:
+            raise InputError(
+                f"size: got {tuple(size)} with preprocessed pixels of {pixel_size}; "
+                "floats are taken as they are, so leave it out"
+            )
+        return [item for item in range(len(images)) if item not in rows.errors]
+
+    def step(
+        self, images: Tensor | list[PixelInput], batch_size: int | None, size: Size | None
+    ) -> int:
+        """The number of images in a window."""
+        tower = self.tower
+        if isinstance(images, Tensor):
+            return batch_size or tower.max_batch(tower.image_size(images), ACTIVATION_BYTES)
+        spec = self._required_spec("images")
+        max_batch = tower.max_batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
+        return batch_size or min(max_batch, DECODED_IMAGES)
+
+    def encode_windows(
+        self,
+        images: Tensor | list[PixelInput],
+        windows: Iterator[Sequence[int]],
+        batch_size: int | None,
+        size: Size | None,
+        rows: ResultRows,
+        scores: bool,
+    ) -> None:
+        """Adds the results of the images at the positions of each window to ``rows``.
+
+        No batch has images of two windows. Images to be decoded are decoded a window ahead.
+        """
         for positions, pixels in (
-            self._pixel_batches(images, batch_size, size, rows)
+            self._pixel_batches(images, windows, rows)
             if isinstance(images, Tensor)
-            else self._crop_batches(images, batch_size, size, rows)
+            else self._crop_batches(images, windows, batch_size, size, rows)
         ):
             results_of = functools.partial(self._results, pixels, scores)
             for items, results in in_halves(results_of, range(len(positions))):
                 for item, result in zip(items, results, strict=True):
                     rows.add(positions[item], result)
             del pixels, results_of  # free this batch before the next is made
-        return rows
 
     @property
     def preprocessor(self) -> Preprocessor:
@@ -97,21 +141,10 @@ class ImageEncoder:
         ]
 
     def _pixel_batches(
-        self, pixels: Tensor, batch_size: int | None, size: Size | None, rows: ResultRows
+        self, pixels: Tensor, windows: Iterator[Sequence[int]], rows: ResultRows
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield the positions and the pixels of each batch; add the errors of other positions."""
-        tower = self.tower
-        rows.errors |= check_pixels(pixels, tower.spec, self.image_spec, rows.strict)
-        pixel_size = tower.image_size(pixels)
-        if size is not None and tuple(size) != pixel_size:
-            raise InputError(
-                f"size: got {tuple(size)} with preprocessed pixels of {pixel_size}; "
-                "floats are taken as they are, so leave it out"
-            )
-        step = batch_size or tower.max_batch(pixel_size, ACTIVATION_BYTES)
-        finite = [item for item in range(len(pixels)) if item not in rows.errors]
-        for start in range(0, len(finite), step):
-            positions = finite[start : start + step]
+        """Yield the positions and the pixels of each batch."""
+        for positions in windows:
             begin, end = positions[0], positions[-1] + 1
             adjacent = end - begin == len(positions)
             yield positions, pixels[begin:end] if adjacent else pixels[positions]
@@ -120,21 +153,21 @@ class ImageEncoder:
     def _crop_batches(
         self,
         images: list[PixelInput],
+        windows: Iterator[Sequence[int]],
         batch_size: int | None,
         size: Size | None,
         rows: ResultRows,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """The same for images that are decoded and cropped here: uint8 (n, height, width, C)."""
-        if not images:
-            return
-        tower, spec = self.tower, self._required_spec("images")
-        max_batch = tower.max_batch(size or spec.crop or tower.spec.image, ACTIVATION_BYTES)
-        step = batch_size or min(max_batch, DECODED_IMAGES)
-        for start, batch in self._one_ahead(images, step, size):
+        """The same for images that are decoded and cropped here: uint8 (n, height, width, C).
+
+        Adds the errors of other positions to ``rows``.
+        """
+        tower = self.tower
+        for window, batch in self._one_ahead(images, windows, size):
             for member, error in batch.errors.items():
-                rows.add(start + member, error)
+                rows.add(window[member], error)
             for crops in batch.groups:
-                positions = [start + member for member in crops.members]
+                positions = [window[member] for member in crops.members]
                 (height, width), (patch_height, patch_width) = crops.size, tower.spec.patch
                 if height < patch_height or width < patch_width:
                     too_small = ImageError(
@@ -152,24 +185,26 @@ class ImageEncoder:
             rows.check()
 
     def _one_ahead(
-        self, images: list[PixelInput], step: int, size: Size | None
-    ) -> Iterator[tuple[int, CropBatch]]:
-        """Yield the start and the crops of at most ``step`` images at a time.
+        self, images: list[PixelInput], windows: Iterator[Sequence[int]], size: Size | None
+    ) -> Iterator[tuple[Sequence[int], CropBatch]]:
+        """Yield the positions and the crops of each window; in parts, if a window's images have too
+        many bytes.
 
         The next crops are made on a thread while the caller works on the current ones.
         """
+        window = next(windows, ())
         # a pool of the call's own: a forked process would inherit a dead one from the model
         pool = ThreadPoolExecutor(1, "vitrail-prefetch")
-        start, batch = 0, self._crops(images[:step], size)
         try:
-            while True:
-                following = start + batch.taken
-                waiting = images[following : following + step]
+            batch = self._crops([images[position] for position in window], size)
+            while window:
+                following = window[batch.taken :] or next(windows, ())
+                waiting = [images[position] for position in following]
                 ahead = pool.submit(self._crops, waiting, size) if waiting else None
-                yield start, batch
+                yield window[: batch.taken], batch
                 if ahead is None:
                     return
-                start, batch = following, ahead.result()
+                window, batch = following, ahead.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -3,7 +3,8 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,15 +12,17 @@ import torch
 from vitrail.checkpoint import contents
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
 from vitrail.checkpoint.regular import absolute
+from vitrail.cuda import cuda_capability
 from vitrail.dtypes import dtype_name
 from vitrail.errors import CheckpointError, InputError, show_path
-from vitrail.exported.folder import ExportFolder, open_exported
+from vitrail.exported.folder import open_exported
 from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
 from vitrail.int8.record import Int8Record, read_record
 from vitrail.model.arguments import INT8, Resize, check_device, check_dtype, check_precision
 from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.model import Model
+from vitrail.model.replicas import Replicas
 from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
@@ -81,56 +84,85 @@ def load(
     InputError: an unknown argument, or one that cannot be met on this machine. OutOfMemoryError:
     the GPU has no room for the weights.
     """
-    device = check_device(device)
-    check_dtype(dtype, device)
-    if sixteen_bit not in ("scale", "clip"):
-        raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
-    if resize not in ("host", "device"):
-        raise InputError(f"resize: got {resize!r}, wanted 'host' or 'device'")
     if runner is not None:
         if backend != "auto":
             raise InputError(
                 f"runner: got {runner!r} with backend={backend!r}, wanted backend alone"
             )
         backend = runner
-    loaded, model = _load(
-        path_or_id, device, dtype, revision, local_files_only, sixteen_bit, backend, resize
+    devices = [check_device(device)]
+    loaded, (model,) = _load(
+        path_or_id, devices, dtype, revision, local_files_only, sixteen_bit, backend, resize
     )
     warn_of_int8(loaded)
     return model
 
 
+def load_replicas(
+    path_or_id: str | os.PathLike[str],
+    *,
+    devices: Sequence[str | int | torch.device] | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    sixteen_bit: SixteenBit = "scale",
+    backend: str = "auto",
+    resize: Resize = "host",
+) -> Replicas:
+    """A model on each of ``devices``, as one object whose calls spread over them (`Replicas`).
+
+    ``devices``: such as ``["cuda:0", "cuda:2"]``; None: every CUDA device, or the CPU if there is
+    none. Replicas on the same device share its weights. The checkpoint is read once. For the other
+    arguments and errors see `load`.
+
+    Raises InputError if the devices would give different bits: other architectures, dtypes or
+    backends.
+    """
+    if devices is None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [f"cuda:{number}" for number in range(count)] or ["cpu"]
+    if isinstance(devices, str | int | torch.device) or not devices:
+        raise InputError(f"devices: got {devices!r}, wanted a list of one device or more")
+    checked = [check_device(device, "devices") for device in devices]
+    loaded, models = _load(
+        path_or_id, checked, dtype, revision, local_files_only, sixteen_bit, backend, resize
+    )
+    warn_of_int8(loaded)
+    return Replicas(models)
+
+
 def load_again(load_arguments: LoadArguments) -> Model:
     """The model that was loaded with these arguments, without the warnings. Errors: see `load`."""
+    return load_again_on(load_arguments, [load_arguments.device])[0]
+
+
+def load_again_on(load_arguments: LoadArguments, devices: Sequence[str]) -> list[Model]:
+    """`load_again` for a model on each of ``devices``, whatever device the arguments name."""
     keywords = load_arguments.keywords()
-    device = check_device(keywords.pop("device"))
-    return _load(load_arguments.source, device, **keywords)[1]
+    del keywords["device"]
+    checked = [check_device(device) for device in devices]
+    return _load(load_arguments.source, checked, **keywords)[1]
 
 
 def _load(
     path_or_id: str | os.PathLike[str],
-    device: torch.device,
+    devices: Sequence[torch.device],
     dtype: str | torch.dtype,
     revision: str | None,
     local_files_only: bool,
     sixteen_bit: SixteenBit,
     backend: str,
     resize: Resize,
-) -> tuple[LoadedCheckpoint, Model]:
-    """As `load`, after its arguments were checked."""
-    compute_dtype = check_dtype(dtype, device)
-    exported = open_exported(path_or_id, revision)
-    if exported is None:
-        runner_class = RUNNERS[choose(backend, compute_dtype, device)]
-        loaded = read_model(
-            path_or_id,
-            compute_dtype,
-            revision=revision,
-            local_files_only=local_files_only,
-            check=functools.partial(check_precision, dtype),
-        )
-        serving = runner_class(loaded.weights, compute_dtype, device)
-    else:
+) -> tuple[LoadedCheckpoint, list[Model]]:
+    """As `load`, with a model for each of ``devices``. Their fingerprints are equal."""
+    dtypes = [check_dtype(dtype, device) for device in devices]
+    _check_same("dtype", devices, [dtype_name(computed) for computed in dtypes])
+    if sixteen_bit not in ("scale", "clip"):
+        raise InputError(f"sixteen_bit: got {sixteen_bit!r}, wanted 'scale' or 'clip'")
+    if resize not in ("host", "device"):
+        raise InputError(f"resize: got {resize!r}, wanted 'host' or 'device'")
+    compute_dtype, exported = dtypes[0], open_exported(path_or_id, revision)
+    if exported is not None:
         check_precision(dtype, exported.spec, str(exported.folder))
         if not exported.spec.int8 and dtype != "auto" and compute_dtype != exported.dtype:
             raise InputError(
@@ -138,28 +170,77 @@ def _load(
                 f"which {exported.folder} was exported; load the checkpoint itself, or export it "
                 "again"
             )
-        loaded, serving = _load_exported(exported, device, backend)
+        compute_dtype = exported.dtype
+    names = [choose(backend, compute_dtype, device, exported) for device in devices]
+    _check_same("backend", devices, names)
+    _check_same("hardware", devices, [_hardware(device, names[0]) for device in devices])
+    if exported is None:
+        loaded = read_model(
+            path_or_id,
+            compute_dtype,
+            revision=revision,
+            local_files_only=local_files_only,
+            check=functools.partial(check_precision, dtype),
+        )
+    else:
+        digest = exported.record.weights_hash
+        weights = exported.load()
+        loaded = LoadedCheckpoint(exported.checkpoint(), exported.spec, weights, lambda: digest)
+    runners: list[Runner] = []
+    for device in devices:
+        # replicas on a device share its weights
+        weights = next((r.weights for r in runners if r.device == device), loaded.weights)
+        if names[0] == NativeRunner.name:
+            runners.append(NativeRunner(weights, compute_dtype, device, exported=exported))
+        else:
+            runners.append(RUNNERS[names[0]](weights, compute_dtype, device))
+    _check_same("kernels", devices, [runner.identity for runner in runners])
     source, commit = loaded.checkpoint.source, loaded.checkpoint.revision
     load_arguments = LoadArguments(
         source=str(absolute(source)) if commit is None else source,
         revision=commit,
         local_files_only=local_files_only,
-        device=str(serving.device),
-        dtype=INT8 if loaded.spec.int8 else dtype_name(serving.dtype),
-        backend=serving.name,
+        device=str(runners[0].device),
+        dtype=INT8 if loaded.spec.int8 else dtype_name(runners[0].dtype),
+        backend=runners[0].name,
         sixteen_bit=sixteen_bit,
         resize=resize,
     )
-    model = Model(
-        loaded.checkpoint,
-        loaded.spec,
-        loaded.hash_weights,
-        serving,
-        sixteen_bit,
-        resize,
-        load_arguments,
-    )
-    return loaded, model
+    checkpoint, spec, make_hash = loaded.checkpoint, loaded.spec, loaded.hash_weights
+    models = [
+        Model(
+            checkpoint,
+            spec,
+            make_hash,
+            runner,
+            sixteen_bit,
+            resize,
+            replace(load_arguments, device=str(runner.device)),
+        )
+        for runner in runners
+    ]
+    return loaded, models
+
+
+def _hardware(device: torch.device, backend: str) -> str:
+    """What the bits of ``backend`` depend on; PyTorch's products also on the multiprocessors."""
+    if device.type == "cpu":
+        return "CPU"
+    major, minor = cuda_capability(device)
+    if backend != "torch":
+        return f"sm_{major}{minor}"
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return f"sm_{major}{minor} ({count} multiprocessors)"
+
+
+def _check_same(subject: str, devices: Sequence[torch.device], values: Sequence[str]) -> None:
+    """Refuse devices that differ in something that a bit of a result depends on."""
+    for device, value in zip(devices, values, strict=True):
+        if value != values[0]:
+            raise InputError(
+                f"devices: got {devices[0]} with the {subject} {values[0]}, and {device} with "
+                f"{value}: replicas must give the same bits; name devices of one kind"
+            )
 
 
 def warn_of_int8(loaded: LoadedCheckpoint) -> None:
@@ -209,15 +290,3 @@ def pixel_scale(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     factor, offset = linear_scale(spec.image, spec.vision.channels)
     return torch.from_numpy(factor), torch.from_numpy(offset)
-
-
-def _load_exported(
-    exported: ExportFolder, device: torch.device, backend: str
-) -> tuple[LoadedCheckpoint, Runner]:
-    dtype, digest = exported.dtype, exported.record.weights_hash
-    name = choose(backend, dtype, device, exported)
-    weights = exported.load()
-    loaded = LoadedCheckpoint(exported.checkpoint(), exported.spec, weights, lambda: digest)
-    if name == NativeRunner.name:
-        return loaded, NativeRunner(weights, dtype, device, exported=exported)
-    return loaded, RUNNERS[name](weights, dtype, device)

@@ -40,6 +40,9 @@ class Model(EncodingCalls, ModuleAdvice):
     what `load_again` needs; None if `load` did not make the model).
     """
 
+    _images: ImageEncoder | None
+    _texts: TextEncoder | None
+
     def __init__(
         self,
         checkpoint: Checkpoint,

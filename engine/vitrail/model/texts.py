@@ -1,8 +1,11 @@
 """Texts to embeddings: tokenize, sort by length, compute in batches; a cache for labels."""
 
+from __future__ import annotations
+
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +16,10 @@ from vitrail.model.batches import ACTIVATION_BYTES, in_halves, l2_normalize, one
 from vitrail.model.layers import not_finite
 from vitrail.runtime.towers import TextTower
 from vitrail.text.tokenizer import Overflow, Tokenizer, pad
-from vitrail.text.tokens import TokenIds
+from vitrail.text.tokens import Ints, TokenIds
+
+if TYPE_CHECKING:
+    from vitrail.model.spreading import SpreadTexts
 
 CPU_TEXT_BYTES = 32 << 20
 """`ACTIVATION_BYTES` for texts on the CPU, which are 6 % slower if the arena exceeds its caches."""
@@ -44,30 +50,55 @@ class TextEncoder:
         overflow: Overflow = "error",
     ) -> Tensor:
         """Embeddings (N, D) fp32 on the CPU; arguments and errors as in `Model.encode_text`."""
-        spec, runner = self.tower.spec, self.tower.runner
+        tokens = self.tokens(texts, overflow)
+        embeddings = self.empty(len(tokens))
+        for positions, rows in self.encode_batches(tokens, self.batches(tokens, batch_size)):
+            embeddings[torch.from_numpy(positions)] = rows
+        return l2_normalize(embeddings) if normalize else embeddings
+
+    def tokens(self, texts: Texts, overflow: Overflow) -> TokenIds:
+        """The ids of each text up to its end token."""
+        spec = self.tower.spec
         tokens = sort_texts(texts, spec)
         if not isinstance(tokens, TokenIds):
             tokens = self.tokenizer().encode(tokens, overflow)
-        tokens = tokens.cut_at_end(spec.eos)
-        embeddings = torch.empty(len(tokens), spec.embedding, dtype=torch.float32, device="cpu")
-        budget = CPU_TEXT_BYTES if runner.device.type == "cpu" else ACTIVATION_BYTES
+        return tokens.cut_at_end(spec.eos)
+
+    def empty(self, count: int) -> Tensor:
+        """Room for the embeddings (``count``, D) fp32, on the CPU."""
+        return torch.empty(count, self.tower.spec.embedding, dtype=torch.float32, device="cpu")
+
+    def batches(self, tokens: TokenIds, batch_size: int | None) -> Iterator[Ints]:
+        """The positions of the texts of each batch."""
+        on_cpu = self.tower.runner.device.type == "cpu"
+        budget = CPU_TEXT_BYTES if on_cpu else ACTIVATION_BYTES
+        return self.tower.batches(tokens.lengths, batch_size, budget)
+
+    def encode_batches(
+        self, tokens: TokenIds, batches: Iterable[Ints]
+    ) -> Iterator[tuple[Ints, Tensor]]:
+        """Yield positions and embeddings (n, D) fp32 on the CPU, until each batch is done.
+
+        Raises VitrailError naming the first text of a batch whose embedding is not finite.
+        """
         results = (
             result
-            for batch in self.tower.batches(tokens.lengths, batch_size, budget)
+            for batch in batches
             for result in in_halves(lambda half: self.tower.embeddings(tokens.take(half)), batch)
         )
         for positions, outputs in one_behind(results):
-            embeddings[torch.from_numpy(positions)] = outputs["text.embedding"].cpu()
+            embeddings = outputs["text.embedding"].cpu()
             if (status := outputs["text.status"].cpu()).any():
                 text = int(positions[status.nonzero().flatten().numpy()].min())
-                raise VitrailError(f"text {text}: the embedding {not_finite(runner.dtype)}")
-        return l2_normalize(embeddings) if normalize else embeddings
+                reason = not_finite(self.tower.runner.dtype)
+                raise VitrailError(f"text {text}: the embedding {reason}")
+            yield positions, embeddings
 
 
 class LabelCache:
     """Embeddings of the latest label sets. May be used from many threads at once."""
 
-    def __init__(self, texts: TextEncoder) -> None:
+    def __init__(self, texts: TextEncoder | SpreadTexts) -> None:
         self._texts, self._lock = texts, threading.Lock()
         self._embeddings: dict[tuple[tuple[str, ...], tuple[str, ...], Overflow], Tensor] = {}
 

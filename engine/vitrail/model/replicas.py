@@ -1,0 +1,63 @@
+"""`Replicas`: a model on several devices, each call spread over them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vitrail.model.encoding import EncodingCalls
+from vitrail.model.model import Model
+from vitrail.model.spreading import Crew, SpreadImages, SpreadTexts
+from vitrail.model.texts import LabelCache
+
+BATCH_INVARIANT = ("native", "triton")
+"""The backends that give an item the same bits in any batch."""
+
+
+class Replicas(EncodingCalls):
+    """A checkpoint on several devices. Any number of threads may call it at once.
+
+    `encode_image`, `encode_text` and `classify` spread their items over the devices, in the order
+    of the input and with the bits of one model. Each device takes the next items when it is free.
+    On the backend "torch", bits depend on the batch: there a device takes a whole batch of one
+    model, so a call needs more batches than one (a smaller ``batch_size``) to be spread.
+
+    An error of a device names the replica. Other errors are those of one model.
+
+    Attributes: ``models`` (one `Model` for each device), ``devices``, ``spec``, ``source``,
+    ``dtype``, ``precision`` and ``backend`` as those of a `Model`.
+    """
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        """Users call `vitrail.load_replicas`. ``models``: of one checkpoint, at least one."""
+        self.models = tuple(models)
+        first = self.models[0]
+        self.devices: tuple[torch.device, ...] = tuple(model.device for model in models)
+        self.spec, self.source, self.precision = first.spec, first.source, first.precision
+        self.dtype, self.backend = first.dtype, first.backend
+        crew = Crew([f"replica {number} on {device}" for number, device in enumerate(self.devices)])
+        any_batch = first.backend in BATCH_INVARIANT
+        self._images, self._texts, self._labels = None, None, None
+        images = [model._images for model in models if model._images is not None]
+        texts = [model._texts for model in models if model._texts is not None]
+        if images:
+            self._images = SpreadImages(images, crew, any_batch)
+        if texts:
+            self._texts = SpreadTexts(texts, crew, any_batch)
+            self._labels = LabelCache(self._texts)
+        self._logit_scale = first._logit_scale
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of each model; see `Model.fingerprint`."""
+        return self.models[0].fingerprint
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __repr__(self) -> str:
+        devices = ", ".join(map(str, self.devices))
+        return (
+            f"<vitrail.Replicas {self.spec.architecture} from {str(self.source)!r}: "
+            f"{self.spec.parameters / 1e6:.1f} M parameters, {self.precision} on {devices}, "
+            f"{self.backend} backend>"
+        )
