@@ -40,7 +40,7 @@ ORDER = (
     "cli",
 )
 # These import nothing of vitrail but each other. `_C` is the C++ extension.
-FROM_ANYWHERE = {"_C", "_version", "cuda", "dtypes", "durable", "errors", "torch_modes"}
+FROM_ANYWHERE = {"_C", "_version", "cuda", "dtypes", "durable", "errors", "fork", "torch_modes"}
 
 # The imports of each package besides the standard library and itself.
 MAY_IMPORT = {

@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vitrail import fork as fork  # from here on forks are noticed
 from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
 

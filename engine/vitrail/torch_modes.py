@@ -1,15 +1,19 @@
-"""Guards against the caller's PyTorch modes and against a lost thread pool after a fork."""
+"""Public calls: guards against the caller's PyTorch modes and against what a fork loses."""
 
-import os
-from collections.abc import Iterator
+import functools
+import io
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from vitrail import fork
 from vitrail.cuda import device_errors
-from vitrail.errors import VitrailError
 
-_first_process: list[int] = []
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @contextmanager
@@ -30,16 +34,51 @@ def default_modes() -> Iterator[None]:
         yield
 
 
-def refuse_lost_threads() -> None:
-    """Raise VitrailError in a process that was forked after Vitrail had computed.
+def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A decorator of what users call: `default_modes`, and in a forked process `fork.run`.
 
-    In such a process PyTorch's CPU operators would wait forever for threads of the parent process.
+    On the helper thread of `fork.run` PyTorch has the caller's number of CPU threads, and on a GPU
+    the caller's device and streams.
     """
-    process = os.getpid()
-    if not _first_process:
-        _first_process.append(process)
-    if process != _first_process[0] and torch.get_num_threads() > 1:
-        raise VitrailError(
-            "this process was forked from one that had used Vitrail, and PyTorch's CPU threads do "
-            "not survive a fork: call torch.set_num_threads(1) in it first, or start it by 'spawn'"
-        )
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if fork.survivor is None or fork.survivor != threading.get_ident():
+            with default_modes():
+                return function(*args, **kwargs)
+        enter, read = _caller_state(), [_read(value) for value in args]
+        read_by_name = {name: _read(value) for name, value in kwargs.items()}
+
+        def work() -> _R:
+            with enter(), default_modes():
+                return function(*read, **read_by_name)
+
+        return fork.run(work)
+
+    return call
+
+
+def _read(argument: Any) -> Any:
+    """A list of what an iterator gives: it may belong to this thread, as a database cursor does."""
+    is_iterator = isinstance(argument, Iterator) and not isinstance(argument, io.IOBase)
+    return list(argument) if is_iterator else argument
+
+
+def _caller_state() -> Callable[[], ExitStack]:
+    """A function that another thread calls to compute as this thread does."""
+    threads = torch.get_num_threads()
+    streams = []
+    if torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork():  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_device()  # its stream comes last, and makes it current
+        others = [index for index in range(torch.cuda.device_count()) if index != current]
+        streams = [torch.cuda.current_stream(index) for index in (*others, current)]
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        return stack
+
+    return enter

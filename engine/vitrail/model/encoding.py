@@ -16,7 +16,7 @@ from vitrail.model.spreading import SpreadImages, SpreadTexts
 from vitrail.model.texts import LabelCache, TextEncoder
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer import Overflow
-from vitrail.torch_modes import default_modes
+from vitrail.torch_modes import public_call
 
 
 class EncodingCalls:
@@ -70,7 +70,7 @@ class EncodingCalls:
         """
         return self.preprocessor(images, size=size, on_error=on_error)
 
-    @default_modes()
+    @public_call
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
         """Texts to token ids (N, context) int64: begin token, text, end token, padding.
 
@@ -103,7 +103,7 @@ class EncodingCalls:
         output_device: str | int | torch.device = ...,
     ) -> EncodeResult: ...
 
-    @default_modes()
+    @public_call
     def encode_image(
         self,
         images: Images,
@@ -138,7 +138,7 @@ class EncodingCalls:
             return embeddings
         return EncodeResult(embeddings, result.index, result.reasons)
 
-    @default_modes()
+    @public_call
     def encode_text(
         self,
         texts: Texts,
@@ -163,7 +163,7 @@ class EncodingCalls:
         embeddings = encoder.encode(texts, normalize, batch_size, overflow)
         return embeddings.to(device)
 
-    @default_modes()
+    @public_call
     def classify(
         self,
         images: Images,

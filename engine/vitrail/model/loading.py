@@ -27,6 +27,7 @@ from vitrail.runtime import RUNNERS, choose
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
 from vitrail.spec import ModelSpec
+from vitrail.torch_modes import public_call
 from vitrail.weights.folding import load_weights
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import hash_weights
@@ -144,6 +145,7 @@ def load_again_on(load_arguments: LoadArguments, devices: Sequence[str]) -> list
     return _load(load_arguments.source, checked, **keywords)[1]
 
 
+@public_call
 def _load(
     path_or_id: str | os.PathLike[str],
     devices: Sequence[torch.device],

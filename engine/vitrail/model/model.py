@@ -26,7 +26,7 @@ from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer_files import load_tokenizer
-from vitrail.torch_modes import default_modes
+from vitrail.torch_modes import public_call
 
 
 class Model(EncodingCalls, ModuleAdvice):
@@ -98,7 +98,7 @@ class Model(EncodingCalls, ModuleAdvice):
         """
         return self._make_fingerprint()
 
-    @default_modes()
+    @public_call
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -144,7 +144,7 @@ class Model(EncodingCalls, ModuleAdvice):
 
     __call__ = forward
 
-    @default_modes()
+    @public_call
     def get_intermediate_layers(
         self,
         x: Tensor,

@@ -18,7 +18,7 @@ from vitrail.model.arguments import Images, OnError, Size, check_options, list_i
 from vitrail.model.batches import ResultRows
 from vitrail.model.outputs import PreprocessResult
 from vitrail.spec import ImageSpec
-from vitrail.torch_modes import default_modes
+from vitrail.torch_modes import public_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Preprocessor:
         self, images: Images, *, size: Size | None = ..., on_error: OnError
     ) -> Tensor | PreprocessResult: ...
 
-    @default_modes()
+    @public_call
     def __call__(
         self, images: Images, *, size: Size | None = None, on_error: OnError = "raise"
     ) -> Tensor | PreprocessResult:

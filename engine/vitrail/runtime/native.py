@@ -34,7 +34,7 @@ from vitrail.runtime.kernel_cache import kernel_record
 from vitrail.runtime.triton import TritonRunner
 from vitrail.runtime.triton_resize import TritonResize
 from vitrail.spec import VisionSpec
-from vitrail.torch_modes import default_modes, refuse_lost_threads
+from vitrail.torch_modes import default_modes
 from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import WITHOUT_TMA
 from vitrail_kernels.launch import MISSING as NO_TRITON
@@ -189,7 +189,6 @@ class NativeRunner(TritonRunner):
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int
     ) -> dict[str, Tensor]:
         """As `Runner.run`. If the driver fails, raises DeviceError with the name of the launch."""
-        refuse_lost_threads()
         with default_modes(), self._on_device():
             cached, size = self._cached_plan(plan, inputs), (batch, tokens, longest)
             try:

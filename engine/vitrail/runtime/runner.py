@@ -16,7 +16,7 @@ from vitrail.plan.plan import ITEM_BYTES, Plan, Step
 from vitrail.plan.vision import vision_table
 from vitrail.runtime.memory import ArenaPool, PositionTables, activations
 from vitrail.spec import VisionSpec
-from vitrail.torch_modes import default_modes, refuse_lost_threads
+from vitrail.torch_modes import default_modes
 from vitrail.weights.layout import Weights
 
 
@@ -67,7 +67,6 @@ class Runner(ABC):
         All are on the runner's device. On a GPU the work is queued on the current stream. Raises
         DeviceError if the driver fails.
         """
-        refuse_lost_threads()
         with default_modes(), self._on_device():
             self._resize(*tensors)
 
@@ -78,7 +77,6 @@ class Runner(ABC):
     def position_table(self, spec: VisionSpec, grid: tuple[int, int], pixel_format: str) -> Tensor:
         """(T, C) fp32: the summand of every token besides its pixels, for ``grid`` patches down and
         across. ``pixel_format``: "float" or "uint8"."""
-        refuse_lost_threads()
         with default_modes(), self._on_device():
             plan = vision_table(spec, grid, uint8=pixel_format == "uint8")
             table = self._position_tables.get(grid, pixel_format, lambda: self._compute_table(plan))
@@ -111,7 +109,6 @@ class Runner(ABC):
         tokens in all, and the longest has ``longest``. On a GPU the work is queued on the current
         stream; the call never synchronizes with the GPU.
         """
-        refuse_lost_threads()
         with default_modes(), self._on_device():
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
             arena = self._arenas.take(sum(sizes))

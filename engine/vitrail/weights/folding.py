@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrail.checkpoint.tensors import Source, TensorReader
 from vitrail.errors import CheckpointError
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, TextSpec, VisionSpec
-from vitrail.torch_modes import default_modes, refuse_lost_threads
+from vitrail.torch_modes import default_modes
 from vitrail.weights.int8 import pack_int8, pack_int8_down
 from vitrail.weights.layout import Weights
 from vitrail.weights.loader import WeightLoader
@@ -180,7 +180,6 @@ def load_weights(
     memory grows by the arena and one chunk. Raises CheckpointError if a file changed, ends early or
     holds a weight that is not finite.
     """
-    refuse_lost_threads()
     with default_modes(), TensorReader() as reader:
         load = WeightLoader(spec, sources, reader, dtype)
         if spec.vision is not None:

@@ -1,0 +1,133 @@
+"""Forked processes compute their parent's bits, whichever thread forked and whichever calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from forked import run_program
+
+PROCESSES = """
+model = vitrail.load(bundled(), device="cpu")
+unused = in_fork(lambda: rows(model))
+wanted = rows(model)
+same(unused, wanted, "forked before the first call")
+same(in_fork(lambda: rows(model)), wanted, "forked after a call")
+same(in_fork(lambda: rows(vitrail.load(bundled(), device="cpu"))), wanted, "loaded in the child")
+same(in_fork(lambda: rows(model) and in_fork(lambda: rows(model))), wanted, "a grandchild")
+
+
+def on_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+same(on_thread(lambda: rows(model)), wanted, "a thread")
+same(on_thread(lambda: in_fork(lambda: rows(model))), wanted, "forked by a thread")
+same(in_fork(lambda: on_thread(lambda: rows(model))), wanted, "a thread of a child")
+late = on_thread(lambda: vitrail.load(bundled(), device="cpu"))
+same(in_fork(lambda: rows(late)), wanted, "loaded by a thread")
+print("done")
+"""
+
+
+def test_a_fork_computes_the_bits_of_its_parent(tmp_path: Path) -> None:
+    assert run_program(PROCESSES, tmp_path) == "done\n"
+
+
+ONE_CALL = """
+import itertools, signal, time
+model = vitrail.load(bundled(), device="cpu")
+pixels = np.zeros((300, 64, 48, 3), np.uint8)
+wanted = rows(model)
+
+
+def threads():
+    return {thread.name for thread in threading.enumerate() if thread.name != "MainThread"}
+
+
+def on_main_thread():
+    return threading.current_thread() is threading.main_thread()
+
+
+def state():
+    # the helper has the caller's number of threads, context and iterators; errors come through
+    torch.set_num_threads(1)
+    asked = []
+
+    def photos():
+        asked.append((on_main_thread(), torch.get_num_threads()))
+        yield pixels[0]
+
+    model.encode_image(photos())
+    assert asked == [(True, 1)], asked
+    got = []
+    model.encode_image(Asking(got))
+    assert got == [(False, 1)], got
+    try:
+        model.encode_image(pixels, batch_size=0)
+    except vitrail.InputError as error:
+        return str(error).encode()
+
+
+class Asking(list):
+    # a list of an image that notes the thread which reads it
+    def __init__(self, got):
+        super().__init__([pixels[0]])
+        self.got = got
+
+    def __iter__(self):
+        if not self.got:
+            self.got.append((on_main_thread(), torch.get_num_threads()))
+        return super().__iter__()
+
+
+same(in_fork(state), b"batch_size: got 0, wanted None or a number over 0", "state")
+
+
+def interrupted():
+    # a handler's exception leaves the call at once, and the call stops computing
+    stop = threading.Event()
+
+    class Endless(list):
+        def __iter__(self):
+            for number in itertools.count():
+                if number == 50:
+                    stop.set()
+                time.sleep(0.001)
+                yield pixels[0]
+
+    def handler(number, frame):
+        raise TimeoutError("too long")
+
+    signal.signal(signal.SIGALRM, handler)
+    threading.Thread(target=lambda: stop.wait() and os.kill(os.getpid(), signal.SIGALRM)).start()
+    try:
+        model.encode_image(Endless([pixels[0]]))
+    except TimeoutError:
+        pass
+    while any(name.startswith("vitrail") for name in threads()):
+        time.sleep(0.01)
+    return rows(model)
+
+
+same(in_fork(interrupted), wanted, "interrupted")
+
+
+def ends():
+    rows(model)
+    sys.exit(7)
+
+
+child = os.fork()
+if child == 0:
+    ends()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print("done")
+"""
+
+
+def test_a_call_in_a_fork_has_the_state_of_its_caller(tmp_path: Path) -> None:
+    assert run_program(ONE_CALL, tmp_path) == "done\n"
