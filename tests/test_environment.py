@@ -679,7 +679,10 @@ def test_an_export_with_tma_is_refused_without_it(
     identity = "triton 3.7.1 ptxas 12.8 sm_90 0123"
 
     def open_export(identity: str) -> NativeRunner:
-        exported: Any = SimpleNamespace(builds={90: identity}, tables={}, folder="clip")
+        record = SimpleNamespace(version="1.0")
+        exported: Any = SimpleNamespace(
+            builds={90: identity}, tables={}, folder="clip", record=record
+        )
         return NativeRunner(loaded.weights, FP16, CPU, str(libcuda.path), exported=exported)
 
     open_export(identity)
