@@ -1,5 +1,7 @@
 #include "driver.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -41,10 +43,29 @@ const Driver& open_driver(const char* library) {
     return drivers.try_emplace(library, library).first->second;
 }
 
+std::atomic<bool> started{false};  // the driver, by this process or by a parent of it
+std::atomic<bool> lost{false};
+
+void refuse_lost() {
+    if (!lost) return;
+    throw DriverError(
+        "this process was forked from one that had started CUDA, and CUDA does not survive a "
+        "fork: start the process anew, or start CUDA in forked processes alone",
+        cu::kNotInitialized);
+}
+
+void start(const Driver& driver) {
+    refuse_lost();
+    driver("", driver.init, 0u);
+    if (!started.exchange(true)) pthread_atfork(nullptr, nullptr, [] { lost = true; });
+}
+
 }  // namespace
 
+bool driver_lost() noexcept { return lost; }
+
 Gpu::Gpu(const char* library, int ordinal) : driver_(open_driver(library)) {
-    driver_("", driver_.init, 0u);
+    start(driver_);
     driver_("", driver_.device_get, &device_, ordinal);
     info_ = describe(driver_, device_);
     multiprocessors_ = attribute(driver_, cu::kMultiprocessors, device_);
@@ -60,9 +81,12 @@ int Gpu::carveout(int threads, int shared) const {
     return static_cast<int>(std::min<int64_t>(100, (100 * needed + shared_ - 1) / shared_));
 }
 
-Gpu::~Gpu() { driver_.context_release.call(device_); }
+Gpu::~Gpu() {
+    if (!lost) driver_.context_release.call(device_);
+}
 
 Gpu::ContextGuard::ContextGuard(const Gpu& gpu) : gpu_(gpu) {
+    refuse_lost();
     cu::Context current = nullptr;
     gpu.driver_("the context", gpu.driver_.context_current, &current);
     if (current == gpu.context_) return;
@@ -89,7 +113,7 @@ DriverInfo probe() {
     try {
         const Driver& driver = open_driver("libcuda.so.1");
         driver("", driver.version, &info.version);
-        driver("", driver.init, 0u);
+        start(driver);
         int count = 0;
         driver("", driver.device_count, &count);
         for (int ordinal = 0; ordinal < count; ++ordinal) {

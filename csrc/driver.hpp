@@ -25,6 +25,7 @@ using Stream = struct StreamOpaque*;
 
 constexpr Result kInvalidValue = 1;
 constexpr Result kOutOfMemory = 2;
+constexpr Result kNotInitialized = 3;
 constexpr Result kStubLibrary = 34;
 constexpr Result kNoDevice = 100;
 constexpr Result kInvalidDevice = 101;
@@ -259,5 +260,9 @@ class Gpu : NonCopyable {
 // Describes the driver of this machine. Never throws: if a step fails, `reason` says which and why.
 // Starts the driver, so a process that is forked afterwards cannot use CUDA.
 DriverInfo probe();
+
+// Whether this process is a fork of one in which `Gpu` or `probe` had started the driver. Both fail
+// in it with a sentence that says so, as the driver itself would with a number.
+bool driver_lost() noexcept;
 
 }  // namespace vitrail

@@ -9,9 +9,11 @@
 namespace vitrail {
 
 // Calls `release` with the context current. If the context cannot be made current, calls `release`
-// anyway: after one failed call the driver may still free the resource.
+// anyway: after one failed call the driver may still free the resource. In a fork, which has no
+// driver, the resource is the parent's.
 template <typename Release>
 void give_back(const Gpu& gpu, Release release) noexcept {
+    if (driver_lost()) return;
     try {
         const Gpu::ContextGuard current(gpu);
         const Gpu::RelaxedCapture relaxed(gpu);

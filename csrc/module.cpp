@@ -131,4 +131,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("version", [] { return VITRAIL_VERSION; }, "The version this module was built for.");
     m.def("driver", &vitrail::probe, ReleaseGil(),
           "The NVIDIA driver and its devices; never raises where there is none.");
+    m.def("driver_lost", &vitrail::driver_lost,
+          "Whether this process was forked from one that had started the driver here.");
 }

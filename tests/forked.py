@@ -53,6 +53,15 @@ def in_fork(function):
     return said
 
 
+def error_of(function):
+    """The error that function() raises, as bytes for in_fork."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".encode()
+    return b"no error"
+
+
 def same(got, wanted, name):
     assert got == wanted, (name, len(got), got[:300])
 '''
@@ -67,6 +76,7 @@ def run_program(code: str, folder: Path, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,  # its children are killed with it
     )
     try:

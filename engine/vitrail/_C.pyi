@@ -124,6 +124,12 @@ def driver() -> Driver:
     Starts the driver (``cuInit``): a process that is forked afterwards cannot use CUDA.
     """
 
+def driver_lost() -> bool:
+    """Whether this process was forked from one in which `Gpu` or `driver` had started the driver.
+
+    `Gpu` raises DriverError in such a process, and `driver` gives the reason.
+    """
+
 def int8_instructions() -> str:
     """The processor's instructions that the int8 operators use; empty if there are none."""
 

@@ -1,5 +1,6 @@
 """The reasons why PyTorch's CUDA does not start, and PyTorch's GPU errors as Vitrail's errors."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,21 @@ from vitrail.errors import DeviceError, InputError, OutOfMemoryError
 
 NEW_PROCESS = "no later call in this process can use the GPU: start a new one"
 """The advice after an error that CUDA keeps returning."""
+
+
+def refuse_lost_cuda() -> None:
+    """Raise DeviceError in a process that was forked from one that had started CUDA.
+
+    There PyTorch's own error, if any comes, has no advice that fits a loaded model.
+    """
+    extension = sys.modules.get("vitrail._C")
+    by_torch = torch.cuda._is_in_bad_fork()
+    if by_torch or (extension is not None and extension.driver_lost()):
+        raise DeviceError(
+            "this process was forked from one that had started CUDA, and CUDA does not survive a "
+            "fork: start processes by 'spawn' or 'forkserver', or load models on a GPU in the "
+            "forked processes alone"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from vitrail import fork
-from vitrail.cuda import device_errors
+from vitrail.cuda import device_errors, refuse_lost_cuda
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,13 +37,14 @@ def default_modes() -> Iterator[None]:
 def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A decorator of what users call: `default_modes`, and in a forked process `fork.run`.
 
-    On the helper thread of `fork.run` PyTorch has the caller's number of CPU threads, and on a GPU
-    the caller's device and streams.
+    If the first argument is a model or a tensor on a GPU, the call raises DeviceError in a process
+    that was forked from one that had started CUDA. On the helper thread of `fork.run` PyTorch has
+    the caller's number of CPU threads, and on a GPU the caller's device and streams.
     """
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if fork.survivor is None or fork.survivor != threading.get_ident():
+        if fork.survivor is None or _may_stay(args):
             with default_modes():
                 return function(*args, **kwargs)
         enter, read = _caller_state(), [_read(value) for value in args]
@@ -58,6 +59,17 @@ def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def _may_stay(arguments: tuple[object, ...]) -> bool:
+    """Whether a forked process computes in the calling thread."""
+    device = getattr(arguments[0], "device", None) if arguments else None
+    on_gpu = isinstance(device, torch.device) and device.type == "cuda"
+    if on_gpu:
+        refuse_lost_cuda()
+    if fork.survivor != threading.get_ident():
+        return True
+    return on_gpu and torch.cuda.is_current_stream_capturing()  # a capture is the thread's own
+
+
 def _read(argument: Any) -> Any:
     """A list of what an iterator gives: it may belong to this thread, as a database cursor does."""
     is_iterator = isinstance(argument, Iterator) and not isinstance(argument, io.IOBase)
@@ -68,7 +80,7 @@ def _caller_state() -> Callable[[], ExitStack]:
     """A function that another thread calls to compute as this thread does."""
     threads = torch.get_num_threads()
     streams = []
-    if torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         current = torch.cuda.current_device()  # its stream comes last, and makes it current
         others = [index for index in range(torch.cuda.device_count()) if index != current]
         streams = [torch.cuda.current_stream(index) for index in (*others, current)]

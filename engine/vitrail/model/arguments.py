@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitrail.cuda import cuda_capability, why_no_cuda
+from vitrail.cuda import cuda_capability, refuse_lost_cuda, why_no_cuda
 from vitrail.dtypes import NAMES, parse_dtype
 from vitrail.errors import InputError, VitrailError
 from vitrail.image.normalize import linear_scale
@@ -31,9 +31,11 @@ def check_device(device: str | int | torch.device, name: str = "device") -> torc
     """The device that the argument ``name`` asks for; "auto" is CUDA if there is a GPU.
 
     As in PyTorch, the number N means "cuda:N". Raises InputError for another kind of device, and
-    for a GPU that PyTorch does not find.
+    for a GPU that PyTorch does not find; DeviceError for a GPU if a fork has lost CUDA.
     """
     if isinstance(device, str) and device == "auto":
+        if torch.cuda.device_count():  # in such a fork PyTorch says that no GPU is available
+            refuse_lost_cuda()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refusal = InputError(
         f"{name}: got {device!r}, wanted 'auto', 'cpu', 'cuda', or 'cuda:N' for GPU N, from 0"
@@ -49,6 +51,7 @@ def check_device(device: str | int | torch.device, name: str = "device") -> torc
         if (checked.index or 0) >= count:
             reason = why_no_cuda() or f"PyTorch finds {count} CUDA devices"
             raise InputError(f"{name}: got {device!r}, but {reason}")
+        refuse_lost_cuda()
         cuda_capability(checked)
         return checked
     return torch.device("cpu")  # PyTorch takes a number here too, which means nothing

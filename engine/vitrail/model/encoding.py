@@ -16,7 +16,7 @@ from vitrail.model.spreading import SpreadImages, SpreadTexts
 from vitrail.model.texts import LabelCache, TextEncoder
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer import Overflow
-from vitrail.torch_modes import public_call
+from vitrail.torch_modes import default_modes, public_call
 
 
 class EncodingCalls:
@@ -70,7 +70,7 @@ class EncodingCalls:
         """
         return self.preprocessor(images, size=size, on_error=on_error)
 
-    @public_call
+    @default_modes()
     def tokenize(self, texts: str | Sequence[str], *, overflow: Overflow = "error") -> Tensor:
         """Texts to token ids (N, context) int64: begin token, text, end token, padding.
 
