@@ -76,7 +76,7 @@ class Launch:
     """One launch: ``grid`` and ``block`` as x, y, z, ``shared`` bytes of dynamic shared memory,
     ``stream`` the handle, ``pdl`` whether it may overlap the launch before it, ``carveout``
     the percent of shared memory that was asked for its kernel (-1: not asked), ``digest`` what it
-    wrote (0 where computing is off)."""
+    wrote (0 where computing is off), ``device`` the ordinal of the device it ran on."""
 
     name: str
     grid: tuple[int, int, int]
@@ -87,6 +87,7 @@ class Launch:
     carveout: int
     digest: int
     parameters: tuple[Parameter, ...]
+    device: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class _Record(ctypes.Structure):
         ("shared", ctypes.c_uint32),
         ("pdl", ctypes.c_uint32),
         ("carveout", ctypes.c_int32),
-        ("padding", ctypes.c_uint32),
+        ("device", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
         ("digest", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
@@ -148,19 +149,27 @@ class _TensorMap(ctypes.Structure):
 _INT, _SIZE = ctypes.c_int, ctypes.c_uint64
 _SIGNATURES = {
     "device": ((_INT, _INT, _INT), _INT),
-    "memory": ((_SIZE,), None),
+    "add_device": ((_INT, _INT, _INT), _INT),
+    "memory_of": ((_INT, _SIZE), None),
+    "peak": ((_INT,), _SIZE),
     "checks": ((_INT,), None),
     "compute": ((_INT,), None),
     "rows_off": ((_INT,), None),
     "record": ((_INT,), None),
     "capturing": ((_INT,), None),
     "register": ((_SIZE, _SIZE), _INT),
+    "register_on": ((_SIZE, _SIZE, _INT), _INT),
     "unregister": ((_SIZE,), _INT),
     "fail": ((_SIZE, _INT), None),
     "fail_launch": ((_SIZE, _INT), None),
+    "fail_on": ((_INT, _SIZE, _INT), None),
+    "fail_launch_on": ((_INT, _SIZE, _INT), None),
     "calls": ((), _SIZE),
     "launches": ((), _SIZE),
+    "calls_on": ((_INT,), _SIZE),
+    "launches_on": ((_INT,), _SIZE),
     "live": ((ctypes.POINTER(_Live),), None),
+    "live_on": ((_INT, ctypes.POINTER(_Live)), None),
     "complaint": ((), ctypes.c_char_p),
     "reset": ((), None),
     "records": ((), _SIZE),
@@ -181,13 +190,26 @@ class Standin:
             function.argtypes, function.restype = arguments, result
 
     def device(self, major: int = 9, minor: int = 0, multiprocessors: int = 132) -> None:
-        """Raises ValueError while the context is retained."""
+        """What device 0 is. Raises ValueError while its context is retained."""
         if self.driver.standin_device(major, minor, multiprocessors) != 0:
             raise ValueError("standin: the device is in use, it cannot become another")
 
-    def memory(self, size: int) -> None:
-        """Device memory in all, bytes: allocations past it give 2."""
-        self.driver.standin_memory(size)
+    def add_device(self, major: int = 9, minor: int = 0, multiprocessors: int = 132) -> int:
+        """The ordinal of a device that is there from now on, too. Streams, events, modules and
+        memory are used and given back while the context of their device is current, and by nothing
+        else. Raises ValueError if there are 8."""
+        ordinal: int = self.driver.standin_add_device(major, minor, multiprocessors)
+        if ordinal < 0:
+            raise ValueError("standin: there are 8 devices, it has no more")
+        return ordinal
+
+    def memory(self, size: int, device: int = 0) -> None:
+        """Memory of a device in all, bytes: allocations past it give 2."""
+        self.driver.standin_memory_of(device, size)
+
+    def peak(self, device: int = 0) -> int:
+        """The most bytes that a device's allocations held since this was last asked."""
+        return int(self.driver.standin_peak(device))
 
     def checks(self, on: bool) -> None:
         """Checks of handles, contexts, shapes, parameters and addresses; on at the start."""
@@ -211,9 +233,10 @@ class Standin:
         memory then give 900 to threads that cuThreadExchangeStreamCaptureMode has not relaxed."""
         self.driver.standin_capturing(on)
 
-    def register(self, start: int, size: int) -> None:
-        """Lets launches use ``size`` bytes of host memory. Raises ValueError for an overlap."""
-        if self.driver.standin_register(start, size) != 0:
+    def register(self, start: int, size: int, device: int | None = None) -> None:
+        """Lets launches use ``size`` bytes of host memory, on every device or on one. Raises
+        ValueError for an overlap."""
+        if self.driver.standin_register_on(start, size, -1 if device is None else device) != 0:
             raise ValueError(self.complaint())
 
     def unregister(self, start: int) -> None:
@@ -221,26 +244,40 @@ class Standin:
         if self.driver.standin_unregister(start) != 0:
             raise ValueError(self.complaint())
 
-    def fail(self, n: int, code: int) -> None:
-        """The ``n``-th call from now returns ``code``; for `STICKY` ones all later calls too."""
-        self.driver.standin_fail(n, code)
+    def fail(self, n: int, code: int, device: int | None = None) -> None:
+        """The ``n``-th call from now returns ``code``; for `STICKY` ones all later calls too. With
+        ``device`` calls count while its context is current."""
+        if device is None:
+            self.driver.standin_fail(n, code)
+        else:
+            self.driver.standin_fail_on(device, n, code)
 
-    def fail_launch(self, n: int, code: int) -> None:
+    def fail_launch(self, n: int, code: int, device: int | None = None) -> None:
         """`fail`, counting launches alone."""
-        self.driver.standin_fail_launch(n, code)
+        if device is None:
+            self.driver.standin_fail_launch(n, code)
+        else:
+            self.driver.standin_fail_launch_on(device, n, code)
 
-    def calls(self) -> int:
-        """Calls so far, but for those that ask an error's name or set a thread's mode."""
-        return int(self.driver.standin_calls())
+    def calls(self, device: int | None = None) -> int:
+        """Calls so far, but for those that ask an error's name or set a thread's mode; with
+        ``device`` those while its context was current."""
+        standin = self.driver
+        return int(standin.standin_calls() if device is None else standin.standin_calls_on(device))
 
-    def launches(self) -> int:
+    def launches(self, device: int | None = None) -> int:
         """Launches so far, failed ones too."""
-        return int(self.driver.standin_launches())
+        if device is None:
+            return int(self.driver.standin_launches())
+        return int(self.driver.standin_launches_on(device))
 
-    def live(self) -> Live:
-        """What lives now."""
+    def live(self, device: int | None = None) -> Live:
+        """What lives now, on all devices or on one."""
         found = _Live()
-        self.driver.standin_live(ctypes.byref(found))
+        if device is None:
+            self.driver.standin_live(ctypes.byref(found))
+        else:
+            self.driver.standin_live_on(device, ctypes.byref(found))
         return Live(*(getattr(found, name) for name in Live.__slots__))
 
     def complaint(self) -> str:
@@ -293,6 +330,7 @@ class Standin:
                     carveout=record.carveout,
                     digest=record.digest,
                     parameters=tuple(parameters),
+                    device=record.device,
                 )
             )
         return found

@@ -25,7 +25,7 @@ class Settings {
     int finish() {
         const Fault fault = state_.emulation.run(state_.memory);
         if (fault.code == 0) return 0;
-        state_.sticky = fault.code;
+        state_.devices[fault.device].sticky = fault.code;
         state_.complaint = fault.sentence;
         return fault.code;
     }
@@ -35,20 +35,58 @@ class Settings {
     std::lock_guard<std::mutex> lock_;
 };
 
+void become(Device& device, int major, int minor, int multiprocessors) {
+    device.major = major;
+    device.minor = minor;
+    device.multiprocessors = multiprocessors;
+}
+
+void fail_call(Tally& tally, uint64_t n, int code) {
+    tally.fail_call = n == 0 ? 0 : tally.calls + n;
+    tally.call_code = code;
+}
+
+void fail_launch(Tally& tally, uint64_t n, int code) {
+    tally.fail_launch = n == 0 ? 0 : tally.launches + n;
+    tally.launch_code = code;
+}
+
+void add_live(const State& s, int device, Live& live) {
+    const DeviceMemory& memory = s.memory.of[device];
+    live.allocations += memory.live;
+    live.bytes += memory.bytes;
+    for (const auto& [address, owner] : s.pinned) live.pinned += owner == device;
+    for (const Module* module : s.modules) live.modules += module->device == device;
+    live.streams += handles.live(kStream, device);
+    live.events += handles.live(kEvent, device);
+    live.retains += s.devices[device].retains;
+}
+
 }  // namespace
 
 extern "C" {
 
 int standin_device(int major, int minor, int multiprocessors) {
     Settings s;
-    if (s->retains > 0) return 1;
-    s->major = major;
-    s->minor = minor;
-    s->multiprocessors = multiprocessors;
+    if (s->devices[0].retains > 0) return 1;
+    become(s->devices[0], major, minor, multiprocessors);
     return 0;
 }
 
-void standin_memory(uint64_t bytes) { Settings()->memory.limit = bytes; }
+int standin_add_device(int major, int minor, int multiprocessors) {
+    Settings s;
+    if (s->count == kMostDevices) return -1;
+    become(s->devices[s->count], major, minor, multiprocessors);
+    return s->count++;
+}
+
+void standin_memory(uint64_t bytes) { standin_memory_of(0, bytes); }
+void standin_memory_of(int device, uint64_t bytes) { Settings()->memory.of[device].limit = bytes; }
+uint64_t standin_peak(int device) {
+    Settings s;
+    DeviceMemory& memory = s->memory.of[device];
+    return std::exchange(memory.peak, memory.bytes);
+}
 void standin_checks(int on) { Settings()->checks = on != 0; }
 void standin_compute(int on) { Settings()->compute = on != 0; }
 void standin_rows_off(int on) { Settings()->rows_off = on != 0; }
@@ -57,8 +95,12 @@ void standin_record(int on) { Settings()->record = on != 0; }
 void standin_capturing(int on) { Settings()->capturing = on != 0; }
 
 int standin_register(uint64_t start, uint64_t bytes) {
+    return standin_register_on(start, bytes, kAnyDevice);
+}
+
+int standin_register_on(uint64_t start, uint64_t bytes, int device) {
     Settings s;
-    if (bytes != 0 && s->memory.enlist(start, bytes)) return 0;
+    if (bytes != 0 && s->memory.enlist(start, bytes, device)) return 0;
     s->complaint = "standin_register: the range is empty, or overlaps another";
     return 1;
 }
@@ -71,25 +113,30 @@ int standin_unregister(uint64_t start) {
     return 1;
 }
 
-void standin_fail(uint64_t n, int code) {
-    Settings s;
-    s->fail_call = n == 0 ? 0 : s->calls + n;
-    s->call_code = code;
+void standin_fail(uint64_t n, int code) { fail_call(Settings()->tally, n, code); }
+void standin_fail_launch(uint64_t n, int code) { fail_launch(Settings()->tally, n, code); }
+void standin_fail_on(int device, uint64_t n, int code) {
+    fail_call(Settings()->devices[device].tally, n, code);
+}
+void standin_fail_launch_on(int device, uint64_t n, int code) {
+    fail_launch(Settings()->devices[device].tally, n, code);
 }
 
-void standin_fail_launch(uint64_t n, int code) {
-    Settings s;
-    s->fail_launch = n == 0 ? 0 : s->launches + n;
-    s->launch_code = code;
-}
-
-uint64_t standin_calls(void) { return Settings()->calls; }
-uint64_t standin_launches(void) { return Settings()->launches; }
+uint64_t standin_calls(void) { return Settings()->tally.calls; }
+uint64_t standin_launches(void) { return Settings()->tally.launches; }
+uint64_t standin_calls_on(int device) { return Settings()->devices[device].tally.calls; }
+uint64_t standin_launches_on(int device) { return Settings()->devices[device].tally.launches; }
 
 void standin_live(Live* live) {
     Settings s;
-    *live = {s->memory.live,        s->memory.bytes,      s->pinned.size(), s->modules.size(),
-             handles.live(kStream), handles.live(kEvent), s->retains};
+    *live = {};
+    for (int device = 0; device < s->count; ++device) add_live(*s.operator->(), device, *live);
+}
+
+void standin_live_on(int device, Live* live) {
+    Settings s;
+    *live = {};
+    add_live(*s.operator->(), device, *live);
 }
 
 const char* standin_complaint(void) {
@@ -100,8 +147,11 @@ const char* standin_complaint(void) {
 
 void standin_reset(void) {
     Settings s;
-    s->fail_call = s->fail_launch = 0;
-    s->sticky = 0;
+    s->tally.fail_call = s->tally.fail_launch = 0;
+    for (Device& device : s->devices) {
+        device.tally.fail_call = device.tally.fail_launch = 0;
+        device.sticky = 0;
+    }
     s->complaint.clear();
     s->records.clear();
     s->emulation.forget();
@@ -117,8 +167,7 @@ int standin_emulator(const char* path) {
 int standin_ptx(const void* image, const char* ptx) {
     Settings s;
     try {
-        const auto device = static_cast<uint32_t>(10 * s->major + s->minor);
-        std::string cubin = CubinReader::bytes(cubin_of(image, device));
+        std::string cubin = CubinReader::bytes(cubin_of(image, s->devices[0].arch()));
         s->emulation.name_source(std::move(cubin), ptx);
         return 0;
     } catch (const std::string& sentence) {

@@ -1,6 +1,6 @@
 // What tests set and ask beside the driver's own functions. Any thread may call any of them, but
 // what they set is for all threads. At the start: checks and compute on, rows off, nothing
-// recorded, 80 GiB of memory, compute capability 9.0 with 132 multiprocessors.
+// recorded, one device of 80 GiB of memory, compute capability 9.0 and 132 multiprocessors.
 #pragma once
 
 #include <cstddef>
@@ -34,10 +34,18 @@ struct Emulated {
 
 #pragma GCC visibility push(default)
 extern "C" {
-// The device. 1 where the context is retained, which is too late; 0 where it was set.
+// Device 0. 1 where its context is retained, which is too late; 0 where it was set.
 int standin_device(int major, int minor, int multiprocessors);
-// Device memory in all; allocations past it give 2.
+// One device more, with 80 GiB of memory; its ordinal, or -1 if there are 8. Streams, events,
+// modules and memory belong to a device: they may be used, and given back, while the context of
+// their device is current, and by nothing else. In this the stand-in is stricter than CUDA. As in
+// CUDA, an event of another device may be waited for and queried.
+int standin_add_device(int major, int minor, int multiprocessors);
+// Memory of device 0 in all; allocations past it give 2.
 void standin_memory(uint64_t bytes);
+void standin_memory_of(int device, uint64_t bytes);
+// The most bytes that a device's allocations held since this was last asked.
+uint64_t standin_peak(int device);
 
 // Checks of handles, contexts, shapes, parameters and addresses.
 void standin_checks(int on);
@@ -61,19 +69,30 @@ void standin_capturing(int on);
 // Memory that a launch may use beside what was allocated: a CPU tensor's. 0; 1 and a complaint
 // where it overlaps another range, or was not registered. The same start again replaces the range.
 int standin_register(uint64_t start, uint64_t bytes);
+// The same as memory of one device; `standin_register` gives it to every device.
+int standin_register_on(uint64_t start, uint64_t bytes, int device);
 int standin_unregister(uint64_t start);
 
 // The n-th call from now (1: the next), or the n-th launch, returns `code`. After 214, 700, 702,
-// 710, 714..719 and 999 every later call does, until standin_reset(). n = 0 takes it back. Calls
-// that give something back do so even then: nobody can call them again.
+// 710, 714..719 and 999 every later call does, until standin_reset(); of several devices, every
+// later call that needs the same context. n = 0 takes it back. Calls that give something back do so even
+// then: nobody can call them again.
 void standin_fail(uint64_t n, int code);
 void standin_fail_launch(uint64_t n, int code);
+// The same, counting calls while the context of one device is current.
+void standin_fail_on(int device, uint64_t n, int code);
+void standin_fail_launch_on(int device, uint64_t n, int code);
 
 // Calls and launches so far. cuGetErrorName, cuGetErrorString and
 // cuThreadExchangeStreamCaptureMode do not count.
 uint64_t standin_calls(void);
 uint64_t standin_launches(void);
+// Those while the context of one device was current.
+uint64_t standin_calls_on(int device);
+uint64_t standin_launches_on(int device);
+// Of all devices, and of one.
 void standin_live(standin::Live* live);
+void standin_live_on(int device, standin::Live* live);
 // The latest complaint, a sentence with the call's name; "" where there is none. The text is the
 // thread's until it asks again.
 const char* standin_complaint(void);

@@ -22,8 +22,7 @@ namespace {
 
 // -- the device
 
-int device_attribute(int attribute, int& value) {
-    const State& s = state();
+int device_attribute(const Device& s, int attribute, int& value) {
     switch (attribute) {
         case kMaxThreadsPerBlock: return value = 1024, kSuccess;
         case kMaxBlockX: return value = 1024, kSuccess;
@@ -49,16 +48,19 @@ int device_attribute(int attribute, int& value) {
     }
 }
 
-uint32_t device_arch() { return static_cast<uint32_t>(10 * state().major + state().minor); }
-
-int wrong_device(Call& call, int device) {
-    return call.complain(kInvalidDevice, "device " + std::to_string(device) + ", there is only 0");
+bool wrong_device(Call& call, int device) {
+    if (call.failed() || (device >= 0 && device < call->count)) return call.failed();
+    const std::string last = std::to_string(call->count - 1);
+    const std::string wanted = call->count == 1 ? "only 0" : "0 to " + last;
+    call.complain(kInvalidDevice, named(device) + ", there is " + wanted);
+    return true;
 }
 
 // -- contexts: no locks, a thread's stack is its own
 
 bool wrong_context(Call& call, const void* context) {
-    if (context == &primary_context && call->retains > 0) return false;
+    const int device = device_of(context);
+    if (device >= 0 && call->devices[device].retains > 0) return false;
     call.complain(kInvalidContext, "the context is not alive");
     return true;
 }
@@ -86,9 +88,11 @@ int pop(void** context) {
 
 Kernel* find_function(Call& call, void* function) {
     auto* kernel = static_cast<Kernel*>(function);
-    if (call->functions.count(kernel) != 0) return kernel;
-    call.complain(kInvalidHandle, "the function is not of a loaded module");
-    return nullptr;
+    const auto found = call->functions.find(kernel);
+    if (found == call->functions.end())
+        return call.complain(kInvalidHandle, "the function is not of a loaded module"), nullptr;
+    const bool elsewhere = call.elsewhere("the function", found->second->device, kInvalidHandle);
+    return elsewhere ? nullptr : kernel;
 }
 
 }  // namespace
@@ -123,50 +127,49 @@ int cuInit(uint32_t flags) {
 
 int cuDeviceGetCount(int* count) {
     Call call("cuDeviceGetCount", kStarted);
-    if (!call.failed()) *count = 1;
+    if (!call.failed()) *count = call->count;
     return call.code;
 }
 
 int cuDeviceGet(int* device, int ordinal) {
     Call call("cuDeviceGet", kStarted);
-    if (call.failed()) return call.code;
-    if (ordinal != 0) return wrong_device(call, ordinal);
-    *device = 0;
+    if (wrong_device(call, ordinal)) return call.code;
+    *device = ordinal;
     return kSuccess;
 }
 
 int cuDeviceGetName(char* name, int size, int device) {
     Call call("cuDeviceGetName", kStarted);
-    if (call.failed()) return call.code;
-    if (device != 0) return wrong_device(call, device);
-    std::snprintf(name, static_cast<size_t>(size), "stand-in sm_%d%d", call->major.load(),
-                  call->minor.load());
+    if (wrong_device(call, device)) return call.code;
+    const Device& found = call->devices[device];
+    std::snprintf(name, static_cast<size_t>(size), "stand-in sm_%d%d", found.major.load(),
+                  found.minor.load());
     return kSuccess;
 }
 
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     Call call("cuDeviceGetAttribute", kStarted);
-    if (call.failed()) return call.code;
-    if (device != 0) return wrong_device(call, device);
-    if (device_attribute(attribute, *value) == kSuccess) return kSuccess;
+    if (wrong_device(call, device)) return call.code;
+    if (device_attribute(call->devices[device], attribute, *value) == kSuccess) return kSuccess;
     return call.complain(kInvalidValue, "attribute " + std::to_string(attribute) +
                                             " is not known to the stand-in");
 }
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
     Call call("cuDevicePrimaryCtxRetain", kStarted);
-    if (call.failed()) return call.code;
-    if (device != 0) return wrong_device(call, device);
-    ++call->retains;
-    *context = &primary_context;
+    if (wrong_device(call, device)) return call.code;
+    ++call->devices[device].retains;
+    *context = primary_contexts + device;
     return kSuccess;
 }
 
 int cuDevicePrimaryCtxRelease_v2(int device) {
     Call call("cuDevicePrimaryCtxRelease", kStarted);
     call.finish();
-    if (device != 0 && !call.failed()) return wrong_device(call, device);
-    if (call->retains > 0) return --call->retains, call.code;
+    if (!call.failed() && wrong_device(call, device)) return call.code;
+    const bool known = device >= 0 && device < call->count;
+    auto* const retains = known ? &call->devices[device].retains : nullptr;
+    if (known && *retains > 0) return --*retains, call.code;
     return call.failed() ? call.code : call.complain(kInvalidContext, "it is not retained");
 }
 
@@ -212,7 +215,7 @@ int cuModuleLoadData(void** module, const void* image) {
     if (call.failed()) return call.code;
     auto made = std::make_unique<Module>();
     try {
-        const void* cubin = cubin_of(image, device_arch());
+        const void* cubin = cubin_of(image, call.device().arch());
         made->cubin = CubinReader::read(cubin);
         made->ptx = call->emulation.module_of(CubinReader::bytes(cubin));
     } catch (const std::string& sentence) {
@@ -220,7 +223,8 @@ int cuModuleLoadData(void** module, const void* image) {
     } catch (const ImageError& error) {
         return call.complain(error.code, error.sentence);
     }
-    if (!made->cubin.runs_on(device_arch()))
+    made->device = call.number();
+    if (!made->cubin.runs_on(call.device().arch()))
         return call.complain(kNoBinaryForGpu, "the cubin is for sm_" +
                                                   std::to_string(made->cubin.arch) +
                                                   ", the device is another");
@@ -235,6 +239,9 @@ int cuModuleUnload(void* module) {
     Call call("cuModuleUnload", kUnsafe);
     call.finish();
     auto* found = static_cast<Module*>(module);
+    if (call->modules.count(found) != 0 &&
+        call.elsewhere("the module", found->device, kInvalidHandle))
+        return call.code;
     if (call->modules.erase(found) == 0)
         return call.failed() ? call.code : call.complain(kInvalidHandle, "it is not loaded");
     for (Kernel& kernel : found->cubin.kernels) call->functions.erase(&kernel);
@@ -247,6 +254,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
     auto* found = static_cast<Module*>(module);
     if (call->modules.count(found) == 0)
         return call.complain(kInvalidHandle, "the module is not loaded");
+    if (call.elsewhere("the module", found->device, kInvalidHandle)) return call.code;
     for (Kernel& kernel : found->cubin.kernels)
         if (kernel.name == name) return *function = &kernel, kSuccess;
     return call.complain(kNotFound, std::string("the module has no ") + name);
@@ -263,7 +271,7 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
         return call.complain(kInvalidValue, "attribute " + std::to_string(attribute) + " = " +
                                                 std::to_string(value) +
                                                 ", wanted 8, or 9 of -1 to 100");
-    const int64_t most = int64_t{shared_optin(call->major, call->minor)} - kernel->shared;
+    const int64_t most = int64_t{shared_optin(call.device().major, call.device().minor)} - kernel->shared;
     if (value < 0 || value > most)
         return call.complain(kInvalidValue, kernel->name + ": " + std::to_string(value) +
                                                 " bytes of dynamic shared memory, wanted 0.." +
@@ -325,7 +333,7 @@ int cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* base, const
     if (noop()) return encode(map, out), kSuccess;
     Call call("cuTensorMapEncodeTiled", kStarted);
     if (call.failed()) return call.code;
-    if (call->major < 9) return call.complain(kNotSupported, "there are no maps before sm_90");
+    if (call.device().major < 9) return call.complain(kNotSupported, "there are no maps before sm_90");
     if (out == nullptr || reinterpret_cast<uintptr_t>(out) % 64 != 0)
         return call.complain(kInvalidValue, "the map's own address is no multiple of 64");
     const std::string fault = fault_of(map);

@@ -20,8 +20,9 @@ namespace standin {
 
 // What a launch did that a GPU would not do.
 struct Fault {
-    int code;  // a Result, which every later call gives too
+    int code;  // a Result, which every later call on the device gives too
     std::string sentence;
+    int device = 0;
 };
 
 // A launch that waits, with its parameters where the PTX has them.
@@ -100,11 +101,12 @@ class Emulation {
         return all;
     }
 
-    // Whether a launch on `stream` can join those that wait.
-    bool joins(const void* stream, bool pdl) const {
-        return pending_.empty() || (stream == stream_ && pdl);
+    // Whether a launch on `stream` of `device` can join those that wait.
+    bool joins(int device, const void* stream, bool pdl) const {
+        return pending_.empty() || (device == device_ && stream == stream_ && pdl);
     }
-    void add(void* stream, PendingLaunch launch) {
+    void add(int device, void* stream, PendingLaunch launch) {
+        device_ = device;
         stream_ = stream;
         pending_.push_back(std::move(launch));
     }
@@ -129,6 +131,7 @@ class Emulation {
         }
         std::vector<emulator_range> ranges;
         memory.each([&](const Range& range) {
+            if (!range.is_on(device_)) return;  // a kernel sees the memory of its device alone
             ranges.push_back({range.start, range.bytes, range.map(), range.name.c_str()});
         });
         std::vector<emulator_report> reports(chain.size());
@@ -144,7 +147,7 @@ class Emulation {
         if (failed == 0) return {kSuccess, ""};
         const std::string sentence = emulator_.error();
         const uint64_t address = emulator_.last_fault().address;
-        return {code_of(sentence, address), sentence + memory.freed(address)};
+        return {code_of(sentence, address), sentence + memory.freed(address), device_};
     }
 
   private:
@@ -162,7 +165,8 @@ class Emulation {
     Emulator emulator_;
     std::unordered_map<std::string, Source> sources_;  // by the bytes of a cubin
     std::vector<PendingLaunch> pending_;
-    void* stream_ = nullptr;  // of those that wait
+    int device_ = 0;  // of those that wait
+    void* stream_ = nullptr;
 };
 
 }  // namespace standin

@@ -101,7 +101,7 @@ class Launch {
             const LaunchAttribute& attribute = config_.attributes[i];
             if (attribute.id == kPdl) {
                 pdl_ = attribute.value.pdl;
-                if (call_.checking() && pdl_ != 0 && call_->major < 9)
+                if (call_.checking() && pdl_ != 0 && call_.device().major < 9)
                     return refuse(kInvalidValue, "programmatic launch before sm_90");
             } else if (call_.checking()) {
                 return refuse(kInvalidValue,
@@ -166,6 +166,7 @@ class Launch {
         if (!call_.checking()) return true;
         if (one.range == nullptr)
             return !refuse(kIllegalAddress, name + ": " + call_->memory.why(address, bytes));
+        if (call_.wrong_range(one.range, kernel_.name + ": " + name, kIllegalAddress)) return false;
         if (address == one.range->start && address % 16 != 0)
             return !refuse(kIllegalAddress, name + ": its range is not 16-byte aligned");
         return true;
@@ -209,7 +210,7 @@ class Launch {
         digest_ = sum;
         if (arguments_.empty() || arguments_[0].what == Argument::kNumber) return;
         const Argument& out = arguments_[0];
-        call_->memory.note(config_.stream, out.address, head_bytes(out));
+        call_->memory.note(call_.number(), config_.stream, out.address, head_bytes(out));
         std::memcpy(reinterpret_cast<void*>(out.address), &sum, head_bytes(out));
     }
 
@@ -235,9 +236,9 @@ class Launch {
                             arguments_[i].size);
         }
         if (!same) return !refuse(kInvalidImage, "its PTX has other parameters than its cubin");
-        if (!emulation.joins(config_.stream, launch.pdl)) call_.finish();
+        if (!emulation.joins(call_.number(), config_.stream, launch.pdl)) call_.finish();
         if (call_.failed()) return false;
-        emulation.add(config_.stream, std::move(launch));
+        emulation.add(call_.number(), config_.stream, std::move(launch));
         if (!emulation.overlap) call_.finish();
         return !call_.failed();
     }
@@ -257,6 +258,7 @@ class Launch {
         record.shared = config_.shared;
         record.pdl = static_cast<uint32_t>(pdl_);
         record.carveout = kernel_.carveout;
+        record.device = static_cast<uint32_t>(call_.number());
         record.stream = reinterpret_cast<uint64_t>(config_.stream);
         record.digest = digest_;
         record.count = kept.parameters.size();

@@ -19,14 +19,28 @@
 
 namespace standin {
 
+constexpr int kMostDevices = 8;
+constexpr int kAnyDevice = -1;  // of registered memory that every device may use
+
+// Memory of a device, in bytes.
+struct DeviceMemory {
+    uint64_t limit = uint64_t{80} << 30;
+    uint64_t live = 0;    // allocations
+    uint64_t bytes = 0;   // in them, and in those freed on a stream that was not waited for yet
+    uint64_t pooled = 0;  // of them, freed on streams since the last wait
+    uint64_t peak = 0;    // the most `bytes` since a test asked
+};
+
 struct Range {
     uint64_t start = 0;
     uint64_t bytes = 0;
     bool registered = false;
     bool pooled = false;  // allocated on a stream
+    int device = kAnyDevice;  // that it is memory of
     std::string name{};   // for faults of kernels
     // A byte for each byte, 1 if something wrote it; empty if that is not tracked.
     std::shared_ptr<std::vector<uint8_t>> written{};
+    bool is_on(int on) const { return device == on || device == kAnyDevice; }
     bool holds(uint64_t address, uint64_t size) const {
         return address >= start && address - start <= bytes && size <= bytes - (address - start);
     }
@@ -41,37 +55,38 @@ class Memory {
 
     bool undo = false;     // see standin_undo
     bool tracked = false;  // see standin_track
-    uint64_t limit = uint64_t{80} << 30;
-    uint64_t live = 0;   // allocations
-    uint64_t bytes = 0;  // in them, and in those freed on a stream that was not waited for yet
+    DeviceMemory of[kMostDevices];
 
     // 0 where it does not fit.
-    uint64_t allocate(uint64_t size, bool pooled = false) {
-        if (size > limit || bytes > limit - size) return 0;
+    uint64_t allocate(int device, uint64_t size, bool pooled = false) {
+        DeviceMemory& memory = of[device];
+        if (size > memory.limit || memory.bytes > memory.limit - size) return 0;
         const uint64_t whole = (size + kAlignment - 1) / kAlignment * kAlignment;
         void* block = std::aligned_alloc(kAlignment, whole);
         if (block == nullptr) return 0;
         // Only the first page, so that an arena of gigabytes costs none.
         std::memset(block, kFresh, size < 4096 || undo ? size : 4096);
         const auto start = reinterpret_cast<uint64_t>(block);
-        Range range{start, size, false, pooled};
+        Range range{start, size, false, pooled, device};
         range.name =
             "allocation " + std::to_string(++allocated_) + " of " + std::to_string(size) + " bytes";
         if (tracked) range.track();
         ranges_[start] = std::move(range);
-        ++live;
-        bytes += size;
+        ++memory.live;
+        memory.bytes += size;
+        memory.peak = std::max(memory.peak, memory.bytes);
         return start;
     }
 
     // Before a launch on `stream` writes `size` bytes, at most 8.
-    void note(void* stream, uint64_t address, size_t size) {
+    void note(int device, void* stream, uint64_t address, size_t size) {
         if (!undo) return;
-        Written& one = written_[stream].emplace_back(Written{address, size, {}});
+        std::vector<Written>& log = written_[{device, stream}];
+        Written& one = log.emplace_back(Written{address, size, {}});
         std::memcpy(one.before, reinterpret_cast<const void*>(address), size);
     }
-    void take_back(void* stream) {
-        std::vector<Written>& log = written_[stream];
+    void take_back(int device, void* stream) {
+        std::vector<Written>& log = written_[{device, stream}];
         for (; !log.empty(); log.pop_back()) {
             const Written& one = log.back();
             if (find(one.address, one.size) == nullptr) continue;
@@ -86,11 +101,12 @@ class Memory {
         const auto found = ranges_.find(start);
         if (found == ranges_.end() || found->second.registered) return false;
         if (on_stream && !found->second.pooled) return false;
-        --live;
+        DeviceMemory& memory = of[found->second.device];
+        --memory.live;
         if (on_stream) {
-            pooled_ += found->second.bytes;
+            memory.pooled += found->second.bytes;
         } else {
-            bytes -= found->second.bytes;
+            memory.bytes -= found->second.bytes;
         }
         freed_.push_back(found->second);
         held_ += found->second.bytes;
@@ -104,16 +120,16 @@ class Memory {
         return true;
     }
 
-    void wait() { bytes -= std::exchange(pooled_, 0); }
+    void wait(int device) { of[device].bytes -= std::exchange(of[device].pooled, 0); }
 
     // False where it overlaps another range; the same start again replaces it.
-    bool enlist(uint64_t start, uint64_t size) {
+    bool enlist(uint64_t start, uint64_t size, int device) {
         const auto same = ranges_.find(start);
         if (same != ranges_.end() && same->second.registered) ranges_.erase(same);
         const auto next = ranges_.lower_bound(start);
         if (next != ranges_.end() && next->first - start < size) return false;
         if (next != ranges_.begin() && std::prev(next)->second.holds(start, 1)) return false;
-        ranges_[start] = {start, size, true, false};
+        ranges_[start] = {start, size, true, false, device};
         ranges_[start].name = "registered memory of " + std::to_string(size) + " bytes";
         return true;
     }
@@ -196,12 +212,12 @@ class Memory {
         uint8_t before[8];
     };
 
-    std::map<void*, std::vector<Written>> written_;  // by stream, the latest last
+    // by device and stream, the latest last
+    std::map<std::pair<int, void*>, std::vector<Written>> written_;
     std::map<uint64_t, Range> ranges_;
     std::deque<Range> freed_;
     uint64_t allocated_ = 0;  // so far
     uint64_t held_ = 0;
-    uint64_t pooled_ = 0;  // bytes freed on streams since the last wait
 };
 
 // Addresses for the driver that does nothing: nobody reads or writes there, so they come round

@@ -2,6 +2,7 @@
 // returns, but for launches that wait for those that may overlap them (`Call::finish` runs them);
 // so streams and events have nothing else to wait for, but must be alive.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -15,12 +16,14 @@ namespace {
 int allocate(Call& call, uint64_t* address, size_t bytes, bool pooled = false) {
     if (call.failed()) return call.code;
     if (address == nullptr || bytes == 0) return call.complain(kInvalidValue, "0 bytes were asked");
-    *address = call->memory.allocate(bytes, pooled);
+    *address = call->memory.allocate(call.number(), bytes, pooled);
     return *address != 0 ? kSuccess : kOutOfMemory;
 }
 
 int release(Call& call, uint64_t address, bool on_stream = false) {
     call.finish();
+    if (call.wrong_range(call->memory.begins(address), "the memory", kInvalidValue))
+        return call.code;
     if (call->memory.release(address, on_stream) || pretended.holds(address)) return call.code;
     if (call.failed()) return call.code;
     return call.complain(kInvalidValue, call->memory.why(address) +
@@ -32,8 +35,10 @@ int copy(Call& call, uint64_t device, size_t bytes, void* stream, void* to, cons
     if (call.failed() || call.wrong_stream(stream) || bytes == 0) return call.code;
     if (to == nullptr || from == nullptr)
         return call.complain(kInvalidValue, "an address is null");
-    if (call.checking() && call->memory.find(device, bytes) == nullptr)
+    const Range* range = call->memory.find(device, bytes);
+    if (call.checking() && range == nullptr)
         return call.complain(kInvalidValue, call->memory.why(device, bytes));
+    if (call.wrong_range(range, "the memory", kInvalidValue)) return call.code;
     const bool inward = reinterpret_cast<uint64_t>(to) == device;
     if (inward) call->memory.mark(device, bytes);
     const std::string unwritten = call->memory.unwritten(device, bytes);
@@ -43,7 +48,7 @@ int copy(Call& call, uint64_t device, size_t bytes, void* stream, void* to, cons
 }
 
 int make(void** handle, Kind kind) {
-    *handle = handles.make(kind);
+    *handle = handles.make(kind, std::max(0, device_of(contexts.current())));
     return *handle != nullptr ? kSuccess : kOutOfMemory;
 }
 
@@ -90,13 +95,17 @@ int cuMemHostAlloc(void** address, size_t bytes, uint32_t flags) {
         return call.complain(kInvalidValue, "0 bytes, or flags that are none");
     *address = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     if (*address == nullptr) return kOutOfMemory;
-    call->pinned[*address] = bytes;
+    call->pinned[*address] = call.number();
     return kSuccess;
 }
 
 int cuMemFreeHost(void* address) {
     Call call("cuMemFreeHost", kUnsafe);
     call.finish();
+    const auto found = call->pinned.find(address);
+    if (found != call->pinned.end() &&
+        call.elsewhere("the memory", found->second, kInvalidValue))
+        return call.code;
     if (call->pinned.erase(address) != 0) return std::free(address), call.code;
     return call.failed() ? call.code : call.complain(kInvalidValue, "it is not allocated");
 }
@@ -125,6 +134,7 @@ int cuStreamDestroy_v2(void* stream) {
     if (noop()) return handles.drop(stream, kStream) ? kSuccess : kInvalidHandle;
     Call call("cuStreamDestroy", kContext);
     call.finish();
+    if (call.elsewhere("the stream", stream, kStream)) return call.code;
     if (handles.drop(stream, kStream) || call.failed()) return call.code;
     return call.complain(kInvalidHandle, "the stream is not alive");
 }
@@ -133,8 +143,8 @@ int cuStreamSynchronize(void* stream) {
     if (noop()) return kSuccess;
     Call call("cuStreamSynchronize", kContext);
     call.finish();
-    call->memory.take_back(stream);  // even where it fails: nobody waits again
-    call->memory.wait();
+    call->memory.take_back(call.number(), stream);  // even where it fails: nobody waits again
+    call->memory.wait(call.number());
     if (!call.failed()) call.wrong_stream(stream);
     return call.code;
 }
@@ -143,7 +153,8 @@ int cuStreamWaitEvent(void* stream, void* event, uint32_t flags) {
     if (noop()) return kSuccess;
     Call call("cuStreamWaitEvent", kContext);
     call.finish();
-    if (call.failed() || call.wrong_stream(stream) || call.wrong_event(event)) return call.code;
+    if (call.failed() || call.wrong_stream(stream) || call.wrong_event(event, true))
+        return call.code;
     return flags <= 1 ? kSuccess : call.complain(kInvalidValue, "flags must be 0 or 1");
 }
 
@@ -165,6 +176,7 @@ int cuEventRecord(void* event, void* stream) {
 int cuEventDestroy_v2(void* event) {
     if (noop()) return handles.drop(event, kEvent) ? kSuccess : kInvalidHandle;
     Call call("cuEventDestroy", kContext);
+    if (call.elsewhere("the event", event, kEvent)) return call.code;
     if (handles.drop(event, kEvent) || call.failed()) return call.code;
     return call.complain(kInvalidHandle, "the event is not alive");
 }
@@ -173,7 +185,7 @@ int cuEventQuery(void* event) {
     if (noop()) return kSuccess;
     Call call("cuEventQuery", kContext);
     call.finish();
-    if (!call.failed()) call.wrong_event(event);
+    if (!call.failed()) call.wrong_event(event, true);
     return call.code;
 }
 
@@ -181,7 +193,7 @@ int cuEventSynchronize(void* event) {
     if (noop()) return kSuccess;
     Call call("cuEventSynchronize", kContext);
     call.finish();
-    if (!call.failed()) call.wrong_event(event);
+    if (!call.failed()) call.wrong_event(event, true);
     return call.code;
 }
 

@@ -23,38 +23,47 @@
 
 namespace standin {
 
-// Streams and events: a handle is the address of a slot. Without locks, and a slot is used again
-// only after all the others, so that a destroyed handle is noticed.
+// Streams and events: a handle is the address of a slot, which holds the kind and the device.
+// Without locks, and a slot is used again only after all the others, so that a destroyed handle is
+// noticed.
 enum Kind : uint32_t { kNone = 0, kStream = 1, kEvent = 2 };
 
 class Handles {
   public:
     // Null where all slots are taken.
-    void* make(Kind kind) {
+    void* make(Kind kind, int device) {
         for (uint32_t tries = 0; tries < kSlots; ++tries) {
             std::atomic<uint32_t>& slot = slots_[next_.fetch_add(1) % kSlots];
             uint32_t none = kNone;
-            if (!slot.compare_exchange_strong(none, kind)) continue;
-            live_[kind].fetch_add(1);
+            if (!slot.compare_exchange_strong(none, value(kind, device))) continue;
+            live_[device][kind].fetch_add(1);
             return &slot;
         }
         return nullptr;
     }
-    bool is(const void* handle, Kind kind) const {
+    // The device of a handle of this kind; -1 if it is not alive.
+    int device_of(const void* handle, Kind kind) const {
         const std::atomic<uint32_t>* slot = find(handle);
-        return slot != nullptr && slot->load() == kind;
+        const uint32_t found = slot == nullptr ? uint32_t{kNone} : slot->load();
+        return (found & kKinds) == kind ? static_cast<int>(found / (kKinds + 1)) : -1;
     }
     bool drop(void* handle, Kind kind) {
-        uint32_t wanted = kind;
+        const int device = device_of(handle, kind);
+        if (device < 0) return false;
+        uint32_t wanted = value(kind, device);
         auto* slot = const_cast<std::atomic<uint32_t>*>(find(handle));
-        if (slot == nullptr || !slot->compare_exchange_strong(wanted, kNone)) return false;
-        live_[kind].fetch_sub(1);
+        if (!slot->compare_exchange_strong(wanted, kNone)) return false;
+        live_[device][kind].fetch_sub(1);
         return true;
     }
-    uint64_t live(Kind kind) const { return live_[kind].load(); }
+    uint64_t live(Kind kind, int device) const { return live_[device][kind].load(); }
 
   private:
     static constexpr uint32_t kSlots = 1 << 16;
+    static constexpr uint32_t kKinds = 3;  // the bits of a slot that are the kind
+    static uint32_t value(Kind kind, int device) {
+        return kind + (kKinds + 1) * static_cast<uint32_t>(device);
+    }
     const std::atomic<uint32_t>* find(const void* handle) const {
         const auto address = reinterpret_cast<uintptr_t>(handle);
         const auto first = reinterpret_cast<uintptr_t>(slots_);
@@ -65,11 +74,12 @@ class Handles {
     }
     std::atomic<uint32_t> slots_[kSlots];
     std::atomic<uint32_t> next_;
-    std::atomic<uint64_t> live_[3];
+    std::atomic<uint64_t> live_[kMostDevices][3];
 };
 
 struct Module {
     Cubin cubin;
+    int device = 0;
     emulator_module* ptx = nullptr;  // what the cubin was made of, if a test named it
 };
 
@@ -81,7 +91,7 @@ struct Record {
     uint32_t shared;
     uint32_t pdl;
     int32_t carveout;
-    uint32_t padding;
+    uint32_t device;
     uint64_t stream;
     uint64_t digest;  // 0 for a launch that was emulated, or where nothing was computed
     uint64_t count;   // of parameters
@@ -96,23 +106,47 @@ struct Kept {
     Record record;
 };
 
-struct State {
-    std::mutex mutex;
-
-    std::atomic<int> major{9}, minor{0}, multiprocessors{132};
-    std::atomic<bool> started{false};
-    std::atomic<uint64_t> retains{0};
-
-    bool checks = true, compute = true, record = false, rows_off = true, capturing = false;
+// Calls that were made, and the faults that are due.
+struct Tally {
     uint64_t calls = 0, launches = 0;
     uint64_t fail_call = 0, fail_launch = 0;  // the count at which a fault is due; 0: none
     int call_code = 0, launch_code = 0;
-    int sticky = 0;
+
+    bool has_faults() const { return fail_call != 0 || fail_launch != 0; }
+    // Counts a call; the code of the fault that strikes it, or 0.
+    int count(bool launch) {
+        ++calls;
+        if (launch) ++launches;
+        if (fail_call != 0 && calls == fail_call) return fail_call = 0, call_code;
+        if (launch && fail_launch != 0 && launches == fail_launch)
+            return fail_launch = 0, launch_code;
+        return 0;
+    }
+};
+
+struct Device {
+    std::atomic<int> major{9}, minor{0}, multiprocessors{132};
+    std::atomic<uint64_t> retains{0};
+    Tally tally;     // of the calls while its context is current
+    int sticky = 0;  // what every call returns while its context is current
+
+    uint32_t arch() const { return static_cast<uint32_t>(10 * major + minor); }
+};
+
+struct State {
+    std::mutex mutex;
+
+    std::atomic<bool> started{false};
+    std::atomic<int> count{1};  // of devices
+    Device devices[kMostDevices];
+
+    bool checks = true, compute = true, record = false, rows_off = true, capturing = false;
+    Tally tally;  // of all calls
     std::string complaint;
 
     Memory memory;
     Emulation emulation;
-    std::unordered_map<void*, size_t> pinned;
+    std::unordered_map<void*, int> pinned;  // and the device of the context
     std::unordered_set<Module*> modules;
     std::unordered_map<Kernel*, Module*> functions;  // of the live modules
     // Modules that were unloaded stay, so that no later one gets their address.
@@ -132,13 +166,23 @@ inline bool noop() { return doing_nothing.load(std::memory_order_relaxed); }
 
 // After every change of a setting, under the mutex. A fault or a record needs the other driver.
 inline void settle(State& s) {
-    const bool idle = !s.checks && !s.compute && !s.record && !s.capturing && s.sticky == 0 &&
-                      s.fail_call == 0 && s.fail_launch == 0;
+    bool idle = !s.checks && !s.compute && !s.record && !s.capturing && !s.tally.has_faults();
+    for (const Device& device : s.devices)
+        idle = idle && device.sticky == 0 && !device.tally.has_faults();
     if (idle) pretended.reserve();
     doing_nothing.store(idle);
 }
 
-inline char primary_context;
+inline char primary_contexts[kMostDevices];
+
+// The device of a context; -1 if it is none.
+inline int device_of(const void* context) {
+    for (int device = 0; device < kMostDevices; ++device)
+        if (context == primary_contexts + device) return device;
+    return -1;
+}
+
+inline std::string named(int device) { return "device " + std::to_string(device); }
 
 // A thread's contexts. Plain numbers: nothing is allocated or destroyed with the thread.
 struct Contexts {
@@ -167,10 +211,12 @@ class Call {
   public:
     Call(const char* name, Need need, bool launch = false)
         : name_(name), state_(state()), lock_(state_.mutex) {
-        code = fault(launch);
+        const int device = device_of(contexts.current());
+        device_ = device < 0 ? 0 : device;
+        code = fault(launch, device, need >= kContext);
         if (code == 0 && need != kNothing && !state_.started) code = kNotInitialized;
         if (code == 0 && need >= kContext && state_.checks &&
-            (contexts.current() == nullptr || state_.retains == 0))
+            (device < 0 || state_.devices[device].retains == 0))
             complain(kInvalidContext, "the thread has no current context");
         if (code == 0 && need == kUnsafe && state_.capturing && capture_mode != kRelaxed)
             complain(kCaptureUnsupported, "a graph is captured, and this thread is not relaxed");
@@ -179,6 +225,9 @@ class Call {
     State* operator->() { return &state_; }
     bool failed() const { return code != 0; }
     bool checking() const { return state_.checks; }
+    // That of the current context; 0 without one.
+    int number() const { return device_; }
+    Device& device() { return state_.devices[device_]; }
 
     int complain(int with, const std::string& sentence) {
         state_.complaint = std::string(name_) + ": " + sentence;
@@ -189,44 +238,65 @@ class Call {
     void finish() {
         const Fault fault = state_.emulation.run(state_.memory);
         if (fault.code == 0) return;
-        state_.sticky = fault.code;
-        complain(code == 0 ? fault.code : code, fault.sentence);
+        state_.devices[fault.device].sticky = fault.code;
+        const int before = code;
+        complain(before == 0 ? fault.code : before, fault.sentence);
+        if (fault.device != device_) code = before;  // it is an error of that device's calls
+    }
+
+    // Complains if something of `device` is used while another's context is current.
+    bool elsewhere(const std::string& what, int device, int with) {
+        if (!checking() || device == device_) return false;
+        complain(with, what + " is of " + named(device) + ", the current context of " +
+                           named(device_));
+        return true;
     }
 
     // The legacy and the per-thread default stream need no creation.
     bool wrong_stream(void* stream) {
-        if (reinterpret_cast<uintptr_t>(stream) <= 2 || !checking() || handles.is(stream, kStream))
-            return false;
-        complain(kInvalidHandle, "the stream is not alive");
-        return true;
+        if (reinterpret_cast<uintptr_t>(stream) <= 2) return false;
+        return wrong_handle(stream, kStream, "the stream");
     }
-    bool wrong_event(void* event) {
-        if (!checking() || handles.is(event, kEvent)) return false;
-        complain(kInvalidHandle, "the event is not alive");
-        return true;
+    // A stream may wait for an event of another device; nothing else may use one.
+    bool wrong_event(void* event, bool of_any_device = false) {
+        return wrong_handle(event, kEvent, "the event", of_any_device);
+    }
+    bool wrong_handle(const void* handle, Kind kind, const std::string& what, bool any = false) {
+        if (!checking()) return false;
+        const int device = handles.device_of(handle, kind);
+        if (device < 0) return complain(kInvalidHandle, what + " is not alive"), true;
+        return !any && elsewhere(what, device, kInvalidHandle);
+    }
+    // The same for a stream or an event, if it is alive.
+    bool elsewhere(const std::string& what, const void* handle, Kind kind) {
+        const int device = handles.device_of(handle, kind);
+        return device >= 0 && elsewhere(what, device, kInvalidHandle);
+    }
+    // Complains about device memory of another device.
+    bool wrong_range(const Range* range, const std::string& what, int with) {
+        if (range == nullptr || range->is_on(device_)) return false;
+        return elsewhere(what, range->device, with);
     }
 
     int code = 0;
 
   private:
-    int fault(bool launch) {
-        ++state_.calls;
-        if (launch) ++state_.launches;
-        if (state_.sticky != 0) return state_.sticky;
-        int struck = 0;
-        if (state_.fail_call != 0 && state_.calls == state_.fail_call) {
-            struck = state_.call_code;
-            state_.fail_call = 0;
-        } else if (launch && state_.fail_launch != 0 && state_.launches == state_.fail_launch) {
-            struck = state_.launch_code;
-            state_.fail_launch = 0;
-        }
-        if (is_sticky(struck)) state_.sticky = struck;
+    // `current`: the device of the current context, or -1. A lost device fails all calls if it is
+    // the only one; of several, those that need its context.
+    int fault(bool launch, int current, bool needs_context) {
+        int struck = state_.tally.count(launch);
+        Device& device = this->device();
+        if (current >= 0)
+            if (const int own = device.tally.count(launch); struck == 0) struck = own;
+        if (state_.count > 1 && (current < 0 || !needs_context)) return struck;
+        if (device.sticky != 0) return device.sticky;
+        if (is_sticky(struck)) device.sticky = struck;
         return struck;
     }
 
     const char* name_;
     State& state_;
+    int device_ = 0;
     std::lock_guard<std::mutex> lock_;
 };
 
