@@ -40,7 +40,18 @@ ORDER = (
     "cli",
 )
 # These import nothing of vitrail but each other. `_C` is the C++ extension.
-FROM_ANYWHERE = {"_C", "_version", "cuda", "dtypes", "durable", "errors", "fork", "torch_modes"}
+FROM_ANYWHERE = {
+    "_C",
+    "_version",
+    "cuda",
+    "dtypes",
+    "durable",
+    "errors",
+    "fork",
+    "torch_import",
+    "torch_modes",
+    "tower_operators",
+}
 
 # The imports of each package besides the standard library and itself.
 MAY_IMPORT = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vitrail import fork as fork  # from here on forks are noticed
 from vitrail._version import __version__
 from vitrail.errors import CheckpointError, ImageError, InputError, VitrailError
+from vitrail.torch_import import import_after_torch
 
 if TYPE_CHECKING:
     from vitrail.jobs.manifest import Embeddings, read_embeddings
@@ -49,6 +50,8 @@ __all__ = [
     "load_replicas",
     "read_embeddings",
 ]
+
+import_after_torch("vitrail.tower_operators")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import vitrail
 from helpers import assert_close, make, save
+from vitrail import tower_operators
 from vitrail.demo import demo
-from vitrail.errors import InputError
-from vitrail.model import module
+from vitrail.errors import CheckpointError, InputError
 from vitrail.model.model import Model
 
 
@@ -69,7 +69,9 @@ def test_a_text_tower_without_a_projection_gives_its_pooled_token(
     pooled = model.forward(input_ids=ids).pooler_output
     assert pooled is not None
     assert torch.equal(out, pooled.float())
-    torch.library.opcheck(module.embed_text, (ids, text.number, out.shape[1]))
+    torch.library.opcheck(
+        tower_operators.embed_text, (ids, text.fingerprint, text.source, out.shape[1])
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -93,9 +95,9 @@ def test_it_compiles_as_one_graph_at_any_batch(model: Model, dynamic: bool) -> N
 def test_the_operators_keep_pytorchs_rules_for_custom_ones(model: Model, tower: str) -> None:
     made = model.as_module("image" if tower == "image" else "text")
     given = pixels(model, 2) if tower == "image" else padded(model, ["a", "two red circles"])
-    operator = module.embed_image if tower == "image" else module.embed_text
-    width = made.tower.spec.embedding
-    torch.library.opcheck(operator, (given, made.number, width))
+    operator = tower_operators.embed_image if tower == "image" else tower_operators.embed_text
+    width = made.spec.embedding
+    torch.library.opcheck(operator, (given, made.fingerprint, made.source, width))
 
 
 def test_it_exports_with_its_shapes(model: Model) -> None:
@@ -146,14 +148,29 @@ def test_what_a_module_does_not_take_is_said(model: Model) -> None:
         model.as_module("both")  # type: ignore[arg-type]
 
 
-def test_a_module_keeps_its_tower_and_no_more(tmp_path: Path) -> None:
-    model = vitrail.load(demo.bundled(), device="cpu")
+def test_a_module_keeps_its_tower_and_no_more() -> None:
+    model = vitrail.load(demo.bundled(), device="cpu", dtype="bfloat16")
     image, values = model.as_module("image"), pixels(model, 1)
     wanted = model.encode_image(values)
-    number = image.number
+    fingerprint, device = image.fingerprint, image.device
     del model
     gc.collect()
     assert torch.equal(image(values), wanted)
     del image
     gc.collect()
-    assert number not in module._VISION
+    assert tower_operators.live_towers(fingerprint, device) is None
+
+
+def test_a_tower_is_found_while_any_of_two_equal_models_lives() -> None:
+    models = [vitrail.load(demo.bundled(), device="cpu", dtype="bfloat16") for _ in range(2)]
+    values = pixels(models[0], 2)
+    modules = [model.as_module("image") for model in models]
+    program = torch.export.export(modules[0], (values,)).module()
+    wanted = modules[0](values)
+    for dropped in (0, 1):
+        del models[0], modules[0]
+        gc.collect()
+        if dropped == 0:
+            assert torch.equal(program(values), wanted)
+    with pytest.raises(CheckpointError, match="image tower of the model"):
+        program(values)

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,6 +12,22 @@ from vitrail.checkpoint.contents import TOKENIZER_FILES
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.image.decoding import SixteenBit
 from vitrail.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """``digits``: see `Model.fingerprint`. ``parts``: the value, or the hash, of each part of the
+    content by name, so that two fingerprints can say what differs."""
+
+    digits: str
+    parts: Mapping[str, str]
+
+    def differences(self, wanted: "Fingerprint") -> str:
+        """The parts that differ, in words, for example "dtype (got float32, wanted float16)"."""
+        names = [name for name in wanted.parts if self.parts.get(name) != wanted.parts[name]]
+        return ", ".join(
+            f"{name} (got {self.parts.get(name)}, wanted {wanted.parts[name]})" for name in names
+        )
 
 
 def fingerprint(
@@ -19,8 +38,8 @@ def fingerprint(
     runner: str,
     version: str,
     sixteen_bit: SixteenBit = "scale",
-) -> str:
-    """See `Model.fingerprint`.
+) -> Fingerprint:
+    """The fingerprint of a model.
 
     ``weights``: their hash; ``runner``, ``version``: `Runner.identity` and `Runner.version`. An
     exported folder keeps its fingerprint in later versions of Vitrail, so another formula needs
@@ -40,4 +59,12 @@ def fingerprint(
         "runner": runner,
         "version": version,
     }
+    parts = {
+        "backend" if name == "runner" else name: part if isinstance(part, str) else _hash(part)
+        for name, part in content.items()
+    }
+    return Fingerprint(_hash(content), parts)
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

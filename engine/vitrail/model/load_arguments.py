@@ -1,7 +1,6 @@
 """`LoadArguments`: enough to load a model again, in this process or in another."""
 
 from dataclasses import asdict, dataclass
-from pathlib import PurePath
 from typing import Any
 
 from vitrail.image.decoding import SixteenBit
@@ -25,11 +24,6 @@ class LoadArguments:
     backend: str
     sixteen_bit: SixteenBit
     resize: Resize
-
-    @property
-    def name(self) -> str:
-        """The hub id, or the last part of the path: a name without the folders of a machine."""
-        return PurePath(self.source).name if self.revision is None else self.source
 
     def keywords(self) -> dict[str, Any]:
         """Every argument of `load` but ``source``, by name."""

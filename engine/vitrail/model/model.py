@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -14,11 +14,12 @@ from vitrail.model import arguments
 from vitrail.model.advice import ModuleAdvice
 from vitrail.model.arguments import Resize
 from vitrail.model.encoding import EncodingCalls
-from vitrail.model.fingerprint import fingerprint
+from vitrail.model.fingerprint import Fingerprint, fingerprint
 from vitrail.model.forward import forward_pair, forward_text, forward_vision
 from vitrail.model.images import ImageEncoder
 from vitrail.model.layers import intermediate_layers
 from vitrail.model.load_arguments import LoadArguments
+from vitrail.model.loaded_towers import LoadedTowers
 from vitrail.model.module import ImageModule, TextModule
 from vitrail.model.outputs import Output
 from vitrail.model.texts import LabelCache, TextEncoder
@@ -27,6 +28,7 @@ from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.spec import ModelSpec
 from vitrail.text.tokenizer_files import load_tokenizer
 from vitrail.torch_modes import public_call
+from vitrail.tower_operators import add_model
 
 
 class Model(EncodingCalls, ModuleAdvice):
@@ -62,7 +64,8 @@ class Model(EncodingCalls, ModuleAdvice):
         self.weight_bytes = runner.weights.arena.numel()
         self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
         identity, version = runner.identity, runner.version
-        self._make_fingerprint: Callable[[], str] = lambda: fingerprint(
+        self._runner, self._sixteen_bit = runner, sixteen_bit
+        self._make_fingerprint: Callable[[], Fingerprint] = lambda: fingerprint(
             checkpoint, spec, hash_weights(), runner.dtype, identity, version, sixteen_bit
         )
         self._vision = VisionTower(spec.vision, spec.head, runner) if spec.vision else None
@@ -78,6 +81,7 @@ class Model(EncodingCalls, ModuleAdvice):
             self._texts = TextEncoder(self._text, tokenizer)
             self._labels = LabelCache(self._texts)
         self._logit_scale = runner.weights.logit_scale
+        add_model(self)
 
     def __repr__(self) -> str:
         return (
@@ -86,7 +90,7 @@ class Model(EncodingCalls, ModuleAdvice):
             f"{self.device}, {self.backend} backend>"
         )
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """64 hex digits: models with equal fingerprints give the same bits.
 
@@ -96,7 +100,54 @@ class Model(EncodingCalls, ModuleAdvice):
         such a folder keeps its fingerprint in later versions, as in C++. The first use reads all
         weights. Raises CheckpointError if the files have changed since loading.
         """
+        return self.fingerprint_content.digits
+
+    @functools.cached_property
+    def fingerprint_content(self) -> Fingerprint:
+        """The fingerprint with what it was computed from, part by part. Errors: as there."""
         return self._make_fingerprint()
+
+    @functools.cached_property
+    def towers(self) -> LoadedTowers:
+        """The towers under the model's fingerprint, for modules. Errors: see `fingerprint`."""
+        return LoadedTowers(
+            self._vision,
+            self._text,
+            self._runner,
+            self.fingerprint_content,
+            self._load_call(),
+            self.load_arguments,
+        )
+
+    def _load_call(self) -> str:
+        """See `vitrail.tower_operators.embed_image`. A folder is named without its path."""
+        is_local = self.revision is None
+        options = {
+            "revision": self.revision,
+            "device": "{device}",
+            "dtype": self.precision,
+            "backend": None if self.device.type == "cpu" else self.backend,
+            "sixteen_bit": None if self._sixteen_bit == "scale" else self._sixteen_bit,
+        }
+        words = [repr(self.folder.resolve().name if is_local else self.source)]
+        words += [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        version = self.fingerprint_content.parts["version"]
+        return f"vitrail.load({', '.join(words)}) by Vitrail {version}"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing about a model can change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the arguments that load the model again and the fingerprint it must have.
+
+        The first time reads all weights. Raises InputError if `load` did not make the model.
+        """
+        from vitrail.model import pickled
+
+        return pickled.load_model, pickled.state(self.load_arguments, self.fingerprint_content)
 
     @public_call
     def forward(
@@ -170,11 +221,12 @@ class Model(EncodingCalls, ModuleAdvice):
     def as_module(self, tower: Literal["image", "text"] = "image") -> ImageModule | TextModule:
         """A tower as a torch.nn.Module, for torch.compile and CUDA graphs (`vitrail.model.module`).
 
-        The text module computes every token that it is given; `encode_text` stops at the end token.
-        Raises InputError if the checkpoint has no such tower.
+        The module computes by the model's fingerprint, so the first call reads all weights. The
+        text module computes every token that it is given; `encode_text` stops at the end token.
+        Raises InputError if the checkpoint has no such tower; CheckpointError as `fingerprint`.
         """
         if tower == "image":
-            return ImageModule(self._image_encoder("as_module").tower)
+            return ImageModule(self.towers, self._image_encoder("as_module").tower)
         if tower == "text":
-            return TextModule(self._text_encoder("as_module").tower)
+            return TextModule(self.towers, self._text_encoder("as_module").tower)
         raise InputError(f"tower: got {tower!r}, wanted 'image' or 'text'")

@@ -213,7 +213,7 @@ class _Export:
             runner = self._identity(target)
             digest = fingerprint(
                 checkpoint, self.spec, weights_hash, self.dtype, runner, __version__
-            )
+            ).digits
             builds[arch] = Build(runner, digest)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         is_local = checkpoint.revision is None
