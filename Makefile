@@ -37,7 +37,7 @@ endif
 alone = OMP_NUM_THREADS=1 $(py) -m pytest $$(grep -rl --include='test_*.py' pytest.mark.machine tests)
 
 .PHONY: help demo test test-interpreted test-emulated test-slow test-all test-pillow12 test-triton36
-.PHONY: lint install bench gpu pixels-golden wheel clean
+.PHONY: lint install bench gpu pixels-golden golden-export wheel clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -102,6 +102,10 @@ gpu: ## the benchmarks and tests on a GPU (benchmarks/gpu.sh)
 pixels-golden: .venv-pillow12/stamp ## compute the pixel hashes again, under Pillow 12
 	$(say) 'Pixel hashes from transformers under Pillow 12'
 	PYTHONPATH=engine:kernels .venv-pillow12/bin/python tests/pixels/make_goldens.py
+
+golden-export: .venv/dev.stamp ## tests/exported/golden again, after PLAN_GRAMMAR or KERNEL_ABI was raised
+	$(say) 'The golden exported folder'
+	PYTHONPATH=engine:kernels:tests $(py) tests/exported/make_golden.py
 
 wheel: .venv/dev.stamp ## dist/vitrail-*.whl
 	$(say) 'The wheel, into dist/'

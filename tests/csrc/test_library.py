@@ -22,6 +22,7 @@ import pytest
 
 import export_folder
 import standin
+from exported import make_golden
 from vitrail._version import __version__
 from vitrail.exported.digest import hash_file
 from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR, magic
@@ -544,6 +545,24 @@ def test_a_folder_that_another_version_exported_loads(library: Library, copied: 
     assert library.c.vitrail_model_facts(model, ctypes.byref(facts)) == OK
     assert facts.fingerprint.decode() == fingerprints(copied)["90"]
     library.free(model)
+
+
+def test_the_golden_folder_computes_as_it_did(library: Library, tmp_path: Path) -> None:
+    """See tests/exported/test_golden.py."""
+    folder, pixels = make_golden.unpack(tmp_path), make_golden.PIXELS
+    out, status = np.zeros((len(pixels), 64), np.float32), np.zeros(len(pixels), np.int32)
+    given = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, out, status)]
+    library.driver.driver.standin_undo(1)  # so that new memory is alike
+    try:
+        with recorded(library, folder) as session:
+            count = ctypes.c_size_t(len(pixels))
+            assert library.c.vitrail_embed_uint8(session, given[0], count, *given[1:]) == OK
+            launched = library.driver.launched()
+    finally:
+        library.driver.driver.standin_undo(0)
+    wanted = make_golden.expected()["launches"]
+    assert fingerprints(folder)["90"] == wanted["fingerprint"]
+    assert make_golden.digest(launched) == wanted["uint8"]
 
 
 def exported_by(folder: Path, version: str) -> None:
