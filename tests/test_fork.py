@@ -131,3 +131,128 @@ print("done")
 
 def test_a_call_in_a_fork_has_the_state_of_its_caller(tmp_path: Path) -> None:
     assert run_program(ONE_CALL, tmp_path) == "done\n"
+
+
+LOCKS = """
+import time
+from PIL import Image
+from vitrail import fork
+
+model = vitrail.load(bundled(), device="cpu")
+wanted = rows(model)
+
+
+def held_meanwhile(hold, function):
+    # function() while another thread is inside hold(entered, go): it leaves once go is set
+    entered, go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=hold, args=(entered, go))
+    thread.start()
+    entered.wait()
+    try:
+        return function(go)
+    finally:
+        go.set()
+        thread.join()
+
+
+def holding(lock):
+    def hold(entered, go):
+        with lock:
+            entered.set()
+            go.wait()
+
+    return hold
+
+
+def free(lock):
+    return b"free" if lock.acquire(timeout=5) else b"taken"
+
+
+brief, long = fork.lock(), fork.lock(brief=False)
+
+
+def fork_at_once(go):
+    fork.WAIT_SECONDS = 1e6  # nobody waits for it
+    same(in_fork(lambda: free(long)), b"free", "a lock that may be long")
+    assert long.locked()
+
+
+def fork_later(go):
+    fork.WAIT_SECONDS = 1e6
+    threading.Timer(0.2, go.set).start()
+    same(in_fork(lambda: free(brief) if go.is_set() else b"early"), b"free", "a brief lock")
+
+
+def fork_anyway(go):
+    fork.WAIT_SECONDS = 0.1
+    same(in_fork(lambda: free(brief)), b"free", "a brief lock that is not let go")
+    assert brief.locked()
+
+
+held_meanwhile(holding(long), fork_at_once)
+held_meanwhile(holding(brief), fork_later)
+held_meanwhile(holding(brief), fork_anyway)
+assert not brief.locked() and not long.locked()
+
+
+class Slow(Image.Image):
+    # an image whose pixels another thread is loading
+    def load(self):
+        if self.entered is not None:
+            self.entered.set()
+            self.go.wait()
+        return super().load()
+
+
+pictures = [Image.new("RGB", (40, 30)) for _ in range(100)]
+
+
+def load_slowly(entered, go):
+    slow = Slow()
+    slow.__dict__.update(pictures[0].__dict__, entered=entered, go=go)
+    model.encode_image(slow)
+
+
+def encode(go):
+    def child():
+        model.encode_image(pictures)
+        return rows(model)
+
+    return in_fork(child)
+
+
+same(held_meanwhile(load_slowly, encode), wanted, "a picture was being loaded")
+
+
+def hash_slowly(entered, go):
+    make = model._make_fingerprint
+    model._make_fingerprint = lambda: (entered.set(), go.wait(), make())[-1]
+    model.fingerprint
+
+
+def fingerprint(go):
+    def child():
+        go.set()
+        return model.fingerprint.encode()
+
+    return in_fork(child)
+
+
+again = vitrail.load(bundled(), device="cpu").fingerprint.encode()
+same(held_meanwhile(hash_slowly, fingerprint), again, "weights were being hashed")
+
+said = []
+forks = [
+    threading.Thread(target=lambda: said.append(in_fork(lambda: free(brief)))) for _ in range(8)
+]
+for thread in forks:
+    thread.start()
+for thread in forks:
+    thread.join()
+assert said == [b"free"] * 8 and not brief.locked(), said
+print("done")
+"""
+
+
+def test_a_fork_finds_no_lock_taken(tmp_path: Path) -> None:
+    assert run_program(LOCKS, tmp_path) == "done\n"

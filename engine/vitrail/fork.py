@@ -1,18 +1,23 @@
-"""Calls in a forked process, on a thread whose CPU threads are alive.
+"""Calls and locks in a forked process.
 
 PyTorch's OpenMP threads belong to the thread that started them, and a fork copies the calling
 thread alone. In the child this survivor would wait forever for threads of its parent; any other
 thread of the child gets OpenMP threads of its own, and computes the same bits. So calls of the
 survivor go to a helper thread.
+
+A lock that another thread of the parent holds at the fork would stay locked in the child.
 """
 
 import contextvars
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, Self, TypeVar, overload
 
+_S = TypeVar("_S")
 _R = TypeVar("_R")
 
 survivor: int | None = None
@@ -79,10 +84,80 @@ class _Helper:
 _helper: _Helper | None = None
 
 
+# -- locks -----------------------------------------------------------------------------------------
+
+WAIT_SECONDS = 1.0
+"""The longest that a fork waits for all brief locks."""
+
+_locks: dict[int, tuple[weakref.ref[threading.Lock], bool]] = {}
+_taken: dict[int, list[threading.Lock]] = {}
+"""By the thread that forks."""
+
+
+def lock(*, brief: bool = True) -> threading.Lock:
+    """A lock that is free in every forked child.
+
+    ``brief``: a fork waits until it is free, so a child also finds its data complete. Its holder
+    takes no other brief lock, and is done in milliseconds. A fork does not wait for other locks:
+    their holders may compile for minutes, and their data must bear to be found half done.
+    """
+    created = threading.Lock()
+    key = id(created)
+    _locks[key] = weakref.ref(created, lambda _: _locks.pop(key, None)), brief
+    return created
+
+
+class CachedProperty(Generic[_S, _R]):
+    """As functools.cached_property, whose lock in Python 3.11 is held while a value is computed.
+
+    Threads that ask at once may compute twice; all get the first value.
+    """
+
+    def __init__(self, function: Callable[[_S], _R]) -> None:
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type[_S], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type[_S]) -> Self: ...
+
+    @overload
+    def __get__(self, instance: _S, owner: type[_S]) -> _R: ...
+
+    def __get__(self, instance: _S | None, owner: type[_S]) -> Self | _R:
+        if instance is None:
+            return self
+        value: _R = vars(instance).setdefault(self._name, self._function(instance))
+        return value
+
+
+def _live_locks() -> list[tuple[threading.Lock, bool]]:
+    entries = list(_locks.values())  # in one step: other threads add locks
+    return [(alive, brief) for reference, brief in entries if (alive := reference()) is not None]
+
+
+def _take_locks() -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    taken = _taken[threading.get_ident()] = []
+    for held, brief in _live_locks():  # two threads that fork take them in the same order
+        if brief and held.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            taken.append(held)
+
+
+def _release_locks() -> None:
+    for held in _taken.pop(threading.get_ident(), ()):
+        held.release()
+
+
 def _forget() -> None:
     """In a child: its thread is the survivor, and a helper of the parent does not exist here."""
     global survivor, _helper
     survivor, _helper = threading.get_ident(), None
+    _taken.clear()
+    for held, _ in _live_locks():
+        if held.locked():  # by this thread, for the fork, or by a thread that does not exist here
+            held.release()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_take_locks, after_in_parent=_release_locks, after_in_child=_forget)

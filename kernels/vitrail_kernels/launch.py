@@ -189,6 +189,15 @@ _LAUNCHING = threading.Lock()
 """Triton loads kernels without a lock: a second thread would get a kernel that has no function."""
 
 
+def _renew_lock() -> None:
+    """In a forked process, whose parent may have been launching or compiling on another thread."""
+    global _LAUNCHING
+    _LAUNCHING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def launch(calls: Sequence[Call]) -> None:
     """Launch ``calls`` in order, each on the current stream of the device with its arguments."""
     for call in calls:

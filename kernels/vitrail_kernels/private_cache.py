@@ -15,6 +15,15 @@ from typing import Any
 _REPLACING = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In a forked process, whose parent may have been compiling on another thread."""
+    global _REPLACING
+    _REPLACING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @contextmanager
 def private_cache() -> Iterator[None]:
     """Give this thread a temporary Triton cache, removed at the end. Other threads keep theirs.

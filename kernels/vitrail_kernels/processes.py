@@ -151,6 +151,16 @@ def _close_helper() -> None:
 atexit.register(_close_helper)
 
 
+def _forget_helper() -> None:
+    """In a forked process: the helper is the parent's, to ask and to end."""
+    global _ASKING
+    _ASKING = threading.Lock()
+    _helpers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_helper)
+
+
 def _in_helper(work: Callable[[Call], _R], calls: Sequence[Call]) -> Iterator[_R | str]:
     with _ASKING:
         if not _helpers or _helpers[0].environment != os.environ:

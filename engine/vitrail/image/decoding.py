@@ -5,7 +5,6 @@ Decoding is strict: five formats, sizes checked before pixels are decoded, and n
 
 import io
 import os
-import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +20,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from vitrail import fork
 from vitrail.errors import ImageError, InputError
 from vitrail.image.formats import FormatError, check_png, read_header, read_orientation
 from vitrail.image.resize import Pixels
@@ -56,7 +56,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _DAMAGED = "damaged, or of a kind that Pillow does not read"
-_LOADING = tuple(threading.Lock() for _ in range(16))
+_LOADING = tuple(fork.lock() for _ in range(16))
 
 
 def decode(

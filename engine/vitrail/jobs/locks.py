@@ -9,18 +9,18 @@ import fcntl
 import os
 import re
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from vitrail import fork
 from vitrail.errors import InputError
 from vitrail.jobs.shards import Shard
 
 LOCK = "_lock"
 PART_LOCK = "_lock-parts"  # a byte for each part
 
-_ONE_PART = threading.Lock()  # POSIX locks do not part the threads of a process
+_ONE_PART = fork.lock(brief=False)  # POSIX locks do not part the threads of a process
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from vitrail import fork
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.dtypes import dtype_name
 from vitrail.errors import InputError
@@ -102,12 +103,12 @@ class Model(EncodingCalls, ModuleAdvice):
         """
         return self.fingerprint_content.digits
 
-    @functools.cached_property
+    @fork.CachedProperty
     def fingerprint_content(self) -> Fingerprint:
         """The fingerprint with what it was computed from, part by part. Errors: as there."""
         return self._make_fingerprint()
 
-    @functools.cached_property
+    @fork.CachedProperty
     def towers(self) -> LoadedTowers:
         """The towers under the model's fingerprint, for modules. Errors: see `fingerprint`."""
         return LoadedTowers(

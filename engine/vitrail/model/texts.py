@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vitrail import fork
 from vitrail.errors import InputError, VitrailError
 from vitrail.model.arguments import Texts, sort_texts
 from vitrail.model.batches import ACTIVATION_BYTES, in_halves, l2_normalize, one_behind
@@ -99,7 +99,7 @@ class LabelCache:
     """Embeddings of the latest label sets. May be used from many threads at once."""
 
     def __init__(self, texts: TextEncoder | SpreadTexts) -> None:
-        self._texts, self._lock = texts, threading.Lock()
+        self._texts, self._lock = texts, fork.lock()
         self._embeddings: dict[tuple[tuple[str, ...], tuple[str, ...], Overflow], Tensor] = {}
 
     def embeddings(

@@ -1,13 +1,13 @@
 """Memory that a runner keeps between calls: activation arenas and position tables."""
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from vitrail import fork
 from vitrail.plan.plan import Plan
 
 POSITION_TABLE_BYTES = 64 << 20
@@ -42,7 +42,7 @@ class ArenaPool:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._idle, self._lock = device, list[Tensor](), threading.Lock()
+        self._device, self._idle, self._lock = device, list[Tensor](), fork.lock()
 
     def take(self, nbytes: int) -> Tensor:
         """The smallest idle arena of at least ``nbytes``, or a fresh one."""
@@ -75,7 +75,7 @@ class PositionTables:
         self._max_bytes, self._bytes = max_bytes, 0
         self._tables: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
         self._captured: dict[tuple[int, int, str], Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock = fork.lock()
 
     def get(
         self, grid: tuple[int, int], pixel_format: str, compute: Callable[[], Tensor]

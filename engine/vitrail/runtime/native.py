@@ -8,7 +8,6 @@ the current stream.
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitrail import fork
 from vitrail._version import __version__
 from vitrail.cuda import NEW_PROCESS
 from vitrail.errors import (
@@ -123,8 +123,8 @@ class NativeRunner(TritonRunner):
             self._tables = {name: table.to(self.device) for name, table in tables.items()}
         self._overlap = os.environ.get(OVERLAP) == "1"
         self._plans: OrderedDict[tuple[Any, ...], _CachedPlan] = OrderedDict()
-        self._lock = threading.Lock()
-        self._compiling = threading.Lock()
+        self._lock = fork.lock()
+        self._compiling = fork.lock(brief=False)
         self._cuda_resize: CudaResize | str | None = None
         self._triton_resize = TritonResize(self._gpu, self.target)
 

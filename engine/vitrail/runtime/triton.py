@@ -1,12 +1,12 @@
 """The backend "triton": launches the Triton kernels from Python, on CUDA or in the interpreter."""
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from vitrail import fork
 from vitrail.errors import InputError, VitrailError
 from vitrail.plan.plan import Step
 from vitrail.runtime.runner import Runner
@@ -41,7 +41,7 @@ class TritonRunner(Runner):
         except ValueError as error:  # raised for a user's own tuning table
             raise InputError(str(error)) from error
 
-    @functools.cached_property
+    @fork.CachedProperty
     def target(self) -> Target:
         """The GPU that kernels are launched on."""
         return target_of(self.weights.arena)
