@@ -54,5 +54,6 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def run(out: Path, model: Any = None, sources: Sequence[Any] = SOURCES, **options: Any) -> Any:
+    progress = options.pop("progress", lambda done: None)
     chosen = EmbedOptions(**{"part_size": 8, **options})
-    return embed_to_folder(ModelEmbedder(model or Digits()), sources, out, chosen)
+    return embed_to_folder(ModelEmbedder(model or Digits()), sources, out, chosen, progress)

@@ -249,7 +249,8 @@ def check_folder(out: Path) -> None:
         foreign = sorted(
             path.name for path in out.iterdir() if not path.name.startswith((draft_prefix(), LOCK))
         )
-        if foreign:
+        # Another shard may have started the job meanwhile; then its record came first.
+        if foreign and not (out / JOB).exists():
             raise InputError(
                 f"{out}: holds {foreign[0]!r} and no {JOB}, wanted a new folder or a former job's"
             )
