@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -14,49 +13,30 @@ import numpy as np
 import pytest
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+import hub_cache
 import vitrail
 from helpers import clip_folder, make, save
+from hub_cache import PHOTOS, ROOT
 from real_pictures import photographs
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PHOTOS = ROOT / "engine" / "vitrail" / "assets" / "photos"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
-
-
-def _cached(hub: Path, repo: str) -> Path:
-    """An empty snapshot of ``repo`` in the cache of huggingface_hub."""
-    home = hub / f"models--{repo.replace('/', '--')}"
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text(revision)
-    folder = home / "snapshots" / revision
-    folder.mkdir(parents=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A folder with photos, and an environment whose hub cache holds the README's models."""
     folder = tmp_path_factory.mktemp("desk")
-    shutil.copytree(PHOTOS, folder / "photos")
+    environment = hub_cache.desk(folder)
     (folder / "library").mkdir()
     for number, picture in enumerate(photographs(128)):
         picture.resize((96, 96)).save(folder / "library" / f"{number}.png")
-    hub = folder / "hub"
-    clip_folder(_cached(hub, "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"))
-    dinov2 = _cached(hub, "facebook/dinov2-with-registers-base")
+    clip_folder(hub_cache.snapshot(folder / "hub", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"))
+    dinov2 = hub_cache.snapshot(folder / "hub", "facebook/dinov2-with-registers-base")
     save(make("Dinov2WithRegistersModel", num_hidden_layers=4), dinov2)
     BitImageProcessorPil(size={"shortest_edge": 64}, crop_size=56).save_pretrained(dinov2)
-    scripts = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "HF_HUB_CACHE": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-    }
     return folder, environment
 
 
