@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitrail.cli import console, options, ranks
+from vitrail.cli.devices import check_devices, open_embedder
 
 if TYPE_CHECKING:
     from vitrail.jobs.rows import Summary
@@ -16,6 +17,7 @@ PARTIAL = 3  # the exit code if some inputs failed and the rest is done
 
 
 def embed(
+    context: typer.Context,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -64,6 +66,14 @@ def embed(
     ] = None,
     as_json: options.AsJson = False,
     device: options.Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Several devices, with a process for each: all (every GPU), numbers of GPUs such "
+            "as 0,1,3, or cpu,cpu. The output has the same bytes as on one.",
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     resize_on: options.ResizeOn = "host",
     revision: options.Revision = None,
@@ -81,9 +91,10 @@ def embed(
     number of shards, or none, may resume. Under torchrun, LOCAL_RANK chooses the GPU, and failed
     images do not change the exit code, because torchrun would end the other shards.
 
+    With --devices, an image that kills three processes becomes a failed image.
+
     Exit codes: 0: all embedded; 3: some failed; 1: all failed, or an error; 130: interrupted.
     """
-    from vitrail.jobs.embedder import ModelEmbedder
     from vitrail.jobs.folder import check_folder, embed_to_folder
     from vitrail.jobs.listing import find_images
     from vitrail.jobs.manifest import read_manifest
@@ -95,6 +106,8 @@ def embed(
         raise typer.BadParameter("got none, wanted images or --list", param_hint="INPUTS")
     if layout not in SUBFOLDERS:
         raise typer.BadParameter(f"got {layout!r}, wanted parquet or npy", param_hint="--layout")
+    device_from = context.get_parameter_source("device")  # VITRAIL_DEVICE is no contradiction
+    check_devices(devices, device, device_from is not None and device_from.name == "COMMANDLINE")
     chosen = ranks.choose_shard(shard)
     settings = EmbedOptions(
         layout=layout,
@@ -118,21 +131,24 @@ def embed(
     inputs_of_run = chosen.shard.inputs(len(listing.sources), part_size)
     if chosen.shard.count > 1:
         console.say(f"{chosen}: {inputs_of_run} of {len(listing.sources)} images")
-    device = ranks.choose_device(device)
-    loaded = options.load(name, device, dtype, revision, local_files_only, resize_on)
     write = embed_to_file if one_file else embed_to_folder
-    start = time.monotonic()
-    with console.progress(inputs_of_run) as report:
-        try:
-            summary = write(ModelEmbedder(loaded), listing.sources, out, settings, report)
-        except (KeyboardInterrupt, SystemExit):
-            if not one_file:
-                console.say(
-                    f"{len(read_manifest(out))} parts are committed; run the same command to resume"
-                )
-            raise
-    seconds = time.monotonic() - start
-    _report(summary, out, seconds, as_json, one_file)
+    with open_embedder(name, device, devices, dtype, revision, local_files_only, resize_on) as (
+        embedder,
+        used,
+    ):
+        start = time.monotonic()
+        with console.progress(inputs_of_run) as report:
+            try:
+                summary = write(embedder, listing.sources, out, settings, report)
+            except (KeyboardInterrupt, SystemExit):
+                if not one_file:
+                    console.say(
+                        f"{len(read_manifest(out))} parts are committed; run the same command to "
+                        "resume"
+                    )
+                raise
+        seconds = time.monotonic() - start
+    _report(summary, out, seconds, used, as_json, one_file)
     code = _exit_code(summary)
     if code and chosen.launched:
         console.say(f"exit code 0 instead of {code}, so that the launcher keeps the other shards")
@@ -141,7 +157,9 @@ def embed(
         raise typer.Exit(code)
 
 
-def _report(summary: Summary, out: Path, seconds: float, as_json: bool, one_file: bool) -> None:
+def _report(
+    summary: Summary, out: Path, seconds: float, devices: list[str], as_json: bool, one_file: bool
+) -> None:
     from vitrail.jobs.folder import FolderSummary
 
     console.report_failures(summary.failed, summary.inputs, summary.reasons)
@@ -150,6 +168,7 @@ def _report(summary: Summary, out: Path, seconds: float, as_json: bool, one_file
         console.say(summary.job_state)
     if as_json or not (one_file and _exit_code(summary) == 1):
         facts = {"out": str(out), **summary.to_dict(), "seconds": round(seconds, 3)}
+        facts["devices"] = devices
         print(json.dumps(facts) if as_json else out)
 
 

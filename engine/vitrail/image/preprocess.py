@@ -144,8 +144,18 @@ def _operator_takes(rows: Axis, columns: Axis, channels: int) -> bool:
 # -- threads ---------------------------------------------------------------------------------------
 
 
+_core_limit: list[int] = []
+
+
+def limit_cores(count: int) -> None:
+    """Limits `core_count`, for a process that shares the machine with its siblings."""
+    _core_limit[:] = [count]
+
+
 def core_count() -> int:
     """The CPU cores that this process may use."""
+    if _core_limit:
+        return _core_limit[0]
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
