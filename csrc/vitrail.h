@@ -10,8 +10,8 @@
  *
  * Any number of threads may use a model. A session has its own stream and memory, which grow to the
  * largest call and stay. Calls of one session run one after another; different sessions run at the
- * same time. No function throws, aborts, or changes the caller's current CUDA context. After
- * vitrail_load, a forked child process must not use CUDA. */
+ * same time. No function throws, aborts, or changes the caller's current CUDA context. In a process
+ * that is forked after vitrail_load, calls fail with VITRAIL_DEVICE: CUDA does not survive a fork. */
 #ifndef VITRAIL_H
 #define VITRAIL_H
 

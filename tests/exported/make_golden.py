@@ -29,10 +29,13 @@ from vitrail.model.model import Model
 from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR
 from vitrail.runtime.native import NativeRunner
 from vitrail.text.tokens import TokenIds
+from vitrail.tools import export
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHIVE, EXPECTED = GOLDEN / "clip.tar.xz", GOLDEN / "expected.json"
 PICTURE = (np.arange(50 * 70 * 3).reshape(50, 70, 3) * 7919 >> 7 & 255).astype(np.uint8)
+VERSION = "0.0.0"
+"""The folder is of another version than any, so nothing is compiled besides what it holds."""
 TEXTS = ["a cat", "The red mat near the window, at night.", "blue"]
 PIXELS = (np.arange(3 * 32 * 32 * 3).reshape(3, 32, 32, 3) * 31 % 251).astype(np.uint8)
 IDS = [[1, 5, 9, 2], [1, 2], [1, *range(3, 20), 2]]
@@ -132,6 +135,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "clip")
+        export.__version__ = VERSION
         export_folder.export_clip(folder)
         GOLDEN.mkdir(exist_ok=True)
         with tarfile.open(ARCHIVE, "w:xz", preset=9) as archive:

@@ -29,7 +29,9 @@ def test_the_folder_is_of_the_present_numbers_and_as_it_was_committed(golden: Pa
     assert expected()["numbers"] == [PLAN_GRAMMAR, KERNEL_ABI]
     assert hashlib.sha256(ARCHIVE.read_bytes()).hexdigest() == expected()["archive"]
     raw = (golden / "model.vitrail").read_bytes()
-    assert opened(golden).record.encode() == raw
+    record = opened(golden).record
+    assert record.encode() == raw
+    assert record.version == make_golden.VERSION
 
 
 def test_its_pixels_ids_and_embeddings_are_as_they_were(golden: Path) -> None:
