@@ -368,7 +368,7 @@ def test_embed_to_parquet_keeps_the_row_of_a_bad_image(
     unit = torch.nn.functional.normalize(expected)
     close(np.float32([row["embedding"] for row in rows[1:]]), unit)
     about = json.loads(pq.read_schema(out).metadata[b"vitrail"])
-    assert about["model"] == str(clip)
+    assert about["model"] == clip.name, "no path of this machine"
     assert about["fingerprint"] == vitrail.load(clip).fingerprint
 
 

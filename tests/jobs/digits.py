@@ -23,7 +23,7 @@ BAD = {3, 17, 18, 40}
 class Digits:
     """Embeds "17.jpg" as numbers made from 17; the inputs in BAD fail. Counts what it is asked."""
 
-    source, revision, precision = "some/model", None, "float32"
+    name, revision, precision = "some/model", None, "float32"
     spec = SimpleNamespace(architecture="Fake", vision=SimpleNamespace(embedding=WIDTH))
 
     def __init__(self, fingerprint: str = "f00d", bad: frozenset[int] = frozenset(BAD)) -> None:

@@ -34,7 +34,7 @@ def vector(path: Path) -> list[float]:
 class FakeModel:
     """``encode_image`` as documented; a file that starts with ``bad`` cannot be read."""
 
-    source = "some/model"
+    name = "some/model"
     revision = "abc"
     fingerprint = "f00d"
     precision = "float32"

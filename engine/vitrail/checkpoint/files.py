@@ -42,6 +42,11 @@ class Checkpoint:
     tensors: dict[str, TensorEntry] = field(repr=False)
     int8: dict[str, Any] | None = field(default=None, repr=False)
 
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's own name: records that leave a machine hold no path of it."""
+        return self.folder.resolve().name if self.revision is None else self.source
+
     def file(self, name: str) -> Path | None:
         """The regular file of this name in the folder, such as "tokenizer.json"; None if absent."""
         if not os.path.lexists(self.folder / name):

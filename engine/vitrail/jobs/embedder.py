@@ -25,9 +25,9 @@ BATCHES_PER_CALL = 4  # with a batch size: the model decodes a batch while it co
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a job records of a model; ``width`` is that of its image embeddings."""
+    """What a job records of a model; ``name`` is `Model.name`, ``width`` of image embeddings."""
 
-    source: str
+    name: str
     revision: str | None
     fingerprint: str
     precision: str
@@ -95,7 +95,7 @@ def model_facts(model: Model) -> ModelFacts:
             f"{model.spec.architecture} has no image tower, wanted one to embed images"
         )
     return ModelFacts(
-        model.source, model.revision, model.fingerprint, model.precision, vision.embedding
+        model.name, model.revision, model.fingerprint, model.precision, vision.embedding
     )
 
 
@@ -104,7 +104,7 @@ def describe_run(embedder: Embedder, options: EmbedOptions) -> dict[str, Any]:
     facts = embedder.facts
     return {
         "vitrail": __version__,
-        "model": facts.source,
+        "model": facts.name,
         "revision": facts.revision,
         "fingerprint": facts.fingerprint,
         "compute_dtype": facts.precision,

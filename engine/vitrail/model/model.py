@@ -36,11 +36,12 @@ class Model(EncodingCalls, ModuleAdvice):
     """A loaded checkpoint. Any number of threads may call it at once.
 
     Attributes: ``spec`` (`ModelSpec`: architecture, sizes, preprocessing), ``source`` (the path or
-    hub id that was loaded), ``revision`` (the commit of a hub id), ``folder`` (its files),
-    ``device``, ``dtype`` (of the computation), ``precision`` ("int8" if the weights are, else the
-    dtype's name), ``backend`` ("native", "triton" or "torch"), ``weight_bytes`` (on the device),
-    ``resize`` (the place and the kernels that resize images), ``load_arguments`` (`LoadArguments`:
-    what `load_again` needs; None if `load` did not make the model).
+    hub id that was loaded), ``name`` (the hub id, or the folder's own name: what leaves the machine
+    holds no path of it), ``revision`` (the commit of a hub id), ``folder`` (its files), ``device``,
+    ``dtype`` (of the computation), ``precision`` ("int8" if the weights are, else the dtype's
+    name), ``backend`` ("native", "triton" or "torch"), ``weight_bytes`` (on the device), ``resize``
+    (the place and the kernels that resize images), ``load_arguments`` (`LoadArguments`: what
+    `load_again` needs; None if `load` did not make the model).
     """
 
     _images: ImageEncoder | None
@@ -59,7 +60,7 @@ class Model(EncodingCalls, ModuleAdvice):
         """Users call `vitrail.load`. ``runner`` holds the weights that ``hash_weights`` hashes."""
         self.load_arguments = load_arguments
         self.spec, self.source, self.folder = spec, checkpoint.source, checkpoint.folder
-        self.revision = checkpoint.revision
+        self.name, self.revision = checkpoint.name, checkpoint.revision
         self.device, self.dtype, self.backend = runner.device, runner.dtype, runner.name
         self.precision = "int8" if spec.int8 else dtype_name(runner.dtype)
         self.weight_bytes = runner.weights.arena.numel()
@@ -121,8 +122,7 @@ class Model(EncodingCalls, ModuleAdvice):
         )
 
     def _load_call(self) -> str:
-        """See `vitrail.tower_operators.embed_image`. A folder is named without its path."""
-        is_local = self.revision is None
+        """See `vitrail.tower_operators.embed_image`."""
         options = {
             "revision": self.revision,
             "device": "{device}",
@@ -130,7 +130,7 @@ class Model(EncodingCalls, ModuleAdvice):
             "backend": None if self.device.type == "cpu" else self.backend,
             "sixteen_bit": None if self._sixteen_bit == "scale" else self._sixteen_bit,
         }
-        words = [repr(self.folder.resolve().name if is_local else self.source)]
+        words = [repr(self.name)]
         words += [f"{name}={value!r}" for name, value in options.items() if value is not None]
         version = self.fingerprint_content.parts["version"]
         return f"vitrail.load({', '.join(words)}) by Vitrail {version}"

@@ -216,11 +216,9 @@ class _Export:
             ).digits
             builds[arch] = Build(runner, digest)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        is_local = checkpoint.revision is None
         return ExportRecord(
             version=__version__,
-            # the name alone: the record holds no path of this machine
-            source=checkpoint.folder.resolve().name if is_local else checkpoint.source,
+            source=checkpoint.name,
             revision=checkpoint.revision,
             spec=self.spec,
             dtype=self.dtype,

@@ -247,9 +247,7 @@ def _pictures(
 
 def _quantized(loaded: LoadedCheckpoint) -> Quantized:
     checkpoint = loaded.checkpoint
-    # the name alone: the record holds no path of this machine
-    name = checkpoint.source if checkpoint.revision else checkpoint.folder.resolve().name
-    return Quantized(name, checkpoint.revision, loaded.hash_weights())
+    return Quantized(checkpoint.name, checkpoint.revision, loaded.hash_weights())
 
 
 # -- the weights -----------------------------------------------------------------------------------
