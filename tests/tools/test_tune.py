@@ -766,6 +766,15 @@ def test_the_command_writes_a_table_and_says_how_to_use_it(gpu: FakeGPU, folder:
     assert f"VITRAIL_TUNED={folder}" in result.stderr
 
 
+def test_the_table_names_a_model_by_its_folder_from_wherever_it_is_tuned(
+    gpu: FakeGPU, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CLIP)
+    assert run(".", "--batch", 40).exit_code == 0
+    provenance, _ = read_table(folder / "sm_90.json")
+    assert provenance["command"] == "vitrail tune clip --batch=40 --dtype=float16"
+
+
 def test_a_run_that_is_cut_short_leaves_its_table(
     gpu: FakeGPU, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,9 +52,9 @@ def tune(
     table_name = f"sm_{bench.target.arch}.json"
     file = out or Path(os.environ.get(VARIABLE) or "tuned", table_name)
     open_table(file)
-    spec = read_spec(open_checkpoint(name, revision=revision, local_files_only=local_files_only))
-    public_name = Path(name).name if Path(name).is_dir() else name  # no path of this machine
-    command = ["vitrail", "tune", public_name]
+    checkpoint = open_checkpoint(name, revision=revision, local_files_only=local_files_only)
+    spec = read_spec(checkpoint)
+    command = ["vitrail", "tune", checkpoint.name]
     command += [*(f"--batch={n}" for n in batches), f"--dtype={dtype}"]
     command += [f"--size={size}"] * (size is not None) + [f"--revision={revision}"] * bool(revision)
     origin = provenance(bench.device, shlex.join(command))
