@@ -46,6 +46,15 @@ def test_a_model_is_pickled_without_weights_and_keeps_its_options(model: vitrail
     assert torch.equal(again.encode_image(PHOTOS), model.encode_image(PHOTOS))
 
 
+def test_replicas_are_pickled_with_their_devices(model: vitrail.Model) -> None:
+    replicas = vitrail.load_replicas(demo.bundled(), devices=["cpu", "cpu"])
+    again = _again(replicas)
+    assert again.devices == replicas.devices
+    assert again.models[0]._runner.weights is again.models[1]._runner.weights
+    assert torch.equal(again.encode_image(PHOTOS), replicas.encode_image(PHOTOS))
+    assert copy.deepcopy(replicas) is copy.copy(replicas) is replicas
+
+
 def test_a_copy_of_a_model_is_the_model(model: vitrail.Model) -> None:
     assert copy.copy(model) is model
     assert copy.deepcopy({"model": [model]})["model"][0] is model
@@ -55,7 +64,14 @@ def test_a_pickle_of_changed_files_says_which_part_differs(tmp_path: Path) -> No
     folder = tmp_path / "clip"
     shutil.copytree(demo.bundled(), folder)
     model = vitrail.load(folder, device="cpu")
-    content, path = pickle.dumps(model), folder / "tokenizer.json"
+    content, path = pickle.dumps(model), folder / "tokenizer_config.json"
+    stored = path.read_bytes()
+    path.write_bytes(stored.replace(b'"pad_token": "', b'"pad_token": "!'))
+    assert path.read_bytes() != stored
+    with pytest.raises(CheckpointError, match=r"differ: tokenizer_config \(got"):
+        pickle.loads(content)
+    path.write_bytes(stored)
+    path = folder / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(CheckpointError) as caught:
         pickle.loads(content)
@@ -65,6 +81,17 @@ def test_a_pickle_of_changed_files_says_which_part_differs(tmp_path: Path) -> No
     shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match=r"is loaded again: .*got no such folder or file"):
         pickle.loads(content)
+
+
+def test_a_tokenizer_that_changed_since_loading_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(demo.bundled(), tmp_path / "clip")
+    model, path = vitrail.load(tmp_path / "clip", device="cpu"), tmp_path / "clip/tokenizer.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    for use in (lambda: model.tokenize("a cat"), lambda: pickle.dumps(model)):
+        with pytest.raises(
+            CheckpointError, match=r"tokenizer\.json: was changed or replaced since"
+        ):
+            use()
 
 
 def test_a_pickle_of_another_version_is_refused_by_its_version(

@@ -15,10 +15,10 @@ from typing import Any
 from vitrail.checkpoint import contents
 from vitrail.checkpoint.header import read_header
 from vitrail.checkpoint.hub import download
-from vitrail.checkpoint.regular import absolute, check_regular, reading
+from vitrail.checkpoint.regular import Stamp, absolute, check_regular, reading, stamp_of
 from vitrail.checkpoint.strict_json import read_json
 from vitrail.checkpoint.tensors import TensorEntry
-from vitrail.errors import InputError, refusal, show, show_path
+from vitrail.errors import CheckpointError, InputError, refusal, show, show_path
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -41,6 +41,17 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] | None
     tensors: dict[str, TensorEntry] = field(repr=False)
     int8: dict[str, Any] | None = field(default=None, repr=False)
+    _stamps: dict[str, Stamp | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # text is tokenized later, by files that must still be those of the checkpoint
+        object.__setattr__(self, "_stamps", {n: self._stamp(n) for n in contents.TOKENIZER_FILES})
+
+    def _stamp(self, name: str) -> Stamp | None:
+        try:
+            return stamp_of(os.stat(self.folder / name))
+        except OSError:
+            return None
 
     @property
     def name(self) -> str:
@@ -48,7 +59,15 @@ class Checkpoint:
         return self.folder.resolve().name if self.revision is None else self.source
 
     def file(self, name: str) -> Path | None:
-        """The regular file of this name in the folder, such as "tokenizer.json"; None if absent."""
+        """The regular file of this name in the folder, such as "tokenizer.json"; None if absent.
+
+        Raises CheckpointError if it is a tokenizer's, and has changed since the opening.
+        """
+        if name in self._stamps and self._stamp(name) != self._stamps[name]:
+            location = show_path(self.folder / name)
+            raise CheckpointError(
+                f"{location}: was changed or replaced since loading; load it again"
+            )
         if not os.path.lexists(self.folder / name):
             return None
         path = contents.inside(self.folder, name)

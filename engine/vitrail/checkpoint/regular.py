@@ -55,7 +55,11 @@ def open_regular(path: Path) -> int:
 
 def file_stamp(descriptor: int) -> Stamp:
     """(device, inode, size in bytes, mtime in ns): differs once a file is changed or replaced."""
-    status = os.fstat(descriptor)
+    return stamp_of(os.fstat(descriptor))
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The `file_stamp` of a file with this status."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -16,8 +16,12 @@ from vitrail.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """``digits``: see `Model.fingerprint`. ``parts``: the value, or the hash, of each part of the
-    content by name, so that two fingerprints can say what differs."""
+    """``digits``: see `Model.fingerprint`.
+
+    ``parts``: the value, or the hash, of each part of the content by name, so that two fingerprints
+    can say what differs. ``tokenizer_config`` is a part that the digits do not contain: most of its
+    fields say which version of transformers wrote it.
+    """
 
     digits: str
     parts: Mapping[str, str]
@@ -63,6 +67,7 @@ def fingerprint(
         "backend" if name == "runner" else name: part if isinstance(part, str) else _hash(part)
         for name, part in content.items()
     }
+    parts["tokenizer_config"] = _hash(checkpoint.tokenizer_config if spec.text else None)
     return Fingerprint(_hash(content), parts)
 
 

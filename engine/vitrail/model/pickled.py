@@ -9,8 +9,9 @@ from vitrail.errors import CheckpointError, InputError, VitrailError, show
 from vitrail.model.fingerprint import Fingerprint
 from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.loaded_towers import LoadedTowers
-from vitrail.model.loading import load_again
+from vitrail.model.loading import load_again_on
 from vitrail.model.model import Model
+from vitrail.model.replicas import Replicas
 from vitrail.tower_operators import live_towers
 
 State = tuple[dict[str, Any], dict[str, Any]]
@@ -34,10 +35,23 @@ def load_model(arguments: dict[str, Any], content: dict[str, Any]) -> Model:
 
     Raises CheckpointError if its fingerprint is another; otherwise the errors of `load`.
     """
+    return _load_models(arguments, content, [arguments["device"]])[0]
+
+
+def load_replicas(
+    arguments: dict[str, Any], content: dict[str, Any], devices: list[str]
+) -> Replicas:
+    """The pickled replicas, loaded again. Errors: see `load_model`."""
+    return Replicas(_load_models(arguments, content, devices))
+
+
+def _load_models(
+    arguments: dict[str, Any], content: dict[str, Any], devices: list[str]
+) -> list[Model]:
     source, wanted = show(arguments.get("source")), Fingerprint(**content)
     try:
-        model = load_again(LoadArguments(**arguments))
-        loaded = model.fingerprint_content
+        models = load_again_on(LoadArguments(**arguments), devices)
+        loaded = models[0].fingerprint_content
     except TypeError as error:  # a field of another version
         raise CheckpointError(
             f"pickled model of {source}: got {error}, wanted this version's arguments; it was "
@@ -45,12 +59,12 @@ def load_model(arguments: dict[str, Any], content: dict[str, Any]) -> Model:
         ) from error
     except VitrailError as error:
         raise type(error)(f"pickled model of {source} is loaded again: {error}") from error
-    if loaded.digits != wanted.digits:
+    if loaded != wanted:
         raise CheckpointError(
             f"pickled model of {source}: got the fingerprint {loaded.digits}, wanted "
             f"{wanted.digits}, as it was pickled. These differ: {loaded.differences(wanted)}"
         )
-    return model
+    return models
 
 
 def load_towers(arguments: dict[str, Any], content: dict[str, Any]) -> LoadedTowers:

@@ -1,6 +1,7 @@
 """`Replicas`: a model on several devices, each call spread over them."""
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 
@@ -50,6 +51,20 @@ class Replicas(EncodingCalls):
     def fingerprint(self) -> str:
         """The fingerprint of each model; see `Model.fingerprint`."""
         return self.models[0].fingerprint
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing about a model can change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `Model.__reduce__`; unpickling loads the checkpoint once for all devices."""
+        from vitrail.model import pickled
+
+        first, devices = self.models[0], [str(device) for device in self.devices]
+        state = pickled.state(first.load_arguments, first.fingerprint_content)
+        return pickled.load_replicas, (*state, devices)
 
     def __len__(self) -> int:
         return len(self.models)
