@@ -283,6 +283,47 @@ def test_few_files_are_open_at_once(library: Library, clip: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+IN_A_FORK = """
+import ctypes, os, signal, sys
+import numpy as np
+
+library, folder, driver = sys.argv[1:]
+class Options(ctypes.Structure):
+    _fields_ = [("device", ctypes.c_int), ("driver", ctypes.c_char_p), ("overlap", ctypes.c_int)]
+c = ctypes.CDLL(library)
+c.vitrail_error.restype = ctypes.c_char_p
+model, session, other = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+load = folder.encode(), ctypes.byref(Options(0, driver.encode(), 0))
+assert c.vitrail_load(*load, ctypes.byref(model)) == 0
+assert c.vitrail_session_create(model, ctypes.byref(session)) == 0
+pixels, rows = np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 64), np.float32)
+data = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, rows)]
+if os.fork() == 0:
+    signal.alarm(60)
+    for call in (
+        lambda: c.vitrail_embed_uint8(session, data[0], ctypes.c_size_t(1), data[1], None),
+        lambda: c.vitrail_session_create(model, ctypes.byref(other)),
+        lambda: c.vitrail_load(*load, ctypes.byref(other)),
+    ):
+        print(call(), c.vitrail_error().decode(), flush=True)
+    c.vitrail_session_free(session)
+    c.vitrail_free(model)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_forked_process_is_refused_in_words(library: Library, clip: Path) -> None:
+    path = build("csrc") / "libvitrail.so"
+    command = [sys.executable, "-c", IN_A_FORK, path, clip, library.driver.path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith(f"{DEVICE} this process was forked from one that had started CUDA")
+
+
 def pointed_at(library: Library, wanted: np.ndarray) -> bool:
     """Whether a parameter of a launch points to these numbers."""
     values = {p.value for launch in library.driver.launched() for p in launch.parameters}
