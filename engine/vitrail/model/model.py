@@ -96,6 +96,8 @@ class Model(EncodingCalls, ModuleAdvice):
     def fingerprint(self) -> str:
         """64 hex digits: models with equal fingerprints give the same bits.
 
+        On a CPU that is in the same batches with the same number of PyTorch's threads.
+
         A hash of the weights, the spec with its preprocessing, the tokenizer files, the dtype, the
         backend and the version of Vitrail. The version is this one; for an exported folder on the
         native backend, whose own plans and kernels compute, it is the version that exported. So
