@@ -94,26 +94,38 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- its own tests
 
 
-def run_native(clip: Path, vit: Path, sanitize: str, *counts: int) -> None:
-    """``counts``: threads, calls of each, faults."""
+def run_native(name: str, folders: list[Path], sanitize: str, *counts: int) -> str:
+    """The output of a program of tests/native for ``folders``, the driver and ``counts``."""
     flags = {"SANITIZE": sanitize, "CXXFLAGS": "-O1"} if sanitize else {}
-    program = build("tests/native", sanitize or "plain", **flags) / "test_library"
+    program = build("tests/native", sanitize or "plain", **flags) / name
     driver = standin.build((f"-fsanitize={sanitize}", "-g") if sanitize else ())
-    command = [program, clip, vit, driver, *map(str, counts)]
+    command = [program, *folders, driver, *map(str, counts)]
     env = {**os.environ, "UBSAN_OPTIONS": "halt_on_error=1", "TSAN_OPTIONS": "halt_on_error=1"}
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=3000)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{counts[-1]} faults" in run.stdout
+    return run.stdout
 
 
 def test_the_library_under_threads_and_faults(clip: Path, vit: Path) -> None:
-    run_native(clip, vit, "", 16, 50, 100)
+    """16 threads of 50 calls, and 100 faults."""
+    assert "100 faults" in run_native("test_library", [clip, vit], "", 16, 50, 100)
+
+
+def test_the_library_on_two_devices(clip: Path) -> None:
+    """16 threads of 40 calls: every launch is on its model's device, in that device's context."""
+    assert "launches on device 1" in run_native("test_devices", [clip], "", 16, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
+def test_the_library_on_two_devices_sanitized(clip: Path, sanitize: str) -> None:
+    assert "launches on device 1" in run_native("test_devices", [clip], sanitize, 16, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"])
 def test_the_library_under_many_threads_and_faults(clip: Path, vit: Path, sanitize: str) -> None:
-    run_native(clip, vit, sanitize, 16, 500, 500)
+    assert "500 faults" in run_native("test_library", [clip, vit], sanitize, 16, 500, 500)
 
 
 # ---- its example

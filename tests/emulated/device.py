@@ -29,14 +29,19 @@ def unedited(call: Call, ptx: str) -> str:
 
 
 class Device:
-    """A stand-in of its own, of ``arch`` (90 for sm_90) with ``sms`` multiprocessors."""
+    """A stand-in of its own, of ``arch`` (90 for sm_90) with ``sms`` multiprocessors; or, with
+    ``beside``, one more device of that stand-in."""
 
-    def __init__(self, folder: Path, arch: int, sms: int) -> None:
-        library = Path(shutil.copy(standin.build(), folder / f"libcuda_{arch}_{sms}.so.1"))
+    def __init__(self, folder: Path, arch: int, sms: int, beside: Device | None = None) -> None:
         self.arch, self.target = arch, Target(arch, sms)
-        self.driver = standin.Standin(library)
-        self.driver.device(arch // 10, arch % 10, sms)
-        self.emulation = Emulation(self.driver)
+        if beside is None:
+            library = Path(shutil.copy(standin.build(), folder / f"libcuda_{arch}_{sms}.so.1"))
+            self.driver, self.ordinal = standin.Standin(library), 0
+            self.driver.device(arch // 10, arch % 10, sms)
+            self.emulation = Emulation(self.driver)
+        else:
+            self.driver, self.emulation = beside.driver, beside.emulation
+            self.ordinal = self.driver.add_device(arch // 10, arch % 10, sms)
         self.edit: Callable[[Call, str], str] = unedited
         """Plants faults: what runs in place of a kernel's PTX."""
 
@@ -50,7 +55,8 @@ class Device:
         """Make ``tensor`` device memory: kernels may use its bytes and none beside them."""
         if tensor.numel() == 0:
             return
-        self.driver.register(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        size = tensor.numel() * tensor.element_size()
+        self.driver.register(tensor.data_ptr(), size, self.ordinal)
         self.emulation.name(tensor.data_ptr(), name, written=written)
 
     def release(self, tensor: Tensor) -> None:
@@ -76,7 +82,7 @@ class EmulatedRunner(NativeRunner):
         dtype: torch.dtype,
         exported: ExportFolder | None = None,
     ) -> None:
-        super().__init__(weights, dtype, CPU, str(device.driver.path), exported)
+        super().__init__(weights, dtype, CPU, str(device.driver.path), exported, device.ordinal)
         self._emulated = device
         self._held: dict[int, Tensor] = {}
         self._exact = True  # whether the arena has just the rows of the call

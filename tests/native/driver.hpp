@@ -53,12 +53,29 @@ class Standin {
         return mode;
     }
     void memory(uint64_t bytes) const { find<void(uint64_t)>("standin_memory")(bytes); }
+    int add_device(int major, int minor, int multiprocessors) const {
+        return find<int(int, int, int)>("standin_add_device")(major, minor, multiprocessors);
+    }
+    void memory_of(int device, uint64_t bytes) const {
+        find<void(int, uint64_t)>("standin_memory_of")(device, bytes);
+    }
+    void fail_launch_on(int device, uint64_t n, int code) const {
+        find<void(int, uint64_t, int)>("standin_fail_launch_on")(device, n, code);
+    }
     uint64_t calls() const { return find<uint64_t()>("standin_calls")(); }
     uint64_t launches() const { return find<uint64_t()>("standin_launches")(); }
+    uint64_t launches_on(int device) const {
+        return find<uint64_t(int)>("standin_launches_on")(device);
+    }
     const char* complaint() const { return find<const char*()>("standin_complaint")(); }
     Live live() const {
         Live live{};
         find<void(Live*)>("standin_live")(&live);
+        return live;
+    }
+    Live live_on(int device) const {
+        Live live{};
+        find<void(int, Live*)>("standin_live_on")(device, &live);
         return live;
     }
 

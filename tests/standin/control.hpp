@@ -75,8 +75,8 @@ int standin_unregister(uint64_t start);
 
 // The n-th call from now (1: the next), or the n-th launch, returns `code`. After 214, 700, 702,
 // 710, 714..719 and 999 every later call does, until standin_reset(); of several devices, every
-// later call that needs the same context. n = 0 takes it back. Calls that give something back do so even
-// then: nobody can call them again.
+// later call that needs the same context. n = 0 takes it back. Calls that give something back do so
+// even then: nobody can call them again.
 void standin_fail(uint64_t n, int code);
 void standin_fail_launch(uint64_t n, int code);
 // The same, counting calls while the context of one device is current.

@@ -271,7 +271,8 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
         return call.complain(kInvalidValue, "attribute " + std::to_string(attribute) + " = " +
                                                 std::to_string(value) +
                                                 ", wanted 8, or 9 of -1 to 100");
-    const int64_t most = int64_t{shared_optin(call.device().major, call.device().minor)} - kernel->shared;
+    const Device& device = call.device();
+    const int64_t most = int64_t{shared_optin(device.major, device.minor)} - kernel->shared;
     if (value < 0 || value > most)
         return call.complain(kInvalidValue, kernel->name + ": " + std::to_string(value) +
                                                 " bytes of dynamic shared memory, wanted 0.." +
@@ -333,7 +334,8 @@ int cuTensorMapEncodeTiled(void* out, int type, uint32_t rank, void* base, const
     if (noop()) return encode(map, out), kSuccess;
     Call call("cuTensorMapEncodeTiled", kStarted);
     if (call.failed()) return call.code;
-    if (call.device().major < 9) return call.complain(kNotSupported, "there are no maps before sm_90");
+    if (call.device().major < 9)
+        return call.complain(kNotSupported, "there are no maps before sm_90");
     if (out == nullptr || reinterpret_cast<uintptr_t>(out) % 64 != 0)
         return call.complain(kInvalidValue, "the map's own address is no multiple of 64");
     const std::string fault = fault_of(map);

@@ -84,7 +84,8 @@ class _CachedPlan(NamedTuple):
 class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
-    ``driver``: the NVIDIA driver's library. ``exported``: a folder whose plans, kernels and
+    ``driver``: the NVIDIA driver's library, and ``ordinal`` its number of the GPU, by default that of
+    ``device``. ``exported``: a folder whose plans, kernels and
     position tables are used. Anything else is compiled, which needs triton, and the version of
     Vitrail that exported the folder: another version refuses it. Raises RuntimeError if
     the extension is missing, DeviceError if the driver refuses the GPU.
@@ -99,12 +100,13 @@ class NativeRunner(TritonRunner):
         device: torch.device,
         driver: str = DRIVER,
         exported: ExportFolder | None = None,
+        ordinal: int | None = None,
     ) -> None:
         if MISSING is not None:
             raise RuntimeError(f"native backend: {MISSING}") from MISSING
         super().__init__(weights, dtype, device)
         try:
-            self._gpu = _C.Gpu(driver, self.device.index or 0)
+            self._gpu = _C.Gpu(driver, self.device.index or 0 if ordinal is None else ordinal)
         except RuntimeError as error:
             raise DeviceError(f"native backend on {self.device}: {error}") from error
         major, minor = self._gpu.capability
