@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,17 @@ import torch
 from torch import Tensor
 
 import vitrail
+from forked import run_program
 from helpers import make, save
 from vitrail.demo.demo import bundled
-from vitrail.errors import DeviceError, ImageError, InputError, OutOfMemoryError, VitrailError
+from vitrail.errors import (
+    CheckpointError,
+    DeviceError,
+    ImageError,
+    InputError,
+    OutOfMemoryError,
+    VitrailError,
+)
 from vitrail.model import loading
 from vitrail.model.spreading import SpreadTexts, Turns, even_step
 from vitrail.runtime.towers import TextTower, VisionTower
@@ -428,3 +438,43 @@ def test_devices_that_would_give_other_bits_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(loading, "cuda_capability", lambda device: ((9, 0), (8, 0))[device.index])
     with pytest.raises(InputError, match="cuda:0 with the hardware sm_90, and cuda:1 with sm_80"):
         vitrail.load_replicas(bundled(), devices=["cuda:0", "cuda:1"])
+
+
+# -- other processes -------------------------------------------------------------------------------
+
+FORKED = """
+pixels = np.random.default_rng(5).integers(0, 256, (24, 64, 48, 3), np.uint8)
+replicas = vitrail.load_replicas(bundled(), devices=["cpu", "cpu"])
+
+
+def encoded():
+    images = replicas.encode_image(pixels, batch_size=4)
+    texts = replicas.encode_text([f"a photo of {n} things" for n in range(40)], batch_size=3)
+    return images.numpy().tobytes() + texts.numpy().tobytes()
+
+
+unused = in_fork(encoded)
+wanted = encoded()
+same(unused, wanted, "forked before the first call")
+same(in_fork(encoded), wanted, "forked after a call")
+print("done")
+"""
+
+
+def test_a_forked_child_has_the_bits_of_its_parent(tmp_path: Path) -> None:
+    assert run_program(FORKED, tmp_path) == "done\n"
+
+
+def test_replicas_pickle_as_the_arguments_that_load_them(three: vitrail.Replicas) -> None:
+    data = pickle.dumps(three)
+    assert len(data) < 10_000
+    again = pickle.loads(data)
+    assert (again.fingerprint, again.devices) == (three.fingerprint, three.devices)
+    images = pictures(7)
+    expected = three.encode_image(images, batch_size=2)
+    assert torch.equal(again.encode_image(images, batch_size=2), expected)
+    assert copy.deepcopy(three) is three
+    assert copy.copy(three) is three
+    other = pickle.dumps(three).replace(three.fingerprint.encode(), b"0" * 64)
+    with pytest.raises(CheckpointError, match=f"fingerprint {three.fingerprint}, wanted 0000"):
+        pickle.loads(other)

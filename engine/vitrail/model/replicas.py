@@ -24,8 +24,10 @@ class Replicas(EncodingCalls):
 
     An error of a device names the replica. Other errors are those of one model.
 
-    Attributes: ``models`` (one `Model` for each device), ``devices``, ``spec``, ``source``,
-    ``dtype``, ``precision`` and ``backend`` as those of a `Model`.
+    Pickled as a `Model` is: by the arguments that load it again and the fingerprint.
+
+    Attributes: ``models`` (one `Model` for each device), ``devices``, ``device`` (the first);
+    ``spec``, ``source``, ``dtype``, ``precision`` and ``backend`` as those of a `Model`.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
@@ -33,6 +35,7 @@ class Replicas(EncodingCalls):
         self.models = tuple(models)
         first = self.models[0]
         self.devices: tuple[torch.device, ...] = tuple(model.device for model in models)
+        self.device = first.device
         self.spec, self.source, self.precision = first.spec, first.source, first.precision
         self.dtype, self.backend = first.dtype, first.backend
         crew = Crew([f"replica {number} on {device}" for number, device in enumerate(self.devices)])
@@ -56,7 +59,7 @@ class Replicas(EncodingCalls):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # nothing about a model can change
+        return self  # nothing about replicas can change
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As `Model.__reduce__`; unpickling loads the checkpoint once for all devices."""

@@ -5,18 +5,19 @@ one. Kernels give an item the same bits in any batch, so their windows are cut t
 busy. PyTorch's operators do not: there a window is a batch that one model would compute.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitrail import fork
 from vitrail.errors import DeviceError
 from vitrail.image.sources import PixelInput
 from vitrail.model.arguments import Size, Texts
@@ -57,20 +58,20 @@ class Turns(Generic[Window]):
             self._waiting.clear()
 
 
-@dataclass
 class Crew:
     """The threads of the replicas. ``devices``: a name of each replica, for errors.
 
     Any number of threads may `run` at once.
     """
 
-    devices: Sequence[str]
-    _busy: list[int] = field(init=False)
-    _last: list[int] = field(init=False)
+    def __init__(self, devices: Sequence[str]) -> None:
+        self.devices = devices
+        self._forget()
+        self._lock = fork.lock()
 
-    def __post_init__(self) -> None:
+    def _forget(self) -> None:
+        self._process = os.getpid()
         self._busy, self._last = [0] * len(self.devices), [0] * len(self.devices)
-        self._lock = threading.Lock()
 
     def run(
         self,
@@ -85,10 +86,13 @@ class Crew:
         """
         failures: list[tuple[int, BaseException]] = []
         turns: Turns[Window]
+        cores = torch.get_num_threads()
 
         def attempt(thread: int, replica: int) -> None:
             taken: list[tuple[int, Window]] = []
             try:
+                if torch.get_num_threads() != cores:  # it may be a setting of the caller's thread
+                    torch.set_num_threads(cores)
                 with default_modes():
                     work(replica, turns.of(thread, taken))
             except BaseException as error:
@@ -122,6 +126,8 @@ class Crew:
     def _claimed(self, count: int) -> Iterator[list[int]]:
         """The ``count`` replicas with the fewest calls in progress; of these, the longest idle."""
         with self._lock:
+            if self._process != os.getpid():  # calls of the parent process do not go on here
+                self._forget()
             every = sorted(range(len(self._busy)), key=lambda r: (self._busy[r], self._last[r]))
             claimed, tick = sorted(every[:count]), max(self._last) + 1
             for replica in claimed:

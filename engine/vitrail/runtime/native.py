@@ -84,11 +84,11 @@ class _CachedPlan(NamedTuple):
 class NativeRunner(TritonRunner):
     """Runs plans in fp16 or bf16 by `vitrail._C`.
 
-    ``driver``: the NVIDIA driver's library, and ``ordinal`` its number of the GPU, by default that of
-    ``device``. ``exported``: a folder whose plans, kernels and
-    position tables are used. Anything else is compiled, which needs triton, and the version of
-    Vitrail that exported the folder: another version refuses it. Raises RuntimeError if
-    the extension is missing, DeviceError if the driver refuses the GPU.
+    ``driver``: the NVIDIA driver's library. ``ordinal``: its number of the GPU; None: that of
+    ``device``. ``exported``: a folder whose plans, kernels and position tables are used. Anything
+    else is compiled, which needs triton, and the version of Vitrail that exported the folder:
+    another version refuses it. Raises RuntimeError if the extension is missing, DeviceError if the
+    driver refuses the GPU.
     """
 
     name = "native"
