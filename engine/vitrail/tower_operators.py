@@ -98,7 +98,7 @@ def _find(tower: str, items: Tensor, fingerprint: str, source: str) -> LiveTower
     for (digits, _), references in tuple(_TOWERS.items()):
         for live in (reference() for reference in tuple(references)):
             if live is not None:
-                loaded.append(f"{digits} by {_call(live.source, live.device)}")
+                loaded.append(f"{digits}, by {_call(live.source, live.device)}")
     raise CheckpointError(
         f"{tower} tower of the model {fingerprint}: this model is not loaded on {device} (loaded: "
         f"{'; '.join(loaded) or 'no model'}); load it first, and keep it: "

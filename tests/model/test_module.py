@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,3 +175,24 @@ def test_a_tower_is_found_while_any_of_two_equal_models_lives() -> None:
             assert torch.equal(program(values), wanted)
     with pytest.raises(CheckpointError, match="image tower of the model"):
         program(values)
+
+
+def test_an_operator_says_what_is_loaded_and_what_loads_its_model(tmp_path: Path) -> None:
+    shutil.copytree(demo.bundled(), tmp_path / "clip")
+    changed = vitrail.load(tmp_path / "clip", device="cpu")
+    (tmp_path / "clip/model.safetensors").write_bytes(b"")
+    model = vitrail.load(demo.bundled(), device="cpu", sixteen_bit="clip")
+    source = "vitrail.load('x{0}', device='{device}')"
+    with pytest.raises(CheckpointError) as caught:
+        tower_operators.embed_text(padded(model, ["a"]), "0" * 64, source, 128)
+    said = str(caught.value)
+    assert said.startswith(f"text tower of the model {'0' * 64}: this model is not loaded on cpu")
+    assert (
+        f"{model.fingerprint}, by vitrail.load('clip', device='cpu', dtype='float32', "
+        "sixteen_bit='clip') of Vitrail"
+    ) in said
+    assert "a model whose fingerprint cannot be computed: " in said
+    assert f"{changed.folder}/model.safetensors: was truncated" in said
+    assert said.endswith("load it first, and keep it: model = vitrail.load('x{0}', device='cpu')")
+    with pytest.raises(CheckpointError, match=r"image tower .*: this model is not loaded on meta"):
+        tower_operators._find("image", torch.empty(1, device="meta"), model.fingerprint, source)

@@ -131,7 +131,7 @@ def test_a_program_is_refused_where_its_model_is_not_loaded(
     for child, loaded in (
         (children["other"]["none"], "no model"),
         (children["right"]["none"], "no model"),
-        (children["other"]["loaded"], f"{other.fingerprint} by vitrail.load('clip', device='cpu'"),
+        (children["other"]["loaded"], f"{other.fingerprint}, by vitrail.load('clip', device='cpu'"),
     ):
         assert (
             f"CheckpointError: image tower of the model {right.fingerprint}: this model is not "

@@ -135,7 +135,7 @@ class Model(EncodingCalls, ModuleAdvice):
         words = [repr(self.name)]
         words += [f"{name}={value!r}" for name, value in options.items() if value is not None]
         version = self.fingerprint_content.parts["version"]
-        return f"vitrail.load({', '.join(words)}) by Vitrail {version}"
+        return f"vitrail.load({', '.join(words)}) of Vitrail {version}"
 
     def __copy__(self) -> Self:
         return self

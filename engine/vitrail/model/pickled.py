@@ -48,15 +48,18 @@ def load_replicas(
 def _load_models(
     arguments: dict[str, Any], content: dict[str, Any], devices: list[str]
 ) -> list[Model]:
-    source, wanted = show(arguments.get("source")), Fingerprint(**content)
+    source = show(arguments.get("source"))
+    wanted = Fingerprint(content["digits"], content["parts"])
     try:
-        models = load_again_on(LoadArguments(**arguments), devices)
-        loaded = models[0].fingerprint_content
+        load_arguments = LoadArguments(**arguments)
     except TypeError as error:  # a field of another version
         raise CheckpointError(
             f"pickled model of {source}: got {error}, wanted this version's arguments; it was "
             f"pickled by Vitrail {wanted.parts.get('version')}: load the model with vitrail.load"
         ) from error
+    try:
+        models = load_again_on(load_arguments, devices)
+        loaded = models[0].fingerprint_content
     except VitrailError as error:
         raise type(error)(f"pickled model of {source} is loaded again: {error}") from error
     if loaded != wanted:
