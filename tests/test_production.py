@@ -63,7 +63,7 @@ def run(words: list[str], desk: tuple[Path, dict[str, str]]) -> subprocess.Compl
 
 def test_every_program_and_command_of_the_page_is_run_here() -> None:
     assert set(PROGRAMS) == {*SAYS, SERVICE}
-    assert {line.split()[0] for line in COMMANDS} == {"gunicorn", "vitrail"}
+    assert {line.split()[0] for line in COMMANDS} == {"gunicorn", "torchrun", "vitrail"}
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_programs_run_as_they_stand(desk: tuple[Path, dict[str, str]]) -> None:
 def test_commands_run_as_they_stand(desk: tuple[Path, dict[str, str]]) -> None:
     folder, outs = desk[0], set()
     for line in COMMANDS:
-        if line.startswith("vitrail"):
+        if not line.startswith("gunicorn"):
             done = run(["bash", "-c", line], desk)
             assert done.returncode == 0, f"{line}: {done.stderr}"
             words = shlex.split(line)
