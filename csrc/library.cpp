@@ -35,6 +35,8 @@ vitrail_status guarded(Work work) noexcept {
     } catch (const vitrail::DriverError& error) {
         const bool memory = error.code() == vitrail::cu::kOutOfMemory;
         return fail(memory ? VITRAIL_OUT_OF_MEMORY : VITRAIL_DEVICE, error.what());
+    } catch (const vitrail::LimitTooSmall& error) {
+        return fail(VITRAIL_OUT_OF_MEMORY, error.what());
     } catch (const vitrail::FormatError& error) {
         return fail(VITRAIL_BAD_FOLDER, error.what());
     } catch (const vitrail::NoDevice& error) {
@@ -134,6 +136,21 @@ vitrail_status vitrail_session_create(const vitrail_model* model, vitrail_sessio
 }
 
 void vitrail_session_free(vitrail_session* session) { delete session; }
+
+vitrail_status vitrail_session_limit(vitrail_session* session, size_t bytes) {
+    return guarded([&] {
+        want(session != nullptr, "session: got NULL");
+        session->session.limit(bytes);
+    });
+}
+
+size_t vitrail_session_trim(vitrail_session* session) {
+    return session != nullptr ? session->session.memory().trim() : 0;
+}
+
+size_t vitrail_session_memory(const vitrail_session* session) {
+    return session != nullptr ? session->session.memory().bytes() : 0;
+}
 
 vitrail_status vitrail_embed_uint8(vitrail_session* session, const uint8_t* pixels, size_t n,
                                    float* embeddings, int32_t* status) {

@@ -81,6 +81,7 @@ class StreamBuffer : NonCopyable {
     ~StreamBuffer() { release(); }
 
     cu::Pointer address() const { return address_; }
+    size_t bytes() const { return bytes_; }
 
     // Returns whether the buffer was allocated anew, which loses its contents.
     bool reserve(size_t bytes) {

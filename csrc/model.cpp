@@ -67,8 +67,14 @@ Endpoint::Layout Endpoint::layout(const Sizes& sizes) const {
     return layout;
 }
 
+size_t Endpoint::bytes(const Sizes& sizes) const {
+    const Layout whole = layout(sizes);
+    return static_cast<size_t>(executable->arena_bytes(sizes)) + whole.inputs + whole.outputs;
+}
+
 Model::Model(const std::string& folder, const char* driver, int ordinal)
     : folder_(folder), gpu_(open_gpu(driver, ordinal)) {
+    memory_ = SharedMemory::of(gpu_, ordinal);
     const auto [major, minor] = gpu_->info().capability;
     arch_ = static_cast<uint32_t>(10 * major + minor);
     const Build& build = folder_.build(arch_);
@@ -149,9 +155,7 @@ void Model::add(const EndpointFile& file, const std::string& plan) {
     }
     const auto bytes = [&](size_t items) {
         const auto count = static_cast<int64_t>(items);
-        const Sizes sizes{count, count * endpoint.tokens, endpoint.tokens};
-        const Endpoint::Layout layout = endpoint.layout(sizes);
-        return endpoint.executable->arena_bytes(sizes) + layout.inputs + layout.outputs;
+        return endpoint.bytes({count, count * endpoint.tokens, endpoint.tokens});
     };
     size_t& items = endpoint.max_items;
     while (items < kMaxItems && bytes(2 * items) <= kCallBytes) items *= 2;

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "call_memory.hpp"
 #include "executor.hpp"
 #include "export_folder.hpp"
-#include "memory.hpp"
 
 namespace vitrail {
 
@@ -59,6 +59,8 @@ struct Endpoint {
         size_t inputs = 0, outputs = 0;  // bytes of all inputs, of all outputs
     };
     Layout layout(const Sizes& sizes) const;
+    // Device bytes of arena, inputs and outputs.
+    size_t bytes(const Sizes& sizes) const;
 };
 
 class Model {
@@ -71,6 +73,7 @@ class Model {
     const ExportFolder& folder() const { return folder_; }
     uint32_t arch() const { return arch_; }
     const Gpu& gpu() const { return *gpu_; }
+    SharedMemory& memory() const { return *memory_; }
     // Throws std::invalid_argument if the model does not have the endpoint.
     const Endpoint& endpoint(EndpointId id) const;
 
@@ -81,6 +84,7 @@ class Model {
 
     ExportFolder folder_;
     std::shared_ptr<const Gpu> gpu_;
+    std::shared_ptr<SharedMemory> memory_;
     uint32_t arch_ = 0;
     std::shared_ptr<Kernels> kernels_;
     std::unique_ptr<DeviceBuffer> weights_;

@@ -115,7 +115,15 @@ int32_t length_to_end(const TextFacts& facts, const int32_t* ids, int64_t length
 }  // namespace
 
 Session::Session(std::shared_ptr<const Model> model, bool overlap)
-    : model_(std::move(model)), overlap_(overlap), stream_(model_->gpu()) {}
+    : model_(std::move(model)), overlap_(overlap) {
+    model_->memory().join();
+}
+
+void Session::limit(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = bytes != 0 ? bytes : SIZE_MAX;
+    max_images_ = {};
+}
 
 void Session::images(EndpointId id, const void* pixels, size_t n, float* out, int32_t* status) {
     const Endpoint& endpoint = model_->endpoint(id);
@@ -141,29 +149,21 @@ void Session::texts(const int32_t* ids, const int32_t* lengths, size_t stride, s
     run(EndpointId::kText, Texts(ids, stride, lengths_), n, out, status);
 }
 
-// Runs the items in parts. If memory runs out, frees the session's own memory and goes on with half
-// as many items at a time. The bits stay the same: an item's result does not depend on the others.
 void Session::run(EndpointId id, const Items& items, size_t n, float* out, int32_t* status) {
     const Endpoint& endpoint = model_->endpoint(id);
-    size_t max_items = endpoint.max_items;
     if (status == nullptr) statuses_.resize(n);
     int32_t* statuses = status != nullptr ? status : statuses_.data();
-    for (size_t first = 0; first < n;) {
-        const size_t count = std::min(max_items, n - first);
-        try {
-            run_part(id, items, first, count, out + first * endpoint.width, statuses + first);
-            first += count;
-        } catch (const DriverError& error) {
-            stream_.settle();
-            if (error.code() != cu::kOutOfMemory) throw;
-            release();
-            if (count == 1) throw;
-            max_items = (count + 1) / 2;
-        } catch (...) {
-            stream_.settle();
-            throw;
+    std::unique_ptr<CallMemory> memory;
+    try {
+        run_parts(id, items, n, out, statuses, memory);
+    } catch (...) {
+        if (memory) {
+            memory->stream.settle();
+            model_->memory().give(std::move(memory));
         }
+        throw;
     }
+    if (memory) model_->memory().give(std::move(memory));
     if (status != nullptr) return;
     for (size_t i = 0; i < n; ++i) {
         if (statuses[i] == 0) continue;
@@ -174,15 +174,77 @@ void Session::run(EndpointId id, const Items& items, size_t n, float* out, int32
     }
 }
 
+// Runs the items in parts within the limit. If memory runs out, frees the memory that no other call
+// uses and goes on with half as many items at a time. The bits stay the same: an item's result does
+// not depend on the others.
+void Session::run_parts(EndpointId id, const Items& items, size_t n, float* out, int32_t* status,
+                        std::unique_ptr<CallMemory>& memory) {
+    const Endpoint& endpoint = model_->endpoint(id);
+    size_t max_items = endpoint.max_items;
+    for (size_t first = 0; first < n;) {
+        const size_t count = fitting(id, items, first, std::min(max_items, n - first));
+        try {
+            if (!memory) memory = model_->memory().take(last_, limit_);
+            last_ = memory.get();
+            run_part(id, items, first, count, out + first * endpoint.width, status + first,
+                     *memory);
+            first += count;
+        } catch (const DriverError& error) {
+            if (error.code() != cu::kOutOfMemory) throw;
+            if (memory) {
+                memory->stream.settle();
+                memory->release();
+            }
+            for (Workspace& workspace : workspaces_) workspace = {};
+            model_->memory().trim();
+            if (count == 1) throw;
+            max_items = (count + 1) / 2;
+        }
+    }
+}
+
+// How many of `count` items from `first` on fit the limit. Throws LimitTooSmall if not even one does.
+// The answer for an earlier call's size is known without an allocation.
+size_t Session::fitting(EndpointId id, const Items& items, size_t first, size_t count) {
+    if (limit_ == SIZE_MAX) return count;
+    const Workspace& workspace = workspaces_[static_cast<size_t>(id)];
+    size_t& max_images = max_images_[static_cast<size_t>(id)];
+    if (max_images != 0) return std::min(count, max_images);
+    if (workspace.frame && workspace.bytes() <= limit_ &&
+        workspace.frame->capacity().covers(items.sizes(first, count))) {
+        return count;
+    }
+    const Endpoint& endpoint = model_->endpoint(id);
+    const bool images = endpoint.image_bytes != 0;  // they all have one size
+    const auto bytes = [&](size_t n) {
+        return endpoint.bytes(Executable::capacity(items.sizes(first, n)));
+    };
+    if (const size_t needed = bytes(1); needed > limit_) {
+        throw LimitTooSmall("the session's limit: got " + std::to_string(limit_) +
+                            " bytes, wanted " + std::to_string(needed) + " for one " +
+                            items.name());
+    }
+    size_t fits = 1, beyond = (images ? endpoint.max_items : count) + 1;
+    while (beyond - fits > 1) {
+        const size_t middle = fits + (beyond - fits) / 2;
+        (bytes(middle) <= limit_ ? fits : beyond) = middle;
+    }
+    if (images) max_images = fits;
+    return std::min(count, fits);
+}
+
 void Session::run_part(EndpointId id, const Items& items, size_t first, size_t count, float* out,
-                       int32_t* status) {
-    const Gpu::ContextGuard current(stream_.gpu());
-    const Driver& driver = stream_.gpu().driver();
+                       int32_t* status, CallMemory& memory) {
+    const Gpu::ContextGuard current(model_->gpu());
+    const Driver& driver = model_->gpu().driver();
+    const Stream& stream = memory.stream;
     const Endpoint& endpoint = model_->endpoint(id);
     const Sizes sizes = items.sizes(first, count);
     const Endpoint::Layout layout = endpoint.layout(sizes);
     const Workspace& workspace = grow(id, sizes);
-    items.write(first, count, layout, host_inputs_.data());
+    // on every call, because endpoints and sessions share the memory
+    memory.reserve(workspace.arena, workspace.inputs, workspace.outputs, limit_);
+    items.write(first, count, layout, memory.host_inputs.data());
     externals_.clear();
     for (const BufferRole role : endpoint.roles) {
         const size_t offset = layout.offset[static_cast<size_t>(role)];
@@ -190,22 +252,22 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
         if (role == BufferRole::kTable) {
             externals_.push_back(endpoint.table);
         } else if (is_output(role)) {
-            externals_.push_back(outputs_.address() + offset);
+            externals_.push_back(memory.outputs.address() + offset);
         } else {
             // clears the gap after each input: it may hold bytes of an earlier call
-            std::memset(host_inputs_.data() + end, 0, gap(end));
-            externals_.push_back(inputs_.address() + offset);
+            std::memset(memory.host_inputs.data() + end, 0, gap(end));
+            externals_.push_back(memory.inputs.address() + offset);
         }
     }
-    driver("the inputs", driver.copy_in, inputs_.address(),
-           static_cast<const void*>(host_inputs_.data()), layout.inputs, stream_.get());
-    endpoint.executable->run(*workspace.frame, sizes, arena_.address(), externals_, stream_.get(),
-                             overlap_);
-    driver("the outputs", driver.copy_out, static_cast<void*>(host_outputs_.data()),
-           outputs_.address(), layout.outputs, stream_.get());
-    stream_.wait("the outputs");
+    driver("the inputs", driver.copy_in, memory.inputs.address(),
+           static_cast<const void*>(memory.host_inputs.data()), layout.inputs, stream.get());
+    endpoint.executable->run(*workspace.frame, sizes, memory.arena.address(), externals_,
+                             stream.get(), overlap_);
+    driver("the outputs", driver.copy_out, static_cast<void*>(memory.host_outputs.data()),
+           memory.outputs.address(), layout.outputs, stream.get());
+    stream.wait("the outputs");
     const size_t width = endpoint.width;
-    char* outputs = host_outputs_.data();
+    char* outputs = memory.host_outputs.data();
     std::memcpy(out, buffer_at(outputs, layout, endpoint.result), count * width * sizeof(float));
     if (endpoint.result == BufferRole::kEmbedding) {
         std::memcpy(status, buffer_at(outputs, layout, BufferRole::kStatus),
@@ -218,49 +280,28 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
     }
 }
 
-// Allocates the memory for a call of `sizes`. A call that is not larger than an earlier call
-// allocates nothing.
+// The frame for a call of `sizes`, and the bytes that the call needs. A call that is not larger than
+// an earlier call allocates nothing.
 const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes) {
     const Endpoint& endpoint = model_->endpoint(id);
     Workspace& workspace = workspaces_[static_cast<size_t>(id)];
-    if (!workspace.frame || !workspace.frame->capacity().covers(sizes)) {
-        Sizes capacity = Executable::capacity(sizes);
-        if (workspace.frame) {
-            const Sizes& before = workspace.frame->capacity();
-            capacity.sequences = std::max(capacity.sequences, before.sequences);
-            capacity.tokens = std::max(capacity.tokens, before.tokens);
-            capacity.longest = std::max(capacity.longest, before.longest);
-        }
-        const Endpoint::Layout layout = endpoint.layout(capacity);
-        const auto arena = static_cast<size_t>(endpoint.executable->arena_bytes(capacity));
-        workspace = {std::make_unique<Frame>(*endpoint.executable, capacity), arena, layout.inputs,
-                     layout.outputs};
+    if (workspace.frame && workspace.bytes() <= limit_ &&
+        workspace.frame->capacity().covers(sizes)) {
+        return workspace;
     }
-    // on every call, because endpoints share the memory, and `release` may have freed it
-    arena_.reserve(workspace.arena);
-    inputs_.reserve(workspace.inputs);
-    host_inputs_.reserve(workspace.inputs);
-    host_outputs_.reserve(workspace.outputs);
-    outputs_are_unset_ = outputs_.reserve(workspace.outputs) || outputs_are_unset_;
-    if (outputs_are_unset_) {  // the gaps between outputs are copied too, but no kernel writes them
-        const Driver& driver = stream_.gpu().driver();
-        std::memset(host_outputs_.data(), 0, workspace.outputs);
-        driver("the outputs", driver.copy_in, outputs_.address(),
-               static_cast<const void*>(host_outputs_.data()), workspace.outputs, stream_.get());
-        stream_.wait("the outputs");
-        outputs_are_unset_ = false;
+    Sizes capacity = Executable::capacity(sizes);
+    if (workspace.frame) {
+        const Sizes& before = workspace.frame->capacity();
+        const Sizes both{std::max(capacity.sequences, before.sequences),
+                         std::max(capacity.tokens, before.tokens),
+                         std::max(capacity.longest, before.longest)};
+        if (endpoint.bytes(both) <= limit_) capacity = both;
     }
+    const Endpoint::Layout layout = endpoint.layout(capacity);
+    const auto arena = static_cast<size_t>(endpoint.executable->arena_bytes(capacity));
+    workspace = {std::make_unique<Frame>(*endpoint.executable, capacity), arena, layout.inputs,
+                 layout.outputs};
     return workspace;
-}
-
-void Session::release() noexcept {
-    for (Workspace& workspace : workspaces_) workspace = {};
-    arena_.release();
-    inputs_.release();
-    outputs_.release();
-    host_inputs_.release();
-    host_outputs_.release();
-    stream_.settle();  // memory that is freed in stream order is free only now
 }
 
 }  // namespace vitrail

@@ -68,6 +68,7 @@ class Standin {
         return find<uint64_t(int)>("standin_launches_on")(device);
     }
     const char* complaint() const { return find<const char*()>("standin_complaint")(); }
+    uint64_t peak() const { return find<uint64_t(int)>("standin_peak")(0); }
     Live live() const {
         Live live{};
         find<void(Live*)>("standin_live")(&live);

@@ -472,7 +472,7 @@ void test_little_memory(Bench& bench, const Standin& driver) {
     driver.memory(weights + 1000);
     vitrail_session* other = bench.session();
     CHECK(bench.run(other, call).code == VITRAIL_OUT_OF_MEMORY);
-    CHECK(driver.live().bytes == weights + needed - 1 || driver.live().bytes > weights);
+    CHECK(driver.live().bytes == weights);  // what the first had left was freed for the other
     driver.memory(uint64_t{80} << 30);
     CHECK(bench.run(other, call) == wanted);
     CHECK(bench.run(session, call) == wanted);
@@ -497,6 +497,146 @@ void test_memory_goes_back(Bench& bench, const Standin& driver) {
     driver.memory(uint64_t{80} << 30);
     vitrail_session_free(session);
     CHECK(driver.live() == before);
+}
+
+// The driver's bytes, at their most and after each call, are those that were allowed and are told.
+void test_limit(Bench& bench, const Standin& driver) {
+    const Bench& b = bench;
+    for (const Kind kind : {kUint8, kFloat, kText}) {
+        const Call call{kind, 4096, 11}, one{kind, 1, 11};
+        const Items items = make(b.facts, call);
+        vitrail_session* session = b.session();
+        const uint64_t weights = driver.live().bytes;
+        CHECK(vitrail_session_memory(session) == 0);
+        CHECK(embed(session, b.facts, call, items, 0, 1).code == VITRAIL_OK);
+        const uint64_t single = driver.live().bytes - weights;
+        CHECK(vitrail_session_memory(session) == single && single > 1000);
+        CHECK(vitrail_session_trim(session) == single);
+        CHECK(driver.live().bytes == weights && vitrail_session_memory(session) == 0);
+        CHECK(embed(session, b.facts, call, items, 0, 4096).code == VITRAIL_OK);
+        const uint64_t whole = vitrail_session_memory(session);
+        CHECK(whole > 1000 * single / 8 && whole == driver.live().bytes - weights);
+
+        // texts of other lengths need more or less than the first
+        const uint64_t longest = kind == kText ? 2 * b.facts.text_context * single : single;
+        for (const uint64_t limit : {longest, 3 * longest, 10 * longest + 7, whole / 3}) {
+            CHECK(vitrail_session_limit(session, limit) == VITRAIL_OK);
+            vitrail_session_trim(session);
+            driver.peak();
+            const Result cut = embed(session, b.facts, call, items, 0, 4096);
+            CHECK(cut.code == VITRAIL_OK);
+            const uint64_t peak = driver.peak() - weights;
+            CHECK(peak <= limit && peak > limit / 4);
+            CHECK(vitrail_session_memory(session) == driver.live().bytes - weights);
+            // digests are of what ran together: the same parts by hand
+            if (kind == kText || limit != 3 * longest) continue;
+            size_t part = 1;
+            vitrail_session* free_session = b.session();
+            for (; part < 64; ++part) {
+                vitrail_session_trim(free_session);
+                embed(free_session, b.facts, call, items, 0, part + 1);
+                if (vitrail_session_memory(free_session) > limit) break;
+            }
+            CHECK(part > 1 && part < 64);
+            std::vector<float> by_hand;
+            for (size_t first = 0; first < 4096; first += part) {
+                const size_t n = std::min(part, 4096 - first);
+                const Result piece = embed(free_session, b.facts, call, items, first, n);
+                by_hand.insert(by_hand.end(), piece.embeddings.begin(), piece.embeddings.end());
+            }
+            CHECK(std::memcmp(by_hand.data(), cut.embeddings.data(),
+                              by_hand.size() * sizeof(float)) == 0);
+            vitrail_session_free(free_session);
+        }
+
+        // a lower limit than memory that is idle, or than an earlier call's
+        CHECK(vitrail_session_limit(session, 0) == VITRAIL_OK);
+        embed(session, b.facts, call, items, 0, 4096);
+        CHECK(vitrail_session_limit(session, 4 * longest) == VITRAIL_OK);
+        CHECK(embed(session, b.facts, call, items, 0, 4096).code == VITRAIL_OK);
+        CHECK(vitrail_session_memory(session) <= 4 * longest);
+
+        // a call that was made before allocates nothing, in parts too
+        const size_t n = kind == kText ? 5 : 4096;
+        embed(session, b.facts, call, items, 0, n);
+        const Live before = driver.live();
+        driver.checks(false);
+        driver.compute(false);
+        const uint64_t allocated = allocations;
+        CHECK(embed(session, b.facts, call, items, 0, n).code == VITRAIL_OK);
+        CHECK(allocations == allocated + 2);  // the two vectors of the result
+        driver.compute(true);
+        driver.checks(true);
+        CHECK(driver.live() == before);
+
+        CHECK(vitrail_session_limit(session, single / 3) == VITRAIL_OK);
+        CHECK(embed(session, b.facts, call, items, 0, 9).code == VITRAIL_OUT_OF_MEMORY);
+        const std::string words = "the session's limit: got " + std::to_string(single / 3);
+        CHECK(std::strstr(vitrail_error(), words.c_str()) != nullptr);
+        if (kind != kText) {
+            const std::string wanted = "wanted " + std::to_string(single) + " for one image";
+            CHECK(std::strstr(vitrail_error(), wanted.c_str()) != nullptr);
+            CHECK(vitrail_session_limit(session, single) == VITRAIL_OK);
+            CHECK(embed(session, b.facts, call, items, 0, 9).code == VITRAIL_OK);
+            CHECK(vitrail_session_limit(session, single - 1) == VITRAIL_OK);
+            CHECK(embed(session, b.facts, call, items, 0, 9).code == VITRAIL_OUT_OF_MEMORY);
+        }
+        CHECK(vitrail_session_limit(session, 0) == VITRAIL_OK);
+        CHECK(bench.run(session, one) == bench.expected(one));
+        vitrail_session_free(session);
+        CHECK(driver.live().bytes == weights);
+    }
+    CHECK(vitrail_session_limit(nullptr, 1) == VITRAIL_INVALID);
+    CHECK(vitrail_session_trim(nullptr) == 0 && vitrail_session_memory(nullptr) == 0);
+}
+
+// Sessions, of two models too, that run one after another use the same memory.
+void test_shared_memory(Bench& clip, Bench& vit, const Standin& driver) {
+    const Call call{kUint8, 40, 12};
+    const Result wanted = clip.expected(call), others = vit.expected(call);
+    const uint64_t weights = driver.live().bytes;
+    std::vector<vitrail_session*> sessions;
+    uint64_t most = 0;
+    for (int i = 0; i < 8; ++i) {
+        Bench& bench = i % 2 == 0 ? clip : vit;
+        sessions.push_back(bench.session());
+        CHECK(bench.run(sessions.back(), call) == (i % 2 == 0 ? wanted : others));
+        if (i == 1) most = driver.live().bytes;
+    }
+    CHECK(driver.live().bytes == most && driver.live().streams == 1);
+    CHECK(vitrail_session_memory(sessions[0]) == most - weights);
+    CHECK(vitrail_session_memory(sessions[7]) == most - weights);
+    CHECK(vitrail_session_trim(sessions[3]) == most - weights);
+    CHECK(driver.live().bytes == weights);
+    CHECK(clip.run(sessions[0], call) == wanted);
+    CHECK(vit.run(sessions[1], call) == others);
+    CHECK(driver.live().bytes == most);
+    for (vitrail_session* session : sessions) vitrail_session_free(session);
+    CHECK(driver.live().bytes == weights && driver.live().streams == 0);
+}
+
+// A thread asks and trims while others call, with limits of their own.
+void test_trim_at_any_time(Bench& bench, const Standin& driver) {
+    const Call call{kText, 30, 13};
+    const Result wanted = bench.expected(call);
+    const uint64_t weights = driver.live().bytes;
+    std::vector<vitrail_session*> sessions;
+    for (int i = 0; i < 4; ++i) sessions.push_back(bench.session());
+    std::vector<std::thread> running;
+    for (size_t i = 0; i < sessions.size(); ++i) {
+        running.emplace_back([&, i] {
+            for (int round = 0; round < 30; ++round) {
+                CHECK(vitrail_session_limit(sessions[i], 0) == VITRAIL_OK);
+                CHECK(bench.run(sessions[i], call) == wanted);
+                if (i % 2 == 0) vitrail_session_trim(sessions[(i + 1) % 4]);
+                vitrail_session_memory(sessions[(i + 2) % 4]);
+            }
+        });
+    }
+    for (std::thread& thread : running) thread.join();
+    vitrail_session_trim(sessions[0]);
+    CHECK(driver.live().bytes == weights);
+    for (vitrail_session* session : sessions) vitrail_session_free(session);
 }
 
 // Of a device that has no stream-ordered memory: found out once, and done without.
@@ -646,6 +786,10 @@ int main(int count, char** arguments) {
         say("sizes");
         test_threads(clip, number(4), number(5));
         say("threads");
+        test_limit(clip, driver);
+        test_shared_memory(clip, vit, driver);
+        test_trim_at_any_time(clip, driver);
+        say("limits");
         vit.unload();
         test_lifetimes(clip, driver);
         test_little_memory(clip, driver);
