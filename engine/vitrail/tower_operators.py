@@ -5,6 +5,7 @@ torch.compile has saved runs that model in any process, or refuses. ``import vit
 operators (`vitrail.torch_import`). This module imports no more of Vitrail than its errors.
 """
 
+import math
 import weakref
 from typing import Protocol
 
@@ -20,6 +21,7 @@ class LiveTowers(Protocol):
     fingerprint: str
     source: str
     device: torch.device
+    memory_limit: int | None
 
     def embed_image(self, pixels: Tensor) -> Tensor: ...
 
@@ -51,11 +53,13 @@ def add_towers(towers: LiveTowers) -> None:
 
 
 def live_towers(fingerprint: str, device: torch.device) -> LiveTowers | None:
-    """Towers with this fingerprint on this device, of a module or of a model; None if none live."""
-    for reference in tuple(_TOWERS.get((fingerprint, device), ())):
-        if (towers := reference()) is not None:
-            return towers
-    return None
+    """Towers with this fingerprint on this device, of a module or of a model; None if none live.
+
+    Of several, those with the smallest memory limit: all give the same bits.
+    """
+    references = tuple(_TOWERS.get((fingerprint, device), ()))
+    live = [towers for reference in references if (towers := reference()) is not None]
+    return min(live, key=lambda towers: towers.memory_limit or math.inf, default=None)
 
 
 @torch.library.custom_op("vitrail::embed_image", mutates_args=())

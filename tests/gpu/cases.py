@@ -17,7 +17,7 @@ from gpu.common import DEVICE, DRY, NAMES, Guarded
 from vitrail.plan.plan import Affine, Buffer, Plan, Step
 from vitrail.plan.text import text_dense, text_pooled
 from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores
-from vitrail.runtime.torch_runner import STATISTICS
+from vitrail.runtime.workspace import STATISTICS
 from vitrail.spec import BlockSpec, ModelSpec
 from vitrail.zoo import read_spec
 from vitrail_kernels import OPERATORS

@@ -85,9 +85,9 @@ def test_a_table_over_the_limit_is_kept_alone(tables: TorchRunner) -> None:
     small = ask(cache, tables, (2, 2))
     large = ask(cache, tables, (2, 3))
     assert ask(cache, tables, (2, 3)) is large
-    assert cache._bytes == table_bytes((2, 3))
+    assert cache.held_bytes() == table_bytes((2, 3))
     assert ask(cache, tables, (2, 2)) is not small
-    assert cache._bytes == table_bytes((2, 2))
+    assert cache.held_bytes() == table_bytes((2, 2))
 
 
 class OnCuda:
@@ -95,11 +95,7 @@ class OnCuda:
 
     is_cuda = True
 
-    def numel(self) -> int:
-        return 100
-
-    def element_size(self) -> int:
-        return 4
+    nbytes = 400
 
 
 def test_a_table_that_a_graph_was_captured_with_is_never_forgotten(
@@ -147,8 +143,8 @@ def test_the_cache_is_a_least_recently_used_one_under_its_limit(
             model.popitem(last=False)
         cached = cache._tables
         assert list(cached) == list(model)
-        assert cache._bytes == sum(t.numel() * 4 for t in cached.values())
-        assert cache._bytes <= limit or len(cached) == 1
+        assert cache.held_bytes() == sum(t.numel() * 4 for t in cached.values())
+        assert cache.held_bytes() <= limit or len(cached) == 1
 
 
 def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: TorchRunner) -> None:
@@ -163,5 +159,5 @@ def test_threads_that_ask_for_one_table_count_its_bytes_once(tables: TorchRunner
 
         with ThreadPoolExecutor(8) as pool:
             by_thread = list(pool.map(get, range(8)))
-        assert cache._bytes == table_bytes((6, 6))
+        assert cache.held_bytes() == table_bytes((6, 6))
         assert all(torch.equal(table, by_thread[0]) for table in by_thread)

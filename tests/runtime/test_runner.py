@@ -27,7 +27,7 @@ from vitrail.checkpoint.tensors import Source
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_dense, text_pooled
 from vitrail.plan.vision import vision_dense, vision_layers, vision_pooled, vision_scores
-from vitrail.runtime.memory import IDLE_ARENAS, ArenaPool
+from vitrail.runtime.memory import ARENAS, IDLE_ARENAS, ArenaPool
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.spec import BlockSpec, HeadSpec, ModelSpec, PoolerSpec, TextSpec, VisionSpec
 from vitrail.weights.folding import load_weights
@@ -673,7 +673,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other(vit: TorchRunner) -> 
     for start, results in enumerate(by_thread):
         for step, out in enumerate(results):
             assert same_bits(out, alone[(start + step) % 24])
-    assert len(vit._arenas._idle) <= IDLE_ARENAS
+    assert len(ARENAS._idle) <= IDLE_ARENAS
 
 
 def test_a_call_that_fails_leaves_the_runner_usable(vit: TorchRunner) -> None:

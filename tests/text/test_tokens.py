@@ -19,6 +19,8 @@ from vitrail.model.batches import one_behind
 from vitrail.model.texts import CPU_TEXT_BYTES
 from vitrail.plan.plan import Plan
 from vitrail.plan.text import text_pooled
+from vitrail.runtime.budget import MemoryBudget
+from vitrail.runtime.memory import PositionTables
 from vitrail.runtime.native import MAX_SIZES
 from vitrail.runtime.towers import TextTower
 from vitrail.spec import BlockSpec, TextSpec
@@ -75,6 +77,7 @@ class Counting:
 
     def __init__(self, width: int) -> None:
         self.width, self.calls = width, list[tuple[str, int, int, int]]()
+        self.budget = MemoryBudget(PositionTables())
 
     def run(
         self, plan: Plan, inputs: Mapping[str, Tensor], *, batch: int, tokens: int, longest: int

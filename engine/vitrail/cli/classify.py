@@ -38,6 +38,7 @@ def classify(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     resize_on: options.ResizeOn = "host",
+    memory_limit: options.MemoryLimit = None,
     revision: options.Revision = None,
     local_files_only: options.Local = False,
 ) -> None:
@@ -58,7 +59,7 @@ def classify(
     listing = find_images(images)
     console.report_unread(listing.unread)
     paths = listing.sources
-    loaded = options.load(name, device, dtype, revision, local_files_only, resize_on)
+    loaded = options.load(name, device, dtype, revision, local_files_only, resize_on, memory_limit)
     failed: list[tuple[Source, str]] = []
     width = max(len(shown(path)) for path in paths)
     titled = False

@@ -68,6 +68,7 @@ def open_embedder(
     revision: str | None,
     local_files_only: bool,
     resize: str,
+    memory_limit: str | None,
 ) -> Iterator[tuple[Embedder, list[str]]]:
     """The embedder of ``device``, or of ``devices``; and the names of its devices.
 
@@ -77,7 +78,7 @@ def open_embedder(
         from vitrail.jobs.embedder import ModelEmbedder
 
         device = ranks.choose_device(device)
-        model = options.load(name, device, dtype, revision, local_files_only, resize)
+        model = options.load(name, device, dtype, revision, local_files_only, resize, memory_limit)
         yield ModelEmbedder(model), [str(model.device)]
         return
     from vitrail.jobs.workers import DeviceWorkers
@@ -91,6 +92,7 @@ def open_embedder(
             revision=revision,
             local_files_only=local_files_only,
             resize=resize,
+            memory_limit=memory_limit,
         )
     with workers:
         yield workers, chosen

@@ -76,6 +76,7 @@ def embed(
     ] = None,
     dtype: options.Dtype = "auto",
     resize_on: options.ResizeOn = "host",
+    memory_limit: options.MemoryLimit = None,
     revision: options.Revision = None,
     local_files_only: options.Local = False,
 ) -> None:
@@ -132,7 +133,9 @@ def embed(
     if chosen.shard.count > 1:
         console.say(f"{chosen}: {inputs_of_run} of {len(listing.sources)} images")
     write = embed_to_file if one_file else embed_to_folder
-    with open_embedder(name, device, devices, dtype, revision, local_files_only, resize_on) as (
+    with open_embedder(
+        name, device, devices, dtype, revision, local_files_only, resize_on, memory_limit
+    ) as (
         embedder,
         used,
     ):

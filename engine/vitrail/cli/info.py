@@ -14,17 +14,18 @@ def info(
         bool,
         typer.Option("--fingerprint", help="Also print the fingerprint (reads all weights)."),
     ] = False,
+    memory_limit: options.MemoryLimit = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Describe a checkpoint without reading its weights.
 
-    Prints its towers, how it preprocesses images and texts, and the backend and device that would
-    run it on this machine.
+    Prints its towers, how it preprocesses images and texts, the backend and device that would run
+    it on this machine, and the items of a call that fit a memory limit.
     """
     from vitrail.tools.info import describe, read
 
     name = options.require_model(model, "MODEL")
-    spec, facts = read(name, revision, local_files_only)
+    spec, facts = read(name, revision, local_files_only, memory_limit)
     if fingerprint:
         facts["fingerprint"] = options.load(
             name, "auto", "auto", revision, local_files_only

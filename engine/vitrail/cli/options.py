@@ -55,6 +55,14 @@ ResizeOn = Annotated[
         help="Where to resize decoded images: host or device. Both give the same bits.",
     ),
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        envvar="VITRAIL_MEMORY_LIMIT",
+        help="The most memory on the device beyond the weights, such as 512M or 2G (powers of "
+        "1024); batches are cut to fit (default: no limit).",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,6 +73,7 @@ def load(
     revision: str | None,
     local_files_only: bool,
     resize: str = "host",
+    memory_limit: str | None = None,
 ) -> Model:
     from vitrail.model import loading
 
@@ -76,6 +85,7 @@ def load(
             revision=revision,
             local_files_only=local_files_only,
             resize=resize,  # type: ignore[arg-type]  # load checks it
+            memory_limit=memory_limit,
         )
 
 

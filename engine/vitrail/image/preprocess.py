@@ -115,18 +115,23 @@ def decode_crop_tasks(
     stop_bytes: int,
     size: tuple[int, int] | None = None,
     sixteen_bit: SixteenBit = "scale",
+    fits: Callable[[CropTask], bool] = lambda task: True,
 ) -> list[CropTask | VitrailError]:
     """Decodes the first images, at least one, for the operator ``resize`` to crop on a device.
 
     No further image is begun once the tasks hold ``stop_bytes`` of device memory. An image that
-    the operator does not take is cropped here; its task leaves every pixel as it is.
+    the operator does not take, or that does not fit there, is cropped here; its task leaves every
+    pixel as it is.
     """
     decode = _decoder(spec, channels, size, sixteen_bit)
 
     def work(image: PixelInput) -> CropTask:
         location, opened, rows, columns = decode(image)
         if _operator_takes(rows, columns, channels):
-            return CropTask(as_array(location, opened), rows, columns, spec.resample)
+            task = CropTask(as_array(location, opened), rows, columns, spec.resample)
+            if fits(task):
+                return task
+            opened = task.pixels
         crop = _crop(opened, rows, columns, spec.resample)
         rows, columns = (Axis(side, side, 0, side, 0, side) for side in crop.shape[:2])
         return CropTask(crop, rows, columns, spec.resample)

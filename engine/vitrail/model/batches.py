@@ -59,7 +59,10 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class ResultRows:
-    """Rows and errors by position in the call. With ``strict``, `check` raises the first error."""
+    """Rows, on the CPU, and errors by position in the call.
+
+    With ``strict``, `check` raises the first error.
+    """
 
     strict: bool
     by_position: dict[int, Tensor] = field(default_factory=dict)
@@ -70,13 +73,6 @@ class ResultRows:
             self.errors[position] = type(result)(f"image {position}: {result}")
         else:
             self.by_position[position] = result
-
-    def move_to_cpu(self) -> None:
-        """Move the rows off their device; waits for their computation."""
-        if any(row.device.type != "cpu" for row in self.by_position.values()):
-            index = self.index
-            rows = torch.stack([self.by_position[position] for position in index]).cpu()
-            self.by_position = dict(zip(index, rows, strict=True))
 
     def check(self) -> None:
         """Raise the error of the lowest position if the call is strict."""
@@ -100,5 +96,5 @@ class ResultRows:
         """
         if not self.by_position:
             return torch.empty(0, *shape, dtype=torch.float32, device="cpu")
-        stacked = torch.stack([self.by_position[position] for position in self.index]).cpu()
+        stacked = torch.stack([self.by_position[position] for position in self.index])
         return l2_normalize(stacked) if normalize else stacked

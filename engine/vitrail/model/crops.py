@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import OutOfMemoryError, VitrailError
+from vitrail.image.geometry import Axis
 from vitrail.image.preprocess import CropTask
 from vitrail.image.resize import Pixels
 from vitrail.model.batches import in_halves
+from vitrail.runtime.footprint import BLOCK
 from vitrail.runtime.runner import Runner
 from vitrail_kernels.ops.resize_tables import FIELDS, ResizeTables, Size, resize_tables
 
@@ -23,11 +26,19 @@ ALIGNMENT = 16
 class CropGroup(Protocol):
     """Crops of the same ``size`` (height, width); ``members``: their indices in the batch.
 
-    A slice of the group is uint8 (n, height, width, channels), on the host or on the device.
+    A slice of the group is uint8 (n, height, width, channels), on the host or on the device, or
+    floats (n, channels, height, width); ``itemsize``: bytes of a number. ``resize_bytes``: device
+    memory that making the crops takes; ``device_bytes``: that of the crops, until the group goes.
+    Both are 0 for crops that are not made on the device.
     """
 
     size: Size
-    members: list[int]
+    itemsize: int
+    resize_bytes: int
+    device_bytes: int
+
+    @property
+    def members(self) -> Sequence[int]: ...
 
     def __getitem__(self, members: slice) -> Tensor: ...
 
@@ -43,11 +54,29 @@ class CropBatch(NamedTuple):
 class HostCrops:
     """Crops that the host has made."""
 
+    itemsize, resize_bytes, device_bytes = 1, 0, 0
+
     def __init__(self, size: Size) -> None:
         self.size, self.members, self.crops = size, list[int](), list[Pixels]()
 
     def __getitem__(self, members: slice) -> Tensor:
         return torch.from_numpy(np.stack(self.crops[members]))
+
+
+class FloatCrops:
+    """Those of the preprocessed ``pixels`` (N, channels, height, width) that are ``members``."""
+
+    resize_bytes = device_bytes = 0
+
+    def __init__(self, size: Size, pixels: Tensor, members: Sequence[int]) -> None:
+        self.size, self.members, self._pixels = size, members, pixels
+        self.itemsize = pixels.element_size()
+
+    def __getitem__(self, members: slice) -> Tensor:
+        chosen = self.members[members]
+        begin, end = chosen[0], chosen[-1] + 1
+        adjacent = end - begin == len(chosen)
+        return self._pixels[begin:end] if adjacent else self._pixels[list(chosen)]
 
 
 def host_batch(results: Sequence[Pixels | VitrailError]) -> CropBatch:
@@ -70,8 +99,10 @@ def device_batch(
 ) -> CropBatch:
     """Group decoded images by crop size, at most ``max_bytes`` of device memory per group.
 
-    An image that alone needs more memory gets a group of its own.
+    An image that alone needs more memory gets a group of its own. If the runner's memory is
+    limited, the bytes are not estimated but known.
     """
+    limited = runner.budget.limit is not None
     errors: dict[int, VitrailError] = {}
     groups: dict[Size, list[list[tuple[int, CropTask]]]] = {}
     group_bytes: dict[Size, int] = {}  # bytes of the last group of each size
@@ -79,7 +110,8 @@ def device_batch(
         if isinstance(task, VitrailError):
             errors[member] = task
             continue
-        size, needed = task.size, task.device_bytes
+        size = task.size
+        needed = resize_bytes([task], type(runner)) if limited else task.device_bytes
         if size not in group_bytes or group_bytes[size] + needed > max_bytes:
             groups.setdefault(size, []).append([])
             group_bytes[size] = 0
@@ -92,12 +124,18 @@ def device_batch(
 class DeviceCrops:
     """Decoded images. The first slice copies all to the device of ``runner`` and resizes them."""
 
+    itemsize = 1
+
     def __init__(self, members: Sequence[tuple[int, CropTask]], runner: Runner) -> None:
         self.members = [member for member, _ in members]
         self.size = members[0][1].size
         self._runner, self._pinned = runner, runner.device.type == "cuda"
         self._packed: PackedImages | None = pack([task for _, task in members], self._pinned)
         self._crops: Tensor | None = None
+        self.device_bytes = len(members) * math.prod(self.size) * members[0][1].pixels.shape[2]
+        self.resize_bytes = 0
+        if runner.budget.limit is not None:
+            self.resize_bytes = resize_bytes([task for _, task in members], type(runner))
 
     def __getitem__(self, members: slice) -> Tensor:
         if self._packed is not None:
@@ -126,11 +164,9 @@ class PackedImages(NamedTuple):
     tables: ResizeTables
 
 
-def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
-    """Copy images of the same crop size, filter and channel count into a buffer.
-
-    The tasks returned hold views of that buffer.
-    """
+def _tables(tasks: Sequence[CropTask]) -> tuple[ResizeTables, list[int], list[int]]:
+    """The tables of images, the bytes of each section of a `PackedImages`, and where it starts; the
+    last start is the end."""
     task = tasks[0]
     tables = resize_tables(
         [(rows.source, columns.source) for _, rows, columns, _ in tasks],
@@ -140,8 +176,35 @@ def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
         resample=task.resample,
         channels=task.pixels.shape[2],
     )
-    sizes = [tables.pixels, *(table.numel() * table.itemsize for table in tables[:3])]
+    sizes = [tables.pixels, *(table.nbytes for table in tables[:3])]
     starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    return tables, sizes, starts
+
+
+def resize_bytes(tasks: Sequence[CropTask], backend: type[Runner]) -> int:
+    """Device bytes that `resized` takes at most: of images that are packed apart too."""
+    total = temporaries = 0
+    for task in tasks:
+        tables, _, starts = _tables([task])
+        middle, out = math.prod(tables.middle), math.prod(task.size) * task.pixels.shape[2]
+        total += starts[-1] + middle + out
+        temporaries = max(temporaries, backend.resize_workspace_bytes(max(middle, out)))
+    return total + temporaries + 3 * BLOCK
+
+
+def one_crop_bytes(size: Size, channels: int, backend: type[Runner]) -> int:
+    """`resize_bytes` of an image that already has the ``size`` of its crop."""
+    rows, columns = (Axis(side, side, 0, side, 0, side) for side in size)
+    pixels = np.broadcast_to(np.uint8(0), (*size, channels))
+    return resize_bytes([CropTask(pixels, rows, columns, 0)], backend)
+
+
+def pack(tasks: Sequence[CropTask], pinned: bool) -> PackedImages:
+    """Copy images of the same crop size, filter and channel count into a buffer.
+
+    The tasks returned hold views of that buffer.
+    """
+    tables, sizes, starts = _tables(tasks)
     sections = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     memory, views, start = buffer.numpy(), list[CropTask](), 0

@@ -1,6 +1,8 @@
 """The dense pass of a checkpoint, field by field as its transformers class gives it."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +14,25 @@ from vitrail.spec import ModelSpec, OutputField
 
 
 def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: bool) -> Output:
-    """``pixels`` (B, C, H, W) floats; ``hidden``: with the residual stream of every block."""
+    """``pixels`` (B, C, H, W) floats; ``hidden``: with the residual stream of every block.
+
+    Runs in parts if memory is limited; the limit does not count the outputs.
+    """
+    taps = tuple(range(tower.spec.blocks.layers + 1)) if hidden else ()
+    parts = tower.in_parts(
+        tower.dense_plan(pixels, taps),
+        pixels,
+        lambda part: _vision_output(tower, spec, pixels[part], taps),
+        counts_outputs=False,
+    )
+    return _join(parts)
+
+
+def _vision_output(
+    tower: VisionTower, spec: ModelSpec, pixels: Tensor, taps: tuple[int, ...]
+) -> Output:
     layers = tower.spec.blocks.layers
-    out = tower.dense(pixels, tuple(range(layers + 1)) if hidden else ())
+    out = tower.dense(pixels, taps)
     tokens = out["vision.last" if tower.spec.norm == "tokens" else f"vision.hidden.{layers}"]
     pooled, embeds = out.get("vision.pooler"), out.get("vision.embedding")
     if pooled is None and "pooler_output" in spec.outputs:
@@ -23,7 +41,7 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     return Output(
         last_hidden_state=_returned(spec, "last_hidden_state", tokens),
         pooler_output=_returned(spec, "pooler_output", pooled),
-        hidden_states=_hidden(out, "vision", layers) if hidden else None,
+        hidden_states=_hidden(out, "vision", taps),
         logits=logits,
         cls_logits=class_logits,
         distillation_logits=distillation_logits,
@@ -62,14 +80,32 @@ def _logits(
 def forward_text(
     tower: TextTower, spec: ModelSpec, ids: Tensor, kv_lens: Tensor | None, hidden: bool
 ) -> Output:
-    """``ids`` (B, T) int64; ``kv_lens`` (B,): leading tokens of a row that may be attended to."""
-    layers = tower.spec.blocks.layers
-    out = tower.dense(ids, kv_lens, tuple(range(layers + 1)) if hidden else ())
+    """``ids`` (B, T) int64; ``kv_lens`` (B,): leading tokens of a row that may be attended to.
+
+    In parts, as `forward_vision`.
+    """
+    taps = tuple(range(tower.spec.blocks.layers + 1)) if hidden else ()
+
+    def compute(part: slice) -> Output:
+        return _text_output(
+            tower, spec, ids[part], None if kv_lens is None else kv_lens[part], taps
+        )
+
+    parts = tower.dense_in_parts(
+        ids, compute, taps, masked=kv_lens is not None, counts_outputs=False
+    )
+    return _join(parts)
+
+
+def _text_output(
+    tower: TextTower, spec: ModelSpec, ids: Tensor, kv_lens: Tensor | None, taps: tuple[int, ...]
+) -> Output:
+    out = tower.dense(ids, kv_lens, taps)
     embeds = out.get("text.embedding")
     return Output(
         last_hidden_state=out["text.last"],
         pooler_output=_returned(spec, "pooler_output", out["text.pooler"]),
-        hidden_states=_hidden(out, "text", layers) if hidden else None,
+        hidden_states=_hidden(out, "text", taps),
         text_embeds=embeds,
         status=finite_status(out["text.last"], embeds),
     )
@@ -118,5 +154,21 @@ def finite_status(*outputs: Tensor | None) -> Tensor:
     return torch.stack(finite).all(dim=0).logical_not().to(torch.int32)
 
 
-def _hidden(out: Mapping[str, Tensor], tower: str, layers: int) -> tuple[Tensor, ...]:
-    return tuple(out[f"{tower}.hidden.{layer}"] for layer in range(layers + 1))
+def _hidden(
+    out: Mapping[str, Tensor], tower: str, taps: tuple[int, ...]
+) -> tuple[Tensor, ...] | None:
+    return tuple(out[f"{tower}.hidden.{tap}"] for tap in taps) or None
+
+
+def _join(parts: Sequence[Output]) -> Output:
+    """The outputs of one tower for consecutive items, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(Output):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            fields[field.name] = torch.cat(values)
+        elif values[0] is not None:
+            fields[field.name] = tuple(map(torch.cat, zip(*values, strict=True)))
+    return Output(**fields)

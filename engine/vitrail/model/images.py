@@ -1,9 +1,12 @@
 """Images to embeddings and class scores: preprocess, group by size, compute in batches."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +17,17 @@ from vitrail.image.decoding import SixteenBit
 from vitrail.image.sources import PixelInput
 from vitrail.model.arguments import Size, check_pixels
 from vitrail.model.batches import ACTIVATION_BYTES, ResultRows, in_halves, in_windows
-from vitrail.model.crops import CropBatch, device_batch, host_batch
+from vitrail.model.crops import (
+    CropBatch,
+    CropGroup,
+    FloatCrops,
+    device_batch,
+    host_batch,
+    resize_bytes,
+)
 from vitrail.model.layers import first_bad_block
 from vitrail.model.preprocessor import Preprocessor
+from vitrail.runtime.budget import Call
 from vitrail.runtime.runner import Runner
 from vitrail.runtime.towers import VisionTower
 from vitrail.spec import ImageSpec
@@ -105,16 +116,64 @@ class ImageEncoder:
 
         No batch has images of two windows. Images to be decoded are decoded a window ahead.
         """
-        for positions, pixels in (
-            self._pixel_batches(images, windows, rows)
+        for group in (
+            self._float_groups(images, windows, rows)
             if isinstance(images, Tensor)
-            else self._crop_batches(images, windows, batch_size, size, rows)
+            else self._crop_groups(images, windows, batch_size, size, rows)
         ):
-            results_of = functools.partial(self._results, pixels, scores)
-            for items, results in in_halves(results_of, range(len(positions))):
-                for item, result in zip(items, results, strict=True):
-                    rows.add(positions[item], result)
-            del pixels, results_of  # free this batch before the next is made
+            for position, pixels in self._encode_group(group, scores, rows):
+                rows.add(position, VitrailError(first_bad_block(self.tower, pixels)))
+
+    def _encode_group(
+        self, group: ImageGroup, scores: bool, rows: ResultRows
+    ) -> list[tuple[int, Tensor]]:
+        """Adds the results of ``group`` to ``rows``, in parts if memory is limited.
+
+        Returns positions and pixels (1, ...) of the images whose result is not finite, on the CPU:
+        the reason is found when this batch has given its memory back.
+        """
+        positions, crops = group.positions, group.crops
+        budget, bad = self.tower.runner.budget, list[tuple[int, Tensor]]()
+
+        def compute(part: slice, step: int = group.step) -> None:
+            for begin in range(part.start, part.stop, step):
+                members = positions[begin : min(begin + step, part.stop)]
+                pixels = crops[begin : begin + len(members)]
+                results_of = functools.partial(self._results, pixels, scores)
+                for items, results in in_halves(results_of, range(len(members))):
+                    for item, row in zip(items, results, strict=True):
+                        if row is None:
+                            bad.append((members[item], pixels[item : item + 1].cpu()))
+                        else:
+                            rows.add(members[item], row)
+                del pixels, results_of  # free this batch before the next is made
+
+        if budget.limit is None:
+            compute(slice(0, len(positions)))
+            return bad
+        call = self._call(crops, scores)
+        if not crops.device_bytes:
+            budget.in_parts(len(positions), call, compute)
+            return bad
+        # the crops stay on the device until all of them are computed
+        step = min(group.step, budget.most(len(positions), call))
+        with budget.hold(call.nbytes(min(step, len(positions))), call):
+            compute(slice(0, len(positions)), step)
+        return bad
+
+    def _call(self, crops: CropGroup, scores: bool) -> Call:
+        """The memory that some images of ``crops`` need, besides all crops on the device."""
+        plan = self.tower.pooled_plan(crops.itemsize == 1, scores)
+        height, width = crops.size
+        pixel_bytes = height * width * self.tower.spec.channels * crops.itemsize
+        call = self.tower.call(plan, crops.size, pixel_bytes)
+        if not crops.device_bytes:
+            return call
+        resize, kept = crops.resize_bytes, crops.device_bytes
+        return call._replace(
+            nbytes=lambda images: max(resize, kept + call.nbytes(images)),
+            shape=(call.shape, resize, kept),
+        )
 
     @property
     def preprocessor(self) -> Preprocessor:
@@ -130,38 +189,33 @@ class ImageEncoder:
             )
         return self.image_spec
 
-    def _results(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | VitrailError]:
-        """For each of ``items`` of ``batch`` its row, or an error if the row is not finite."""
+    def _results(self, batch: Tensor, scores: bool, items: range) -> list[Tensor | None]:
+        """For each of ``items`` of ``batch`` its row, on the CPU; None if it is not finite."""
         tower, pixels = self.tower, batch[items.start : items.stop]
         rows = tower.scores(pixels) if scores else tower.embeddings(pixels)["vision.embedding"]
+        rows = rows.cpu()
         finite = torch.isfinite(rows).all(dim=1).tolist()
-        return [
-            row if ok else VitrailError(first_bad_block(tower, pixels[item : item + 1]))
-            for item, (row, ok) in enumerate(zip(rows, finite, strict=True))
-        ]
+        return [row if ok else None for row, ok in zip(rows, finite, strict=True)]
 
-    def _pixel_batches(
+    def _float_groups(
         self, pixels: Tensor, windows: Iterator[Sequence[int]], rows: ResultRows
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield the positions and the pixels of each batch."""
+    ) -> Iterator[ImageGroup]:
+        """Yield preprocessed images, a group for each window."""
+        size = self.tower.image_size(pixels)
         for positions in windows:
-            begin, end = positions[0], positions[-1] + 1
-            adjacent = end - begin == len(positions)
-            yield positions, pixels[begin:end] if adjacent else pixels[positions]
+            yield ImageGroup(positions, FloatCrops(size, pixels, positions), len(positions))
             rows.check()
 
-    def _crop_batches(
+    def _crop_groups(
         self,
         images: list[PixelInput],
         windows: Iterator[Sequence[int]],
         batch_size: int | None,
         size: Size | None,
         rows: ResultRows,
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """The same for images that are decoded and cropped here: uint8 (n, height, width, C).
-
-        Adds the errors of other positions to ``rows``.
-        """
+    ) -> Iterator[ImageGroup]:
+        """Yield images that are decoded and cropped here. Adds the errors of the others to
+        ``rows``."""
         tower = self.tower
         for window, batch in self._one_ahead(images, windows, size):
             for member, error in batch.errors.items():
@@ -178,10 +232,8 @@ class ImageEncoder:
                         rows.add(position, too_small)
                     continue
                 # without a crop, the size of the images is known only now
-                max_batch = batch_size or tower.max_batch(crops.size, ACTIVATION_BYTES)
-                for begin in range(0, len(positions), max_batch):
-                    members = slice(begin, begin + max_batch)
-                    yield positions[members], crops[members]
+                step = batch_size or tower.max_batch(crops.size, ACTIVATION_BYTES)
+                yield ImageGroup(positions, crops, step)
             rows.check()
 
     def _one_ahead(
@@ -216,7 +268,38 @@ class ImageEncoder:
             return host_batch(
                 preprocess.preprocess_uint8(images, spec, channels, size=size, sixteen_bit=kind)
             )
+        room, backend = self._resize_room(size or spec.crop or self.tower.spec.image)
         tasks = preprocess.decode_crop_tasks(
-            images, spec, channels, stop_bytes=DECODED_BYTES, size=size, sixteen_bit=kind
+            images,
+            spec,
+            channels,
+            stop_bytes=room,
+            size=size,
+            sixteen_bit=kind,
+            fits=lambda task: backend is None or resize_bytes([task], backend) <= room,
         )
-        return device_batch(tasks, self._resizer, DECODED_BYTES)
+        return device_batch(tasks, self._resizer, room)
+
+    def _resize_room(self, size: Size) -> tuple[int, type[Runner] | None]:
+        """Device bytes for decoded images that leave room to compute one of ``size``, and the
+        backend that needs them if memory is limited."""
+        tower, limit = self.tower, self.tower.runner.budget.limit
+        if limit is None:
+            return DECODED_BYTES, None
+        pixel_bytes = tower.spec.channels * size[0] * size[1]
+        plans = [tower.pooled_plan(uint8=True, scores=scores) for scores in self._scores]
+        needed = max(tower.call(plan, size, pixel_bytes).nbytes(1) for plan in plans)
+        return max(0, min(DECODED_BYTES, limit - needed)), type(tower.runner)
+
+    @property
+    def _scores(self) -> tuple[bool, ...]:
+        return (False,) if self.tower.head is None else (False, True)
+
+
+class ImageGroup(NamedTuple):
+    """Images of one size. ``positions``: in the call; ``crops``: their pixels, in the same order;
+    ``step``: images of a batch."""
+
+    positions: Sequence[int]
+    crops: CropGroup
+    step: int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitrail.dtypes import dtype_name
-from vitrail.errors import InputError, VitrailError
+from vitrail.errors import InputError, OutOfMemoryError, VitrailError
 from vitrail.runtime.towers import VisionTower
 
 
@@ -22,14 +22,21 @@ def first_bad_block(tower: VisionTower, pixels: Tensor) -> str:
     The image is computed again, this time with the output of every block.
     """
     layers, problem = tower.spec.blocks.layers, not_finite(tower.runner.dtype)
+    taps = tuple(range(layers + 1))
+
+    def find(part: slice) -> str:
+        outputs = tower.dense(pixels[part], taps)
+        for layer in taps:
+            if not torch.isfinite(outputs[f"vision.hidden.{layer}"]).all():
+                return f"block {layer - 1} {problem}" if layer else f"the patch embedding {problem}"
+        return f"the final projection {problem}"
+
     try:
-        outputs = tower.dense(pixels, tuple(range(layers + 1)))
-    except InputError:  # an exported folder has no plan for it, and triton is not installed
+        return tower.in_parts(tower.dense_plan(pixels, taps), pixels, find)[0]
+    except (InputError, OutOfMemoryError):
+        # an exported folder has no plan for it, and triton is not installed; or the outputs of all
+        # blocks need more memory than the embedding did
         return f"the result {problem}"
-    for layer in range(layers + 1):
-        if not torch.isfinite(outputs[f"vision.hidden.{layer}"]).all():
-            return f"block {layer - 1} {problem}" if layer else f"the patch embedding {problem}"
-    return f"the final projection {problem}"
 
 
 def intermediate_layers(
@@ -48,12 +55,23 @@ def intermediate_layers(
         raise InputError(f"n: got {n!r}, wanted 1 to {layers}, or block numbers below {layers}")
     if list(blocks) != sorted(set(blocks)):
         raise InputError(f"n: got block numbers {n!r}, wanted them ascending and once each")
-    outputs = tower.layers(pixels, blocks, norm)
-    finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]).all(dim=0)
-    if not bool(finite.all()):
-        item = int(finite.logical_not().nonzero()[0])
+
+    def compute(part: slice) -> tuple[Tensor, ...]:
+        outputs = tower.layers(pixels[part], blocks, norm)
+        finite = [torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]
+        bad = torch.stack(finite).all(dim=0).logical_not().nonzero()
+        if len(bad):
+            raise _BadItem(part.start + int(bad[0]))
+        return tuple(outputs)
+
+    try:
+        plan = tower.layers_plan(pixels, blocks, norm)
+        parts = tower.in_parts(plan, pixels, compute, counts_outputs=False)
+    except _BadItem as error:
+        (item,) = error.args
         problem = first_bad_block(tower, pixels[item : item + 1])
-        raise VitrailError(f"get_intermediate_layers: image {item}: {problem}")
+        raise VitrailError(f"get_intermediate_layers: image {item}: {problem}") from None
+    outputs = [out[0] if len(out) == 1 else torch.cat(out) for out in zip(*parts, strict=True)]
     patches = [out[:, tower.spec.prefix :] for out in outputs]
     if reshape:
         batch, width = pixels.shape[0], tower.spec.blocks.width
@@ -65,3 +83,7 @@ def intermediate_layers(
     if return_class_token:
         return tuple((tokens, out[:, 0]) for tokens, out in zip(patches, outputs, strict=True))
     return tuple(patches)
+
+
+class _BadItem(Exception):
+    """The number of the first image that is not finite; its part has given its memory back."""

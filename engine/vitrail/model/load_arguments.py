@@ -13,7 +13,7 @@ class LoadArguments:
 
     ``source``: an absolute path, or a hub id with its commit in ``revision``. ``device``: "cpu", or
     a GPU with its number, such as "cuda:0". ``dtype``: a dtype's name, or "int8". ``backend``:
-    "native", "triton" or "torch".
+    "native", "triton" or "torch". ``memory_limit``: in bytes.
     """
 
     source: str
@@ -24,6 +24,7 @@ class LoadArguments:
     backend: str
     sixteen_bit: SixteenBit
     resize: Resize
+    memory_limit: int | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Every argument of `load` but ``source``, by name."""

@@ -34,6 +34,7 @@ class LoadedTowers:
         load_arguments: LoadArguments | None,
     ) -> None:
         self.image, self.text, self.device = image, text, runner.device
+        self.memory_limit = runner.budget.limit
         self.fingerprint, self.source = fingerprint_content.digits, source
         self._fingerprint_content, self._load_arguments = fingerprint_content, load_arguments
         add_towers(self)
@@ -51,11 +52,17 @@ class LoadedTowers:
         """Embeddings (B, D) fp32 of `check_id_batch`'s ids; NaN for items not finite."""
         assert self.text is not None, "the fingerprint is of a model with a text tower"
         check_id_batch(ids, self.text.spec)
-        out = self.text.dense(ids)
-        if "text.embedding" in out:
-            return _finite(out["text.embedding"], out["text.status"])
-        embedding = out["text.pooler"].float()  # a tower without a projection
-        return _finite(embedding, finite_status(embedding))
+        text = self.text
+
+        def compute(part: slice) -> Tensor:
+            out = text.dense(ids[part])
+            if "text.embedding" in out:
+                return _finite(out["text.embedding"], out["text.status"])
+            embedding = out["text.pooler"].float()  # a tower without a projection
+            return _finite(embedding, finite_status(embedding))
+
+        parts = text.dense_in_parts(ids, compute)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __copy__(self) -> Self:
         return self

@@ -20,10 +20,12 @@ from vitrail.image.decoding import SixteenBit
 from vitrail.image.normalize import linear_scale
 from vitrail.int8.record import Int8Record, read_record
 from vitrail.model.arguments import INT8, Resize, check_device, check_dtype, check_precision
+from vitrail.model.capacity import Capacity
 from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.model import Model
 from vitrail.model.replicas import Replicas
 from vitrail.runtime import RUNNERS, choose
+from vitrail.runtime.budget import parse_memory_limit
 from vitrail.runtime.native import NativeRunner
 from vitrail.runtime.runner import Runner
 from vitrail.spec import ModelSpec
@@ -57,6 +59,7 @@ def load(
     sixteen_bit: SixteenBit = "scale",
     backend: str = "auto",
     resize: Resize = "host",
+    memory_limit: int | str | None = None,
     runner: str | None = None,
 ) -> Model:
     """Open a checkpoint folder, a hub id, or a folder that ``vitrail export`` wrote.
@@ -78,12 +81,19 @@ def load(
     ``resize``: images are decoded on the host, and resized and cropped there ("host") or on the
     model's device ("device"), to the same bits. Which is faster has not been measured on a GPU.
 
+    ``memory_limit``: the most that the model holds on its device beyond its weights, in bytes, or
+    "512M" or "2G" (K, M, G and T are powers of 1,024): activations, inputs and outputs of calls,
+    images that the device resizes, position tables, and on the backend "torch" PyTorch's
+    temporaries. Larger batches are cut, to the same bits on kernels; PyTorch's bits on a CPU depend
+    on the batch. Calls of several threads share the limit, and wait for each other. What `forward`,
+    `get_intermediate_layers` and `as_module` return belongs to the caller and does not count.
+
     Warns of int8 weights that the guard of ``vitrail quantize`` did not find good on the user's own
     pictures.
 
     Raises CheckpointError: the files are damaged, or Vitrail cannot serve the checkpoint exactly.
-    InputError: an unknown argument, or one that cannot be met on this machine. OutOfMemoryError:
-    the GPU has no room for the weights.
+    InputError: an unknown argument, one that cannot be met on this machine, or a memory limit that
+    does not hold one item. OutOfMemoryError: the GPU has no room for the weights.
     """
     if runner is not None:
         if backend != "auto":
@@ -91,9 +101,16 @@ def load(
                 f"runner: got {runner!r} with backend={backend!r}, wanted backend alone"
             )
         backend = runner
-    devices = [check_device(device)]
     loaded, (model,) = _load(
-        path_or_id, devices, dtype, revision, local_files_only, sixteen_bit, backend, resize
+        path_or_id,
+        [check_device(device)],
+        dtype,
+        revision,
+        local_files_only,
+        sixteen_bit,
+        backend,
+        resize,
+        parse_memory_limit(memory_limit),
     )
     warn_of_int8(loaded)
     return model
@@ -109,12 +126,13 @@ def load_replicas(
     sixteen_bit: SixteenBit = "scale",
     backend: str = "auto",
     resize: Resize = "host",
+    memory_limit: int | str | None = None,
 ) -> Replicas:
     """A model on each of ``devices``, as one object whose calls spread over them (`Replicas`).
 
     ``devices``: such as ``["cuda:0", "cuda:2"]``; None: every CUDA device, or the CPU if there is
-    none. Replicas on the same device share its weights. The checkpoint is read once. For the other
-    arguments and errors see `load`.
+    none. Replicas on the same device share its weights. The checkpoint is read once.
+    ``memory_limit``: of each replica. For the other arguments and errors see `load`.
 
     Raises InputError if the devices would give different bits: other architectures, dtypes or
     backends.
@@ -126,7 +144,15 @@ def load_replicas(
         raise InputError(f"devices: got {devices!r}, wanted a list of one device or more")
     checked = [check_device(device, "devices") for device in devices]
     loaded, models = _load(
-        path_or_id, checked, dtype, revision, local_files_only, sixteen_bit, backend, resize
+        path_or_id,
+        checked,
+        dtype,
+        revision,
+        local_files_only,
+        sixteen_bit,
+        backend,
+        resize,
+        parse_memory_limit(memory_limit),
     )
     warn_of_int8(loaded)
     return Replicas(models)
@@ -155,6 +181,7 @@ def _load(
     sixteen_bit: SixteenBit,
     backend: str,
     resize: Resize,
+    memory_limit: int | None,
 ) -> tuple[LoadedCheckpoint, list[Model]]:
     """As `load`, with a model for each of ``devices``. Their fingerprints are equal."""
     dtypes = [check_dtype(dtype, device) for device in devices]
@@ -197,6 +224,10 @@ def _load(
         else:
             runners.append(RUNNERS[names[0]](weights, compute_dtype, device))
     _check_same("kernels", devices, [runner.identity for runner in runners])
+    if memory_limit is not None:
+        Capacity(loaded.spec, type(runners[0]), compute_dtype, resize).check(memory_limit)
+        for runner in runners:
+            runner.budget.limit = memory_limit
     source, commit = loaded.checkpoint.source, loaded.checkpoint.revision
     load_arguments = LoadArguments(
         source=str(absolute(source)) if commit is None else source,
@@ -207,6 +238,7 @@ def _load(
         backend=runners[0].name,
         sixteen_bit=sixteen_bit,
         resize=resize,
+        memory_limit=memory_limit,
     )
     checkpoint, spec, make_hash = loaded.checkpoint, loaded.spec, loaded.hash_weights
     models = [

@@ -40,8 +40,9 @@ class Model(EncodingCalls, ModuleAdvice):
     holds no path of it), ``revision`` (the commit of a hub id), ``folder`` (its files), ``device``,
     ``dtype`` (of the computation), ``precision`` ("int8" if the weights are, else the dtype's
     name), ``backend`` ("native", "triton" or "torch"), ``weight_bytes`` (on the device), ``resize``
-    (the place and the kernels that resize images), ``load_arguments`` (`LoadArguments`: what
-    `load_again` needs; None if `load` did not make the model).
+    (the place and the kernels that resize images), ``memory_limit`` (bytes that it may hold beyond
+    the weights; None: no limit), ``load_arguments`` (`LoadArguments`: what `load_again` needs; None
+    if `load` did not make the model).
     """
 
     _images: ImageEncoder | None
@@ -64,6 +65,7 @@ class Model(EncodingCalls, ModuleAdvice):
         self.device, self.dtype, self.backend = runner.device, runner.dtype, runner.name
         self.precision = "int8" if spec.int8 else dtype_name(runner.dtype)
         self.weight_bytes = runner.weights.arena.numel()
+        self.memory_limit = runner.budget.limit
         self.resize = "host" if resize == "host" else f"device, by {runner.resizer}"
         identity, version = runner.identity, runner.version
         self._runner, self._sixteen_bit = runner, sixteen_bit
@@ -91,6 +93,23 @@ class Model(EncodingCalls, ModuleAdvice):
             f"{self.spec.parameters / 1e6:.1f} M parameters, {self.precision} on "
             f"{self.device}, {self.backend} backend>"
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the model holds on its device beyond its weights: position tables, and on the
+        CPU the activation arenas that wait for its next call. With a memory limit, calls under way
+        count too, and no arena waits. On a GPU PyTorch's allocator keeps freed memory for all."""
+        return self._runner.held_bytes
+
+    def trim(self) -> int:
+        """Give memory back that the next call would use again; returns the bytes.
+
+        That is `held_bytes`, but for calls under way and position tables that a CUDA graph was
+        captured with; on the CPU the idle arenas of all models of the process; on a GPU all memory
+        of the process that PyTorch keeps unused. Later calls give the same bits. Embeddings of
+        labels stay: they are results, and lie on the CPU.
+        """
+        return self._runner.trim()
 
     @property
     def fingerprint(self) -> str:

@@ -165,7 +165,7 @@ class SpreadImages:
         strict: bool,
         scores: bool = False,
     ) -> ResultRows:
-        """As `ImageEncoder.encode`. The rows are on the CPU."""
+        """As `ImageEncoder.encode`."""
         first, rows = self._encoders[0], ResultRows(strict)
         if not (positions := first.positions(images, size, rows)):
             return rows
@@ -177,7 +177,6 @@ class SpreadImages:
         def work(replica: int, windows: Iterator[Sequence[int]]) -> None:
             encoder, computed = self._encoders[replica], by_replica[replica]
             encoder.encode_windows(images, windows, batch_size, size, computed, scores)
-            computed.move_to_cpu()
 
         def is_done(replica: int, window: Sequence[int]) -> bool:
             computed = by_replica[replica]

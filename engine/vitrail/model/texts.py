@@ -27,6 +27,11 @@ LABEL_SETS = 16
 """Number of label sets whose embeddings a model keeps."""
 
 
+def activation_bytes(device: torch.device) -> int:
+    """Bytes of activations in a batch of texts, unless the caller names a batch size."""
+    return CPU_TEXT_BYTES if device.type == "cpu" else ACTIVATION_BYTES
+
+
 class TextEncoder:
     """The text tower with its tokenizer, which is read at the first string.
 
@@ -70,9 +75,8 @@ class TextEncoder:
 
     def batches(self, tokens: TokenIds, batch_size: int | None) -> Iterator[Ints]:
         """The positions of the texts of each batch."""
-        on_cpu = self.tower.runner.device.type == "cpu"
-        budget = CPU_TEXT_BYTES if on_cpu else ACTIVATION_BYTES
-        return self.tower.batches(tokens.lengths, batch_size, budget)
+        nbytes = activation_bytes(self.tower.runner.device)
+        return self.tower.batches(tokens.lengths, batch_size, nbytes)
 
     def encode_batches(
         self, tokens: TokenIds, batches: Iterable[Ints]
@@ -81,11 +85,16 @@ class TextEncoder:
 
         Raises VitrailError naming the first text of a batch whose embedding is not finite.
         """
-        results = (
-            result
-            for batch in batches
-            for result in in_halves(lambda half: self.tower.embeddings(tokens.take(half)), batch)
-        )
+        limited = self.tower.runner.budget.limit is not None
+
+        def compute(texts: Ints) -> dict[str, Tensor]:
+            with self.tower.hold(tokens.lengths[texts]):
+                outputs = self.tower.embeddings(tokens.take(texts))
+                if limited:  # the next batch has all of the limit
+                    outputs = {name: output.cpu() for name, output in outputs.items()}
+            return outputs
+
+        results = (result for batch in batches for result in in_halves(compute, batch))
         for positions, outputs in one_behind(results):
             embeddings = outputs["text.embedding"].cpu()
             if (status := outputs["text.status"].cpu()).any():

@@ -159,6 +159,12 @@ class NativeRunner(TritonRunner):
         except _C.DriverError as error:
             raise self._failed("resize", error) from error
 
+    @classmethod
+    def arena_bytes(cls, plan: Plan, batch: int, tokens: int, longest: int, itemsize: int) -> int:
+        """As `Runner.arena_bytes`: sizes are rounded up."""
+        sequences, tokens, _ = _C.Executable.capacity((batch, tokens, longest))
+        return plan.arena_bytes(sequences, tokens, itemsize)
+
     @property
     def identity(self) -> str:
         if self._exported is None:

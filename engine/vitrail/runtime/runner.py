@@ -1,5 +1,6 @@
 """`Runner`: runs the steps of a plan in order. A subclass runs a single step."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from vitrail.dtypes import named_dtype
 from vitrail.errors import OutOfMemoryError
 from vitrail.plan.plan import ITEM_BYTES, Plan, Step
 from vitrail.plan.vision import vision_table
-from vitrail.runtime.memory import ArenaPool, PositionTables, activations
+from vitrail.runtime.budget import MemoryBudget
+from vitrail.runtime.memory import ARENAS, PositionTables, activations
 from vitrail.spec import VisionSpec
 from vitrail.torch_modes import default_modes
 from vitrail.weights.layout import Weights
@@ -43,14 +45,56 @@ class Runner(ABC):
             raise OutOfMemoryError(
                 f"{device}: got no room for {weights.arena.numel():,} bytes of weights: {error}"
             ) from error
-        self._arenas = ArenaPool(device)
         self._position_tables = PositionTables()
+        self.budget = MemoryBudget(self._position_tables)
+        self._owner = object()  # of idle arenas
+        weakref.finalize(self, ARENAS.end, self._owner).atexit = False
         self._dtypes = {"compute": dtype} | {name: named_dtype(name) for name in ITEM_BYTES}
         self._streams: set[int] = set()
 
     @property
     def identity(self) -> str:
         return self.name
+
+    @classmethod
+    def arena_bytes(cls, plan: Plan, batch: int, tokens: int, longest: int, itemsize: int) -> int:
+        """Bytes of the arena of a call, as this backend allocates it."""
+        return plan.arena_bytes(batch, tokens, itemsize)
+
+    @classmethod
+    def workspace_bytes(cls, plan: Plan, batch: int, longest: int, dtype: torch.dtype) -> int:
+        """The most that a step allocates besides, for ``batch`` sequences of ``longest`` tokens.
+
+        Vitrail's own kernels allocate nothing.
+        """
+        return 0
+
+    @classmethod
+    def resize_workspace_bytes(cls, numbers: int) -> int:
+        """The most that `resize` allocates besides; ``numbers``: pixel values of an image between
+        or after the passes."""
+        return 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on the device beyond the weights: position tables, idle arenas, calls under way
+        (these are counted if there is a limit)."""
+        tables, idle = self._position_tables.held_bytes(), ARENAS.held_bytes(self._owner)
+        return tables + idle + self.budget.held
+
+    def trim(self) -> int:
+        """Give back the memory that `held_bytes` counts, but for calls under way and the tables of
+        CUDA graphs; returns the bytes.
+
+        Idle arenas of all models of the process are freed; on a GPU, PyTorch's unused memory.
+        """
+        if self.device.type == "cpu":
+            return self._position_tables.trim() + ARENAS.trim()
+        before = torch.cuda.memory_reserved(self.device)
+        self._position_tables.trim()
+        with self._on_device():
+            torch.cuda.empty_cache()
+        return max(0, before - torch.cuda.memory_reserved(self.device))
 
     @property
     @abstractmethod
@@ -111,7 +155,7 @@ class Runner(ABC):
         """
         with default_modes(), self._on_device():
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
-            arena = self._arenas.take(sum(sizes))
+            arena = self._take_arena(sum(sizes))
             tensors = {**inputs, **activations(plan, sizes, arena, batch, tokens, self._dtypes)}
             for buffer in plan.buffers:
                 if buffer.name in plan.outputs:
@@ -121,8 +165,19 @@ class Runner(ABC):
             if batch:
                 self._stream()
                 self.run_steps(plan.steps, tensors, longest)
-            self._arenas.give(arena)
+            if self._pools_arenas:
+                ARENAS.give(arena, self._owner)
             return {name: tensors[name] for name in plan.outputs}
+
+    @property
+    def _pools_arenas(self) -> bool:
+        """Whether idle arenas wait for the next call. With a limit they would count."""
+        return self.device.type == "cpu" and self.budget.limit is None
+
+    def _take_arena(self, nbytes: int) -> Tensor:
+        if self._pools_arenas:
+            return ARENAS.take(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:
         """Run every step in order. ``tensors``: the buffers by name."""

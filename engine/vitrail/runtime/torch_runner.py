@@ -5,15 +5,14 @@ On a CPU with VNNI it runs the int8 operators by `vitrail.runtime.host_int8`.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from vitrail.plan.plan import Step
+from vitrail.plan.plan import Plan, Step
 from vitrail.runtime.host_int8 import HOST_OPERATORS
 from vitrail.runtime.runner import Runner
+from vitrail.runtime.workspace import STATISTICS, workspace_bytes
 from vitrail_kernels import OPERATORS
-
-STATISTICS = {"stats", "x_stats", "row_sums"}
-"""Arguments that only kernels need: a reference computes LayerNorm from the row itself."""
 
 
 class TorchRunner(Runner):
@@ -21,6 +20,14 @@ class TorchRunner(Runner):
 
     name = "torch"
     identity = "reference"  # part of fingerprints: the former name, so that they stay the same
+
+    @classmethod
+    def workspace_bytes(cls, plan: Plan, batch: int, longest: int, dtype: torch.dtype) -> int:
+        return workspace_bytes(plan, batch, longest, dtype)
+
+    @classmethod
+    def resize_workspace_bytes(cls, numbers: int) -> int:
+        return 16 * numbers  # sums, and the products of a tap, as int32
 
     @property
     def resizer(self) -> str:

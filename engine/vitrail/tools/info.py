@@ -1,8 +1,10 @@
 """The facts that ``vitrail info`` prints, from configurations and headers (not from weights)."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitrail.checkpoint.contents import INT8
 from vitrail.checkpoint.files import Checkpoint, open_checkpoint
@@ -14,6 +16,9 @@ from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR
 from vitrail.spec import BlockSpec, HeadSpec, ImageSpec, ModelSpec, TextSpec, VisionSpec
 from vitrail.zoo import map_tensors, read_spec
 
+if TYPE_CHECKING:
+    import torch
+
 INTERPRETER = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly: backend='triton'"
 FEATURES = {
     "class": "the class token",
@@ -24,11 +29,15 @@ FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")
 
 
 def read(
-    name: str, revision: str | None = None, local_files_only: bool = False
+    name: str,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    memory_limit: int | str | None = None,
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """The spec, and facts ready for JSON: files, stored dtypes, and the backend on this machine.
 
-    Raises CheckpointError, as loading would, if Vitrail does not support the checkpoint.
+    ``memory_limit``: as `vitrail.load`. Raises CheckpointError, as loading would, if Vitrail does
+    not support the checkpoint; InputError: a limit that is no number of bytes.
     """
     exported = open_exported(name, revision)
     if exported is not None:
@@ -52,6 +61,7 @@ def read(
         "tensors": stored,
         "tokenizer": _tokenizer_files(checkpoint),
         "serving": _serving(exported, spec.int8),
+        "memory": _memory(spec, exported, memory_limit),
         "spec": spec.to_dict(),
     }
     if checkpoint.int8 is not None:
@@ -91,6 +101,7 @@ def _lines(spec: ModelSpec, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if spec.head is not None:
         yield "head", _head(spec.head)
     yield from facts["serving"].items()
+    yield "memory", _in_words(facts["memory"])
     if "fingerprint" in facts:
         yield "fingerprint", facts["fingerprint"]
 
@@ -210,14 +221,11 @@ def _serving(exported: ExportFolder | None = None, int8: bool = False) -> dict[s
     import torch
 
     from vitrail.cuda import cuda_capability, why_no_cuda
-    from vitrail.runtime import choose, why_not_kernels, why_not_native
+    from vitrail.runtime import why_not_kernels, why_not_native
     from vitrail_kernels.launch import MISSING, TMA, Target, triton_version
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = torch.float16 if cuda else torch.float32
-    dtype = dtype if exported is None else exported.dtype
-    name = choose("auto", dtype, device, exported)
+    name, dtype, device = _chosen(exported)
+    cuda = device.type == "cuda"
     if name == "torch":
         unused = why_no_cuda() if not cuda and _sees_gpu() else None
         reason = unused or why_not_kernels(dtype, device) or INTERPRETER
@@ -236,6 +244,52 @@ def _serving(exported: ExportFolder | None = None, int8: bool = False) -> dict[s
         "kernels": f"{kernels}; resize: {_resize(name)}",
         "native": _native(),
     }
+
+
+def _chosen(exported: ExportFolder | None) -> tuple[str, torch.dtype, torch.device]:
+    """The backend, the dtype and the device that `vitrail.load` would choose."""
+    import torch
+
+    from vitrail.runtime import choose
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.float16 if cuda else torch.float32
+    dtype = dtype if exported is None else exported.dtype
+    return choose("auto", dtype, device, exported), dtype, device
+
+
+def _memory(
+    spec: ModelSpec, exported: ExportFolder | None, limit: int | str | None
+) -> dict[str, int | None]:
+    """Bytes of the weights on the device, the limit of the rest, and the items of a call then."""
+    from vitrail.model.capacity import Capacity
+    from vitrail.runtime import RUNNERS
+    from vitrail.runtime.budget import parse_memory_limit
+    from vitrail.weights.layout import arena_bytes
+
+    name, dtype, device = _chosen(exported)
+    capacity, parsed = Capacity(spec, RUNNERS[name], dtype), parse_memory_limit(limit)
+    return {
+        "weights": arena_bytes(spec, dtype),
+        "limit": parsed,
+        "one_item": capacity.one_item()[0],
+        "images": capacity.images(parsed),
+        "texts": capacity.texts(parsed, device),
+    }
+
+
+def _in_words(memory: dict[str, Any]) -> str:
+    limit, items = memory["limit"], []
+    if memory["images"] is not None:
+        items.append(f"{memory['images']} images")
+    if memory["texts"] is not None:
+        items.append(f"{memory['texts']} whole texts")
+    beside = "no limit beside them" if limit is None else f"{limit / 1e6:,.1f} MB beside them"
+    return (
+        f"weights {memory['weights'] / 1e6:,.1f} MB on the device, {beside}: a call has "
+        f"{' or '.join(items)}, and one item needs {memory['one_item'] / 1e6:,.1f} MB"
+    )
 
 
 def _resize(backend: str, library: str | None = None) -> str:
