@@ -47,7 +47,8 @@ def photos(tmp_path: Path) -> Path:
 
 def words(photos: Path, out: Path, *more: object) -> list[str]:
     arguments = ["embed", photos, "--model", bundled(), "--out", out, "--part-size", 1]
-    return [str(word) for word in (*arguments, "--device", "cpu", *more)]
+    device = [] if "--devices" in more else ["--device", "cpu"]
+    return [str(word) for word in (*arguments, *device, *more)]
 
 
 def embed(photos: Path, out: Path, *more: object, **env: str) -> Result:
@@ -55,6 +56,7 @@ def embed(photos: Path, out: Path, *more: object, **env: str) -> Result:
 
 
 def start(photos: Path, out: Path, *more: object, **env: str) -> subprocess.Popen[str]:
+    """A process with one thread: PyTorch's bits on a CPU may differ for another number."""
     paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
     return subprocess.Popen(
         [sys.executable, "-m", "vitrail.cli", *words(photos, out, *more)],
@@ -107,7 +109,6 @@ def test_three_ranks_of_torchrun_write_the_folder_of_one_run(
         assert ("exit code 0 instead of 3" in stderr) == (rank == 0)
     assert any("all 7 parts of the job are committed" in stderr for _, stderr in outputs)
 
-    # The libraries may choose other bits for another number of threads.
     single = start(photos, tmp_path / "single", "--layout", layout)
     try:
         _, stderr = single.communicate(timeout=GUARD)
@@ -123,6 +124,23 @@ def test_three_ranks_of_torchrun_write_the_folder_of_one_run(
     assert ours.missing == 0
     table = ds.dataset(out if layout == "parquet" else out / "metadata").to_table()
     assert table.num_rows == 7 if layout == "parquet" else 6
+
+
+@pytest.mark.slow
+def test_shards_of_several_devices_write_the_folder_of_one_run(
+    photos: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "out", tmp_path / "out", tmp_path / "single"]
+    ways = [("--devices", "cpu,cpu", "--shard", f"{shard}/2") for shard in range(2)]
+    processes = [start(photos, out, *way) for out, way in zip(folders, [*ways, ()], strict=True)]
+    try:
+        outputs = [process.communicate(timeout=GUARD) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [3, 0, 3], outputs
+    assert data_files(folders[0]) == data_files(folders[2])
+    assert len(vitrail.read_embeddings(folders[0]).paths) == 6
 
 
 def test_a_shard_counts_for_itself_and_says_what_others_have_to_write(
@@ -217,6 +235,12 @@ def test_a_shard_does_not_overwrite(photos: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "overwrite: got it with shard 1/3" in result.stderr
     assert "delete the folder yourself" in result.stderr
+
+
+def test_ranks_do_not_read_a_list_from_stdin(photos: Path, tmp_path: Path) -> None:
+    result = embed(photos, tmp_path / "out", "--list", "-", RANK="1", WORLD_SIZE="3")
+    assert result.exit_code == 2
+    assert "save the list to a file" in " ".join(result.stderr.split())
 
 
 # The device of a rank

@@ -26,9 +26,10 @@ def check_devices(text: str | None, device: str, is_device_given: bool) -> None:
             f"got {text!r} and --device {device}, wanted one of the two options",
             param_hint="--devices",
         )
-    if int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > 1 and text == ALL:
+    local_count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if text == ALL and local_count not in ("", "1"):
         raise typer.BadParameter(
-            f"got {ALL!r} in one of {os.environ['LOCAL_WORLD_SIZE']} processes that a launcher has "
+            f"got {ALL!r} in one of {local_count} processes that a launcher has "
             "started on this machine; start one process a machine, or leave --devices out",
             param_hint="--devices",
         )

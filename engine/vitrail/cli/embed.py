@@ -110,6 +110,12 @@ def embed(
     device_from = context.get_parameter_source("device")  # VITRAIL_DEVICE is no contradiction
     check_devices(devices, device, device_from is not None and device_from.name == "COMMANDLINE")
     chosen = ranks.choose_shard(shard)
+    if chosen.launched and "-" in (lists or []):
+        raise typer.BadParameter(
+            f"got - (stdin) with {chosen}, but a launcher gives its stdin to one process or none; "
+            "save the list to a file that all shards read",
+            param_hint="--list",
+        )
     settings = EmbedOptions(
         layout=layout,
         precision="float16" if fp16_output else "float32",
