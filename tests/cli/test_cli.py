@@ -498,17 +498,34 @@ def test_progress_names_the_seconds_of_slow_units(
     assert lines == "vitrail: 0 of 12 blocks, 0.0/s\nvitrail: 2 of 12 blocks, 10.0 s each\n"
 
 
-def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_leaves_out_what_an_earlier_run_has_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with console.progress(4000, resumes=True) as progress:
+        for done, seconds in ((3000, 0.0), (3010, 6.0), (3015, 30.0)):
+            clock[0] = 100 + seconds
+            progress(done)
+    lines = capsys.readouterr().err
+    assert lines == (
+        "vitrail: 3010 of 4000 images, 1.7/s\nvitrail: 3015 of 4000 images, 2.0 s each\n"
+    )
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_progress_is_a_bar_on_a_terminal(resumes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with console.progress(40) as progress:
+    with console.progress(40, resumes=resumes) as progress:
         progress(30)
         progress(40)
     assert "40/40" in terminal.getvalue()
+    assert ("30/40" in terminal.getvalue()) == resumes
 
 
 # classify

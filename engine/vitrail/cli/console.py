@@ -48,23 +48,38 @@ def report_failures(failed: int, inputs: int, reasons: Sequence[tuple[object, st
 
 
 @contextmanager
-def progress(total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """A progress bar if stderr is a terminal, or else a line every few seconds."""
+def progress(
+    total: int, unit: str = "images", resumes: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar if stderr is a terminal, or else a line every few seconds.
+
+    ``resumes``: the first report counts what an earlier run has done, which the pace leaves out.
+    """
+    before = None if resumes else 0
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
-            yield lambda done: bar.update(done - bar.n)
+
+            def draw(done: int) -> None:
+                nonlocal before
+                if before is None:
+                    before = bar.n = bar.initial = done
+                    bar.refresh()
+                bar.update(done - bar.n)
+
+            yield draw
         return
     start = logged = time.monotonic()
 
     def log(done: int) -> None:
-        nonlocal logged
+        nonlocal before, logged
+        before = done if before is None else before
         seconds = time.monotonic()
         if seconds - logged >= LOG_SECONDS:
             logged = seconds
-            rate = done / (seconds - start)
-            pace = f"{rate:.1f}/s" if rate >= 1 or not done else f"{1 / rate:.1f} s each"
+            rate = (done - before) / (seconds - start)
+            pace = f"{rate:.1f}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
             say(f"{done} of {total} {unit}, {pace}")
 
     yield log

@@ -146,7 +146,7 @@ def embed(
         used,
     ):
         start = time.monotonic()
-        with console.progress(inputs_of_run) as report:
+        with console.progress(inputs_of_run, resumes=not one_file) as report:
             try:
                 summary = write(embedder, listing.sources, out, settings, report)
             except (KeyboardInterrupt, SystemExit):
