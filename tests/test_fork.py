@@ -29,6 +29,25 @@ same(on_thread(lambda: in_fork(lambda: rows(model))), wanted, "forked by a threa
 same(in_fork(lambda: on_thread(lambda: rows(model))), wanted, "a thread of a child")
 late = on_thread(lambda: vitrail.load(bundled(), device="cpu"))
 same(in_fork(lambda: rows(late)), wanted, "loaded by a thread")
+
+
+def first_calls_meet():
+    gate, said = threading.Barrier(8), []
+
+    def call():
+        gate.wait()
+        said.append(error_of(lambda: model.encode_text(["a cat"] * 3)))
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return b"; ".join(sorted(set(said)))
+
+
+for attempt in range(5):
+    same(in_fork(first_calls_meet), b"no error", "threads of a child call at the same time")
 print("done")
 """
 

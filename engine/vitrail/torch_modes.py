@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,7 +38,7 @@ def default_modes() -> Iterator[None]:
 def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A decorator of what users call: `default_modes`, and in a forked process `fork.run`.
 
-    If the first argument is a model or a tensor on a GPU, the call raises DeviceError in a process
+    If the first argument is on a GPU, as a model may be, the call raises DeviceError in a process
     that was forked from one that had started CUDA. On the helper thread of `fork.run` PyTorch has
     the caller's number of CPU threads, and on a GPU the caller's device and streams.
     """
@@ -61,13 +62,29 @@ def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _may_stay(arguments: tuple[object, ...]) -> bool:
     """Whether a forked process computes in the calling thread."""
-    device = getattr(arguments[0], "device", None) if arguments else None
-    on_gpu = isinstance(device, torch.device) and device.type == "cuda"
+    _renew_thread_pool()
+    subject = arguments[0] if arguments else None
+    devices = getattr(subject, "devices", (getattr(subject, "device", None),))
+    on_gpu = any(isinstance(device, torch.device) and device.type == "cuda" for device in devices)
     if on_gpu:
         refuse_lost_cuda()
     if fork.survivor != threading.get_ident():
         return True
     return on_gpu and torch.cuda.is_current_stream_capturing()  # a capture is the thread's own
+
+
+def _renew_thread_pool() -> None:
+    """PyTorch renews a thread pool of its own (caffe2's) when a fork first uses it. Threads that
+    meet there fail with "Invalid thread pool!", so the first call of a process goes alone."""
+    global _renewed_by
+    if _renewed_by != os.getpid():
+        with _RENEWING:
+            torch.set_num_threads(torch.get_num_threads())
+            _renewed_by = os.getpid()
+
+
+_renewed_by = 0
+_RENEWING = fork.lock()
 
 
 def _read(argument: Any) -> Any:
