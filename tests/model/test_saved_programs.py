@@ -64,6 +64,20 @@ print(json.dumps(out))
 """
 
 
+COMPILED = """
+import json, sys
+import torch, vitrail
+from torch._dynamo.utils import counters
+folder, checkpoint = sys.argv[1:]
+image = vitrail.load(checkpoint, device="cpu").as_module("image")
+pixels = torch.load(f"{folder}/pixels.pt")
+with torch.no_grad():
+    out = torch.compile(lambda x: torch.relu(image(x)), fullgraph=True)(pixels)
+    same = torch.equal(out, torch.relu(image(pixels)))
+print(json.dumps({"same": same, "hits": counters["inductor"]["fxgraph_cache_hit"]}))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints that differ in the sign of a matrix: right/clip and other/clip."""
@@ -106,9 +120,9 @@ def children(folder: Path, right: vitrail.Model) -> dict[str, dict[str, Any]]:
     return outputs
 
 
-def _child(folder: Path, checkpoint: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", CHILD, folder, folder / checkpoint]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def _child(folder: Path, checkpoint: str, code: str = CHILD, timeout: float = 60) -> dict[str, Any]:
+    command = [sys.executable, "-c", code, folder, folder / checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     out: dict[str, Any] = json.loads(done.stdout)
@@ -170,3 +184,14 @@ def test_a_program_names_no_folder_of_this_machine(name: str, folder: Path) -> N
     assert b"vitrail" in content
     assert str(folder).encode() not in content
     assert str(Path.home()).encode() not in content or Path.home() == Path("/")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("children")
+def test_the_cache_of_torch_compile_keeps_models_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    for checkpoint, hits in (("moved/clip", 0), ("other/clip", 0), ("moved/clip", 1)):
+        out = _child(folder, checkpoint, COMPILED, timeout=180)
+        assert out == {"same": True, "hits": hits}, checkpoint
