@@ -461,6 +461,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_has_the_bits_of_its_parent(tmp_path: Path) -> None:
     assert run_program(FORKED, tmp_path) == "done\n"
 

@@ -121,7 +121,7 @@ def test_any_call_that_fails_on_one_device_is_its_runners_error(
     assert result(Runner(weights, torch.float16, CPU, library, ordinal=1), ids) == expected
     calls, kinds = driver.calls(1) - before, set[type[Exception]]()
     assert calls > 50
-    for number in range(1, calls, 7):
+    for number in range(1, calls, 13):
         fresh = Runner(weights, torch.float16, CPU, library, ordinal=1)
         driver.fail(number, (2, 701)[number % 2], device=1)
         try:

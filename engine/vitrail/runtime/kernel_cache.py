@@ -12,10 +12,13 @@ folder cannot be used, every process compiles its kernels, and one warning says 
 import hashlib
 import os
 import stat
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
+from vitrail import fork
 from vitrail.durable import draft_files
 from vitrail.plan.kernel_binary import KERNEL_MAGIC, compile_binary
 from vitrail.plan.record import string
@@ -29,20 +32,29 @@ MAX_ENTRIES = 4096
 MAX_ENTRY_BYTES = 16 << 20
 
 _warned: set[tuple[Path, bool]] = set()
+_turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+"""By key, while threads ask for it."""
+_turns_lock = fork.lock()
 
 
 def kernel_record(key: str, call: Call, arch: int) -> bytes:
     """The kernel binary of ``call``, whose `kernel_key` is ``key``.
 
     The function reads it from the folder. If it is not there, the function compiles the kernel and
-    stores the binary. Raises VitrailError if the kernel does not compile.
+    stores the binary. Replicas ask for the same kernels at once: the first compiles, the others
+    wait and read. Raises VitrailError if the kernel does not compile.
     """
     path = _path(key)
-    record = None if path is None else _read(path, key)
-    if record is None:
-        record = compile_binary(key, call, arch)
-        keep(key, record)
-    return record
+    with _turns_lock:
+        turn = _turns.get(key)
+        if turn is None:
+            turn = _turns[key] = fork.lock(brief=False)
+    with turn:
+        record = None if path is None else _read(path, key)
+        if record is None:
+            record = compile_binary(key, call, arch)
+            keep(key, record)
+        return record
 
 
 def keep(key: str, record: bytes) -> None:
