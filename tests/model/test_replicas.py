@@ -254,6 +254,24 @@ def test_any_number_of_threads_may_call_at_once(
         assert torch.equal(result, wanted)
 
 
+def test_replicas_compute_with_the_threads_of_pytorch_that_their_caller_has(
+    pair: vitrail.Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU their number is one of the things that bits depend on."""
+    see, counts = VisionTower.embeddings, list[int]()
+
+    def counted(self: VisionTower, pixels: Tensor) -> Any:
+        counts.append(torch.get_num_threads())
+        return see(self, pixels)
+
+    monkeypatch.setattr(VisionTower, "embeddings", counted)
+    with ThreadPoolExecutor(1) as pool:  # a number for itself, and for threads to come
+        pool.submit(torch.set_num_threads, 3).result()
+    assert torch.get_num_threads() == 1
+    pair.encode_image(pictures(20), batch_size=4)
+    assert counts == [1] * 5
+
+
 @pytest.mark.parametrize(
     ("count", "most", "replicas"), [(0, 4, 2), (1, 64, 2), (64, 64, 2), (130, 64, 2), (200, 7, 3)]
 )
@@ -455,6 +473,9 @@ def encoded():
 
 unused = in_fork(encoded)
 wanted = encoded()
+pair, replicas = replicas, vitrail.load(bundled(), device="cpu")
+same(wanted, encoded(), "one model")
+replicas = pair
 same(unused, wanted, "forked before the first call")
 same(in_fork(encoded), wanted, "forked after a call")
 print("done")
