@@ -458,6 +458,23 @@ def test_devices_that_would_give_other_bits_are_refused(monkeypatch: pytest.Monk
         vitrail.load_replicas(bundled(), devices=["cuda:0", "cuda:1"])
 
 
+def test_replicas_hold_memory_within_a_limit_and_give_it_back(model: vitrail.Model) -> None:
+    replicas = vitrail.load_replicas(bundled(), devices=["cpu", "cpu"])
+    images = pictures(40)
+    expected = replicas.encode_image(images, batch_size=10)
+    assert replicas.held_bytes == sum(one.held_bytes for one in replicas.models) > 0
+    assert replicas.trim() > 0
+    assert replicas.held_bytes == 0
+    assert torch.equal(replicas.encode_image(images, batch_size=10), expected)
+    limited = vitrail.load_replicas(bundled(), devices=["cpu", "cpu"], memory_limit="2M")
+    alone = vitrail.load(bundled(), memory_limit="2M")
+    assert limited.memory_limit == alone.memory_limit == 2 << 20
+    assert {one.memory_limit for one in limited.models} == {2 << 20}
+    for batch_size in (None, 40):
+        computed = limited.encode_image(images, batch_size=batch_size)
+        assert torch.equal(computed, alone.encode_image(images, batch_size=batch_size))
+
+
 # -- other processes -------------------------------------------------------------------------------
 
 FORKED = """

@@ -27,7 +27,8 @@ class Replicas(EncodingCalls):
     Pickled as a `Model` is: by the arguments that load it again and the fingerprint.
 
     Attributes: ``models`` (one `Model` for each device), ``devices``, ``device`` (the first);
-    ``spec``, ``source``, ``dtype``, ``precision`` and ``backend`` as those of a `Model`.
+    ``spec``, ``source``, ``dtype``, ``precision``, ``backend`` and ``memory_limit`` (of each
+    replica) as those of a `Model`.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
@@ -38,6 +39,7 @@ class Replicas(EncodingCalls):
         self.device = first.device
         self.spec, self.source, self.precision = first.spec, first.source, first.precision
         self.dtype, self.backend = first.dtype, first.backend
+        self.memory_limit = first.memory_limit
         crew = Crew([f"replica {number} on {device}" for number, device in enumerate(self.devices)])
         any_batch = first.backend in BATCH_INVARIANT
         self._images, self._texts, self._labels = None, None, None
@@ -49,6 +51,20 @@ class Replicas(EncodingCalls):
             self._texts = SpreadTexts(texts, crew, any_batch)
             self._labels = LabelCache(self._texts)
         self._logit_scale = first._logit_scale
+
+    @property
+    def held_bytes(self) -> int:
+        """The sum of `Model.held_bytes` of all replicas."""
+        return sum(model.held_bytes for model in self.models)
+
+    def trim(self) -> int:
+        """`Model.trim` of every replica; returns the bytes on all devices."""
+        gpus = {device for device in self.devices if device.type == "cuda"}
+        # each trim frees PyTorch's unused memory on all GPUs, so only the first would count it
+        before = sum(torch.cuda.memory_reserved(gpu) for gpu in gpus)
+        freed = sum(model.trim() for model in self.models)
+        after = sum(torch.cuda.memory_reserved(gpu) for gpu in gpus)
+        return max(0, before - after) if gpus else freed
 
     @property
     def fingerprint(self) -> str:
