@@ -1,11 +1,12 @@
 """Runs jobs in processes that die when told to: one JSON request a line, one JSON answer a line.
 
 Each job runs in a fork of this process, which has imported everything and started no thread. A
-request has ``model``, ``list``, ``out``, ``part_size`` and maybe one way to die by SIGKILL:
-``after`` seconds from the start of the job, or from the end of its first ``commits`` commits; or
-at the ``nth`` call of those in CALLS ("when": before it, after it, or halfway through what it
-writes). Answers: ``status`` as os.waitpid gives it, the calls made, and memory: (inputs done, KiB
-of RssAnon and VmSwap).
+request has ``model``, ``list``, ``out``, ``part_size``, maybe ``devices`` and ``batch_size``, and
+maybe one way to die by SIGKILL: ``after`` seconds from the start of the job (from the start of its
+process, if ``early``), or from the end of its first ``commits`` commits; or at the ``nth`` call of
+those in CALLS ("when": before it, after it, or halfway through what it writes). Answers:
+``status`` as os.waitpid gives it, the calls made, memory: (inputs done, KiB of RssAnon and VmSwap),
+and ``left``: how many processes of the job were still there LEFT_SECONDS after its end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from vitrail.jobs import folder as job
 from vitrail.jobs.embedder import ModelEmbedder
 from vitrail.jobs.listing import find_images
 from vitrail.jobs.rows import EmbedOptions
+from vitrail.jobs.workers import DeviceWorkers
 
+LEFT_SECONDS = 30
+PR_SET_CHILD_SUBREAPER = 36
 TRIM = ctypes.CDLL(None).malloc_trim
 CALLS = ("pwrite", "fsync", "link", "replace", "ftruncate")
 
@@ -71,7 +75,11 @@ def work(request: dict[str, Any], answers: int) -> None:
     grown: list[tuple[int, int]] = []
     for name in CALLS:
         setattr(os, name, patched(name, request, calls))
-    model = vitrail.load(request["model"])
+    embedder: Any
+    if "devices" in request:
+        embedder = DeviceWorkers(request["model"], request["devices"])
+    else:
+        embedder = ModelEmbedder(vitrail.load(request["model"]))
     sources = find_images([], [request["list"]]).sources
     os.write(answers, b"{}\n")
     commit = job.commit
@@ -82,18 +90,36 @@ def work(request: dict[str, Any], answers: int) -> None:
 
     if request.get("commits"):
         job.commit = committed
-    options = EmbedOptions(part_size=request["part_size"])
+    options = EmbedOptions(part_size=request["part_size"], batch_size=request.get("batch_size"))
     job.embed_to_folder(
-        ModelEmbedder(model),
+        embedder,
         sources,
         Path(request["out"]),
         options,
         progress=lambda done: grown.append((done, memory())),
     )
+    if "devices" in request:
+        embedder.close()
     os.write(answers, json.dumps({"calls": calls, "memory": grown}).encode() + b"\n")
 
 
+def left() -> int:
+    """Waits for the processes that a job has left to this one; kills and counts those that stay."""
+    deadline = time.monotonic() + LEFT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+        except ChildProcessError:
+            return 0
+    staying = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in staying:
+        os.kill(int(process), signal.SIGKILL)
+    return len(staying)
+
+
 def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a job come to this process
     for line in sys.stdin:
         request = json.loads(line)
         reading, writing = os.pipe()
@@ -109,7 +135,7 @@ def main() -> None:
                 os._exit(code)
         os.close(writing)
         with open(reading) as answers:
-            for _ in range(1 + request.get("commits", 0)):
+            for _ in range(0 if request.get("early") else 1 + request.get("commits", 0)):
                 answers.readline()
             if "after" in request:
                 time.sleep(request["after"])
@@ -117,7 +143,7 @@ def main() -> None:
             said = answers.read().splitlines()
         status = os.waitpid(child, 0)[1]
         told = json.loads(said[-1]) if status == 0 else {}
-        print(json.dumps({"status": status, **told}), flush=True)
+        print(json.dumps({"status": status, "left": left(), **told}), flush=True)
 
 
 if __name__ == "__main__":

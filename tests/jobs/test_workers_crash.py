@@ -1,0 +1,269 @@
+"""Jobs on several devices whose workers, parent or disk fail end with the bytes of one device."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitrail
+from helpers import clip_folder
+from jobs.digits import files
+from vitrail.errors import InputError, VitrailError
+from vitrail.jobs.embedder import ModelEmbedder
+from vitrail.jobs.folder import embed_to_folder
+from vitrail.jobs.listing import Source
+from vitrail.jobs.manifest import read_embeddings, read_manifest
+from vitrail.jobs.narrowing import TRIES
+from vitrail.jobs.rows import EmbedOptions
+from vitrail.jobs.workers import DeviceWorkers
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+ROOT = Path(__file__).parents[2]
+IMAGES = 1200
+MOMENTS = 20
+KILLED = 9
+OPTIONS = EmbedOptions(part_size=60, batch_size=4)
+PARTS = IMAGES // 60
+GUARD = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP, and small images of which every tenth cannot be read, with their list."""
+    folder = tmp_path_factory.mktemp("desk")
+    clip_folder(folder / "clip", size=32)
+    (folder / "images").mkdir()
+    dice = np.random.default_rng(0)
+    names = []
+    for number in range(IMAGES):
+        path = folder / "images" / f"{number:04}.jpg"
+        names.append(str(path))
+        Image.fromarray(dice.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+        if number % 10 == 3:
+            path.write_bytes(path.read_bytes()[:300])
+    (folder / "list").write_text("\n".join(names))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(desk: Path) -> list[Source]:
+    return list((desk / "list").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def expected(desk: Path, sources: list[Source], one_thread: None) -> dict[str, bytes]:
+    """The files of a job on one device."""
+    out = desk / "one"
+    embed_to_folder(ModelEmbedder(vitrail.load(desk / "clip")), sources, out, OPTIONS)
+    return files(out)
+
+
+def test_twenty_kills_of_workers_change_nothing(
+    desk: Path, sources: list[Source], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """At random moments: while they compute, wait or load. Jobs follow until all are done."""
+    dice = random.Random(0)
+    kills: list[bool] = []  # whether the worker had loaded
+    while_loading = [0, 0]  # in a row: the third ends a job
+    ended = threading.Event()
+
+    def kill() -> None:
+        while len(kills) < MOMENTS and not ended.wait(dice.uniform(0, 1)):
+            number = dice.randrange(2)
+            process = workers._processes[number]
+            if process is None:
+                continue
+            while_loading[number] = 0 if process.is_loaded else while_loading[number] + 1
+            if while_loading[number] < TRIES:
+                kills.append(process.is_loaded)
+                process._process.kill()
+
+    with DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            job = 0
+            while killer.is_alive() or job == 0:
+                embed_to_folder(workers, sources, tmp_path / f"{job}", OPTIONS)
+                assert files(tmp_path / f"{job}") == expected
+                job += 1
+        finally:
+            ended.set()
+            killer.join(GUARD)
+    assert len(kills) == MOMENTS
+    assert sum(kills) >= MOMENTS // 4
+    assert not multiprocessing.active_children()
+
+
+def test_a_full_disk_at_twenty_moments_changes_nothing(
+    desk: Path,
+    sources: list[Source],
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write of a random number takes half of its data, and the disk is full; then all is well."""
+    dice, real = random.Random(0), os.pwrite
+    out, resumed = tmp_path / "out", 0
+    with DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers:
+        for moment in range(MOMENTS):
+            writes = dice.randrange(1, 2 if moment % 2 else 2 * (PARTS - len(read_manifest(out))))
+
+            def write(descriptor: int, data: Any, at: int) -> int:
+                nonlocal writes
+                writes -= 1
+                if writes == 0:
+                    return real(descriptor, data[: len(data) // 2], at)
+                if writes < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(descriptor, data, at)
+
+            committed = len(read_manifest(out))
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pwrite", write)
+                with pytest.raises(InputError, match=r"No space left on device\. \d+ committed"):
+                    embed_to_folder(workers, sources, out, OPTIONS)
+            assert not list(out.rglob("_draft-*"))
+            assert committed <= len(read_manifest(out)) < PARTS
+            resumed += committed > 0
+            if len(read_manifest(out)) > PARTS - 3:
+                embed_to_folder(workers, sources, out, OPTIONS)
+                assert files(out) == expected
+                out = tmp_path / f"after-{moment}"
+        embed_to_folder(workers, sources, out, OPTIONS)
+    assert files(out) == expected
+    assert resumed > MOMENTS // 4
+
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def ask(desk: Path) -> Iterator[Ask]:
+    """Sends a request to tests/crash_job.py and gives its answer."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "crash_job.py")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # a worker may say that it lost its parent half started
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    stdin, stdout = process.stdin, process.stdout
+
+    def send(out: Path, **request: Any) -> dict[str, Any]:
+        job = {"model": str(desk / "clip"), "out": str(out), "list": str(desk / "list")}
+        job |= {"devices": ["cpu", "cpu"], "part_size": 60, "batch_size": 4}
+        print(json.dumps(job | request), file=stdin, flush=True)
+        answer: dict[str, Any] = json.loads(stdout.readline())
+        return answer
+
+    yield send
+    stdin.close()
+    process.wait(timeout=GUARD)
+
+
+def test_twenty_kills_of_the_parent_change_nothing_and_leave_no_process(
+    ask: Ask, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """At random moments: while workers start and load, while they compute, and at commits."""
+    dice, out = random.Random(0), tmp_path / "out"
+    begun = time.monotonic()
+    answer = ask(tmp_path / "whole")
+    assert (answer["status"], answer["left"]) == (0, 0)
+    whole = time.monotonic() - begun
+    assert files(tmp_path / "whole") == expected
+    resumed = 0
+    for moment in range(MOMENTS):
+        had = len(read_manifest(out))
+        if had > PARTS - 4:
+            assert ask(out)["status"] == 0
+            assert files(out) == expected
+            out, had = tmp_path / f"out-{moment}", 0
+        resumed += had > 0
+        if moment % 3 == 0:
+            answer = ask(out, early=True, after=dice.uniform(0, whole / 2))
+        else:
+            answer = ask(out, commits=moment % 3, after=dice.uniform(0, 0.1))
+        assert answer == {"status": KILLED, "left": 0}, moment
+    assert resumed > MOMENTS // 4
+    assert ask(out)["status"] == 0
+    assert files(out) == expected
+
+
+DEADLY = """
+import os, signal
+from vitrail.image import decoding
+
+real = decoding.open_image
+
+def open_image(image, *rest):
+    if str(image).endswith("0013.jpg"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(image, *rest)
+
+decoding.open_image = open_image
+"""
+
+
+def test_an_image_that_kills_its_process_becomes_a_failure_and_the_rest_has_its_bits(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EmbedOptions(part_size=10, batch_size=1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        data = (desk / "images" / f"{number:04}.jpg").read_bytes()
+        (folder / f"{number:04}.jpg").write_bytes(b"" if number == 13 else data)
+    images: list[Source] = sorted(map(str, folder.iterdir()))
+    model = vitrail.load(desk / "clip")
+    embed_to_folder(ModelEmbedder(model), images, tmp_path / "one", options)
+    (folder / "0013.jpg").write_bytes((desk / "images/0012.jpg").read_bytes())
+
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(DEADLY)
+    paths = (str(hooks), str(ROOT / "engine"), str(ROOT / "kernels"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    with DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers:
+        summary = embed_to_folder(workers, images, tmp_path / "two", options)
+    assert (summary.inputs, summary.failed) == (20, 2)
+    one, two = read_embeddings(tmp_path / "one"), read_embeddings(tmp_path / "two")
+    assert two.paths == one.paths
+    assert two.embeddings.tobytes() == one.embeddings.tobytes()
+    reason = "killed the process that read it 3 times (SIGSEGV)"
+    assert [path for path, _ in two.errors] == [path for path, _ in one.errors]
+    assert dict(two.errors) == dict(one.errors) | {images[13]: reason}
+
+
+def test_a_worker_that_dies_three_times_while_it_loads_is_an_error(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nfrom vitrail.model import loading\n"
+        "loading.load = lambda *rest, **more: os.kill(os.getpid(), 9)\n"
+    )
+    paths = (str(tmp_path), str(ROOT / "engine"), str(ROOT / "kernels"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    told = r"cpu: 3 processes have died while they loaded the model \(SIGKILL\)"
+    with pytest.raises(VitrailError, match=told):
+        DeviceWorkers(desk / "clip", ["cpu"])
+    assert not multiprocessing.active_children()
