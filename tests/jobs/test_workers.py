@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vitrail
 from helpers import clip_folder
 from jobs.digits import files
 from vitrail.errors import CheckpointError, InputError, VitrailError
+from vitrail.image import preprocess
+from vitrail.jobs import worker
 from vitrail.jobs import workers as workers_module
 from vitrail.jobs.embedder import Embedder, ModelEmbedder
 from vitrail.jobs.folder import embed_to_folder
@@ -24,7 +27,9 @@ from vitrail.jobs.manifest import read_embeddings
 from vitrail.jobs.one_file import embed_to_file
 from vitrail.jobs.rows import EmbedOptions
 from vitrail.jobs.shards import Shard
+from vitrail.jobs.worker import WorkerSettings
 from vitrail.jobs.workers import DeviceWorkers
+from vitrail.model import loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,3 +223,25 @@ def test_an_error_of_loading_has_its_class_and_names_the_device(desk: Path, tmp_
         vitrail.load(tmp_path)
     assert str(caught.value) == f"cpu: {alone.value}"
     assert isinstance(caught.value, VitrailError)
+
+
+def test_a_worker_of_a_gpu_makes_it_current_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: calls.append(count))
+    monkeypatch.setattr(preprocess, "limit_cores", lambda count: calls.append(-count))
+    monkeypatch.setattr(loading, "load", lambda source, **keywords: calls.append(keywords))
+    worker._load(WorkerSettings("folder", "cuda:1", {"dtype": "float16"}, 3, 8, False))
+    assert calls == [-3, 8, "cuda:1", {"device": "cuda:1", "dtype": "float16"}]
+
+
+def test_workers_share_the_cores_and_have_the_threads_of_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preprocess, "core_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    settings = workers_module._settings("folder", ["cpu"] * 3, {"dtype": "float16"})
+    assert settings == [WorkerSettings("folder", "cpu", {"dtype": "float16"}, 2, 6, True)] * 3
+    assert not workers_module._settings("folder", ["cpu"], {})[0].patient

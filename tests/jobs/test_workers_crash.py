@@ -210,7 +210,7 @@ def test_twenty_kills_of_the_parent_change_nothing_and_leave_no_process(
 
 
 DEADLY = """
-import os, signal
+import os, signal, warnings
 from vitrail.image import decoding
 
 real = decoding.open_image
@@ -218,6 +218,7 @@ real = decoding.open_image
 def open_image(image, *rest):
     if str(image).endswith("0013.jpg"):
         os.kill(os.getpid(), signal.SIGSEGV)
+    warnings.warn("planted")
     return real(image, *rest)
 
 decoding.open_image = open_image
@@ -243,8 +244,12 @@ def test_an_image_that_kills_its_process_becomes_a_failure_and_the_rest_has_its_
     (hooks / "sitecustomize.py").write_text(DEADLY)
     paths = (str(hooks), str(ROOT / "engine"), str(ROOT / "kernels"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    with DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers:
+    with (
+        pytest.warns(UserWarning, match="planted") as warned,
+        DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers,
+    ):
         summary = embed_to_folder(workers, images, tmp_path / "two", options)
+    assert len([warning for warning in warned if "planted" in str(warning.message)]) == 1
     assert (summary.inputs, summary.failed) == (20, 2)
     one, two = read_embeddings(tmp_path / "one"), read_embeddings(tmp_path / "two")
     assert two.paths == one.paths

@@ -6,6 +6,7 @@ parent's pipe: so the parent never waits to send a task, and the process ends wi
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ENDING_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """A process starts with these blocked."""
+PARENT_SECONDS = 1.0
 PLAIN_ERRORS = ("builtins", "vitrail.errors")
 """The modules whose exceptions can be sent to the parent."""
 
@@ -126,8 +128,10 @@ def serve(settings: WorkerSettings, requests: Connection, answers: Connection) -
     """The life of a worker process, until its parent ends or closes ``requests``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+    parent_process = multiprocessing.parent_process()
+    parent_id = parent_process.pid if parent_process and parent_process.pid else os.getppid()
     tasks: SimpleQueue[Task] = SimpleQueue()
-    threading.Thread(target=_receive, args=(requests, tasks), daemon=True).start()
+    threading.Thread(target=_receive, args=(requests, tasks, parent_id), daemon=True).start()
     parent = _Answers(answers)
     warnings.showwarning = parent.send_warning  # type: ignore[assignment]
     warnings.simplefilter("always")  # the parent's filters decide
@@ -145,11 +149,13 @@ def serve(settings: WorkerSettings, requests: Connection, answers: Connection) -
             parent.send_error(error)
 
 
-def _receive(requests: Connection, tasks: SimpleQueue[Task]) -> None:
+def _receive(requests: Connection, tasks: SimpleQueue[Task], parent: int) -> None:
+    """Reads tasks until the parent ends: then the pipe does, unless a fork of the parent has it."""
     try:
-        while True:
-            tasks.put(requests.recv())
-    finally:  # an EOFError: the parent has ended
+        while os.getppid() == parent:
+            if requests.poll(PARENT_SECONDS):
+                tasks.put(requests.recv())
+    finally:
         os._exit(1)
 
 
