@@ -10,8 +10,8 @@
  *
  * Any number of threads may use a model. Calls of one session run one after another; different
  * sessions run at the same time. Device memory for calls grows to the largest call and stays;
- * between calls it belongs to no session, and all sessions on the device use it. No function throws,
- * aborts, or changes the caller's current CUDA context. In a process that is forked after
+ * between calls it belongs to no session, and all sessions on the device use it. No function
+ * throws, aborts, or changes the caller's current CUDA context. In a process that is forked after
  * vitrail_load, calls fail with VITRAIL_DEVICE: CUDA does not survive a fork. */
 #ifndef VITRAIL_H
 #define VITRAIL_H
@@ -101,8 +101,9 @@ VITRAIL_API vitrail_status vitrail_session_create(const vitrail_model* model,
 VITRAIL_API void vitrail_session_free(vitrail_session* session);
 
 /* The most device memory that a call of the session uses beside the weights, in bytes; 0, the
- * default: no limit. Calls run fewer items at a time, to the same bits. A call whose single item needs
- * more is VITRAIL_OUT_OF_MEMORY; the message says how much. Waits for a call that is running. */
+ * default: no limit. Calls run fewer items at a time, to the same bits. A call whose single item
+ * needs more is VITRAIL_OUT_OF_MEMORY; the message says how much. Waits for a call that is
+ * running. */
 VITRAIL_API vitrail_status vitrail_session_limit(vitrail_session* session, size_t bytes);
 
 /* Device bytes beside the weights that calls use, or used and left for the next: of all sessions on
@@ -119,8 +120,7 @@ VITRAIL_API size_t vitrail_session_trim(vitrail_session* session);
  * VITRAIL_NOT_FINITE: the message names the first such item, and all embeddings are written.
  *
  * If device memory runs out, the session frees what no other call uses and runs half as many items
- * at a time.
- * The bits stay the same: an item's result does not depend on the other items.
+ * at a time. The bits stay the same: an item's result does not depend on the other items.
  * VITRAIL_OUT_OF_MEMORY means that even one item does not fit. After any other failure some
  * embeddings may be written. The session stays usable unless the device is lost. Failures:
  * VITRAIL_INVALID, _DEVICE, _OUT_OF_MEMORY, _NOT_FINITE. */
