@@ -52,21 +52,28 @@ def add_towers(towers: LiveTowers) -> None:
     references.add(weakref.ref(towers, references.discard))
 
 
-def live_towers(fingerprint: str, device: torch.device) -> LiveTowers | None:
-    """Towers with this fingerprint on this device, of a module or of a model; None if none live.
-
-    Of several, those with the smallest memory limit: all give the same bits.
-    """
+def live_towers(fingerprint: str, device: torch.device) -> list[LiveTowers]:
+    """All towers with this fingerprint on this device, of modules and of models."""
     references = tuple(_TOWERS.get((fingerprint, device), ()))
-    live = [towers for reference in references if (towers := reference()) is not None]
-    return min(live, key=lambda towers: towers.memory_limit or math.inf, default=None)
+    return [towers for reference in references if (towers := reference()) is not None]
+
+
+def _choose(fingerprint: str, device: torch.device, source: str) -> LiveTowers | None:
+    """Of several towers, those that the call ``source`` loaded, else the smallest memory limit.
+
+    With PyTorch's operators on a CPU bits depend on the batch, which a memory limit cuts.
+    """
+    live = live_towers(fingerprint, device)
+    alike = [towers for towers in live if towers.source == source]
+    return min(alike or live, key=lambda towers: towers.memory_limit or math.inf, default=None)
 
 
 @torch.library.custom_op("vitrail::embed_image", mutates_args=())
 def embed_image(pixels: Tensor, fingerprint: str, source: str, width: int) -> Tensor:
     """Embeddings (B, ``width``) fp32 of pixels; NaN in the rows of items that are not finite.
 
-    ``source``: the call that loads the model, with ``{device}`` for the device: for errors alone.
+    ``source``: the call that loads the model, with ``{device}`` for the device. Errors name it, and
+    of several models with the fingerprint, one that was loaded by this call computes.
     """
     return _find("image", pixels, fingerprint, source).embed_image(pixels)
 
@@ -86,7 +93,7 @@ def _shape(items: Tensor, fingerprint: str, source: str, width: int) -> Tensor:
 def _find(tower: str, items: Tensor, fingerprint: str, source: str) -> LiveTowers:
     """Raises CheckpointError if no live model has this fingerprint on the device of ``items``."""
     device = items.device
-    towers = live_towers(fingerprint, device)
+    towers = _choose(fingerprint, device, source)
     if towers is not None:
         return towers
     models = [model for reference in tuple(_MODELS) if (model := reference()) is not None]
@@ -96,7 +103,7 @@ def _find(tower: str, items: Tensor, fingerprint: str, source: str) -> LiveTower
             model.towers  # noqa: B018  its fingerprint is known from now on
         except VitrailError as error:
             loaded.append(f"a model whose fingerprint cannot be computed: {error}")
-    towers = live_towers(fingerprint, device)
+    towers = _choose(fingerprint, device, source)
     if towers is not None:
         return towers
     for (digits, _), references in tuple(_TOWERS.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_a_module_keeps_its_tower_and_no_more() -> None:
     assert torch.equal(image(values), wanted)
     del image
     gc.collect()
-    assert tower_operators.live_towers(fingerprint, device) is None
+    assert tower_operators.live_towers(fingerprint, device) == []
 
 
 def test_a_tower_is_found_while_any_of_two_equal_models_lives() -> None:
@@ -196,3 +197,22 @@ def test_an_operator_says_what_is_loaded_and_what_loads_its_model(tmp_path: Path
     assert said.endswith("load it first, and keep it: model = vitrail.load('x{0}', device='cpu')")
     with pytest.raises(CheckpointError, match=r"image tower .*: this model is not loaded on meta"):
         tower_operators._find("image", torch.empty(1, device="meta"), model.fingerprint, source)
+
+
+def test_a_module_computes_by_its_own_model_whatever_else_is_loaded() -> None:
+    """PyTorch's bits on a CPU depend on the batch, which a memory limit cuts."""
+    models = [
+        vitrail.load(demo.bundled(), device="cpu", memory_limit=limit)
+        for limit in (None, "16M", "64M")
+    ]
+    modules = [model.as_module("image") for model in models]
+    assert modules[0].fingerprint == modules[1].fingerprint == modules[2].fingerprint
+    assert "memory_limit=16777216" in modules[1].source
+    for model, image in zip(models, modules, strict=True):
+        towers = tower_operators._choose(image.fingerprint, image.device, image.source)
+        assert towers is image.towers is model.towers
+        again = pickle.loads(pickle.dumps(image))
+        assert again.towers is image.towers
+    moved = "vitrail.load('elsewhere', device='{device}', dtype='float32')"
+    smallest = tower_operators._choose(modules[0].fingerprint, modules[0].device, moved)
+    assert smallest is models[1].towers

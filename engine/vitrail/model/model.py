@@ -150,6 +150,7 @@ class Model(EncodingCalls, ModuleAdvice):
             "dtype": self.precision,
             "backend": None if self.device.type == "cpu" else self.backend,
             "sixteen_bit": None if self._sixteen_bit == "scale" else self._sixteen_bit,
+            "memory_limit": self.memory_limit,
         }
         words = [repr(self.name)]
         words += [f"{name}={value!r}" for name, value in options.items() if value is not None]

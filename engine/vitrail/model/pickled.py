@@ -75,7 +75,8 @@ def load_towers(arguments: dict[str, Any], content: dict[str, Any]) -> LoadedTow
 
     Errors: see `load_model`.
     """
-    towers = live_towers(content["digits"], torch.device(arguments["device"]))
-    if isinstance(towers, LoadedTowers):
-        return towers
+    for towers in live_towers(content["digits"], torch.device(arguments["device"])):
+        same_limit = towers.memory_limit == arguments.get("memory_limit")
+        if isinstance(towers, LoadedTowers) and same_limit:
+            return towers
     return load_model(arguments, content).towers
