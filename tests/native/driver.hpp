@@ -62,6 +62,17 @@ class Standin {
     void fail_launch_on(int device, uint64_t n, int code) const {
         find<void(int, uint64_t, int)>("standin_fail_launch_on")(device, n, code);
     }
+    // Makes the primary context of a device current on this thread, and takes it away again.
+    void push_context(int device) const {
+        void* context = nullptr;
+        find<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device);
+        find<int(void*)>("cuCtxPushCurrent_v2")(context);
+    }
+    void pop_context(int device) const {
+        void* context = nullptr;
+        find<int(void**)>("cuCtxPopCurrent_v2")(&context);
+        find<int(int)>("cuDevicePrimaryCtxRelease_v2")(device);
+    }
     uint64_t calls() const { return find<uint64_t()>("standin_calls")(); }
     uint64_t launches() const { return find<uint64_t()>("standin_launches")(); }
     uint64_t launches_on(int device) const {

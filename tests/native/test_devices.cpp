@@ -64,12 +64,14 @@ using Expected = std::array<std::vector<float>, std::size(kBatches)>;
 std::array<std::atomic<uint64_t>, 2> calls_on;
 
 // Threads that call one device, and every fourth that calls both in turn; counts the calls.
-void test_threads(const Model (&models)[2], const Expected& expected, unsigned threads,
-                  unsigned calls) {
+void test_threads(const Model (&models)[2], const Standin& driver, const Expected& expected,
+                  unsigned threads, unsigned calls) {
     std::vector<std::thread> running;
     for (unsigned thread = 0; thread < threads; ++thread) {
         running.emplace_back([&, thread] {
             std::mt19937 dice(thread);
+            const int program = static_cast<int>(thread / 2 % 2);
+            driver.push_context(program);  // the program's own, of either device
             vitrail_session* sessions[2] = {models[0].session(), models[1].session()};
             for (unsigned call = 0; call < calls; ++call) {
                 const unsigned device = (thread % 4 == 3 ? call : thread) % 2;
@@ -79,6 +81,7 @@ void test_threads(const Model (&models)[2], const Expected& expected, unsigned t
                 CHECK(same(embed(sessions[device], models[device].facts, n), expected[which]));
             }
             for (vitrail_session* session : sessions) vitrail_session_free(session);
+            driver.pop_context(program);
         });
     }
     for (std::thread& thread : running) thread.join();
@@ -132,7 +135,7 @@ int main(int count, char** arguments) {
         const Model models[2] = {{arguments[1], arguments[2], 0}, {arguments[1], arguments[2], 1}};
         CHECK(driver.live_on(0) == driver.live_on(1));
         const uint64_t before = driver.launches_on(0), of_a_call = before / expected.size();
-        test_threads(models, expected, number(3), number(4));
+        test_threads(models, driver, expected, number(3), number(4));
         CHECK(driver.complaint()[0] == '\0');  // no call without its context, none of another's
         CHECK(calls_on[0] > 0 && calls_on[1] > 0);
         CHECK(driver.launches_on(0) - before == of_a_call * calls_on[0]);

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,39 @@ def test_each_runner_launches_on_its_device(driver: standin.Standin, tmp_path: P
         assert [{launch.device for launch in one} for one in launched] == [{1}, {0}]
         other, first = ([(one.name, one.grid, one.digest) for one in run] for run in launched)
         assert other == first
+
+
+@contextmanager
+def current(driver: standin.Standin, ordinal: int) -> Iterator[int]:
+    """The context of a device, current on this thread as a program beside Vitrail has it."""
+    cuda, context = driver.driver, ctypes.c_void_p()
+    assert cuda.cuInit(0) == 0
+    assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal) == 0
+    assert cuda.cuCtxPushCurrent_v2(context) == 0
+    yield context.value or 0
+    assert cuda.cuCtxPopCurrent_v2(None) == 0
+    assert cuda.cuDevicePrimaryCtxRelease_v2(ordinal) == 0
+
+
+@pytest.mark.parametrize("ordinal", [0, 1])
+def test_a_context_that_is_current_is_left_so(
+    driver: standin.Standin, tmp_path: Path, ordinal: int
+) -> None:
+    """While models are opened, kernels loaded and launched, and all is given back."""
+    with current(driver, ordinal) as context:
+        pair, ids = open_pair(driver, tmp_path, "text"), ids_of([5, 9])
+        results = [result(runner, ids) for runner in pair for _ in range(2)]
+        assert len(set(results)) == 1
+        devices = [launch.device for launch in driver.launched()]
+        half = len(devices) // 2
+        assert devices == [0] * half + [1] * half
+        found = ctypes.c_void_p()
+        assert driver.driver.cuCtxGetCurrent(ctypes.byref(found)) == 0
+        assert found.value == context
+        del pair
+        gc.collect()
+        assert driver.live(1 - ordinal) == standin.Live(*[0] * 7)
+        assert driver.live(ordinal) == standin.Live(*[0] * 6, 1)
 
 
 def test_threads_on_both_devices_get_what_each_gets_alone(
