@@ -430,13 +430,15 @@ def test_without_devices_there_is_a_replica_for_each_gpu_or_the_cpu(
     if not torch.cuda.is_available():
         assert vitrail.load_replicas(bundled()).devices == (torch.device("cpu"),)
     seen: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def check_device(device: str, name: str) -> torch.device:
+        seen.append(device)
+        return torch.device("cuda" if device == "auto" else "cpu")
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(
-        loading, "check_device", lambda device, name: seen.append(device) or torch.device("cpu")
-    )
+    monkeypatch.setattr(loading, "check_device", check_device)
     assert len(vitrail.load_replicas(bundled())) == 3
-    assert seen == ["cuda:0", "cuda:1", "cuda:2"]
+    assert seen == ["auto", "cuda:0", "cuda:1", "cuda:2"]
 
 
 def test_devices_that_would_give_other_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def load_replicas(
     backends.
     """
     if devices is None:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        has_gpu = check_device("auto", "devices").type == "cuda"
+        count = torch.cuda.device_count() if has_gpu else 0
         devices = [f"cuda:{number}" for number in range(count)] or ["cpu"]
     if isinstance(devices, str | int | torch.device) or not devices:
         raise InputError(f"devices: got {devices!r}, wanted a list of one device or more")
