@@ -36,7 +36,8 @@ class LiveModel(Protocol):
 
 
 # Weak references alone: a model or a module keeps its weights, a saved program does not. Sets are
-# changed by single calls, which need no lock that a fork could copy while it is held.
+# changed and copied by single calls, which need no lock that a fork could copy while it is held. A
+# copy is safe even if the garbage collector drops models meanwhile; an iteration would not be.
 _MODELS: set[weakref.ref[LiveModel]] = set()
 _TOWERS: dict[tuple[str, torch.device], set[weakref.ref[LiveTowers]]] = {}
 
@@ -54,7 +55,7 @@ def add_towers(towers: LiveTowers) -> None:
 
 def live_towers(fingerprint: str, device: torch.device) -> list[LiveTowers]:
     """All towers with this fingerprint on this device, of modules and of models."""
-    references = tuple(_TOWERS.get((fingerprint, device), ()))
+    references = _TOWERS.get((fingerprint, device), set()).copy()
     return [towers for reference in references if (towers := reference()) is not None]
 
 
@@ -96,7 +97,7 @@ def _find(tower: str, items: Tensor, fingerprint: str, source: str) -> LiveTower
     towers = _choose(fingerprint, device, source)
     if towers is not None:
         return towers
-    models = [model for reference in tuple(_MODELS) if (model := reference()) is not None]
+    models = [model for reference in _MODELS.copy() if (model := reference()) is not None]
     loaded = []
     for model in models:
         try:
@@ -106,8 +107,8 @@ def _find(tower: str, items: Tensor, fingerprint: str, source: str) -> LiveTower
     towers = _choose(fingerprint, device, source)
     if towers is not None:
         return towers
-    for (digits, _), references in tuple(_TOWERS.items()):
-        for live in (reference() for reference in tuple(references)):
+    for (digits, _), references in _TOWERS.copy().items():
+        for live in (reference() for reference in references.copy()):
             if live is not None:
                 loaded.append(f"{digits}, by {_call(live.source, live.device)}")
     raise CheckpointError(
