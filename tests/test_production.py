@@ -91,6 +91,7 @@ def test_commands_run_as_they_stand(desk: tuple[Path, dict[str, str]]) -> None:
 
 
 def test_the_service_answers_with_the_bits_of_the_model(desk: tuple[Path, dict[str, str]]) -> None:
+    pytest.importorskip("gunicorn")
     folder, environment = desk
     (line,) = [line for line in COMMANDS if line.startswith("gunicorn")]
     with socket.socket() as free:
