@@ -30,7 +30,7 @@ from vitrail.errors import InputError
 from vitrail.jobs import job_record
 from vitrail.jobs.folder import check_folder
 from vitrail.jobs.job_record import JOB
-from vitrail.jobs.locks import LOCK, PART_LOCK, job_lock
+from vitrail.jobs.locks import COUNTS, LOCK, PART_LOCK, job_lock, other_counts
 from vitrail.jobs.manifest import manifest_files, part_records, read_embeddings, read_manifest
 from vitrail.jobs.one_file import check_file
 from vitrail.jobs.shards import WHOLE, Shard
@@ -367,6 +367,14 @@ def test_other_shards_and_counts_do_not_exclude_each_other(tmp_path: Path) -> No
     held = [Shard(0, 3), Shard(1, 3), Shard(0, 2)]
     with job_lock(tmp_path, held[0]), job_lock(tmp_path, held[1]), job_lock(tmp_path, held[2]):
         assert run_shard(tmp_path, "2/3").written == 2
+
+
+def test_counts_are_noted_once(tmp_path: Path) -> None:
+    assert other_counts(tmp_path, 2) == []
+    for shard in ("0/2", "1/2", "0/12", "1/3", "2/12", "0/1"):
+        run_shard(tmp_path, shard)
+    assert other_counts(tmp_path, 2) == [3, 12]
+    assert (tmp_path / COUNTS).read_text().split() == ["2", "12", "3"]
 
 
 def test_a_file_system_without_locks_is_said(

@@ -31,11 +31,12 @@ from vitrail.jobs.arrow import pyarrow_modules
 from vitrail.jobs.embedder import Embedder, cut_chunks
 from vitrail.jobs.job_record import JOB, job_record, start_job
 from vitrail.jobs.listing import Source, path_text
-from vitrail.jobs.locks import LOCK, job_lock, part_lock
+from vitrail.jobs.locks import LOCK, job_lock, other_counts, part_lock
 from vitrail.jobs.manifest import (
     PartRecord,
     commit,
     manifest_files,
+    manifest_name,
     part_records,
     read_manifest,
 )
@@ -212,13 +213,13 @@ def _commit_part(
 def _committed_elsewhere(out: Path, number: int, shard: Shard) -> PartRecord | None:
     """The record of a part that a shard of another count has committed since this run began.
 
-    A run of all parts is alone in its folder, and the shards of one count never share a part.
+    A run of all parts is alone in its folder, and the shards of one count never share a part. So
+    this need not look for manifests, which takes long in a folder of many parts.
     """
     if shard.count == 1:
         return None
-    manifests = [
-        path for path in manifest_files(out) if not path.stem.endswith(f"-of-{shard.count}")
-    ]
+    others = (Shard(number % count, count) for count in other_counts(out, shard.count))
+    manifests = [file for other in others if (file := out / manifest_name(other)).exists()]
     records = part_records(manifests).get(number, [])
     return next((record for record in records if record.is_complete(out)), None)
 

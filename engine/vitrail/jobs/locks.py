@@ -19,6 +19,9 @@ from vitrail.jobs.shards import Shard
 
 LOCK = "_lock"
 PART_LOCK = "_lock-parts"  # a byte for each part
+COUNTS = "_lock-counts"  # the counts of shards that have started, one a line
+
+_COUNTS_BYTE = 1 << 40  # of PART_LOCK: beyond all parts
 
 _ONE_PART = fork.lock(brief=False)  # POSIX locks do not part the threads of a process
 
@@ -43,6 +46,8 @@ def job_lock(out: Path, shard: Shard) -> Iterator[None]:
                 f"{_holder(out / (LOCK + shard.mark))}; wait for it or stop it, or give each "
                 "process a shard of its own"
             )
+        if not alone:
+            _note_count(out, shard.count)
         yield
 
 
@@ -59,6 +64,25 @@ def part_lock(out: Path, number: int) -> Iterator[None]:
             yield
         finally:
             os.close(descriptor)
+
+
+def other_counts(out: Path, count: int) -> list[int]:
+    """The counts of shards that have started in the folder, without ``count``."""
+    try:
+        lines = (out / COUNTS).read_text().split()
+    except FileNotFoundError:
+        return []
+    return sorted({int(line) for line in lines if line.isdigit()} - {count})
+
+
+def _note_count(out: Path, count: int) -> None:
+    try:
+        with part_lock(out, _COUNTS_BYTE), open(out / COUNTS, "a+") as file:
+            file.seek(0)
+            if str(count) not in file.read().split():
+                file.write(f"\n{count}\n")
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there: {error.strerror}") from error
 
 
 @contextmanager
