@@ -230,6 +230,7 @@ def test_a_worker_of_a_gpu_makes_it_current_before_it_loads(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: calls.append(count))
     monkeypatch.setattr(preprocess, "limit_cores", lambda count: calls.append(-count))
     monkeypatch.setattr(loading, "load", lambda source, **keywords: calls.append(keywords))

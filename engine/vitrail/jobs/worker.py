@@ -168,7 +168,8 @@ def _load(settings: WorkerSettings) -> Model:
     from vitrail.model.loading import load
 
     limit_cores(settings.image_threads)
-    torch.set_num_threads(settings.torch_threads)
+    if torch.get_num_threads() != settings.torch_threads:  # setting it is not without effect
+        torch.set_num_threads(settings.torch_threads)
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(settings.device)  # so that no other GPU gets a context
     return load(settings.source, device=settings.device, **settings.keywords)
