@@ -202,7 +202,7 @@ def test_an_operator_says_what_is_loaded_and_what_loads_its_model(tmp_path: Path
 def test_a_module_computes_by_its_own_model_whatever_else_is_loaded() -> None:
     """PyTorch's bits on a CPU depend on the batch, which a memory limit cuts."""
     models = [
-        vitrail.load(demo.bundled(), device="cpu", memory_limit=limit)
+        vitrail.load(demo.bundled(), device="cpu", dtype="float16", memory_limit=limit)
         for limit in (None, "16M", "64M")
     ]
     modules = [model.as_module("image") for model in models]
@@ -213,6 +213,6 @@ def test_a_module_computes_by_its_own_model_whatever_else_is_loaded() -> None:
         assert towers is image.towers is model.towers
         again = pickle.loads(pickle.dumps(image))
         assert again.towers is image.towers
-    moved = "vitrail.load('elsewhere', device='{device}', dtype='float32')"
+    moved = "vitrail.load('elsewhere', device='{device}', dtype='float16')"
     smallest = tower_operators._choose(modules[0].fingerprint, modules[0].device, moved)
     assert smallest is models[1].towers
