@@ -17,6 +17,8 @@ import numpy as np, torch, vitrail
 from vitrail.demo.demo import bundled
 
 torch.set_num_threads(2)
+if "helper" in sys.argv:  # as with an OpenMP library whose threads do not end before a fork
+    vitrail.fork._end_openmp_threads = lambda: False
 
 
 def rows(model):
@@ -67,6 +69,13 @@ def same(got, wanted, name):
 '''
 
 
+def environment(*folders: Path) -> dict[str, str]:
+    """This process's variables and import paths, with ``folders`` before them. OpenMP threads wait
+    asleep: beside other tests, waiting threads that spin take the cores of those that compute."""
+    path = os.pathsep.join([*map(str, folders), *sys.path])
+    return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
+
+
 def run_program(code: str, folder: Path, *arguments: str) -> str:
     """The output of a file PRELUDE + ``code``. Raises AssertionError if it fails or hangs."""
     file = folder / "program.py"
@@ -76,7 +85,7 @@ def run_program(code: str, folder: Path, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(),
         start_new_session=True,  # its children are killed with it
     )
     try:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from forked import PRELUDE, SECONDS
+from forked import PRELUDE, SECONDS, environment
 
 pytest.importorskip("gunicorn")
 pytestmark = pytest.mark.slow
@@ -49,7 +49,6 @@ def memory():
             own += int(values[0])
         elif inside and name == "Size:":
             kb["Mapping"] = int(values[0])
-    print(kb, file=sys.stderr)
     return {"rss": kb["Rss"], "pss": kb["Pss"], "mapping": kb["Mapping"], "own": own}
 
 
@@ -93,14 +92,13 @@ def _served(folder: Path, *options: str, before: str) -> Iterator[tuple[int, str
     log = folder / "log"
     command = [sys.executable, "-W", "ignore", "-m", "gunicorn", "--preload", "--workers", "2"]
     command += ["--bind", f"unix:{address}", "--timeout", str(SECONDS), *options, "app:app"]
-    path = os.pathsep.join([str(folder), *sys.path])
     with log.open("w") as output:
         master = subprocess.Popen(
             command,
             stdout=output,
             stderr=output,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, "BEFORE": before},
+            env={**environment(folder), "BEFORE": before},
             start_new_session=True,
         )
     try:
@@ -145,7 +143,7 @@ def test_gunicorn_with_preload(tmp_path: Path, options: tuple[str, ...], before:
         assert answer["mapping"] * 1024 >= answer["weights"]
         # the mapping also holds a few buffers beside the weights
         assert answer["own"] * 1024 < answer["weights"] / 2, answer
-    print((tmp_path / "log").read_text()[-900:])
+    print({key: said[-1][key] for key in ("rss", "pss", "own", "mapping")})
 
 
 def test_gunicorn_replaces_a_killed_worker(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def default_modes() -> Iterator[None]:
 
 
 def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A decorator of what users call: `default_modes`, and in a forked process `fork.run`.
+    """A decorator of what users call: `default_modes`, and in a forked process that needs it
+    `fork.run`.
 
     If the first argument is on a GPU, as a model may be, the call raises DeviceError in a process
     that was forked from one that had started CUDA. On the helper thread of `fork.run` PyTorch has
@@ -45,7 +46,7 @@ def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if fork.survivor is None or _may_stay(args):
+        if not fork.forked or _may_stay(args):
             with default_modes():
                 return function(*args, **kwargs)
         enter, read = _caller_state(), [_read(value) for value in args]
