@@ -244,12 +244,15 @@ def test_an_image_that_kills_its_process_becomes_a_failure_and_the_rest_has_its_
     (hooks / "sitecustomize.py").write_text(DEADLY)
     paths = (str(hooks), str(ROOT / "engine"), str(ROOT / "kernels"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    said: list[str] = []
     with (
         pytest.warns(UserWarning, match="planted") as warned,
-        DeviceWorkers(desk / "clip", ["cpu", "cpu"]) as workers,
+        DeviceWorkers(desk / "clip", ["cpu", "cpu"], said.append) as workers,
     ):
         summary = embed_to_folder(workers, images, tmp_path / "two", options)
     assert len([warning for warning in warned if "planted" in str(warning.message)]) == 1
+    deaths = TRIES + 1 + TRIES  # of the chunk of 4, the half, and the image alone
+    assert said == ["cpu: a worker process has died (SIGSEGV); another replaces it"] * deaths
     assert (summary.inputs, summary.failed) == (20, 2)
     one, two = read_embeddings(tmp_path / "one"), read_embeddings(tmp_path / "two")
     assert two.paths == one.paths

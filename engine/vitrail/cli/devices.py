@@ -89,6 +89,7 @@ def open_embedder(
         workers = DeviceWorkers(
             name,
             chosen,
+            console.say,
             dtype=dtype,
             revision=revision,
             local_files_only=local_files_only,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing import connection
 from types import TracebackType
@@ -31,17 +31,23 @@ class DeviceWorkers:
     exception of a call is raised when the rows of its chunk are due, as on one device.
     """
 
-    def __init__(self, source: str | os.PathLike[str], devices: Sequence[str], **keywords: Any):
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        devices: Sequence[str],
+        say: Callable[[str], None] = lambda message: None,
+        **keywords: Any,
+    ) -> None:
         """Starts the workers and waits until all have loaded ``source``.
 
-        ``devices``: "cpu", or GPUs such as "cuda:1", repeated or not. ``keywords``: those of
-        `vitrail.load` besides the device.
+        ``devices``: "cpu", or GPUs such as "cuda:1", repeated or not. ``say`` gets a message for
+        each worker that dies. ``keywords``: those of `vitrail.load` besides the device.
 
         Raises the errors of `load`, with the device; InputError if the fingerprints differ, as they
         do for a CPU beside a GPU; VitrailError if a process cannot be started, or if three
         processes of a device have died while they loaded.
         """
-        self._settings = _settings(str(source), devices, keywords)
+        self._settings, self._say = _settings(str(source), devices, keywords), say
         self._processes: list[WorkerProcess | None] = [None] * len(devices)
         self._failed_loads = [0] * len(devices)
         self._facts: tuple[ModelFacts, str] | None = None
@@ -158,6 +164,7 @@ class DeviceWorkers:
                     f"{process.device}: {TRIES} processes have died while they loaded the model "
                     f"({death}); try --device {process.device} to see why, or leave it out"
                 )
+        self._say(f"{process.device}: a worker process has died ({death}); another replaces it")
         for piece in reversed(list(process.pieces)[1:]):
             piece.work.waiting.appendleft(piece)
         if process.pieces:
