@@ -19,6 +19,10 @@ class CallMemory : NonCopyable {
 
     // Device bytes.
     size_t bytes() const { return bytes_.load(std::memory_order_relaxed); }
+    bool holds(size_t arena_bytes, size_t input_bytes, size_t output_bytes) const {
+        return arena_bytes <= arena.bytes() && input_bytes <= inputs.bytes() &&
+               output_bytes <= outputs.bytes();
+    }
     // Grows the buffers; a call that is not larger than an earlier call allocates nothing. If the
     // buffers would then have more than `limit` bytes, they are freed first. The context must be
     // current.

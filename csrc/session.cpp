@@ -241,7 +241,7 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
     const Endpoint& endpoint = model_->endpoint(id);
     const Sizes sizes = items.sizes(first, count);
     const Endpoint::Layout layout = endpoint.layout(sizes);
-    const Workspace& workspace = grow(id, sizes);
+    const Workspace& workspace = grow(id, sizes, memory);
     // on every call, because endpoints and sessions share the memory
     memory.reserve(workspace.arena, workspace.inputs, workspace.outputs, limit_);
     items.write(first, count, layout, memory.host_inputs.data());
@@ -281,16 +281,17 @@ void Session::run_part(EndpointId id, const Items& items, size_t first, size_t c
 }
 
 // The frame for a call of `sizes`, and the bytes that the call needs. A call that is not larger than
-// an earlier call allocates nothing.
-const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes) {
+// an earlier call allocates nothing. Where the memory of the earlier call was given back, a frame for
+// this call alone takes the place of its frame.
+const Session::Workspace& Session::grow(EndpointId id, const Sizes& sizes,
+                                        const CallMemory& memory) {
     const Endpoint& endpoint = model_->endpoint(id);
     Workspace& workspace = workspaces_[static_cast<size_t>(id)];
-    if (workspace.frame && workspace.bytes() <= limit_ &&
-        workspace.frame->capacity().covers(sizes)) {
-        return workspace;
-    }
+    const bool usable = workspace.frame && workspace.bytes() <= limit_ &&
+                        memory.holds(workspace.arena, workspace.inputs, workspace.outputs);
+    if (usable && workspace.frame->capacity().covers(sizes)) return workspace;
     Sizes capacity = Executable::capacity(sizes);
-    if (workspace.frame) {
+    if (usable) {
         const Sizes& before = workspace.frame->capacity();
         const Sizes both{std::max(capacity.sequences, before.sequences),
                          std::max(capacity.tokens, before.tokens),

@@ -69,7 +69,7 @@ class Session : NonCopyable {
     void run_part(EndpointId id, const Items& items, size_t first, size_t count, float* out,
                   int32_t* status, CallMemory& memory);
     size_t fitting(EndpointId id, const Items& items, size_t first, size_t count);
-    const Workspace& grow(EndpointId id, const Sizes& sizes);
+    const Workspace& grow(EndpointId id, const Sizes& sizes, const CallMemory& memory);
 
     const std::shared_ptr<const Model> model_;
     const bool overlap_;

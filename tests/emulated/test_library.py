@@ -25,6 +25,7 @@ from emulated.device import Device, EmulatedRunner
 from emulated.exports import ARCHITECTURES, SIDE, Export, export
 from helpers import assert_close, image_embedding, text_embedding
 from kernels.test_operators import same_bits
+from vitrail.plan.text import text_pooled
 from vitrail.runtime import triton
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
@@ -205,6 +206,88 @@ def test_texts_are_what_python_makes_of_them(
     peer = text_embedding(exported.theirs.to(dtype), ids.long())
     exported.theirs.float()
     assert_close(ours, reference, peer, what="model", name="text embedding")
+
+
+LIMITS = (1, 3)
+"""How many images a memory limit holds."""
+
+
+def test_a_memory_limit_changes_no_bit_of_python(python: vitrail.Model) -> None:
+    """Images and texts, through the encoders and through the towers that modules call."""
+    tower, pixels = python._vision, torch.randint(256, (ITEMS, SIDE, SIDE, 3), dtype=torch.uint8)
+    assert tower is not None
+    floats = torch.randn(ITEMS, 3, SIDE, SIDE)
+    budget, ids = tower.runner.budget, None
+    if (text := python.spec.text) is not None:
+        ids = torch.randint(3, text.vocab - 1, (ITEMS, text.context), dtype=torch.int32)
+        for number, row in enumerate(ids):
+            row[5 + 3 * number :] = text.vocab - 1
+
+    def compute() -> list[Tensor]:
+        outputs = [python.encode_image(pixels), python.encode_image(floats)]
+        outputs += tower.embeddings(floats).values()
+        if ids is not None:
+            outputs.append(python.encode_text(ids))
+        return outputs
+
+    batches, run = list[int](), tower.runner.run
+
+    def counting(plan: Any, inputs: Any, *, batch: int, tokens: int, longest: int) -> Any:
+        batches.append(batch)
+        return run(plan, inputs, batch=batch, tokens=tokens, longest=longest)
+
+    tower.runner.run = counting  # type: ignore[method-assign]
+    whole = compute()
+    assert max(batches) == ITEMS
+    for items in LIMITS:
+        batches.clear()
+        call = tower.call(tower.pooled_plan(uint8=False), (SIDE, SIDE), 4 * 3 * SIDE * SIDE)
+        budget.limit = call.nbytes(items)
+        if ids is not None:
+            assert python._text is not None
+            plan = text_pooled(python._text.spec)
+            one_text = python._text._footprint.text_call(plan, ids.shape[1]).nbytes(1)
+            budget.limit = max(budget.limit, one_text)
+        for ours, theirs in zip(compute(), whole, strict=True):
+            assert same_bits(ours, theirs), items
+        assert 1 <= max(batches) < ITEMS
+    budget.limit = None
+
+
+def test_a_memory_limit_changes_no_bit_of_libvitrail(
+    python: vitrail.Model, session: Callable[..., Session], device: Device
+) -> None:
+    """And the driver's memory stays under it; after a trim there are the weights alone."""
+    vision, library = python.spec.vision, session(track=False)
+    assert vision is not None
+    c, driver = library.library.c, device.driver
+    for function in (c.vitrail_session_memory, c.vitrail_session_trim):
+        function.restype = ctypes.c_size_t
+    pixels = torch.randint(256, (ITEMS, SIDE, SIDE, 3), dtype=torch.uint8)
+    weights = driver.live().bytes
+    whole = library.images("embed_uint8", vision.embedding, pixels)
+    assert same_bits(whole, python.encode_image(pixels))
+    for items in LIMITS:
+        c.vitrail_session_trim(library.handle)
+        assert driver.live().bytes == weights
+        library.images("embed_uint8", vision.embedding, pixels[:items])
+        limit = c.vitrail_session_memory(library.handle)
+        assert limit == driver.live().bytes - weights
+        assert c.vitrail_session_limit(library.handle, ctypes.c_size_t(limit)) == OK
+        driver.peak()
+        launches = driver.launches()
+        cut = library.images("embed_uint8", vision.embedding, pixels)
+        assert same_bits(cut, whole), items
+        assert driver.peak() <= weights + limit
+        parts = driver.launches() - launches
+        assert c.vitrail_session_limit(library.handle, ctypes.c_size_t(0)) == OK
+        launches = driver.launches()
+        library.images("embed_uint8", vision.embedding, pixels)
+        assert parts == -(-ITEMS // items) * (driver.launches() - launches)
+    freed = c.vitrail_session_memory(library.handle)
+    assert c.vitrail_session_trim(library.handle) == freed
+    assert driver.live().bytes == weights
+    assert same_bits(library.images("embed_uint8", vision.embedding, pixels), whole)
 
 
 @pytest.mark.slow
