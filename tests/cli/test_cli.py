@@ -145,13 +145,15 @@ COMMANDS = ["info", "embed", "classify", "verify", "quantize", "tune", "export",
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_only_the_model_the_device_and_the_dtype_come_from_the_environment(command: str) -> None:
+def test_only_the_model_and_where_it_runs_come_from_the_environment(command: str) -> None:
     text = " ".join(run(command, "--help").stdout.split())
     variables = set(re.findall(r"env var: (\w+)", text))
     assert "VITRAIL_MODEL" in variables
-    assert variables <= {"VITRAIL_MODEL", "VITRAIL_DEVICE", "VITRAIL_DTYPE"}
-    for option in ("device", "dtype"):
-        assert (f"--{option} " in text) == (f"VITRAIL_{option.upper()}" in variables)
+    places = {"device": "VITRAIL_DEVICE", "dtype": "VITRAIL_DTYPE"}
+    places["memory-limit"] = "VITRAIL_MEMORY_LIMIT"
+    assert variables <= {"VITRAIL_MODEL", *places.values()}
+    for option, variable in places.items():
+        assert (f"--{option} " in text) == (variable in variables)
 
 
 def test_no_command_prints_help_and_an_unknown_one_is_wrong_usage() -> None:
@@ -324,6 +326,53 @@ def test_info_gives_the_fingerprint_on_request(clip: Path) -> None:
     wanted = vitrail.load(clip).fingerprint
     assert wanted in run("info", clip, "--fingerprint").stdout
     assert json.loads(run("info", clip, "--fingerprint", "--json").stdout)["fingerprint"] == wanted
+
+
+def test_info_says_what_fits_a_memory_limit(clip: Path) -> None:
+    """The same as the model that is loaded with the limit holds and computes."""
+    model = vitrail.load(clip, memory_limit="1M")
+    assert model._vision is not None
+    facts = json.loads(run("info", clip, "--json", "--memory-limit", "1M").stdout)["memory"]
+    assert facts["weights"] == model.weight_bytes
+    assert facts["limit"] == 1 << 20 == model.memory_limit
+    calls = [
+        model._vision.call(model._vision.pooled_plan(uint8), (32, 32), size * 3 * 32 * 32)
+        for uint8, size in ((True, 1), (False, 4))
+    ]
+    assert facts["images"] == min(model._runner.budget.most(4096, call) for call in calls)
+    least = facts["one_item"]
+    assert vitrail.load(clip, memory_limit=least).memory_limit == least
+    with pytest.raises(vitrail.InputError, match=f"wanted {least:,} or more"):
+        vitrail.load(clip, memory_limit=least - 1)
+    assert 1 < facts["images"] < facts["texts"]
+    text = run("info", clip, VITRAIL_MEMORY_LIMIT="1M").stdout
+    assert f"1.0 MB beside them: a call has {facts['images']} images" in text
+    assert "no limit beside them" in run("info", clip).stdout
+    assert "a call has 0 images" in run("info", clip, "--memory-limit", "1000").stdout
+    refused = run("info", clip, "--memory-limit", "much")
+    assert "memory_limit: got 'much', wanted bytes over 0" in one_line_error(refused)
+
+
+@pytest.mark.parametrize("command", ["embed", "classify"])
+def test_a_memory_limit_cuts_batches(
+    clip: Path, photos: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = photos.parent / "out.npy"
+    args = ["--out", out, "--overwrite"] if command == "embed" else ["--labels", "cat,dog"]
+    limits = list[int | None]()
+    load = loading.load
+
+    def loaded(*args: Any, **options: Any) -> vitrail.Model:
+        model = load(*args, **options)
+        limits.append(model.memory_limit)
+        return model
+
+    monkeypatch.setattr(loading, "load", loaded)
+    done = run(command, *good(photos), "--model", clip, *args, "--memory-limit", "1M")
+    assert done.exit_code == 0, done.stderr
+    assert limits == [1 << 20]
+    result = run(command, *good(photos), "--model", clip, *args, "--memory-limit", "1K")
+    assert "memory_limit: got 1,024 bytes, wanted " in one_line_error(result)
 
 
 def test_info_says_which_files_are_not_there(clip: Path, tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ class TextEncoder:
 
         Raises VitrailError naming the first text of a batch whose embedding is not finite.
         """
-        limited = self.tower.runner.budget.limit is not None
+        limited, lengths = self.tower.runner.budget.limit is not None, tokens.lengths
 
         def compute(texts: Ints) -> dict[str, Tensor]:
-            with self.tower.hold(tokens.lengths[texts]):
+            with self.tower.hold(lengths[texts]):
                 outputs = self.tower.embeddings(tokens.take(texts))
                 if limited:  # the next batch has all of the limit
                     outputs = {name: output.cpu() for name, output in outputs.items()}

@@ -137,22 +137,24 @@ class MemoryBudget:
     @contextmanager
     def _hold(self, nbytes: int, call: Call) -> Iterator[None]:
         assert self.limit is not None, "hold has checked the limit"
-        with self._gate, self._given_back:  # the gate: small calls do not overtake a large one
-            while True:
-                room = self.limit - self._held - nbytes
-                if self._tables.shrink(room, call.table) <= room:
-                    break
-                if self._held == 0:
-                    raise self._too_small(nbytes, call)
-                self._given_back.wait()
-            self._held += nbytes
-        self._thread.holds = True
+        taken = 0
         try:
+            with self._gate, self._given_back:  # the gate: small calls do not overtake a large one
+                while True:
+                    room = self.limit - self._held - nbytes
+                    if self._tables.shrink(room, call.table) <= room:
+                        break
+                    if self._held == 0:
+                        raise self._too_small(nbytes, call)
+                    self._given_back.wait()
+                taken = nbytes
+                self._held += nbytes
+            self._thread.holds = True
             yield
-        finally:
+        finally:  # also where a signal's handler raises on the way
             self._thread.holds = False
             with self._given_back:
-                self._held -= nbytes
+                self._held -= taken
                 self._given_back.notify_all()
 
     def forget_threads(self) -> None:

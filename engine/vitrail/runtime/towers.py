@@ -250,7 +250,8 @@ class TextTower:
                 longest = lengths[order[start : start + max_tokens // lengths[order[start]]]]
                 padded = longest * np.arange(1, len(longest) + 1)
                 count = int(np.searchsorted(padded, max_tokens, side="right"))
-            count = self._fitting(lengths[order[start : start + count]])
+            if self.runner.budget.limit is not None:
+                count = self._fitting(lengths[order[start : start + count]])
             yield order[start : start + count]
             start += count
 
@@ -265,8 +266,6 @@ class TextTower:
     def _fitting(self, lengths: Ints) -> int:
         """How many of the first texts of ``lengths`` (N,), ascending, fit the memory limit."""
         budget, plan, count = self.runner.budget, text_pooled(self.spec), len(lengths)
-        if budget.limit is None:
-            return count
         while (
             True
         ):  # fewer texts are shorter, so that more of them fit: the limit holds, nearly full

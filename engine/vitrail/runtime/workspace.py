@@ -70,7 +70,7 @@ def _pixels(plan: Plan, batch: int, longest: int) -> dict[str, Tensor]:
 
 
 class _Attention(TorchFunctionMode):
-    """PyTorch's attention allocates its output alone; on "meta" it would allocate the scores."""
+    """PyTorch's attention allocates no scores on the devices that compute; on "meta" it would."""
 
     def __torch_function__(
         self,
@@ -80,7 +80,11 @@ class _Attention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            query = args[0]
+            sums = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row of scores
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+            del sums
+            return out
         return func(*args, **(kwargs or {}))
 
 
