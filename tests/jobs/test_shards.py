@@ -513,6 +513,16 @@ def test_another_version_of_vitrail_with_the_same_fingerprint_goes_on(tmp_path: 
     assert run_shard(tmp_path, "1/2").job_committed == 7
 
 
+def test_a_refusal_names_both_versions(tmp_path: Path) -> None:
+    run_shard(tmp_path, "0/2")
+    file = tmp_path / JOB
+    job = json.loads(file.read_bytes()) | {"vitrail": "0.0.1", "fingerprint": "other"}
+    file.write_text(json.dumps(job))
+    wanted = f"fingerprint: then other, now .*; vitrail: then 0.0.1, now {vitrail.__version__}"
+    with pytest.raises(InputError, match=wanted):
+        run_shard(tmp_path, "1/2")
+
+
 # The reader
 
 

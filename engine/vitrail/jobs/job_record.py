@@ -52,6 +52,8 @@ def start_job(out: Path, job: dict[str, Any], shard: Shard) -> dict[str, Any]:
         sync(out)  # opening a folder of a network file system refreshes its names
     former = _read_record(out)
     if changed := changed_fields(former, job):
+        if former.get("vitrail") != job.get("vitrail"):  # the reason why a fingerprint is another
+            changed.append("vitrail")
         changes = "; ".join(f"{key}: then {former.get(key)}, now {job.get(key)}" for key in changed)
         scratch = "--overwrite" if shard.count == 1 else "delete this folder"
         raise InputError(
