@@ -8,7 +8,7 @@
 
 namespace vitrail {
 
-constexpr uint32_t kPlanGrammar = 3;  // the encoding and the meaning of records, plans and files
+constexpr uint32_t kPlanGrammar = 4;  // the encoding and the meaning of records, plans and files
 constexpr uint32_t kKernelAbi = 1;    // parameters, tensor maps and launch attributes of kernels
 
 // The first bytes of a record: `kind` is "plan" or "kernel".

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from vitrail.checkpoint.contents import TOKENIZER_FILES
+from vitrail.checkpoint.contents import TOKENIZER_CONFIG, TOKENIZER_FILES
 from vitrail.checkpoint.files import Checkpoint
 from vitrail.image.decoding import SixteenBit
 from vitrail.spec import ModelSpec
+from vitrail.text.tokenizer_files import config_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,7 @@ class Fingerprint:
     """``digits``: see `Model.fingerprint`.
 
     ``parts``: the value, or the hash, of each part of the content by name, so that two fingerprints
-    can say what differs. ``tokenizer_config`` is a part that the digits do not contain: most of its
-    fields say which version of transformers wrote it.
+    can say what differs.
     """
 
     digits: str
@@ -49,11 +49,14 @@ def fingerprint(
     exported folder keeps its fingerprint in later versions of Vitrail, so another formula needs
     another `vitrail.plan.record.PLAN_GRAMMAR`.
     """
-    tokenizer = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in TOKENIZER_FILES
-        if spec.text is not None and (path := checkpoint.file(name)) is not None
-    }
+    tokenizer = {}
+    if spec.text is not None:
+        tokenizer = {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name in TOKENIZER_FILES
+            if (path := checkpoint.file(name)) is not None
+        }
+        tokenizer[TOKENIZER_CONFIG] = _hash(config_fields(checkpoint))
     content = {
         "weights": weights,
         "spec": spec.to_dict(),
@@ -67,7 +70,6 @@ def fingerprint(
         "backend" if name == "runner" else name: part if isinstance(part, str) else _hash(part)
         for name, part in content.items()
     }
-    parts["tokenizer_config"] = _hash(checkpoint.tokenizer_config if spec.text else None)
     return Fingerprint(_hash(content), parts)
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PLAN_GRAMMAR = 3
+PLAN_GRAMMAR = 4
 """How records, plans and the files of an exported folder are encoded, and what they mean.
 
 Preprocessing, tokenization and the fingerprint are part of it: a folder that is read or computed

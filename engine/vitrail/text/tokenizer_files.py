@@ -7,6 +7,7 @@ Source: OpenAI's ``simple_tokenizer.py`` and transformers' ``CLIPTokenizer``; th
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
@@ -25,9 +26,25 @@ SPLIT = (
 """CLIP's pattern of the pieces that BPE works on."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """The flags of `tokenizers.AddedToken` that tokenizer_config.json stores."""
+CONFIG_FIELDS = (
+    "tokenizer_class",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "added_tokens_decoder",
+)
+"""The fields of tokenizer_config.json that are read here."""
 CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 MAX_VOCAB_BYTES = 1 << 24
 """The largest vocab.json that is read; CLIP's has about 1 MiB."""
+
+
+def config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of tokenizer_config.json that `load_tokenizer` reads. Others say, for example,
+    which version of transformers wrote the file."""
+    config = checkpoint.tokenizer_config or {}
+    return {name: config[name] for name in CONFIG_FIELDS if name in config}
 
 
 def load_tokenizer(checkpoint: Checkpoint, spec: TextSpec) -> Tokenizer:
