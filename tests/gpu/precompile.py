@@ -75,7 +75,10 @@ MODELS = {
     "test_large": (VIT, TEXT),
     "test_native": (VIT, CLIP._replace(dtypes=HALVES, batches=(1, 8, 64)), TEXT, DINO),
 }
-SMALL_ONES = ("test_small", "test_isolation", "test_batches", "test_native", "test_resize")
+SMALL_ONES = (
+    *("test_small", "test_isolation", "test_batches"),
+    *("test_native", "test_replicas", "test_resize"),
+)
 """Modules that use the small models, or the bundled model."""
 
 

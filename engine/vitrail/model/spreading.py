@@ -138,7 +138,8 @@ class Crew:
         finally:
             with self._lock:
                 for replica in claimed:
-                    self._busy[replica] -= 1
+                    # 0 in a process that was forked meanwhile
+                    self._busy[replica] = max(0, self._busy[replica] - 1)
 
 
 class SpreadImages:
