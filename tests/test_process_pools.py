@@ -206,6 +206,7 @@ import time
 from PIL import Image
 
 model = vitrail.load(bundled(), device="cpu")
+limited = vitrail.load(bundled(), device="cpu", memory_limit="8M")
 wanted = rows(model)
 ended = threading.Event()
 pictures = [Image.new("RGB", (60, 80), (8 * n, 0, 0)) for n in range(8)]
@@ -214,6 +215,7 @@ calls = (
     lambda: model.encode_image(pictures, batch_size=2),
     lambda: model.encode_text(texts),
     lambda: model.classify(pictures, [f"{time.time()}", "b"]),
+    lambda: limited.encode_image(pictures),
     lambda: rows(model),
 )
 counts = [0] * len(calls)
