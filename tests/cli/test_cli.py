@@ -26,6 +26,7 @@ import vitrail
 from helpers import assert_close, clip_folder, image_embedding, make, save, small_vocabulary
 from vitrail.cli import app, console
 from vitrail.model import loading
+from vitrail.plan.text import text_pooled
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "engine/vitrail/assets/photos"
@@ -344,7 +345,12 @@ def test_info_says_what_fits_a_memory_limit(clip: Path) -> None:
     assert vitrail.load(clip, memory_limit=least).memory_limit == least
     with pytest.raises(vitrail.InputError, match=f"wanted {least:,} or more"):
         vitrail.load(clip, memory_limit=least - 1)
-    assert 1 < facts["images"] < facts["texts"]
+    assert model._text is not None
+    texts = model._text._footprint.text_call(
+        text_pooled(model._text.spec), model._text.spec.context
+    )
+    assert facts["texts"] == model._runner.budget.most(4096, texts)
+    assert min(facts["images"], facts["texts"]) > 1
     text = run("info", clip, VITRAIL_MEMORY_LIMIT="1M").stdout
     assert f"1.0 MB beside them: a call has {facts['images']} images" in text
     assert "no limit beside them" in run("info", clip).stdout
