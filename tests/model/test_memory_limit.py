@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers import ViTImageProcessorPil
 
 import standin
 import vitrail
+from helpers import make, save
 from runtime.test_native import Runner as NativeOnStandin
 from runtime.test_runner import HEADS, TEXT, VISION, images, open_runner
 from vitrail.demo import demo
@@ -265,6 +268,47 @@ def test_a_limit_for_less_than_an_item_is_refused(model: Model) -> None:
     with pytest.raises(OutOfMemoryError, match=r"560x560 pixels needs .* beyond the weights"):
         cut.encode_image([np.zeros((10, 10, 3), np.uint8)], size=(560, 560))
     assert torch.equal(cut.encode_image(pixels[:1]), model.encode_image(pixels[:1]))
+
+
+@pytest.mark.parametrize("resize", ["host", "device"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("ViTForImageClassification", "bfloat16"),
+        ("DeiTForImageClassificationWithTeacher", "float32"),
+        ("Dinov2ForImageClassification", "float32"),
+        ("Dinov2WithRegistersModel", "bfloat16"),
+    ],
+)
+def test_every_call_fits_the_least_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str, resize: Any
+) -> None:
+    """Photos of many sizes, floats, class scores, all hidden states."""
+    save(make(architecture), tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "resize": resize}
+    with pytest.raises(InputError) as refused:
+        vitrail.load(tmp_path, memory_limit=1, **options)
+    limit = int(str(refused.value).split("wanted ")[1].split(" or")[0].replace(",", ""))
+    cut, whole = (vitrail.load(tmp_path, memory_limit=n, **options) for n in (limit, None))
+    dice = np.random.default_rng(0)
+    shapes = dice.integers(20, 900, (12, 2))
+    photos = [dice.integers(0, 256, (*map(int, shape), 3), np.uint8) for shape in shapes]
+    pixels = torch.randn(9, 3, 32, 32)
+    calls = [lambda model: model.encode_image(photos), lambda model: model.encode_image(pixels)]
+    if cut.spec.head is not None:
+        calls.append(lambda model: model.classify(photos).logits)
+    for call in calls:
+        with device_bytes(cut, monkeypatch) as live:
+            ours = call(cut)
+        assert limit / 3 < live.peak <= limit
+        wide = 1e-3 if dtype == "float32" else 0.1
+        torch.testing.assert_close(ours, call(whole), rtol=wide, atol=wide)
+    with device_bytes(cut, monkeypatch) as live:
+        output = cut.forward(pixels, output_hidden_states=True)
+        kept = live.now - cut.held_bytes
+    assert output.hidden_states is not None
+    assert live.peak <= limit + 2 * kept
 
 
 def test_an_image_too_large_to_resize_there_is_resized_on_the_host(model: Model) -> None:

@@ -11,8 +11,8 @@ from vitrail.model.arguments import Resize
 from vitrail.model.batches import ACTIVATION_BYTES
 from vitrail.model.crops import one_crop_bytes
 from vitrail.model.texts import activation_bytes
-from vitrail.plan.text import text_pooled
-from vitrail.plan.vision import vision_pooled, vision_scores
+from vitrail.plan.text import text_dense, text_pooled
+from vitrail.plan.vision import vision_dense, vision_pooled, vision_scores
 from vitrail.runtime.budget import Call, MemoryBudget
 from vitrail.runtime.footprint import Footprint
 from vitrail.runtime.memory import PositionTables
@@ -73,8 +73,21 @@ class Capacity(NamedTuple):
         return (None if image is None else image.crop) or vision.image
 
     def _calls(self) -> Iterator[Call]:
+        """Of every kind that users can make: also `Model.forward`, whose outputs do not count."""
         yield from self._image_calls()
         yield from self._text_calls()
+        vision, text, head = self.spec.vision, self.spec.text, self.spec.head
+        footprint = Footprint(self.backend, self.dtype)
+        if vision is not None:
+            size = self._image_size(vision)
+            pixel_bytes = 4 * vision.channels * size[0] * size[1]
+            for taps in ((), tuple(range(vision.blocks.layers + 1))):
+                plan = vision_dense(vision, head, taps=taps)
+                yield footprint.image_call(plan, vision, size, pixel_bytes, counts_outputs=False)
+        if text is not None:
+            for taps in ((), tuple(range(text.blocks.layers + 1))):
+                plan = text_dense(text, taps=taps, masked=True)
+                yield footprint.text_call(plan, text.context, counts_outputs=False)
 
     def _image_calls(self) -> Iterator[Call]:
         vision, image, head = self.spec.vision, self.spec.image, self.spec.head
