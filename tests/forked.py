@@ -76,10 +76,10 @@ def environment(*folders: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
 
 
-def run_program(code: str, folder: Path, *arguments: str) -> str:
-    """The output of a file PRELUDE + ``code``. Raises AssertionError if it fails or hangs."""
+def run_program(code: str, folder: Path, *arguments: str, prelude: str = PRELUDE) -> str:
+    """The output of ``prelude`` + ``code``. Raises AssertionError if it fails or hangs."""
     file = folder / "program.py"
-    file.write_text(PRELUDE + code)
+    file.write_text(prelude + code)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(file), *arguments],
         stdout=subprocess.PIPE,

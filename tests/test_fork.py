@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import run_program
+from forked import PRELUDE, run_program
 
 PROCESSES = """
 model = vitrail.load(bundled(), device="cpu")
@@ -287,6 +287,37 @@ for thread in forks:
 assert said == [b"free"] * 8 and not brief.locked(), said
 print("done")
 """
+
+
+LATE = """
+import os, sys, torch
+
+torch.set_num_threads(2)
+square = torch.ones(300, 300)
+square @ square  # starts OpenMP threads, and nothing ends them before the fork
+receiver, sender = os.pipe()
+child = os.fork()
+exec(sys.argv[1])  # imports Vitrail, here and there
+model = vitrail.load(bundled(), device="cpu")
+if child == 0:
+    assert vitrail.fork.survivor == threading.get_ident()
+    said = rows(model)
+    same(in_fork(lambda: rows(model)), said, "a grandchild")
+    with os.fdopen(sender, "wb") as pipe:
+        pipe.write(said)
+    os._exit(0)
+assert not vitrail.fork.forked
+os.close(sender)
+with os.fdopen(receiver, "rb") as pipe:
+    same(pipe.read(), rows(model), "a child that imports Vitrail first")
+os.waitpid(child, 0)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_that_is_the_first_to_import_vitrail(tmp_path: Path) -> None:
+    assert run_program(LATE, tmp_path, PRELUDE, prelude="") == "done\n"
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ thread alone. In the child this survivor would wait forever for threads of its p
 calls and in any other of PyTorch's operators. So before a fork the calling thread ends its OpenMP
 threads, which are idle then. Parent and child start new ones when they compute, with the same bits.
 
-An older OpenMP library cannot do so. Then calls of the survivor go to a helper thread: any other
-thread of the child gets OpenMP threads of its own.
+An older OpenMP library cannot do so, and nobody does so if Vitrail is imported in the child first.
+Then calls of the survivor go to a helper thread: any other thread of the child gets OpenMP threads
+of its own.
 
 A lock that another thread of the parent holds at the fork would stay locked in the child.
 """
@@ -24,11 +25,22 @@ from typing import Generic, Self, TypeVar, overload
 _S = TypeVar("_S")
 _R = TypeVar("_R")
 
-forked = False
-"""Whether this process is a fork of one that had imported Vitrail."""
 
-survivor: int | None = None
-"""The thread that forked this process, by its ident, if it cannot compute here; else None."""
+def _is_fork() -> bool:
+    """Whether Linux has forked this process and it has executed no program since."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            flags = int(file.read().rpartition(b")")[2].split()[6])
+    except OSError:
+        return False
+    return bool(flags & 0x40)  # PF_FORKNOEXEC
+
+
+forked = "torch" in sys.modules and _is_fork()
+"""Whether this process is a fork of one that may have used PyTorch."""
+
+survivor = threading.main_thread().ident if forked else None
+"""The thread that forked this process, by its ident, if it may not compute here; else None."""
 
 
 def run(function: Callable[[], _R]) -> _R:
@@ -148,6 +160,8 @@ def _live_locks() -> list[tuple[threading.Lock, bool]]:
 
 def _end_openmp_threads() -> bool:
     """Whether the calling thread has no OpenMP threads of PyTorch any more."""
+    if threading.get_ident() == survivor:
+        return False  # to end threads that are only its parent's would take forever
     torch = sys.modules.get("torch")
     if torch is None:
         return True

@@ -5,7 +5,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -40,8 +40,8 @@ def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
     `fork.run`.
 
     If the first argument is on a GPU, as a model may be, the call raises DeviceError in a process
-    that was forked from one that had started CUDA. On the helper thread of `fork.run` PyTorch has
-    the caller's number of CPU threads, and on a GPU the caller's device and streams.
+    that was forked from one that had started CUDA, and otherwise stays in the calling thread, with
+    its streams. The helper thread of `fork.run` has the caller's number of CPU threads.
     """
 
     @functools.wraps(function)
@@ -69,9 +69,7 @@ def _may_stay(arguments: tuple[object, ...]) -> bool:
     on_gpu = any(isinstance(device, torch.device) and device.type == "cuda" for device in devices)
     if on_gpu:
         refuse_lost_cuda()
-    if fork.survivor != threading.get_ident():
-        return True
-    return on_gpu and torch.cuda.is_current_stream_capturing()  # a capture is the thread's own
+    return on_gpu or fork.survivor != threading.get_ident()
 
 
 def _renew_thread_pool() -> None:
@@ -94,21 +92,15 @@ def _read(argument: Any) -> Any:
     return list(argument) if is_iterator else argument
 
 
-def _caller_state() -> Callable[[], ExitStack]:
+def _caller_state() -> Callable[[], AbstractContextManager[object]]:
     """A function that another thread calls to compute as this thread does."""
-    threads = torch.get_num_threads()
-    streams = []
+    threads, device = torch.get_num_threads(), None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        current = torch.cuda.current_device()  # its stream comes last, and makes it current
-        others = [index for index in range(torch.cuda.device_count()) if index != current]
-        streams = [torch.cuda.current_stream(index) for index in (*others, current)]
+        device = torch.cuda.current_device()  # where a model is loaded by device="cuda"
 
-    def enter() -> ExitStack:
-        stack = ExitStack()
+    def enter() -> AbstractContextManager[object]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for stream in streams:
-            stack.enter_context(torch.cuda.stream(stream))
-        return stack
+        return nullcontext() if device is None else torch.cuda.device(device)
 
     return enter
