@@ -17,8 +17,6 @@ import numpy as np, torch, vitrail
 from vitrail.demo.demo import bundled
 
 torch.set_num_threads(2)
-if "helper" in sys.argv:  # as with an OpenMP library whose threads do not end before a fork
-    vitrail.fork._end_openmp_threads = lambda: False
 
 
 def rows(model):

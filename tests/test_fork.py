@@ -9,6 +9,8 @@ import pytest
 from forked import PRELUDE, run_program
 
 PROCESSES = """
+import time
+
 model = vitrail.load(bundled(), device="cpu")
 unused = in_fork(lambda: rows(model))
 wanted = rows(model)
@@ -23,6 +25,7 @@ def on_thread(function):
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
     thread.join()
+    time.sleep(0.3)  # the thread still ends, with a lock of MKL that a fork must not meet
     return found[0]
 
 
@@ -31,19 +34,6 @@ same(on_thread(lambda: in_fork(lambda: rows(model))), wanted, "forked by a threa
 same(in_fork(lambda: on_thread(lambda: rows(model))), wanted, "a thread of a child")
 late = on_thread(lambda: vitrail.load(bundled(), device="cpu"))
 same(in_fork(lambda: rows(late)), wanted, "loaded by a thread")
-rows(model)
-lost = in_fork(lambda: b"%d" % (vitrail.fork.survivor is not None))
-same(lost, b"%d" % ("helper" in sys.argv), "whether the thread has lost its OpenMP threads")
-
-
-def users_own():
-    images = torch.full((300, 64), 0.5) + torch.arange(64)
-    scores = (images @ images[:200].T).softmax(dim=-1).topk(3)
-    return scores.values.numpy().tobytes() + torch.linspace(-1, 1, 100_000).exp().numpy().tobytes()
-
-
-if "helper" not in sys.argv:  # PyTorch itself hangs there
-    same(in_fork(users_own), users_own(), "PyTorch's operators after a fork")
 
 
 def first_calls_meet():
@@ -67,9 +57,8 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("how", ["direct", pytest.param("helper", marks=pytest.mark.slow)])
-def test_a_fork_computes_the_bits_of_its_parent(tmp_path: Path, how: str) -> None:
-    assert run_program(PROCESSES, tmp_path, how) == "done\n"
+def test_a_fork_computes_the_bits_of_its_parent(tmp_path: Path) -> None:
+    assert run_program(PROCESSES, tmp_path) == "done\n"
 
 
 ONE_CALL = """
@@ -165,7 +154,7 @@ print("done")
 
 
 def test_the_helper_thread_has_the_state_of_its_caller(tmp_path: Path) -> None:
-    assert run_program(ONE_CALL, tmp_path, "helper") == "done\n"
+    assert run_program(ONE_CALL, tmp_path) == "done\n"
 
 
 LOCKS = """

@@ -1,13 +1,13 @@
 """Calls and locks in a forked process.
 
 PyTorch's OpenMP threads belong to the thread that started them, and a fork copies the calling
-thread alone. In the child this survivor would wait forever for threads of its parent, in Vitrail's
-calls and in any other of PyTorch's operators. So before a fork the calling thread ends its OpenMP
-threads, which are idle then. Parent and child start new ones when they compute, with the same bits.
+thread alone. In the child this survivor would wait forever for threads of its parent; any other
+thread of the child gets OpenMP threads of its own, and computes the same bits. So calls of the
+survivor go to a helper thread.
 
-An older OpenMP library cannot do so, and nobody does so if Vitrail is imported in the child first.
-Then calls of the survivor go to a helper thread: any other thread of the child gets OpenMP threads
-of its own.
+To end the OpenMP threads before each fork (omp_pause_resource_all) would help PyTorch's operators
+in the survivor too. But a thread that is ending may hold the lock of MKL's allocator, and a child
+that is forked meanwhile waits for that lock forever.
 
 A lock that another thread of the parent holds at the fork would stay locked in the child.
 """
@@ -37,10 +37,10 @@ def _is_fork() -> bool:
 
 
 forked = "torch" in sys.modules and _is_fork()
-"""Whether this process is a fork of one that may have used PyTorch."""
+"""Whether this process is a fork of one that had imported Vitrail or may have used PyTorch."""
 
 survivor = threading.main_thread().ident if forked else None
-"""The thread that forked this process, by its ident, if it may not compute here; else None."""
+"""The thread that forked this process, by its ident; None if the process is no such fork."""
 
 
 def run(function: Callable[[], _R]) -> _R:
@@ -111,8 +111,6 @@ WAIT_SECONDS = 1.0
 _locks: dict[int, tuple[weakref.ref[threading.Lock], bool]] = {}
 _taken: dict[int, list[threading.Lock]] = {}
 """By the thread that forks."""
-_ended: set[int] = set()
-"""The threads that fork and have ended their OpenMP threads."""
 
 
 def lock(*, brief: bool = True) -> threading.Lock:
@@ -158,34 +156,15 @@ def _live_locks() -> list[tuple[threading.Lock, bool]]:
     return [(alive, brief) for reference, brief in entries if (alive := reference()) is not None]
 
 
-def _end_openmp_threads() -> bool:
-    """Whether the calling thread has no OpenMP threads of PyTorch any more."""
-    if threading.get_ident() == survivor:
-        return False  # to end threads that are only its parent's would take forever
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return True
-    import ctypes
-
-    try:  # by PyTorch's own dependencies: a process may hold several OpenMP libraries
-        library = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so", os.RTLD_NOLOAD)
-        return int(library.omp_pause_resource_all(1)) == 0  # softly: settings stay
-    except (OSError, AttributeError):
-        return False
-
-
-def _prepare() -> None:
+def _take_locks() -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     taken = _taken[threading.get_ident()] = []
     for held, brief in _live_locks():  # two threads that fork take them in the same order
         if brief and held.acquire(timeout=max(0.0, deadline - time.monotonic())):
             taken.append(held)
-    if _end_openmp_threads():
-        _ended.add(threading.get_ident())
 
 
-def _go_on() -> None:
-    _ended.discard(threading.get_ident())
+def _release_locks() -> None:
     for held in _taken.pop(threading.get_ident(), ()):
         held.release()
 
@@ -193,13 +172,11 @@ def _go_on() -> None:
 def _forget() -> None:
     """In a child: a helper of the parent does not exist here, nor do its other threads."""
     global forked, survivor, _helper
-    forked, _helper, thread = True, None, threading.get_ident()
-    survivor = None if thread in _ended else thread
+    forked, survivor, _helper = True, threading.get_ident(), None
     _taken.clear()
-    _ended.clear()
     for held, _ in _live_locks():
         if held.locked():  # by this thread, for the fork, or by a thread that does not exist here
             held.release()
 
 
-os.register_at_fork(before=_prepare, after_in_parent=_go_on, after_in_child=_forget)
+os.register_at_fork(before=_take_locks, after_in_parent=_release_locks, after_in_child=_forget)

@@ -36,8 +36,7 @@ def default_modes() -> Iterator[None]:
 
 
 def public_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A decorator of what users call: `default_modes`, and in a forked process that needs it
-    `fork.run`.
+    """A decorator of what users call: `default_modes`, and in a forked process `fork.run`.
 
     If the first argument is on a GPU, as a model may be, the call raises DeviceError in a process
     that was forked from one that had started CUDA, and otherwise stays in the calling thread, with
