@@ -12,7 +12,8 @@
  * sessions run at the same time. Device memory for calls grows to the largest call and stays;
  * between calls it belongs to no session, and all sessions on the device use it. No function
  * throws, aborts, or changes the caller's current CUDA context. In a process that is forked after
- * vitrail_load, calls fail with VITRAIL_DEVICE: CUDA does not survive a fork. */
+ * vitrail_load, loading, embedding and classifying fail with VITRAIL_DEVICE: CUDA does not survive
+ * a fork. */
 #ifndef VITRAIL_H
 #define VITRAIL_H
 

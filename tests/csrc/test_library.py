@@ -312,14 +312,15 @@ pixels, rows = np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 64), np.float32)
 data = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, rows)]
 if os.fork() == 0:
     signal.alarm(60)
+    c.vitrail_session_create(model, ctypes.byref(other))  # needs no GPU yet
     for call in (
         lambda: c.vitrail_embed_uint8(session, data[0], ctypes.c_size_t(1), data[1], None),
-        lambda: c.vitrail_session_create(model, ctypes.byref(other)),
-        lambda: c.vitrail_load(*load, ctypes.byref(other)),
+        lambda: c.vitrail_embed_uint8(other, data[0], ctypes.c_size_t(1), data[1], None),
+        lambda: c.vitrail_load(*load, ctypes.byref(model)),
     ):
         print(call(), c.vitrail_error().decode(), flush=True)
-    c.vitrail_session_free(session)
-    c.vitrail_free(model)
+    for made in (session, other):
+        c.vitrail_session_free(made)
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
