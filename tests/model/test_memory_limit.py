@@ -412,7 +412,7 @@ def test_the_native_backend_rounds_up_within_the_limit(
             runner.budget.limit = call.nbytes(items)
             assert runner.budget.most(1000, call) >= items
             with LiveBytes("cpu") as live:
-                tower.in_parts(plan, pixels, compute)
+                tower.in_parts(lambda plan=plan: plan, pixels, compute)
             assert runner.budget.limit / 3 < live.peak <= runner.budget.limit
             runner.budget.limit = None
     else:

@@ -20,7 +20,7 @@ def forward_vision(tower: VisionTower, spec: ModelSpec, pixels: Tensor, hidden: 
     """
     taps = tuple(range(tower.spec.blocks.layers + 1)) if hidden else ()
     parts = tower.in_parts(
-        tower.dense_plan(pixels, taps),
+        lambda: tower.dense_plan(pixels, taps),
         pixels,
         lambda part: _vision_output(tower, spec, pixels[part], taps),
         counts_outputs=False,

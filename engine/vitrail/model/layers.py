@@ -32,7 +32,7 @@ def first_bad_block(tower: VisionTower, pixels: Tensor) -> str:
         return f"the final projection {problem}"
 
     try:
-        return tower.in_parts(tower.dense_plan(pixels, taps), pixels, find)[0]
+        return tower.in_parts(lambda: tower.dense_plan(pixels, taps), pixels, find)[0]
     except (InputError, OutOfMemoryError):
         # an exported folder has no plan for it, and triton is not installed; or the outputs of all
         # blocks need more memory than the embedding did
@@ -65,8 +65,9 @@ def intermediate_layers(
         return tuple(outputs)
 
     try:
-        plan = tower.layers_plan(pixels, blocks, norm)
-        parts = tower.in_parts(plan, pixels, compute, counts_outputs=False)
+        parts = tower.in_parts(
+            lambda: tower.layers_plan(pixels, blocks, norm), pixels, compute, counts_outputs=False
+        )
     except _BadItem as error:
         (item,) = error.args
         problem = first_bad_block(tower, pixels[item : item + 1])

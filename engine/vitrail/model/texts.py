@@ -85,14 +85,15 @@ class TextEncoder:
 
         Raises VitrailError naming the first text of a batch whose embedding is not finite.
         """
-        limited, lengths = self.tower.runner.budget.limit is not None, tokens.lengths
+        limited = self.tower.runner.budget.limit is not None
 
         def compute(texts: Ints) -> dict[str, Tensor]:
-            with self.tower.hold(lengths[texts]):
-                outputs = self.tower.embeddings(tokens.take(texts))
-                if limited:  # the next batch has all of the limit
-                    outputs = {name: output.cpu() for name, output in outputs.items()}
-            return outputs
+            batch = tokens.take(texts)
+            if not limited:
+                return self.tower.embeddings(batch)
+            with self.tower.hold(batch.lengths):  # the next batch has all of the limit
+                outputs = self.tower.embeddings(batch)
+                return {name: output.cpu() for name, output in outputs.items()}
 
         results = (result for batch in batches for result in in_halves(compute, batch))
         for positions, outputs in one_behind(results):

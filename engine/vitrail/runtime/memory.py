@@ -52,7 +52,8 @@ class ArenaPool:
     def take(self, nbytes: int) -> Tensor:
         """The smallest idle arena of at least ``nbytes``, or a fresh one."""
         with self._lock:
-            self._free_ended()
+            if self._ended:
+                self._free_ended()
             sizes = [arena.numel() for arena, _ in self._idle]
             large_enough = [size for size in sizes if size >= nbytes]
             if large_enough:
@@ -69,9 +70,10 @@ class ArenaPool:
         if not 0 < arena.numel() <= IDLE_BYTES:
             return
         with self._lock:
-            self._free_ended()
+            if self._ended:
+                self._free_ended()
             self._idle.append((arena, owner))
-            total = sum(idle.numel() for idle, _ in self._idle)
+            total = sum([idle.numel() for idle, _ in self._idle])
             while len(self._idle) > IDLE_ARENAS or total > IDLE_BYTES:
                 total -= self._idle.pop(0)[0].numel()
 

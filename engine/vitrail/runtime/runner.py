@@ -155,7 +155,9 @@ class Runner(ABC):
         """
         with default_modes(), self._on_device():
             sizes = plan.slot_bytes(batch, tokens, self.dtype.itemsize)
-            arena = self._take_arena(sum(sizes))
+            # with a memory limit, arenas that wait for the next call would count
+            pools = self.device.type == "cpu" and self.budget.limit is None
+            arena = ARENAS.take(sum(sizes)) if pools else self._empty_arena(sum(sizes))
             tensors = {**inputs, **activations(plan, sizes, arena, batch, tokens, self._dtypes)}
             for buffer in plan.buffers:
                 if buffer.name in plan.outputs:
@@ -165,18 +167,11 @@ class Runner(ABC):
             if batch:
                 self._stream()
                 self.run_steps(plan.steps, tensors, longest)
-            if self._pools_arenas:
+            if pools:
                 ARENAS.give(arena, self._owner)
             return {name: tensors[name] for name in plan.outputs}
 
-    @property
-    def _pools_arenas(self) -> bool:
-        """Whether idle arenas wait for the next call. With a limit they would count."""
-        return self.device.type == "cpu" and self.budget.limit is None
-
-    def _take_arena(self, nbytes: int) -> Tensor:
-        if self._pools_arenas:
-            return ARENAS.take(nbytes)
+    def _empty_arena(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def run_steps(self, steps: Sequence[Step], tensors: Mapping[str, Tensor], longest: int) -> None:

@@ -90,7 +90,7 @@ class VisionTower:
     def embeddings(self, pixels: Tensor) -> dict[str, Tensor]:
         """``vision.embedding`` (B, D) and ``vision.status`` (B,), in parts if memory is limited."""
         plan = self.pooled_plan(_is_uint8(pixels))
-        parts = self.in_parts(plan, pixels, lambda part: self._run(plan, pixels[part]))
+        parts = self.in_parts(lambda: plan, pixels, lambda part: self._run(plan, pixels[part]))
         if len(parts) == 1:
             return parts[0]
         return {name: torch.cat([part[name] for part in parts]) for name in plan.outputs}
@@ -111,21 +111,22 @@ class VisionTower:
 
     def in_parts(
         self,
-        plan: Plan,
+        plan: Callable[[], Plan],
         pixels: Tensor,
         compute: Callable[[slice], Result],
         counts_outputs: bool = True,
     ) -> list[Result]:
-        """``compute`` of slices of ``pixels`` that run ``plan`` within the memory limit.
+        """``compute`` of slices of ``pixels`` that run ``plan()`` within the memory limit.
 
         ``counts_outputs=False``: the outputs are the caller's. Raises OutOfMemoryError if not even
         one image fits.
         """
-        size, budget = self.image_size(pixels), self.runner.budget
+        budget = self.runner.budget
         if budget.limit is None:
             return [compute(slice(0, len(pixels)))]
+        size = self.image_size(pixels)
         nbytes = pixels[:1].numel() * pixels.element_size()
-        call = self.call(plan, size, nbytes, counts_outputs)
+        call = self.call(plan(), size, nbytes, counts_outputs)
         return budget.in_parts(len(pixels), call, compute)
 
     def call(
@@ -257,11 +258,8 @@ class TextTower:
 
     def hold(self, lengths: Ints) -> AbstractContextManager[object]:
         """A context in which `embeddings` of texts of these ``lengths`` has its memory."""
-        budget = self.runner.budget
-        if budget.limit is None:
-            return budget.nothing
         call = self._footprint.text_call(text_pooled(self.spec), int(lengths.max(initial=1)))
-        return budget.hold(call.nbytes(len(lengths)), call)
+        return self.runner.budget.hold(call.nbytes(len(lengths)), call)
 
     def _fitting(self, lengths: Ints) -> int:
         """How many of the first texts of ``lengths`` (N,), ascending, fit the memory limit."""
