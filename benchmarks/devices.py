@@ -2,9 +2,10 @@
 
 A job writes a folder of embeddings of JPEG photos. "vitrail" is a worker process for each core, as
 `vitrail embed --devices cpu,cpu` starts them; "one worker" is `--devices cpu`, and "one process"
-`--device cpu`. Workers load the model before the clock starts. Each has one thread, of PyTorch and
-for decoding; so has the single process. Writes results/cpu/devices.json: `ratio` is the rate of all
-workers over the better of the two.
+`--device cpu`. Workers load the model before the clock starts. Each has one PyTorch thread, and one
+thread that decodes the next batch meanwhile; so has the single process. Writes
+results/cpu/devices.json: `ratio` is the rate of all workers over the better of the two, and `cores`
+how many cores the processes of a variant kept busy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,15 +30,13 @@ from PIL import Image
 from suite import line, results_folder, write
 
 import vitrail
-from vitrail.demo import demo
 from vitrail.image.preprocess import core_count, limit_cores
 from vitrail.jobs.embedder import Embedder, ModelEmbedder
 from vitrail.jobs.folder import embed_to_folder
 from vitrail.jobs.rows import EmbedOptions
 from vitrail.jobs.workers import DeviceWorkers
 
-ROUNDS = 9
-SIDES = (640, 427)
+ROUNDS = 5
 
 
 def clip_b32(folder: Path) -> Path:
@@ -51,21 +53,29 @@ def clip_b32(folder: Path) -> Path:
     return folder
 
 
-def photos(folder: Path, count: int) -> list[str]:
-    """Paths of ``count`` JPEG files: the sample photos, enlarged, again and again."""
+def photos(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
+    """Paths of ``count`` JPEG files: the sample photos in ``size``, again and again."""
     folder.mkdir(exist_ok=True)
     files = []
     for path in sorted((ROOT / "engine/vitrail/assets/photos").iterdir()):
         files.append(str(folder / f"{path.stem}.jpg"))
-        Image.open(path).convert("RGB").resize(SIDES).save(files[-1], quality=90)
+        Image.open(path).convert("RGB").resize(size).save(files[-1], quality=90)
     return [files[number % len(files)] for number in range(count)]
 
 
-CASES: dict[str, tuple[Callable[[Path], Path], int, int]] = {
-    "the bundled CLIP": (lambda folder: demo.bundled(), 1024, 16),
-    "CLIP B/32": (clip_b32, 256, 4),
+CASES: dict[str, tuple[Callable[[Path], Path], tuple[int, int], int, int]] = {
+    "CLIP B/32, 640 x 427": (clip_b32, (640, 427), 48, 2),
 }
-"""The checkpoint, the number of photos, and the batch size."""
+"""The checkpoint, the size and the number of the photos, and the batch size."""
+
+
+def processor_seconds(embedder: Embedder) -> float:
+    """CPU time of this process, and of the workers of ``embedder``."""
+    seconds = time.process_time()
+    for process in getattr(embedder, "_processes", ()):
+        fields = Path(f"/proc/{process._process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def digest(out: Path) -> str:
@@ -78,15 +88,18 @@ def digest(out: Path) -> str:
 
 def case(name: str, folder: Path) -> Results:
     """All embedders in turn; their folders must be equal."""
-    make, count, batch_size = CASES[name]
-    sources = photos(folder / "photos", count)
+    make, size, count, batch_size = CASES[name]
+    sources = photos(folder / "photos", count, size)
     model = make(folder / "model")
-    options = EmbedOptions(part_size=count // 4, batch_size=batch_size)
+    options = EmbedOptions(part_size=count // 2, batch_size=batch_size)
     outs: Iterator[Path] = (folder / f"out-{number}" for number in range(10**6))
+    cores: dict[str, list[float]] = {}
 
-    def job(embedder: Embedder) -> Path:
-        out = next(outs)
+    def job(label: str, embedder: Embedder) -> Path:
+        out, start, busy = next(outs), time.perf_counter(), processor_seconds(embedder)
         embed_to_folder(embedder, sources, out, options)
+        busy = processor_seconds(embedder) - busy
+        cores.setdefault(label, []).append(busy / (time.perf_counter() - start))
         return out
 
     with ExitStack() as stack:
@@ -94,18 +107,21 @@ def case(name: str, folder: Path) -> Results:
         one = stack.enter_context(DeviceWorkers(model, ["cpu"]))
         limit_cores(1)
         alone = ModelEmbedder(vitrail.load(model, device="cpu"))
-        expected = digest(job(alone))
+        expected = digest(job("", alone))
 
         def check(label: str, out: Path) -> None:
             assert digest(out) == expected, f"{label}: the folder differs"
 
         variants = {
-            OURS: lambda: job(every),
-            "one worker": lambda: job(one),
-            "one process": lambda: job(alone),
+            OURS: lambda: job(OURS, every),
+            "one worker": lambda: job("one worker", one),
+            "one process": lambda: job("one process", alone),
         }
         items = dict.fromkeys(variants, count)
-        return measure(Case(variants, check, items=items), rounds=ROUNDS, warmup=1)
+        results = measure(Case(variants, check, items=items), rounds=ROUNDS, warmup=1)
+    for label, variant in results["variants"].items():
+        variant["cores"] = round(statistics.median(cores[label]), 2)
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
