@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import vitrail.model
+import vitrail.model.loading  # imports torch too, which a fork would do again for each job
 from vitrail.jobs import folder as job
 from vitrail.jobs.embedder import ModelEmbedder
 from vitrail.jobs.listing import find_images
