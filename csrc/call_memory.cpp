@@ -64,12 +64,17 @@ void SharedMemory::join() {
 }
 
 void SharedMemory::leave() noexcept {
-    std::unique_ptr<CallMemory> freed;  // destroyed without the lock
-    const std::lock_guard<std::mutex> lock(mutex_);
-    --sessions_;
-    if (idle_.size() + used_.size() <= sessions_) return;
-    freed = std::move(idle_.back());
-    idle_.pop_back();
+    bool has_left = false;
+    for (;;) {
+        std::unique_ptr<CallMemory> freed;  // destroyed without the lock
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!has_left) --sessions_;
+        has_left = true;
+        // more than one if an earlier session left while `take` was making memory
+        if (idle_.empty() || idle_.size() + used_.size() <= sessions_) return;
+        freed = std::move(idle_.back());
+        idle_.pop_back();
+    }
 }
 
 std::unique_ptr<CallMemory> SharedMemory::take(const CallMemory* last, size_t limit) {

@@ -619,6 +619,25 @@ void test_shared_memory(Bench& clip, Bench& vit, const Standin& driver) {
     CHECK(driver.live().bytes == weights && driver.live().streams == 0);
 }
 
+// Sessions that begin, call and end at once leave no memory behind, whoever ends last.
+void test_brief_sessions(Bench& bench, const Standin& driver) {
+    const Call call{kText, 2, 14};
+    const Result wanted = bench.expected(call);
+    const Live before = driver.live();
+    for (int round = 0; round < 400; ++round) {
+        std::vector<std::thread> running;
+        for (int i = 0; i < 4; ++i) {
+            running.emplace_back([&] {
+                vitrail_session* session = bench.session();
+                CHECK(bench.run(session, call) == wanted);
+                vitrail_session_free(session);
+            });
+        }
+        for (std::thread& thread : running) thread.join();
+        CHECK(driver.live() == before);
+    }
+}
+
 // A thread asks and trims while others call, with limits of their own.
 void test_trim_at_any_time(Bench& bench, const Standin& driver) {
     const Call call{kText, 30, 13};
@@ -792,6 +811,7 @@ int main(int count, char** arguments) {
         say("threads");
         test_limit(clip, driver);
         test_shared_memory(clip, vit, driver);
+        test_brief_sessions(clip, driver);
         test_trim_at_any_time(clip, driver);
         say("limits");
         vit.unload();
