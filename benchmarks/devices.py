@@ -104,8 +104,8 @@ def case(name: str, folder: Path) -> Results:
 
     with ExitStack() as stack:
         every = stack.enter_context(DeviceWorkers(model, ["cpu"] * core_count()))
+        limit_cores(1)  # of decoding, in a worker alone and in this process, as for each of several
         one = stack.enter_context(DeviceWorkers(model, ["cpu"]))
-        limit_cores(1)
         alone = ModelEmbedder(vitrail.load(model, device="cpu"))
         expected = digest(job("", alone))
 

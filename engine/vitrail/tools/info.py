@@ -281,14 +281,20 @@ def _memory(
 
 def _in_words(memory: dict[str, Any]) -> str:
     limit, items = memory["limit"], []
+    weights, item = f"{memory['weights'] / 1e6:,.1f} MB", f"{memory['one_item'] / 1e6:,.1f} MB"
+    if limit is not None and limit < memory["one_item"]:
+        return (
+            f"weights {weights} on the device; a limit of {limit:,} bytes beside them is too "
+            f"small: one item needs {item}"
+        )
     if memory["images"] is not None:
         items.append(f"{memory['images']} images")
     if memory["texts"] is not None:
         items.append(f"{memory['texts']} whole texts")
     beside = "no limit beside them" if limit is None else f"{limit / 1e6:,.1f} MB beside them"
     return (
-        f"weights {memory['weights'] / 1e6:,.1f} MB on the device, {beside}: a call has "
-        f"{' or '.join(items)}, and one item needs {memory['one_item'] / 1e6:,.1f} MB"
+        f"weights {weights} on the device, {beside}: a call has {' or '.join(items)}, and one item "
+        f"needs {item}"
     )
 
 
