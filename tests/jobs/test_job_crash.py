@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import vitrail
-from helpers import clip_folder
+from jobs.crash_server import Ask, crash_server, make_desk
+from jobs.digits import files
 from vitrail.jobs.manifest import MANIFEST, read_embeddings, read_manifest
 
-ROOT = Path(__file__).parents[2]
 IMAGES, PART = 2000, 64
 KILLS, AFTER_FIRST = 50, 35
 KILLED = 9
-
-Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP, and small images of which every tenth cannot be read, with their list."""
     folder = tmp_path_factory.mktemp("desk")
-    clip_folder(folder / "clip", size=32)
-    (folder / "images").mkdir()
-    dice = np.random.default_rng(0)
-    names = []
-    for number in range(IMAGES):
-        path = folder / "images" / f"{number:04}.jpg"
-        names.append(str(path))
-        pixels = dice.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 36)).save(path)
-        if number % 10 == 3:
-            harm(path, number // 10 % 4)
-    (folder / "list").write_text("\n".join(names))
+    names = make_desk(folder, IMAGES, lambda path, number: harm(path, number // 10 % 4))
     (folder / "short").write_text("\n".join(names[: 3 * PART]))
     return folder
 
@@ -57,32 +38,8 @@ def harm(path: Path, how: int) -> None:
 
 @pytest.fixture(scope="module")
 def ask(desk: Path) -> Iterator[Ask]:
-    """Sends a request to tests/crash_job.py and gives its answer."""
-    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "crash_job.py")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin
-    assert process.stdout
-    stdin, stdout = process.stdin, process.stdout
-
-    def send(out: Path, **request: Any) -> dict[str, Any]:
-        request = {"model": str(desk / "clip"), "part_size": PART, "out": str(out)} | request
-        print(json.dumps(request), file=stdin, flush=True)
-        answer: dict[str, Any] = json.loads(stdout.readline())
-        return answer
-
-    yield send
-    stdin.close()
-    process.wait(timeout=60)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    with crash_server(model=str(desk / "clip"), part_size=PART) as server:
+        yield server
 
 
 @pytest.mark.slow

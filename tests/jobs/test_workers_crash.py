@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import random
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import vitrail
-from helpers import clip_folder
+from jobs.crash_server import GUARD, ROOT, Ask, crash_server, make_desk
 from jobs.digits import files
 from vitrail.errors import InputError, VitrailError
 from vitrail.jobs.embedder import ModelEmbedder
@@ -33,30 +29,22 @@ from vitrail.jobs.workers import DeviceWorkers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-ROOT = Path(__file__).parents[2]
 IMAGES = 1200
 MOMENTS = 20
 KILLED = 9
 OPTIONS = EmbedOptions(part_size=60, batch_size=4)
 PARTS = IMAGES // 60
-GUARD = 60  # seconds
+
+
+def cut_short(path: Path, number: int) -> None:
+    path.write_bytes(path.read_bytes()[:300])
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP, and small images of which every tenth cannot be read, with their list."""
     folder = tmp_path_factory.mktemp("desk")
-    clip_folder(folder / "clip", size=32)
-    (folder / "images").mkdir()
-    dice = np.random.default_rng(0)
-    names = []
-    for number in range(IMAGES):
-        path = folder / "images" / f"{number:04}.jpg"
-        names.append(str(path))
-        Image.fromarray(dice.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
-        if number % 10 == 3:
-            path.write_bytes(path.read_bytes()[:300])
-    (folder / "list").write_text("\n".join(names))
+    make_desk(folder, IMAGES, cut_short)
     return folder
 
 
@@ -150,35 +138,12 @@ def test_a_full_disk_at_twenty_moments_changes_nothing(
     assert resumed > MOMENTS // 4
 
 
-Ask = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture
 def ask(desk: Path) -> Iterator[Ask]:
-    """Sends a request to tests/crash_job.py and gives its answer."""
-    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "crash_job.py")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # a worker may say that it lost its parent half started
-        text=True,
-    )
-    assert process.stdin
-    assert process.stdout
-    stdin, stdout = process.stdin, process.stdout
-
-    def send(out: Path, **request: Any) -> dict[str, Any]:
-        job = {"model": str(desk / "clip"), "out": str(out), "list": str(desk / "list")}
-        job |= {"devices": ["cpu", "cpu"], "part_size": 60, "batch_size": 4}
-        print(json.dumps(job | request), file=stdin, flush=True)
-        answer: dict[str, Any] = json.loads(stdout.readline())
-        return answer
-
-    yield send
-    stdin.close()
-    process.wait(timeout=GUARD)
+    job = {"model": str(desk / "clip"), "list": str(desk / "list"), "devices": ["cpu", "cpu"]}
+    # a worker may say on stderr that it lost its parent half started
+    with crash_server(subprocess.DEVNULL, **job, part_size=60, batch_size=4) as server:
+        yield server
 
 
 def test_twenty_kills_of_the_parent_change_nothing_and_leave_no_process(
@@ -191,19 +156,25 @@ def test_twenty_kills_of_the_parent_change_nothing_and_leave_no_process(
     assert (answer["status"], answer["left"]) == (0, 0)
     whole = time.monotonic() - begun
     assert files(tmp_path / "whole") == expected
-    resumed = 0
-    for moment in range(MOMENTS):
+    kills = resumed = 0
+    for moment in range(3 * MOMENTS):
+        if kills == MOMENTS:
+            break
         had = len(read_manifest(out))
-        if had > PARTS - 4:
-            assert ask(out)["status"] == 0
-            assert files(out) == expected
-            out, had = tmp_path / f"out-{moment}", 0
-        resumed += had > 0
         if moment % 3 == 0:
             answer = ask(out, early=True, after=dice.uniform(0, whole / 2))
         else:
-            answer = ask(out, commits=moment % 3, after=dice.uniform(0, 0.1))
-        assert answer == {"status": KILLED, "left": 0}, moment
+            answer = ask(
+                out, commits=moment % 3 if had < PARTS - 3 else 0, after=dice.uniform(0, 0.1)
+            )
+        assert answer["left"] == 0, moment
+        if answer["status"] == 0:  # it ended before the kill
+            assert files(out) == expected
+            out = tmp_path / f"after-{moment}"
+        else:
+            assert answer == {"status": KILLED, "left": 0}, moment
+            kills, resumed = kills + 1, resumed + (had > 0)
+    assert kills == MOMENTS
     assert resumed > MOMENTS // 4
     assert ask(out)["status"] == 0
     assert files(out) == expected
