@@ -9,7 +9,6 @@ triton.
 import functools
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig, Ladder
+from vitrail_kernels.fork_lock import fork_lock
 
 OLDEST_TRITON = "3.6"
 
@@ -185,17 +185,8 @@ class Call:
                 self.kernel[(blocks,)](**self.arguments, **self.config.options())
 
 
-_LAUNCHING = threading.Lock()
+_LAUNCHING = fork_lock()
 """Triton loads kernels without a lock: a second thread would get a kernel that has no function."""
-
-
-def _renew_lock() -> None:
-    """In a forked process, whose parent may have been launching or compiling on another thread."""
-    global _LAUNCHING
-    _LAUNCHING = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
 
 
 def launch(calls: Sequence[Call]) -> None:

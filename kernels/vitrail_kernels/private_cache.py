@@ -12,16 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_REPLACING = threading.Lock()
+from vitrail_kernels.fork_lock import fork_lock
 
-
-def _renew_lock() -> None:
-    """In a forked process, whose parent may have been compiling on another thread."""
-    global _REPLACING
-    _REPLACING = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+_REPLACING = fork_lock()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vitrail_kernels.configs import KernelConfig
+from vitrail_kernels.fork_lock import fork_lock
 from vitrail_kernels.launch import Call, Grid, descriptor
 
 _R = TypeVar("_R")
@@ -140,7 +140,7 @@ class _Helper:
 
 
 _helpers: list[_Helper] = []
-_ASKING = threading.Lock()
+_ASKING = fork_lock()
 
 
 def _close_helper() -> None:
@@ -153,8 +153,6 @@ atexit.register(_close_helper)
 
 def _forget_helper() -> None:
     """In a forked process: the helper is the parent's, to ask and to end."""
-    global _ASKING
-    _ASKING = threading.Lock()
     _helpers.clear()
 
 
