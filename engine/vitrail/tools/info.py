@@ -262,7 +262,11 @@ def _chosen(exported: ExportFolder | None) -> tuple[str, torch.dtype, torch.devi
 def _memory(
     spec: ModelSpec, exported: ExportFolder | None, limit: int | str | None
 ) -> dict[str, int | None]:
-    """Bytes of the weights on the device, the limit of the rest, and the items of a call then."""
+    """Bytes of the weights on the device, the limit of the rest, and the items of a call then.
+
+    ``one_item``, the bytes that one item needs, is None without a limit: on the backend "torch" it
+    takes the import of torch._dynamo, which is as long as all else that `vitrail info` does.
+    """
     from vitrail.model.capacity import Capacity
     from vitrail.runtime import RUNNERS
     from vitrail.runtime.budget import parse_memory_limit
@@ -273,29 +277,26 @@ def _memory(
     return {
         "weights": arena_bytes(spec, dtype),
         "limit": parsed,
-        "one_item": capacity.one_item()[0],
+        "one_item": None if parsed is None else capacity.one_item()[0],
         "images": capacity.images(parsed),
         "texts": capacity.texts(parsed, device),
     }
 
 
 def _in_words(memory: dict[str, Any]) -> str:
-    limit, items = memory["limit"], []
-    weights, item = f"{memory['weights'] / 1e6:,.1f} MB", f"{memory['one_item'] / 1e6:,.1f} MB"
-    if limit is not None and limit < memory["one_item"]:
-        return (
-            f"weights {weights} on the device; a limit of {limit:,} bytes beside them is too "
-            f"small: one item needs {item}"
-        )
+    limit, one_item, items = memory["limit"], memory["one_item"], []
+    weights = f"weights {memory['weights'] / 1e6:,.1f} MB on the device"
     if memory["images"] is not None:
         items.append(f"{memory['images']} images")
     if memory["texts"] is not None:
         items.append(f"{memory['texts']} whole texts")
-    beside = "no limit beside them" if limit is None else f"{limit / 1e6:,.1f} MB beside them"
-    return (
-        f"weights {weights} on the device, {beside}: a call has {' or '.join(items)}, and one item "
-        f"needs {item}"
-    )
+    call = f"a call has {' or '.join(items)}"
+    if limit is None:
+        return f"{weights}, no limit beside them: {call}"
+    needed = f"one item needs {one_item / 1e6:,.1f} MB"
+    if limit < one_item:
+        return f"{weights}; a limit of {limit:,} bytes beside them is too small: {needed}"
+    return f"{weights}, {limit / 1e6:,.1f} MB beside them: {call}, and {needed}"
 
 
 def _resize(backend: str, library: str | None = None) -> str:
