@@ -93,11 +93,8 @@ class Capacity(NamedTuple):
         vision, image, head = self.spec.vision, self.spec.image, self.spec.head
         if vision is None:
             return
-        size = self._image_size(vision)
-        numbers, footprint = (
-            vision.channels * size[0] * size[1],
-            Footprint(self.backend, self.dtype),
-        )
+        size, footprint = self._image_size(vision), Footprint(self.backend, self.dtype)
+        numbers = vision.channels * size[0] * size[1]
         # without a preprocessor images are floats; with one, bytes or floats
         for uint8, pixel_bytes in ((True, numbers), (False, 4 * numbers))[image is None :]:
             plans = [vision_pooled(vision, uint8=uint8)]

@@ -264,9 +264,8 @@ class TextTower:
     def _fitting(self, lengths: Ints) -> int:
         """How many of the first texts of ``lengths`` (N,), ascending, fit the memory limit."""
         budget, plan, count = self.runner.budget, text_pooled(self.spec), len(lengths)
-        while (
-            True
-        ):  # fewer texts are shorter, so that more of them fit: the limit holds, nearly full
+        # fewer texts are shorter, so that more of them fit: in the end the limit is nearly full
+        while True:
             fits = budget.most(count, self._footprint.text_call(plan, int(lengths[count - 1])))
             if fits >= count:
                 return count
