@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ import standin
 from standin.emulation import Emulation
 from vitrail.errors import DeviceError
 from vitrail.exported.folder import ExportFolder
+from vitrail.model import loading
 from vitrail.plan.kernel_binary import encode_binary
+from vitrail.runtime import triton
 from vitrail.runtime.native import NativeRunner, Size, _CachedPlan, _SizeEntry
 from vitrail.weights.layout import Weights
 from vitrail_kernels.compile import compile_kernel
@@ -148,3 +152,23 @@ class EmulatedRunner(NativeRunner):
         finally:
             for at in self._held.keys() - self._weights.keys():
                 self._emulated.release(self._held.pop(at))
+
+
+@contextmanager
+def served_by(
+    open_runner: Callable[[Weights, torch.dtype, ExportFolder | None], EmulatedRunner],
+    target: Target,
+) -> Iterator[None]:
+    """`vitrail.load` opens runners with ``open_runner``, and fingerprints are of ``target``."""
+
+    def native(
+        weights: Weights, dtype: torch.dtype, device: Any, exported: ExportFolder | None
+    ) -> EmulatedRunner:
+        return open_runner(weights, dtype, exported)
+
+    native.name = "native"  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loading, "NativeRunner", native)
+        patched.setattr(loading, "choose", lambda *_: "native")
+        patched.setattr(triton, "target_of", lambda _: target)
+        yield

@@ -19,14 +19,12 @@ from torch import Tensor
 import emulator
 import standin
 import vitrail
-import vitrail.model.loading
 from csrc.test_library import OK, Library, build
-from emulated.device import Device, EmulatedRunner
+from emulated.device import Device, EmulatedRunner, served_by
 from emulated.exports import ARCHITECTURES, SIDE, Export, export
 from helpers import assert_close, image_embedding, text_embedding
 from kernels.test_operators import same_bits
 from vitrail.plan.text import text_pooled
-from vitrail.runtime import triton
 from vitrail.runtime.torch_runner import TorchRunner
 from vitrail.runtime.towers import VisionTower
 
@@ -55,22 +53,17 @@ def exported(
 
 
 @pytest.fixture
-def python(
-    device: Device, exported: Export, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[vitrail.Model]:
+def python(device: Device, exported: Export) -> Iterator[vitrail.Model]:
     """The exported folder as Python serves it, by the C++ executor on ``device``."""
     runners: list[EmulatedRunner] = []
 
-    def open_runner(weights: Any, dtype: torch.dtype, place: Any, exported: Any) -> EmulatedRunner:
+    def open_runner(weights: Any, dtype: torch.dtype, exported: Any) -> EmulatedRunner:
         runners.append(EmulatedRunner(device, weights, dtype, exported))
         return runners[-1]
 
-    open_runner.name = "native"  # type: ignore[attr-defined]
-    monkeypatch.setattr(vitrail.model.loading, "NativeRunner", open_runner)
-    monkeypatch.setattr(vitrail.model.loading, "choose", lambda *_: "native")
-    monkeypatch.setattr(triton, "target_of", lambda _: device.target)  # for its fingerprint
     exported.open(device)
-    yield vitrail.load(exported.folder)
+    with served_by(open_runner, device.target):
+        yield vitrail.load(exported.folder)
     for runner in runners:
         runner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,11 @@ import torch
 from torch import Tensor
 
 import vitrail
-import vitrail.model.loading
 from emulated.conftest import SMS, why_not
-from emulated.device import Device, EmulatedRunner
+from emulated.device import Device, EmulatedRunner, served_by
 from emulated.exports import CHECKPOINTS, SIDE
 from vitrail.errors import OutOfMemoryError
-from vitrail.exported.folder import ExportFolder
-from vitrail.runtime import native, triton
+from vitrail.runtime import native
 from vitrail.weights.layout import Weights
 
 TEXTS = ["a cat", "a photo of a dog", "the sea at night", "cat", "a", "red mat", "old panes", "dog"]
@@ -38,17 +37,6 @@ class ShortRunner(EmulatedRunner):
         return super()._outputs(cached, inputs, size)
 
 
-def copied(weights: Weights) -> Weights:
-    """In memory of their own, as on another GPU."""
-    arena = weights.arena.clone()
-    views = {}
-    for name, tensor in weights.tensors.items():
-        start = tensor.data_ptr() - weights.arena.data_ptr()
-        raw = arena[start : start + tensor.numel() * tensor.element_size()]
-        views[name] = raw.view(tensor.dtype).view(tensor.shape)
-    return Weights(views, arena, weights.logit_scale)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (reason := why_not()) or native.MISSING is not None:
@@ -62,7 +50,7 @@ Load = Callable[..., tuple[Any, list[Device]]]
 
 
 @pytest.fixture
-def load(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+def load(folder: Path, tmp_path: Path) -> Iterator[Load]:
     """A model or replicas on the devices of a stand-in of their own; without a complaint of it."""
     runners: list[EmulatedRunner] = []
     stand_ins: list[Device] = []
@@ -74,19 +62,13 @@ def load(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         devices += [Device(base, 90, SMS, beside=devices[0]) for _ in range(count - 1)]
         waiting = list(devices)
 
-        def open_runner(
-            weights: Weights, dtype: torch.dtype, place: Any, exported: ExportFolder | None
-        ) -> EmulatedRunner:
-            device = waiting.pop(0)
-            runners.append(ShortRunner(device, copied(weights), dtype, exported))
+        def open_runner(weights: Weights, dtype: torch.dtype, exported: Any) -> EmulatedRunner:
+            own = copy.deepcopy(weights)  # in memory of their own, as on another GPU
+            runners.append(ShortRunner(waiting.pop(0), own, dtype, exported))
             return runners[-1]
 
-        open_runner.name = "native"  # type: ignore[attr-defined]
-        with monkeypatch.context() as patched:
-            patched.setattr(vitrail.model.loading, "NativeRunner", open_runner)
-            patched.setattr(vitrail.model.loading, "choose", lambda *_: "native")
-            patched.setattr(triton, "target_of", lambda _: devices[0].target)
-            options: dict[str, Any] = {"dtype": "float16", "backend": "native"}
+        options: dict[str, Any] = {"dtype": "float16", "backend": "native"}
+        with served_by(open_runner, devices[0].target):
             if count == 1:
                 loaded: Any = vitrail.load(folder, device="cpu", **options)
             else:
