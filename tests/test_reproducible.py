@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import clip_folder
+from jobs.digits import files
 from vitrail.demo import demo
 from vitrail_kernels.launch import MISSING, interpreted
 
@@ -66,8 +67,8 @@ def test_two_processes_write_the_same_bytes(code: str, tmp_path: Path) -> None:
         finally:
             process.kill()
         assert process.returncode == 0, errors
-    first, second = (_contents(folder) for folder in folders)
-    assert len(first) > len(_contents(models)) + 8
+    first, second = (files(folder) for folder in folders)
+    assert len(first) > len(files(models)) + 8
     assert first.keys() == second.keys()
     assert [path for path in first if first[path] != second[path]] == []
     assert [path for path, data in first.items() if str(tmp_path).encode() in data] == []
@@ -80,8 +81,3 @@ BLOCK = {
     "intermediate_size": 64,
 }
 TEXT = {"vocab_size": 700, "max_position_embeddings": 40}
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

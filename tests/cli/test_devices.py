@@ -14,6 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from jobs.digits import files
+from jobs.processes import GUARD
 from vitrail.cli import app
 from vitrail.cli.devices import parse_devices
 from vitrail.demo.demo import bundled
@@ -22,7 +24,6 @@ from vitrail.jobs.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "engine/vitrail/assets/photos"
-GUARD = 60  # seconds
 
 
 def run(*args: object, **env: str) -> Result:
@@ -81,17 +82,15 @@ def test_all_devices_in_each_of_several_processes_is_a_contradiction(tmp_path: P
     assert "one of 2 processes" in " ".join(result.stderr.split())
 
 
-@pytest.fixture
-def command() -> list[str]:
-    return [sys.executable, "-m", "vitrail.cli", "embed", "--model", str(bundled())]
+COMMAND = [sys.executable, "-m", "vitrail.cli", "embed", "--model", str(bundled())]
 
 
-def test_the_command_uses_every_device_of_the_list(command: list[str], tmp_path: Path) -> None:
+def test_the_command_uses_every_device_of_the_list(tmp_path: Path) -> None:
     facts = []
     for name, *option in (("two", "--devices", "cpu,cpu"), ("one", "--device", "cpu")):
         out = tmp_path / name
         done = subprocess.run(
-            [*command, str(PHOTOS), "--out", str(out), "--json", *option],
+            [*COMMAND, str(PHOTOS), "--out", str(out), "--json", *option],
             capture_output=True,
             text=True,
             timeout=GUARD,
@@ -102,10 +101,7 @@ def test_the_command_uses_every_device_of_the_list(command: list[str], tmp_path:
     assert facts[0]["devices"] == ["cpu", "cpu"]
     assert facts[1]["devices"] == ["cpu"]
     assert facts[0]["embedded"] == len(list(PHOTOS.iterdir()))
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def group(leader: int) -> set[int]:
@@ -135,7 +131,7 @@ def group(leader: int) -> set[int]:
     ],
 )
 def test_signals_end_the_command_and_its_workers(
-    number: int, everyone: bool, code: int, loaded: bool, command: list[str], tmp_path: Path
+    number: int, everyone: bool, code: int, loaded: bool, tmp_path: Path
 ) -> None:
     """While the workers load, and in the middle of the job."""
     (tmp_path / "list").write_text("".join(f"{path}\n" for path in PHOTOS.iterdir()) * 500)
@@ -143,7 +139,7 @@ def test_signals_end_the_command_and_its_workers(
     out = tmp_path / "out"
     process = subprocess.Popen(
         [
-            *(*command, "--list", str(tmp_path / "list"), "--out", str(out), "--part-size", "40"),
+            *(*COMMAND, "--list", str(tmp_path / "list"), "--out", str(out), "--part-size", "40"),
             *("--devices", "cpu,cpu", "--batch-size", "4"),
         ],
         stdout=subprocess.PIPE,

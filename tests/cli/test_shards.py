@@ -19,6 +19,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import vitrail
+from jobs.digits import data_files
+from jobs.processes import GUARD
 from vitrail.cli import app, options, ranks
 from vitrail.demo.demo import bundled
 from vitrail.errors import InputError
@@ -26,7 +28,6 @@ from vitrail.errors import InputError
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "engine/vitrail/assets/photos"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS")
-GUARD = 60  # seconds
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +68,13 @@ def start(photos: Path, out: Path, *more: object, **env: str) -> subprocess.Pope
     )
 
 
-def data_files(out: Path) -> dict[str, bytes]:
-    """Everything that readers see, and the job record."""
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and (path.name == "_job.json" or not path.name.startswith("_"))
-    }
+def outputs_of(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
+    """What each has written to stdout and to stderr, once all have ended."""
+    try:
+        return [process.communicate(timeout=GUARD) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("layout", ["parquet", pytest.param("npy", marks=pytest.mark.slow)])
@@ -92,11 +93,7 @@ def test_three_ranks_of_torchrun_write_the_folder_of_one_run(
         )
         for rank in range(3)
     ]
-    try:
-        outputs = [process.communicate(timeout=GUARD) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = outputs_of(*processes)
     for rank, (stdout, stderr) in enumerate(outputs):
         assert processes[rank].returncode == 0, stderr
         facts = json.loads(stdout)
@@ -110,10 +107,7 @@ def test_three_ranks_of_torchrun_write_the_folder_of_one_run(
     assert any("all 7 parts of the job are committed" in stderr for _, stderr in outputs)
 
     single = start(photos, tmp_path / "single", "--layout", layout)
-    try:
-        _, stderr = single.communicate(timeout=GUARD)
-    finally:
-        single.kill()
+    ((_, stderr),) = outputs_of(single)
     assert single.returncode == 3, stderr
     assert "exit code" not in stderr
     assert data_files(out) == data_files(tmp_path / "single")
@@ -133,11 +127,7 @@ def test_shards_of_several_devices_write_the_folder_of_one_run(
     folders = [tmp_path / "out", tmp_path / "out", tmp_path / "single"]
     ways = [("--devices", "cpu,cpu", "--shard", f"{shard}/2") for shard in range(2)]
     processes = [start(photos, out, *way) for out, way in zip(folders, [*ways, ()], strict=True)]
-    try:
-        outputs = [process.communicate(timeout=GUARD) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = outputs_of(*processes)
     assert [process.returncode for process in processes] == [3, 0, 3], outputs
     assert data_files(folders[0]) == data_files(folders[2])
     assert len(vitrail.read_embeddings(folders[0]).paths) == 6

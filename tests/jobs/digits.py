@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,24 @@ GOOD = [n for n in range(INPUTS) if n not in BAD]
 
 def files(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def data_files(out: Path) -> dict[str, bytes]:
+    """Everything that readers see, and the job record."""
+    return {
+        name: data
+        for name, data in files(out).items()
+        if not name.startswith("_") or name == "_job.json"
+    }
+
+
+def failing(code: int) -> Callable[..., Any]:
+    """A function of the file system that fails with the errno ``code``."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
 def run(out: Path, model: Any = None, sources: Sequence[Any] = SOURCES, **options: Any) -> Any:

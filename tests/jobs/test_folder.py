@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import vitrail
-from jobs.digits import BAD, GOOD, INPUTS, SOURCES, WIDTH, Digits, files, run, vectors
+from jobs.digits import BAD, GOOD, INPUTS, SOURCES, WIDTH, Digits, failing, files, run, vectors
 from vitrail.errors import InputError
 from vitrail.jobs.folder import check_folder
 from vitrail.jobs.job_record import JOB
@@ -278,11 +278,7 @@ def test_a_full_disk_keeps_what_is_committed_and_says_what_to_do(
     out = tmp_path / "out"
     stopped(out, 3)
     with monkeypatch.context() as patch:
-
-        def fail(*_: Any) -> None:
-            raise OSError(code, os.strerror(code))
-
-        patch.setattr(os, call, fail)
+        patch.setattr(os, call, failing(code))
         with pytest.raises(InputError, match=f"{os.strerror(code)}.*3 committed parts are safe"):
             run(out)
     assert not list(out.rglob("_draft-*"))

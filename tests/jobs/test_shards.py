@@ -23,7 +23,18 @@ import pyarrow.dataset as ds
 import pytest
 
 import vitrail
-from jobs.digits import BAD, GOOD, INPUTS, SOURCES, Digits, files, run, vectors
+from jobs.digits import (
+    BAD,
+    GOOD,
+    INPUTS,
+    SOURCES,
+    Digits,
+    data_files,
+    failing,
+    files,
+    run,
+    vectors,
+)
 from jobs.processes import GUARD, finish, forks, run_at_once
 from vitrail.durable import put_file
 from vitrail.errors import InputError
@@ -37,15 +48,6 @@ from vitrail.jobs.shards import WHOLE, Shard
 from vitrail.model.outputs import EncodeResult
 
 LAYOUTS = ["parquet", "npy"]
-
-
-def data_files(out: Path) -> dict[str, bytes]:
-    """Everything that readers see, and the job record."""
-    return {
-        name: data
-        for name, data in files(out).items()
-        if not name.startswith("_") or name == "_job.json"
-    }
 
 
 def run_shard(out: Path, shard: str, model: Any = None, **options: Any) -> Any:
@@ -380,10 +382,7 @@ def test_counts_are_noted_once(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     with pytest.raises(InputError, match="cannot be locked: No locks available; mount"):
         run(tmp_path)
 
@@ -407,11 +406,7 @@ def test_a_full_disk_stops_one_shard_and_keeps_the_drafts_of_others(
     run_shard(tmp_path, "0/2")
     (tmp_path / "_draft-0-of-2-part-00002.parquet").write_bytes(b"being written")
     with monkeypatch.context() as patch:
-
-        def fail(*_: object) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        patch.setattr(os, "replace", fail)
+        patch.setattr(os, "replace", failing(errno.ENOSPC))
         with pytest.raises(
             InputError, match=r"No space left on device. 4 committed parts are safe"
         ):
@@ -433,14 +428,11 @@ def test_the_record_that_is_there_first_counts(
         path.write_bytes(rival)
         return put_file(path, data, mark, replace)
 
-    def no_links(*_: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
     run(tmp_path / "whole")
     rival = (tmp_path / "whole" / JOB).read_bytes()
     monkeypatch.setattr(job_record, "put_file", late)
     if not links:
-        monkeypatch.setattr(os, "link", no_links)
+        monkeypatch.setattr(os, "link", failing(errno.EPERM))
     assert run_shard(tmp_path / "a", "0/2").written == 4
     rival = rival.replace(b"f00d", b"beef")
     with pytest.raises(InputError, match=r"fingerprint: then beef, now f00d.*delete this folder"):
@@ -465,11 +457,8 @@ def test_a_job_that_starts_while_the_folder_is_looked_at_is_no_foreign_file(
 def test_a_file_system_without_links_takes_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
     run(tmp_path / "whole")
-    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "link", failing(errno.ENOTSUP))
     run(tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -505,19 +494,20 @@ def test_a_record_that_cannot_be_used_is_named(record: bytes, told: str, tmp_pat
             call()
 
 
+def change_record(out: Path, **facts: str) -> None:
+    record = json.loads((out / JOB).read_bytes())
+    (out / JOB).write_text(json.dumps(record | facts))
+
+
 def test_another_version_of_vitrail_with_the_same_fingerprint_goes_on(tmp_path: Path) -> None:
     run_shard(tmp_path, "0/2")
-    file = tmp_path / JOB
-    job = json.loads(file.read_bytes()) | {"vitrail": "0.0.1"}
-    file.write_text(json.dumps(job))
+    change_record(tmp_path, vitrail="0.0.1")
     assert run_shard(tmp_path, "1/2").job_committed == 7
 
 
 def test_a_refusal_names_both_versions(tmp_path: Path) -> None:
     run_shard(tmp_path, "0/2")
-    file = tmp_path / JOB
-    job = json.loads(file.read_bytes()) | {"vitrail": "0.0.1", "fingerprint": "other"}
-    file.write_text(json.dumps(job))
+    change_record(tmp_path, vitrail="0.0.1", fingerprint="other")
     wanted = f"fingerprint: then other, now .*; vitrail: then 0.0.1, now {vitrail.__version__}"
     with pytest.raises(InputError, match=wanted):
         run_shard(tmp_path, "1/2")

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import vitrail
-from helpers import clip_folder
+from jobs.crash_server import make_desk
 from jobs.digits import files
 from vitrail.errors import CheckpointError, InputError, VitrailError
 from vitrail.image import preprocess
@@ -40,18 +39,9 @@ IMAGES = 50
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP; 50 images of which every tenth is cut short, as files, in a tar, in a list."""
     folder = tmp_path_factory.mktemp("desk")
-    clip_folder(folder / "clip", size=32)
-    (folder / "images").mkdir()
-    dice = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = folder / "images" / f"{number:02}.jpg"
-        pixels = dice.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40 + number, 36)).save(path)
-        if number % 10 == 3:
-            path.write_bytes(path.read_bytes()[:300])
+    names = make_desk(folder, IMAGES, step=1)
     with tarfile.open(folder / "images.tar", "w") as tar:
         tar.add(folder / "images", "images")
-    names = [str(folder / "images" / f"{number:02}.jpg") for number in range(IMAGES)]
     (folder / "list").write_text("\n".join([*names[:9], "missing.jpg", *names[9:20]]))
     return folder
 

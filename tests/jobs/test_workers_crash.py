@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 import vitrail
-from jobs.crash_server import GUARD, ROOT, Ask, crash_server, make_desk
+from jobs.crash_server import IMPORTS, Ask, crash_server, make_desk
 from jobs.digits import files
+from jobs.processes import GUARD
 from vitrail.errors import InputError, VitrailError
 from vitrail.jobs.embedder import ModelEmbedder
 from vitrail.jobs.folder import embed_to_folder
@@ -36,15 +37,11 @@ OPTIONS = EmbedOptions(part_size=60, batch_size=4)
 PARTS = IMAGES // 60
 
 
-def cut_short(path: Path, number: int) -> None:
-    path.write_bytes(path.read_bytes()[:300])
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP, and small images of which every tenth cannot be read, with their list."""
     folder = tmp_path_factory.mktemp("desk")
-    make_desk(folder, IMAGES, cut_short)
+    make_desk(folder, IMAGES)
     return folder
 
 
@@ -213,8 +210,7 @@ def test_an_image_that_kills_its_process_becomes_a_failure_and_the_rest_has_its_
     hooks = tmp_path / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(DEADLY)
-    paths = (str(hooks), str(ROOT / "engine"), str(ROOT / "kernels"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PYTHONPATH", f"{hooks}{os.pathsep}{IMPORTS}")
     said: list[str] = []
     with (
         pytest.warns(UserWarning, match="planted") as warned,
@@ -240,8 +236,7 @@ def test_a_worker_that_dies_three_times_while_it_loads_is_an_error(
         "import os\nfrom vitrail.model import loading\n"
         "loading.load = lambda *rest, **more: os.kill(os.getpid(), 9)\n"
     )
-    paths = (str(tmp_path), str(ROOT / "engine"), str(ROOT / "kernels"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{IMPORTS}")
     told = r"cpu: 3 processes have died while they loaded the model \(SIGKILL\)"
     with pytest.raises(VitrailError, match=told):
         DeviceWorkers(desk / "clip", ["cpu"])
