@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from jobs.processes import run_at_once
 from vitrail_kernels import OPERATORS, Call, processes
 from vitrail_kernels.compile import compile_call, compile_each, identity
 from vitrail_kernels.launch import MISSING, Target, interpreted
@@ -79,12 +79,13 @@ def test_a_helper_that_is_killed_is_said_and_replaced(calls: list[Call], started
 def test_a_forked_process_leaves_its_parents_helper_alone(calls: list[Call], started: None) -> None:
     codes = compile_each(calls[:1], 90)
     helper = processes._helpers[0]
+
+    def child() -> None:
+        assert processes._ASKING.acquire(timeout=0)
+        processes._close_helper()  # as at its end
+        assert not processes._helpers
+
     with processes._ASKING:
-        child = os.fork()
-        if child == 0:
-            asks = processes._ASKING.acquire(timeout=0)
-            processes._close_helper()  # as at its end
-            os._exit(0 if asks and not processes._helpers else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        run_at_once(child)
     assert compile_each(calls[:1], 90) == codes
     assert processes._helpers == [helper]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.processes import run_at_once
 from vitrail.errors import InputError, OutOfMemoryError
 from vitrail.runtime.budget import Call, MemoryBudget, parse_memory_limit
 from vitrail.runtime.memory import PositionTables
@@ -191,16 +190,14 @@ def test_a_forked_child_has_the_whole_limit() -> None:
         thread.start()
     assert holds.wait(60)
     time.sleep(0.05)  # until the other waits
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            with budget.hold(10, call):
-                os._exit(0 if budget.held == 10 else 1)
-        finally:
-            os._exit(2)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    for thread in threads:
-        thread.join(60)
-    assert os.waitstatus_to_exitcode(status) == 0
+
+    def hold_all() -> None:
+        with budget.hold(10, call):
+            assert budget.held == 10
+
+    try:
+        run_at_once(hold_all)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(60)
