@@ -20,8 +20,9 @@ from transformers import ViTImageProcessorPil
 import standin
 import vitrail
 from helpers import make, save
-from runtime.test_native import Runner as NativeOnStandin
-from runtime.test_runner import HEADS, TEXT, VISION, images, open_runner
+from runtime.test_native import open_native
+from runtime.test_native import pytestmark as needs_native
+from runtime.test_runner import HEADS, TEXT, VISION, images
 from vitrail.demo import demo
 from vitrail.errors import InputError, OutOfMemoryError
 from vitrail.model import crops
@@ -29,12 +30,10 @@ from vitrail.model.batches import ResultRows
 from vitrail.model.model import Model
 from vitrail.model.texts import TextEncoder
 from vitrail.plan.text import text_pooled
-from vitrail.runtime import native
 from vitrail.runtime.memory import ARENAS
 from vitrail.runtime.towers import TextTower, VisionTower
 from vitrail.runtime.workspace import LiveBytes, workspace_bytes
 from vitrail.text.tokens import TokenIds
-from vitrail_kernels.launch import MISSING, interpreted
 
 LIMITS = (1, 3, 20)
 """How many items the limit holds."""
@@ -48,6 +47,18 @@ def model() -> Model:
 
 def limited(limit: int | str | None, **options: Any) -> Model:
     return vitrail.load(demo.bundled(), device="cpu", memory_limit=limit, **options)
+
+
+def limited_unchecked(limit: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Model:
+    """Whether the limit holds an item of every kind is not asked."""
+    with monkeypatch.context() as patch:
+        patch.setattr("vitrail.model.capacity.Capacity.check", lambda *_: None)
+        return limited(limit, **options)
+
+
+def least_limit(refusal: InputError) -> int:
+    """The bytes that the refusal of a limit wants."""
+    return int(str(refusal).split("wanted ")[1].split(" or")[0].replace(",", ""))
 
 
 def needed(model: Model, items: int, what: str) -> int:
@@ -118,9 +129,7 @@ def test_images_stay_under_the_limit(
     limit = needed(model, items, what)
     if what == "uint8" and resize == "device":
         limit += crops.one_crop_bytes((56, 56), 3, type(model._runner))
-    with monkeypatch.context() as patch:  # whether it holds a float image too is not asked here
-        patch.setattr("vitrail.model.capacity.Capacity.check", lambda *_: None)
-        cut = limited(limit, resize=resize)
+    cut = limited_unchecked(limit, monkeypatch, resize=resize)
     with device_bytes(cut, monkeypatch) as live:
         rows = cut.encode_image(pixels)
         assert live.now == cut.held_bytes
@@ -142,9 +151,7 @@ def test_texts_stay_under_the_limit(
     dice = np.random.default_rng(0)
     texts = [" ".join(dice.choice(WORDS, dice.integers(1, 9))) for _ in range(200)]
     limit = needed(model, items, "texts")
-    with monkeypatch.context() as patch:
-        patch.setattr("vitrail.model.capacity.Capacity.check", lambda *_: None)
-        cut = limited(limit)
+    cut = limited_unchecked(limit, monkeypatch)
     with device_bytes(cut, monkeypatch) as live:
         rows = cut.encode_text(texts)
         assert live.now == cut.held_bytes == 0
@@ -255,7 +262,7 @@ def test_a_limit_for_less_than_an_item_is_refused(model: Model) -> None:
         InputError, match=r"memory_limit: got 1,000 bytes, wanted (.*) or more"
     ) as e:
         limited(1000)
-    least = int(str(e.value).split("wanted ")[1].split(" or")[0].replace(",", ""))
+    least = least_limit(e.value)
     with pytest.raises(InputError, match="an image of 56x56 pixels needs them beyond the weights"):
         limited(least - 1)
     cut = limited(least)
@@ -289,7 +296,7 @@ def test_every_call_fits_the_least_limit(
     options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "resize": resize}
     with pytest.raises(InputError) as refused:
         vitrail.load(tmp_path, memory_limit=1, **options)
-    limit = int(str(refused.value).split("wanted ")[1].split(" or")[0].replace(",", ""))
+    limit = least_limit(refused.value)
     cut, whole = (vitrail.load(tmp_path, memory_limit=n, **options) for n in (limit, None))
     dice = np.random.default_rng(0)
     shapes = dice.integers(20, 900, (12, 2))
@@ -379,25 +386,16 @@ def test_the_workspace_is_what_pytorch_allocates(model: Model, dtype: torch.dtyp
             assert max(peaks) <= workspace_bytes(plan, batch, 24, dtype)
 
 
-@pytest.mark.skipif(
-    MISSING is not None or interpreted() or native.MISSING is not None or not standin.compiler(),
-    reason="the native runner: needs triton's compiler, vitrail._C and a C++ compiler",
-)
+@needs_native
 @pytest.mark.parametrize("family", [*VISION, "text"])
 @pytest.mark.parametrize("items", [1, 3, 17, 100])
 def test_the_native_backend_rounds_up_within_the_limit(
-    tmp_path_factory: pytest.TempPathFactory, family: str, items: int
+    tmp_path: Path, libcuda: standin.Standin, family: str, items: int
 ) -> None:
-    driver = standin.own(tmp_path_factory.mktemp("driver"), 2)
-    spec = None if family == "text" else VISION[family]
-    text, head = (TEXT, None) if spec is None else (None, HEADS.get(family))
-    _, reference = open_runner(tmp_path_factory.mktemp("weights"), spec, text, head, torch.float16)
-    runner = NativeOnStandin(
-        reference.weights, torch.float16, torch.device("cpu"), str(driver.path)
-    )
-    runner.device = torch.device("cpu")
+    runner = open_native(libcuda, tmp_path, family)
     dice = np.random.default_rng(items)
-    if spec is not None:
+    if family in VISION:
+        spec, head = VISION[family], HEADS.get(family)
         tower = VisionTower(spec, head, runner)
         for scores in (False, True)[: 1 + (head is not None)]:
             plan, pixels = tower.pooled_plan(True, scores), images(3 * items + 1, spec.image)

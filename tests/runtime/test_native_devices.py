@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import standin
-from runtime.test_native import Runner, digest, ids_of, pytestmark
-from runtime.test_runner import CPU, HEADS, TEXT, VISION, images, open_runner, read, see
+from runtime.test_native import Runner, digest, ids_of, open_native, pytestmark
+from runtime.test_runner import CPU, TEXT, VISION, images, read, see
 from vitrail.errors import DeviceError, OutOfMemoryError
 from vitrail.image.preprocess import decode_crop_tasks
 from vitrail.model.crops import pack, resized
@@ -43,13 +43,8 @@ def driver(tmp_path: Path) -> Iterator[standin.Standin]:
 
 
 def open_pair(driver: standin.Standin, folder: Path, family: str) -> list[NativeRunner]:
-    spec, text = (None, TEXT) if family == "text" else (VISION[family], None)
-    _, reference = open_runner(folder, spec, text, HEADS.get(family), torch.float16)
-    library = str(driver.path)
-    return [
-        Runner(reference.weights, torch.float16, CPU, library, ordinal=ordinal)
-        for ordinal in (0, 1)
-    ]
+    first = open_native(driver, folder, family)
+    return [first, Runner(first.weights, first.dtype, CPU, str(driver.path), ordinal=1)]
 
 
 def result(runner: NativeRunner, ids: Sequence[Tensor]) -> int:
