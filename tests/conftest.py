@@ -70,6 +70,14 @@ def int8_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports whose kernels are names alone: enough for what runs on a CPU."""
+    from vitrail.tools import export
+
+    monkeypatch.setattr(export, "kernel_record", lambda key, call, arch: f"{key} {arch}".encode())
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Random numbers that do not depend on the tests before."""

@@ -60,6 +60,14 @@ def opened(folder: Path) -> ExportFolder:
     return exported
 
 
+def served(exported: ExportFolder, driver: standin.Standin) -> Model:
+    """The model of the folder, by the native runner on the stand-in."""
+    weights, cpu = exported.load(), torch.device("cpu")
+    runner = NativeRunner(weights, exported.dtype, cpu, str(driver.path), exported)
+    weights_hash = exported.record.weights_hash
+    return Model(exported.checkpoint(), exported.spec, lambda: weights_hash, runner)
+
+
 def answers(folder: Path) -> dict[str, Any]:
     """The numbers around and after the plans, by PyTorch on the CPU."""
     model = vitrail.load(folder, device="cpu")
@@ -78,11 +86,7 @@ def _rounded(rows: torch.Tensor) -> list[list[float]]:
 
 def launches(folder: Path, driver: standin.Standin) -> dict[str, str]:
     """The fingerprint, and a digest of the launches of each plan, through ``vitrail._C``."""
-    exported = opened(folder)
-    cpu = torch.device("cpu")
-    runner = NativeRunner(exported.load(), exported.dtype, cpu, str(driver.path), exported)
-    weights = exported.record.weights_hash
-    model = Model(exported.checkpoint(), exported.spec, lambda: weights, runner)
+    model = served(opened(folder), driver)
     images, texts = model._image_encoder("").tower, model._text_encoder("").tower
     floats = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).contiguous().float() / 64 - 2
     calls = {

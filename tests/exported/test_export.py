@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import standin
 import vitrail
+from exported.make_golden import opened
 from helpers import clip_folder, make, save
 from vitrail import runtime as runners
 from vitrail.checkpoint.files import open_checkpoint
@@ -34,7 +35,7 @@ from vitrail.demo.demo import bundled
 from vitrail.durable import write_file
 from vitrail.errors import CheckpointError, InputError, VitrailError
 from vitrail.exported.contents import COPIED, exported_plans, pixel_batch
-from vitrail.exported.folder import ExportFolder, open_exported
+from vitrail.exported.folder import ExportFolder
 from vitrail.model import loading
 from vitrail.model.loading import read_model
 from vitrail.model.model import Model
@@ -116,12 +117,6 @@ def whole(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(whole: Path, tmp_path: Path) -> Path:
     """One that may be changed."""
     return shutil.copytree(whole, tmp_path / "copy")
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports whose kernels are names alone: enough for what runs on a CPU."""
-    monkeypatch.setattr(export, "kernel_record", lambda key, call, arch: f"{key} {arch}".encode())
 
 
 def save_classifier(architecture: str, folder: Path) -> None:
@@ -297,12 +292,6 @@ def plain_digest(raw: bytes) -> str:
 def contents(folder: Path) -> dict[str, bytes]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def opened(folder: Path) -> ExportFolder:
-    found = open_exported(folder)
-    assert found is not None
-    return found
 
 
 def test_the_record_knows_every_other_file(clip: Path, whole: Path) -> None:

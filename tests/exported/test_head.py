@@ -13,20 +13,17 @@ import torch
 
 import standin
 import vitrail
+from exported.make_golden import opened, served
 from helpers import make, save
 from vitrail.errors import CheckpointError, InputError
-from vitrail.exported.folder import ExportFolder, open_exported
 from vitrail.exported.format import RECORD
 from vitrail.exported.head import MAGIC, UNNUMBERED, encode_record, read_head
-from vitrail.model.model import Model
 from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR, string
-from vitrail.runtime.native import NativeRunner
 from vitrail.tools import export
 from vitrail.tools.export import export_model
 from vitrail_kernels.launch import MISSING, interpreted
 
 HEADER = Path(__file__).parents[2] / "csrc/numbers.hpp"
-CPU = torch.device("cpu")
 BLOCK = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -92,20 +89,13 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Path:
     """An export by Vitrail 0.0.1, whose kernels are names alone."""
     save(make("ViTModel", **BLOCK, intermediate_size=64), tmp_path / "vit")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "kernel_record", lambda key, call, arch: key.encode())
         patch.setattr(export, "__version__", "0.0.1")
         export_model(tmp_path / "vit", tmp_path / "out", [90])
     return tmp_path / "out"
-
-
-def opened(folder: Path) -> ExportFolder:
-    exported = open_exported(folder)
-    assert exported is not None
-    return exported
 
 
 @needs_compiler
@@ -126,7 +116,7 @@ def test_its_fingerprint_is_its_own_where_its_kernels_compute(
     """And this version's elsewhere: PyTorch's operators are not what was exported."""
     exported = opened(folder)
     stored = exported.record.builds[90].fingerprint
-    model = _native(exported, libcuda)
+    model = served(exported, libcuda)
     assert model.fingerprint == stored
     elsewhere = vitrail.load(folder, device="cpu")
     this = vitrail.load(folder.parent / "vit", device="cpu", dtype="float16")
@@ -136,7 +126,7 @@ def test_its_fingerprint_is_its_own_where_its_kernels_compute(
 @needs_compiler
 def test_it_computes_nothing_else_with_its_kernels(folder: Path, libcuda: standin.Standin) -> None:
     """Plans that this version would compile have other bits than the fingerprint's."""
-    model = _native(opened(folder), libcuda)
+    model = served(opened(folder), libcuda)
     for pixels in (torch.zeros(1, 3, 32, 48), torch.zeros(1, 3, 32, 32)):
         with pytest.raises(InputError) as caught:
             model.forward(pixels)
@@ -144,9 +134,3 @@ def test_it_computes_nothing_else_with_its_kernels(folder: Path, libcuda: standi
         assert f"Vitrail 0.0.1 exported, and this Vitrail {vitrail.__version__} adds" in message
         assert "export the checkpoint again, or load it instead" in message
         assert "wanted what was exported: pooled embeddings of images of 32x32" in message
-
-
-def _native(exported: ExportFolder, driver: standin.Standin) -> Model:
-    weights, digest = exported.load(), exported.record.weights_hash
-    runner = NativeRunner(weights, exported.dtype, CPU, str(driver.path), exported)
-    return Model(exported.checkpoint(), exported.spec, lambda: digest, runner)

@@ -17,6 +17,8 @@ import pytest
 import export_folder
 import standin
 import vitrail
+from csrc.test_library import PRELUDE
+from csrc.test_library import build as build_here
 from vitrail.plan.record import KERNEL_ABI, PLAN_GRAMMAR
 from vitrail_kernels.launch import MISSING, interpreted
 
@@ -34,13 +36,14 @@ NEXT = "99.0.0"
 
 IN_PYTHON = """
 import json, sys
+from pathlib import Path
 import torch
 import standin, vitrail
 from vitrail.exported.folder import open_exported
 from vitrail.model.model import Model
 from vitrail.runtime.native import NativeRunner
 
-folder, driver = sys.argv[1:]
+folder, own = sys.argv[1:]
 empty = torch.empty  # a launch's digest is also of the memory that its kernel writes to
 torch.empty = lambda *shape, **options: empty(*shape, **options).zero_()
 try:
@@ -48,12 +51,10 @@ try:
 except vitrail.CheckpointError as error:
     print(json.dumps({"version": vitrail.__version__, "error": str(error)}))
     sys.exit()
-stand_in = standin.Standin(driver)
-stand_in.device(9, 0, 132)
-stand_in.register(1 << 32, (1 << 47) - (1 << 32))
+stand_in = standin.own(Path(own))
 record = exported.record
 cpu = torch.device("cpu")
-runner = NativeRunner(exported.load(), exported.dtype, cpu, driver, exported)
+runner = NativeRunner(exported.load(), exported.dtype, cpu, str(stand_in.path), exported)
 model = Model(exported.checkpoint(), exported.spec, lambda: record.weights_hash, runner)
 stand_in.record(True)
 pixels = torch.arange(3 * 32 * 32 * 3).reshape(3, 32, 32, 3).to(torch.uint8)
@@ -70,18 +71,12 @@ print(json.dumps({
 """
 
 IN_CPP = """
-import ctypes, json, sys
+import json
 import numpy as np
 
-library, folder, driver = sys.argv[1:]
-class Options(ctypes.Structure):
-    _fields_ = [("device", ctypes.c_int), ("driver", ctypes.c_char_p), ("overlap", ctypes.c_int)]
-c, model, session = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_void_p()
-c.vitrail_error.restype = c.vitrail_version.restype = ctypes.c_char_p
 told = {"version": c.vitrail_version().decode()}
 ctypes.CDLL(driver).standin_undo(1)  # a launch's digest is also of the memory that it writes to
-options = Options(0, driver.encode(), 0)
-if c.vitrail_load(folder.encode(), ctypes.byref(options), ctypes.byref(model)):
+if c.vitrail_load(*load):
     print(json.dumps({**told, "error": c.vitrail_error().decode()}))
     sys.exit()
 facts = (ctypes.c_char * 4096)()
@@ -114,13 +109,8 @@ def run(program: str, sources: Path, *arguments: str | Path) -> dict[str, Any]:
     return result
 
 
-def in_python(version: BuiltVersion, folder: Path, tmp_path: Path) -> dict[str, Any]:
-    driver = shutil.copy(standin.build(), tmp_path / "libcuda.so.1")
-    return run(IN_PYTHON, version.sources, folder, driver)
-
-
 def in_cpp(version: BuiltVersion, folder: Path) -> dict[str, Any]:
-    return run(IN_CPP, ROOT, version.library, folder, standin.build())
+    return run(PRELUDE + IN_CPP, ROOT, version.library, folder, standin.build())
 
 
 def build(folder: Path, *, version: str, abi: int = KERNEL_ABI, extension: bool) -> BuiltVersion:
@@ -164,19 +154,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def this(tmp_path_factory: pytest.TempPathFactory) -> BuiltVersion:
-    library = tmp_path_factory.mktemp("this")
-    make(["make", "-s", "-C", str(ROOT / "csrc"), f"BUILD={library}", "CXXFLAGS=-O0"], ROOT)
-    return BuiltVersion(ROOT, library / "libvitrail.so")
-
-
 def test_the_next_version_loads_a_folder_with_its_fingerprint_and_bits(
-    exported: Path, this: BuiltVersion, tmp_path: Path
+    exported: Path, tmp_path: Path
 ) -> None:
+    this = BuiltVersion(ROOT, build_here("csrc") / "libvitrail.so")
     following = build(tmp_path / "next", version=NEXT, extension=True)
     stored = json.loads((exported / "vitrail.json").read_text())["builds"]["90"]["fingerprint"]
-    ours, theirs = in_python(this, exported, tmp_path), in_python(following, exported, tmp_path)
+    ours, theirs = (
+        run(IN_PYTHON, version.sources, exported, tmp_path) for version in (this, following)
+    )
     assert (ours["version"], theirs["version"]) == (vitrail.__version__, NEXT)
     assert ours["complaint"] == theirs["complaint"] == ""
     assert ours["fingerprint"] == theirs["fingerprint"] == stored

@@ -16,7 +16,6 @@ from checkpoint.samples import COMMIT, hub_cache
 from helpers import clip_folder
 from vitrail.model.load_arguments import LoadArguments
 from vitrail.model.loading import load_again
-from vitrail.tools import export
 from vitrail.tools.export import export_model
 
 
@@ -73,11 +72,10 @@ def test_a_hub_id_is_kept_with_its_commit(
     assert load_again(arguments).fingerprint == model.fingerprint
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_folders_of_int8_and_of_exports_are_loaded_again(
-    clip: Path, int8_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, int8_clip: Path, tmp_path: Path
 ) -> None:
-    # kernels that are names alone are enough on a CPU
-    monkeypatch.setattr(export, "kernel_record", lambda key, call, arch: key.encode())
     export_model(clip, tmp_path / "export", [90], dtype="bfloat16")
     for folder, dtype in ((int8_clip, "int8"), (tmp_path / "export", "bfloat16")):
         with warnings.catch_warnings(record=True) as caught:
