@@ -272,17 +272,24 @@ def test_the_fingerprint_is_of_the_architecture_in_use(library: Library, two: Pa
             library.driver.device()
 
 
-FEW_FILES = """
-import ctypes, resource, sys
-library, folder, driver, most = sys.argv[1:]
+PRELUDE = """
+import ctypes, os, resource, signal, sys
+
+library, folder, driver, *more = sys.argv[1:]
 class Options(ctypes.Structure):
     _fields_ = [("device", ctypes.c_int), ("driver", ctypes.c_char_p), ("overlap", ctypes.c_int)]
-c, model = ctypes.CDLL(library), ctypes.c_void_p()
-c.vitrail_error.restype = ctypes.c_char_p
+c, model, session = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_void_p()
+c.vitrail_error.restype = c.vitrail_version.restype = ctypes.c_char_p
 options = Options(0, driver.encode(), 0)
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
-code = c.vitrail_load(folder.encode(), ctypes.byref(options), ctypes.byref(model))
-sys.exit(c.vitrail_error().decode() if code else 0)
+load = folder.encode(), ctypes.byref(options), ctypes.byref(model)
+"""
+"""The start of programs that call ``c.vitrail_load(*load)``; their arguments are a library, a
+folder and a driver."""
+
+FEW_FILES = """
+most = int(more[0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+sys.exit(c.vitrail_error().decode() if c.vitrail_load(*load) else 0)
 """
 
 
@@ -290,23 +297,17 @@ def test_few_files_are_open_at_once(library: Library, clip: Path) -> None:
     most = 3 + 16 + 1  # the standard ones, a thread's each, the driver's while it is opened
     assert len(list(clip.rglob("*.kernel"))) > most
     path = build("csrc") / "libvitrail.so"
-    command = [sys.executable, "-c", FEW_FILES, path, clip, library.driver.path, str(most)]
+    command = [sys.executable, "-c", PRELUDE + FEW_FILES, path, clip, library.driver.path]
+    command.append(str(most))
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
 IN_A_FORK = """
-import ctypes, os, signal, sys
 import numpy as np
 
-library, folder, driver = sys.argv[1:]
-class Options(ctypes.Structure):
-    _fields_ = [("device", ctypes.c_int), ("driver", ctypes.c_char_p), ("overlap", ctypes.c_int)]
-c = ctypes.CDLL(library)
-c.vitrail_error.restype = ctypes.c_char_p
-model, session, other = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-load = folder.encode(), ctypes.byref(Options(0, driver.encode(), 0))
-assert c.vitrail_load(*load, ctypes.byref(model)) == 0
+other = ctypes.c_void_p()
+assert c.vitrail_load(*load) == 0
 assert c.vitrail_session_create(model, ctypes.byref(session)) == 0
 pixels, rows = np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 64), np.float32)
 data = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, rows)]
@@ -316,7 +317,7 @@ if os.fork() == 0:
     for call in (
         lambda: c.vitrail_embed_uint8(session, data[0], ctypes.c_size_t(1), data[1], None),
         lambda: c.vitrail_embed_uint8(other, data[0], ctypes.c_size_t(1), data[1], None),
-        lambda: c.vitrail_load(*load, ctypes.byref(model)),
+        lambda: c.vitrail_load(*load),
     ):
         print(call(), c.vitrail_error().decode(), flush=True)
     for made in (session, other):
@@ -328,7 +329,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def test_a_forked_process_is_refused_in_words(library: Library, clip: Path) -> None:
     path = build("csrc") / "libvitrail.so"
-    command = [sys.executable, "-c", IN_A_FORK, path, clip, library.driver.path]
+    command = [sys.executable, "-c", PRELUDE + IN_A_FORK, path, clip, library.driver.path]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
