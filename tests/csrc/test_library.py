@@ -607,14 +607,14 @@ def test_the_golden_folder_computes_as_it_did(library: Library, tmp_path: Path) 
     folder, pixels = make_golden.unpack(tmp_path), make_golden.PIXELS
     out, status = np.zeros((len(pixels), 64), np.float32), np.zeros(len(pixels), np.int32)
     given = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, out, status)]
-    library.driver.driver.standin_undo(1)  # so that new memory is alike
+    library.driver.undo(True)  # so that new memory is alike
     try:
         with recorded(library, folder) as session:
             count = ctypes.c_size_t(len(pixels))
             assert library.c.vitrail_embed_uint8(session, given[0], count, *given[1:]) == OK
             launched = library.driver.launched()
     finally:
-        library.driver.driver.standin_undo(0)
+        library.driver.undo(False)
     wanted = make_golden.expected()["launches"]
     assert fingerprints(folder)["90"] == wanted["fingerprint"]
     assert make_golden.digest(launched) == wanted["uint8"]

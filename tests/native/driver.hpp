@@ -39,9 +39,14 @@ class Standin {
         std::exit(2);
     }
 
-    void fail(uint64_t n, int code) const { find<void(uint64_t, int)>("standin_fail")(n, code); }
-    void fail_launch(uint64_t n, int code) const {
-        find<void(uint64_t, int)>("standin_fail_launch")(n, code);
+    // kAll as a device: any of them, or all together.
+    static constexpr int kAll = -1;
+
+    void fail(uint64_t n, int code) const {
+        find<void(int, uint64_t, int)>("standin_fail")(kAll, n, code);
+    }
+    void fail_launch(uint64_t n, int code, int device = kAll) const {
+        find<void(int, uint64_t, int)>("standin_fail_launch")(device, n, code);
     }
     void reset() const { find<void()>("standin_reset")(); }
     void undo(bool on) const { find<void(int)>("standin_undo")(on); }
@@ -52,15 +57,11 @@ class Standin {
         find<int(int*)>("cuThreadExchangeStreamCaptureMode")(&mode);
         return mode;
     }
-    void memory(uint64_t bytes) const { find<void(uint64_t)>("standin_memory")(bytes); }
+    void memory(uint64_t bytes, int device = 0) const {
+        find<void(int, uint64_t)>("standin_memory")(device, bytes);
+    }
     int add_device(int major, int minor, int multiprocessors) const {
         return find<int(int, int, int)>("standin_add_device")(major, minor, multiprocessors);
-    }
-    void memory_of(int device, uint64_t bytes) const {
-        find<void(int, uint64_t)>("standin_memory_of")(device, bytes);
-    }
-    void fail_launch_on(int device, uint64_t n, int code) const {
-        find<void(int, uint64_t, int)>("standin_fail_launch_on")(device, n, code);
     }
     // Makes the primary context of a device current on this thread, and takes it away again.
     void push_context(int device) const {
@@ -73,21 +74,15 @@ class Standin {
         find<int(void**)>("cuCtxPopCurrent_v2")(&context);
         find<int(int)>("cuDevicePrimaryCtxRelease_v2")(device);
     }
-    uint64_t calls() const { return find<uint64_t()>("standin_calls")(); }
-    uint64_t launches() const { return find<uint64_t()>("standin_launches")(); }
-    uint64_t launches_on(int device) const {
-        return find<uint64_t(int)>("standin_launches_on")(device);
+    uint64_t calls() const { return find<uint64_t(int)>("standin_calls")(kAll); }
+    uint64_t launches(int device = kAll) const {
+        return find<uint64_t(int)>("standin_launches")(device);
     }
     const char* complaint() const { return find<const char*()>("standin_complaint")(); }
     uint64_t peak() const { return find<uint64_t(int)>("standin_peak")(0); }
-    Live live() const {
+    Live live(int device = kAll) const {
         Live live{};
-        find<void(Live*)>("standin_live")(&live);
-        return live;
-    }
-    Live live_on(int device) const {
-        Live live{};
-        find<void(int, Live*)>("standin_live_on")(device, &live);
+        find<void(int, Live*)>("standin_live")(device, &live);
         return live;
     }
 

@@ -94,12 +94,12 @@ void test_faults(const Model (&models)[2], const Standin& driver, const Expected
         return embed(sessions[device], models[device].facts, kBatches[which], wanted);
     };
     const size_t most = std::size(kBatches) - 1;
-    driver.memory_of(1, driver.live_on(1).bytes + 1000);
+    driver.memory(driver.live(1).bytes + 1000, 1);
     on(1, most, VITRAIL_OUT_OF_MEMORY);
     CHECK(same(on(0, most), expected[most]));
-    driver.memory_of(1, uint64_t{80} << 30);
+    driver.memory(uint64_t{80} << 30, 1);
     CHECK(same(on(1, most), expected[most]));
-    driver.fail_launch_on(1, 3, kLost);
+    driver.fail_launch(3, kLost, 1);
     for (int i = 0; i < 3; ++i) {
         on(1, 1, VITRAIL_DEVICE);
         CHECK(same(on(0, 1), expected[1]));
@@ -128,21 +128,21 @@ int main(int count, char** arguments) {
         for (size_t i = 0; i < expected.size(); ++i)
             expected[i] = embed(session, alone.facts, kBatches[i]);
         vitrail_session_free(session);
-        CHECK(driver.launches_on(1) == 0);
-        CHECK(driver.live_on(1) == Live{});
+        CHECK(driver.launches(1) == 0);
+        CHECK(driver.live(1) == Live{});
     }
     {
         const Model models[2] = {{arguments[1], arguments[2], 0}, {arguments[1], arguments[2], 1}};
-        CHECK(driver.live_on(0) == driver.live_on(1));
-        const uint64_t before = driver.launches_on(0), of_a_call = before / expected.size();
+        CHECK(driver.live(0) == driver.live(1));
+        const uint64_t before = driver.launches(0), of_a_call = before / expected.size();
         test_threads(models, driver, expected, number(3), number(4));
         CHECK(driver.complaint()[0] == '\0');  // no call without its context, none of another's
         CHECK(calls_on[0] > 0 && calls_on[1] > 0);
-        CHECK(driver.launches_on(0) - before == of_a_call * calls_on[0]);
-        CHECK(driver.launches_on(1) == of_a_call * calls_on[1]);
+        CHECK(driver.launches(0) - before == of_a_call * calls_on[0]);
+        CHECK(driver.launches(1) == of_a_call * calls_on[1]);
         for (int device = 0; device < 2; ++device)
             std::printf("%llu launches on device %d\n",
-                        static_cast<unsigned long long>(driver.launches_on(device)), device);
+                        static_cast<unsigned long long>(driver.launches(device)), device);
         test_faults(models, driver, expected);
         const vitrail_options options{2, arguments[2], 0};
         vitrail_model* none = nullptr;

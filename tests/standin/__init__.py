@@ -150,32 +150,32 @@ _INT, _SIZE = ctypes.c_int, ctypes.c_uint64
 _SIGNATURES = {
     "device": ((_INT, _INT, _INT), _INT),
     "add_device": ((_INT, _INT, _INT), _INT),
-    "memory_of": ((_INT, _SIZE), None),
+    "memory": ((_INT, _SIZE), None),
     "peak": ((_INT,), _SIZE),
     "checks": ((_INT,), None),
     "compute": ((_INT,), None),
     "rows_off": ((_INT,), None),
     "record": ((_INT,), None),
     "capturing": ((_INT,), None),
-    "register": ((_SIZE, _SIZE), _INT),
-    "register_on": ((_SIZE, _SIZE, _INT), _INT),
+    "undo": ((_INT,), None),
+    "register": ((_SIZE, _SIZE, _INT), _INT),
     "unregister": ((_SIZE,), _INT),
-    "fail": ((_SIZE, _INT), None),
-    "fail_launch": ((_SIZE, _INT), None),
-    "fail_on": ((_INT, _SIZE, _INT), None),
-    "fail_launch_on": ((_INT, _SIZE, _INT), None),
-    "calls": ((), _SIZE),
-    "launches": ((), _SIZE),
-    "calls_on": ((_INT,), _SIZE),
-    "launches_on": ((_INT,), _SIZE),
-    "live": ((ctypes.POINTER(_Live),), None),
-    "live_on": ((_INT, ctypes.POINTER(_Live)), None),
+    "fail": ((_INT, _SIZE, _INT), None),
+    "fail_launch": ((_INT, _SIZE, _INT), None),
+    "calls": ((_INT,), _SIZE),
+    "launches": ((_INT,), _SIZE),
+    "live": ((_INT, ctypes.POINTER(_Live)), None),
     "complaint": ((), ctypes.c_char_p),
     "reset": ((), None),
     "records": ((), _SIZE),
     "record_at": ((_SIZE, ctypes.POINTER(_Record)), _INT),
     "tensor_map": ((ctypes.c_char_p, ctypes.POINTER(_TensorMap)), _INT),
 }
+
+
+def _ordinal(device: int | None) -> int:
+    """A device as the library knows it: None is any of them, or all together."""
+    return -1 if device is None else device
 
 
 class Standin:
@@ -205,7 +205,7 @@ class Standin:
 
     def memory(self, size: int, device: int = 0) -> None:
         """Memory of a device in all, bytes: allocations past it give 2."""
-        self.driver.standin_memory_of(device, size)
+        self.driver.standin_memory(device, size)
 
     def peak(self, device: int = 0) -> int:
         """The most bytes that a device's allocations held since this was last asked."""
@@ -224,6 +224,11 @@ class Standin:
         """Whether digests leave out tensor maps' outermost dimension; on at the start."""
         self.driver.standin_rows_off(on)
 
+    def undo(self, on: bool) -> None:
+        """Whether waiting for a stream takes back what launches on it wrote, and new memory is
+        alike in every byte; off at the start."""
+        self.driver.standin_undo(on)
+
     def record(self, on: bool) -> None:
         """Whether launches are kept, for `launched`; off at the start."""
         self.driver.standin_record(on)
@@ -236,7 +241,7 @@ class Standin:
     def register(self, start: int, size: int, device: int | None = None) -> None:
         """Lets launches use ``size`` bytes of host memory, on every device or on one. Raises
         ValueError for an overlap."""
-        if self.driver.standin_register_on(start, size, -1 if device is None else device) != 0:
+        if self.driver.standin_register(start, size, _ordinal(device)) != 0:
             raise ValueError(self.complaint())
 
     def unregister(self, start: int) -> None:
@@ -247,37 +252,25 @@ class Standin:
     def fail(self, n: int, code: int, device: int | None = None) -> None:
         """The ``n``-th call from now returns ``code``; for `STICKY` ones all later calls too. With
         ``device`` calls count while its context is current."""
-        if device is None:
-            self.driver.standin_fail(n, code)
-        else:
-            self.driver.standin_fail_on(device, n, code)
+        self.driver.standin_fail(_ordinal(device), n, code)
 
     def fail_launch(self, n: int, code: int, device: int | None = None) -> None:
         """`fail`, counting launches alone."""
-        if device is None:
-            self.driver.standin_fail_launch(n, code)
-        else:
-            self.driver.standin_fail_launch_on(device, n, code)
+        self.driver.standin_fail_launch(_ordinal(device), n, code)
 
     def calls(self, device: int | None = None) -> int:
         """Calls so far, but for those that ask an error's name or set a thread's mode; with
         ``device`` those while its context was current."""
-        standin = self.driver
-        return int(standin.standin_calls() if device is None else standin.standin_calls_on(device))
+        return int(self.driver.standin_calls(_ordinal(device)))
 
     def launches(self, device: int | None = None) -> int:
         """Launches so far, failed ones too."""
-        if device is None:
-            return int(self.driver.standin_launches())
-        return int(self.driver.standin_launches_on(device))
+        return int(self.driver.standin_launches(_ordinal(device)))
 
     def live(self, device: int | None = None) -> Live:
         """What lives now, on all devices or on one."""
         found = _Live()
-        if device is None:
-            self.driver.standin_live(ctypes.byref(found))
-        else:
-            self.driver.standin_live_on(device, ctypes.byref(found))
+        self.driver.standin_live(_ordinal(device), ctypes.byref(found))
         return Live(*(getattr(found, name) for name in Live.__slots__))
 
     def complaint(self) -> str:

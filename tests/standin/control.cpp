@@ -20,6 +20,9 @@ class Settings {
     Settings() : state_(state()), lock_(state_.mutex) {}
     ~Settings() { settle(state_); }
     State* operator->() { return &state_; }
+    Tally& tally(int device) {
+        return device == kAnyDevice ? state_.tally : state_.devices[device].tally;
+    }
 
     // Runs the launches that wait, which leaves a fault of theirs as later calls' error.
     int finish() {
@@ -39,16 +42,6 @@ void become(Device& device, int major, int minor, int multiprocessors) {
     device.major = major;
     device.minor = minor;
     device.multiprocessors = multiprocessors;
-}
-
-void fail_call(Tally& tally, uint64_t n, int code) {
-    tally.fail_call = n == 0 ? 0 : tally.calls + n;
-    tally.call_code = code;
-}
-
-void fail_launch(Tally& tally, uint64_t n, int code) {
-    tally.fail_launch = n == 0 ? 0 : tally.launches + n;
-    tally.launch_code = code;
 }
 
 void add_live(const State& s, int device, Live& live) {
@@ -80,8 +73,7 @@ int standin_add_device(int major, int minor, int multiprocessors) {
     return s->count++;
 }
 
-void standin_memory(uint64_t bytes) { standin_memory_of(0, bytes); }
-void standin_memory_of(int device, uint64_t bytes) { Settings()->memory.of[device].limit = bytes; }
+void standin_memory(int device, uint64_t bytes) { Settings()->memory.of[device].limit = bytes; }
 uint64_t standin_peak(int device) {
     Settings s;
     DeviceMemory& memory = s->memory.of[device];
@@ -94,11 +86,7 @@ void standin_undo(int on) { Settings()->memory.undo = on != 0; }
 void standin_record(int on) { Settings()->record = on != 0; }
 void standin_capturing(int on) { Settings()->capturing = on != 0; }
 
-int standin_register(uint64_t start, uint64_t bytes) {
-    return standin_register_on(start, bytes, kAnyDevice);
-}
-
-int standin_register_on(uint64_t start, uint64_t bytes, int device) {
+int standin_register(uint64_t start, uint64_t bytes, int device) {
     Settings s;
     if (bytes != 0 && s->memory.enlist(start, bytes, device)) return 0;
     s->complaint = "standin_register: the range is empty, or overlaps another";
@@ -113,30 +101,28 @@ int standin_unregister(uint64_t start) {
     return 1;
 }
 
-void standin_fail(uint64_t n, int code) { fail_call(Settings()->tally, n, code); }
-void standin_fail_launch(uint64_t n, int code) { fail_launch(Settings()->tally, n, code); }
-void standin_fail_on(int device, uint64_t n, int code) {
-    fail_call(Settings()->devices[device].tally, n, code);
-}
-void standin_fail_launch_on(int device, uint64_t n, int code) {
-    fail_launch(Settings()->devices[device].tally, n, code);
+void standin_fail(int device, uint64_t n, int code) {
+    Settings s;
+    Tally& tally = s.tally(device);
+    tally.fail_call = n == 0 ? 0 : tally.calls + n;
+    tally.call_code = code;
 }
 
-uint64_t standin_calls(void) { return Settings()->tally.calls; }
-uint64_t standin_launches(void) { return Settings()->tally.launches; }
-uint64_t standin_calls_on(int device) { return Settings()->devices[device].tally.calls; }
-uint64_t standin_launches_on(int device) { return Settings()->devices[device].tally.launches; }
+void standin_fail_launch(int device, uint64_t n, int code) {
+    Settings s;
+    Tally& tally = s.tally(device);
+    tally.fail_launch = n == 0 ? 0 : tally.launches + n;
+    tally.launch_code = code;
+}
 
-void standin_live(Live* live) {
+uint64_t standin_calls(int device) { return Settings().tally(device).calls; }
+uint64_t standin_launches(int device) { return Settings().tally(device).launches; }
+
+void standin_live(int device, Live* live) {
     Settings s;
     *live = {};
-    for (int device = 0; device < s->count; ++device) add_live(*s.operator->(), device, *live);
-}
-
-void standin_live_on(int device, Live* live) {
-    Settings s;
-    *live = {};
-    add_live(*s.operator->(), device, *live);
+    for (int one = 0; one < s->count; ++one)
+        if (device == one || device == kAnyDevice) add_live(*s.operator->(), one, *live);
 }
 
 const char* standin_complaint(void) {

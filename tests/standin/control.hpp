@@ -41,9 +41,8 @@ int standin_device(int major, int minor, int multiprocessors);
 // their device is current, and by nothing else. In this the stand-in is stricter than CUDA. As in
 // CUDA, an event of another device may be waited for and queried.
 int standin_add_device(int major, int minor, int multiprocessors);
-// Memory of device 0 in all; allocations past it give 2.
-void standin_memory(uint64_t bytes);
-void standin_memory_of(int device, uint64_t bytes);
+// Memory of a device in all; allocations past it give 2.
+void standin_memory(int device, uint64_t bytes);
 // The most bytes that a device's allocations held since this was last asked.
 uint64_t standin_peak(int device);
 
@@ -66,33 +65,25 @@ void standin_record(int on);
 // threads that cuThreadExchangeStreamCaptureMode has not relaxed, and give back what they should.
 void standin_capturing(int on);
 
+// In what follows, -1 as a device is any of them, or all together.
+
 // Memory that a launch may use beside what was allocated: a CPU tensor's. 0; 1 and a complaint
 // where it overlaps another range, or was not registered. The same start again replaces the range.
-int standin_register(uint64_t start, uint64_t bytes);
-// The same as memory of one device; `standin_register` gives it to every device.
-int standin_register_on(uint64_t start, uint64_t bytes, int device);
+int standin_register(uint64_t start, uint64_t bytes, int device);
 int standin_unregister(uint64_t start);
 
 // The n-th call from now (1: the next), or the n-th launch, returns `code`. After 214, 700, 702,
 // 710, 714..719 and 999 every later call does, until standin_reset(); of several devices, every
 // later call that needs the same context. n = 0 takes it back. Calls that give something back do so
-// even then: nobody can call them again.
-void standin_fail(uint64_t n, int code);
-void standin_fail_launch(uint64_t n, int code);
-// The same, counting calls while the context of one device is current.
-void standin_fail_on(int device, uint64_t n, int code);
-void standin_fail_launch_on(int device, uint64_t n, int code);
+// even then: nobody can call them again. Of one device, calls count while its context is current.
+void standin_fail(int device, uint64_t n, int code);
+void standin_fail_launch(int device, uint64_t n, int code);
 
-// Calls and launches so far. cuGetErrorName, cuGetErrorString and
-// cuThreadExchangeStreamCaptureMode do not count.
-uint64_t standin_calls(void);
-uint64_t standin_launches(void);
-// Those while the context of one device was current.
-uint64_t standin_calls_on(int device);
-uint64_t standin_launches_on(int device);
-// Of all devices, and of one.
-void standin_live(standin::Live* live);
-void standin_live_on(int device, standin::Live* live);
+// Calls and launches so far; of one device, those while its context was current. cuGetErrorName,
+// cuGetErrorString and cuThreadExchangeStreamCaptureMode do not count.
+uint64_t standin_calls(int device);
+uint64_t standin_launches(int device);
+void standin_live(int device, standin::Live* live);
 // The latest complaint, a sentence with the call's name; "" where there is none. The text is the
 // thread's until it asks again.
 const char* standin_complaint(void);

@@ -20,7 +20,7 @@
 namespace standin {
 
 constexpr int kMostDevices = 8;
-constexpr int kAnyDevice = -1;  // of registered memory that every device may use
+constexpr int kAnyDevice = -1;
 
 // Memory of a device, in bytes.
 struct DeviceMemory {

@@ -305,7 +305,7 @@ def test_waiting_for_a_stream_takes_back_the_writes_on_its_device(
     cuda: Devices, undo: bool
 ) -> None:
     """Of the null stream each device has its own."""
-    cuda.standin.driver.standin_undo(undo)
+    cuda.standin.undo(undo)
     outs: list[int] = []
     for device in (0, 1):
         cuda.on(device)

@@ -65,7 +65,11 @@ int main(int, char** argv) {
     std::atomic<bool> done{false};
     std::thread watcher([&] {
         standin::Live live;
-        while (!done) standin_live(&live), standin_complaint(), standin_record(done);
+        while (!done) {
+            standin_live(standin::kAnyDevice, &live);
+            standin_complaint();
+            standin_record(done);
+        }
     });
     std::vector<uint64_t> digests(16);
     std::vector<std::thread> threads;
@@ -75,7 +79,7 @@ int main(int, char** argv) {
     done = true;
     watcher.join();
     standin::Live live;
-    standin_live(&live);
+    standin_live(standin::kAnyDevice, &live);
     const bool empty =
         live.allocations + live.bytes + live.modules + live.streams + live.events == 0;
     const bool alike = std::set<uint64_t>(digests.begin(), digests.end()).size() == 1;
