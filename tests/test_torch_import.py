@@ -49,7 +49,7 @@ def test_the_operators_are_there_in_any_order_of_imports(name: str) -> None:
 
 
 FAKE = """
-import os, sys, warnings
+import os
 if int(os.environ.get("TORCH_FAILS", "0")):
     os.environ["TORCH_FAILS"] = "0"
     raise ImportError("libtorch.so is not there")

@@ -111,7 +111,7 @@ def test_it_loads_and_its_record_stays_as_it_was_written(folder: Path) -> None:
 
 @needs_compiler
 def test_its_fingerprint_is_its_own_where_its_kernels_compute(
-    folder: Path, libcuda: standin.Standin, monkeypatch: pytest.MonkeyPatch
+    folder: Path, libcuda: standin.Standin
 ) -> None:
     """And this version's elsewhere: PyTorch's operators are not what was exported."""
     exported = opened(folder)

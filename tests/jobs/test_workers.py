@@ -205,7 +205,7 @@ def test_unequal_fingerprints_are_refused(desk: Path, monkeypatch: pytest.Monkey
     assert all(text in str(caught.value) for text in (*prints, "bfloat16", "float32"))
 
 
-def test_an_error_of_loading_has_its_class_and_names_the_device(desk: Path, tmp_path: Path) -> None:
+def test_an_error_of_loading_has_its_class_and_names_the_device(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"^cpu: ") as caught:
         DeviceWorkers(tmp_path, ["cpu"])

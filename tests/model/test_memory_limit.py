@@ -318,7 +318,7 @@ def test_every_call_fits_the_least_limit(
     assert live.peak <= limit + 2 * kept
 
 
-def test_an_image_too_large_to_resize_there_is_resized_on_the_host(model: Model) -> None:
+def test_an_image_too_large_to_resize_there_is_resized_on_the_host() -> None:
     photos = [np.random.default_rng(i).integers(0, 256, s, np.uint8) for i, s in enumerate(SHAPES)]
     cut = limited("1M", resize="device")
     exact = vitrail.load(demo.bundled(), device="cpu", resize="device")
@@ -329,7 +329,7 @@ def test_an_image_too_large_to_resize_there_is_resized_on_the_host(model: Model)
 SHAPES = ((2000, 1500, 3), (60, 70, 3), (900, 1200, 3))
 
 
-def test_threads_share_the_limit(model: Model) -> None:
+def test_threads_share_the_limit() -> None:
     cut, seen = limited("1M"), list[int]()
     budget = cut._runner.budget
     run = cut._runner.run
@@ -356,7 +356,7 @@ def test_threads_share_the_limit(model: Model) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_workspace_is_what_pytorch_allocates(model: Model, dtype: torch.dtype) -> None:
+def test_the_workspace_is_what_pytorch_allocates(dtype: torch.dtype) -> None:
     """Measured within each step, for images, texts of one length, and texts of several."""
     served = vitrail.load(demo.bundled(), device="cpu", dtype=dtype)
     assert served._vision is not None
@@ -468,7 +468,7 @@ def test_models_share_idle_arenas_and_a_dropped_one_leaves_none() -> None:
         gc.enable()
 
 
-def test_a_model_with_a_limit_leaves_no_arena(model: Model) -> None:
+def test_a_model_with_a_limit_leaves_no_arena() -> None:
     ARENAS.trim()
     cut = limited("2M")
     cut.encode_image(torch.randn(4, 3, 56, 56))

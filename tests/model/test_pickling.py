@@ -46,7 +46,7 @@ def test_a_model_is_pickled_without_weights_and_keeps_its_options(model: vitrail
     assert torch.equal(again.encode_image(PHOTOS), model.encode_image(PHOTOS))
 
 
-def test_replicas_are_pickled_with_their_devices(model: vitrail.Model) -> None:
+def test_replicas_are_pickled_with_their_devices() -> None:
     replicas = vitrail.load_replicas(demo.bundled(), devices=["cpu", "cpu"])
     again = _again(replicas)
     assert again.devices == replicas.devices

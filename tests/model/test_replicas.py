@@ -164,7 +164,7 @@ def test_class_scores_are_those_of_one_model(
 
 
 def test_images_of_several_sizes_have_the_bits_of_one_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Resized on the device, in parts of a window when the decoded images are too many bytes."""
     folder = bundled()
@@ -460,7 +460,7 @@ def test_devices_that_would_give_other_bits_are_refused(monkeypatch: pytest.Monk
         vitrail.load_replicas(bundled(), devices=["cuda:0", "cuda:1"])
 
 
-def test_replicas_hold_memory_within_a_limit_and_give_it_back(model: vitrail.Model) -> None:
+def test_replicas_hold_memory_within_a_limit_and_give_it_back() -> None:
     replicas = vitrail.load_replicas(bundled(), devices=["cpu", "cpu"])
     images = pictures(40)
     expected = replicas.encode_image(images, batch_size=10)

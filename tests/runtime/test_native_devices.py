@@ -142,7 +142,7 @@ def test_a_lost_device_is_an_error_of_its_runner_alone(
 
 
 def test_any_call_that_fails_on_one_device_is_its_runners_error(
-    driver: standin.Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver: standin.Standin, tmp_path: Path
 ) -> None:
     """While kernels are loaded; the other device has the same bits before, meanwhile and after."""
     pair, ids = open_pair(driver, tmp_path, "text"), ids_of([5, 9])
