@@ -12,6 +12,7 @@ import pytest
 
 from helpers import clip_folder
 from jobs.digits import files
+from jobs.processes import GUARD, outputs_of
 from vitrail.demo import demo
 from vitrail_kernels.launch import MISSING, interpreted
 
@@ -61,11 +62,8 @@ def test_two_processes_write_the_same_bytes(code: str, tmp_path: Path) -> None:
                 command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
             )
         )
-    for process in processes:
-        try:
-            _, errors = process.communicate(timeout=60 if code == FAST else 300)
-        finally:
-            process.kill()
+    outputs = outputs_of(*processes, timeout=GUARD if code == FAST else 300)
+    for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
     first, second = (files(folder) for folder in folders)
     assert len(first) > len(files(models)) + 8

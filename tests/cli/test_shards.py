@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import vitrail
 from jobs.digits import data_files
-from jobs.processes import GUARD
+from jobs.processes import GUARD, outputs_of
 from vitrail.cli import app, options, ranks
 from vitrail.demo.demo import bundled
 from vitrail.errors import InputError
@@ -66,15 +66,6 @@ def start(photos: Path, out: Path, *more: object, **env: str) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def outputs_of(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
-    """What each has written to stdout and to stderr, once all have ended."""
-    try:
-        return [process.communicate(timeout=GUARD) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.mark.parametrize("layout", ["parquet", pytest.param("npy", marks=pytest.mark.slow)])

@@ -1,8 +1,9 @@
-"""Forks of the test's process, each with a guard of 60 seconds."""
+"""Forks of the test's process and other programs, with a guard of 60 seconds."""
 
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -36,3 +37,12 @@ def run_at_once(*jobs: Callable[[], object]) -> None:
     """Runs the jobs in forks at the same time. Fails unless all end with exit code 0."""
     with forks(*jobs) as processes:
         assert [finish(process) for process in processes] == [0] * len(jobs)
+
+
+def outputs_of(*processes: subprocess.Popen[str], timeout: float = GUARD) -> list[tuple[str, str]]:
+    """What each has written to stdout and stderr, once all have ended. Kills them if one hangs."""
+    try:
+        return [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
